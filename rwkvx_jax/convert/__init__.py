@@ -1,0 +1,1 @@
+"""Readers and writers of official checkpoints, without torch."""

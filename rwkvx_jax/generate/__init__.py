@@ -1,0 +1,1 @@
+"""Text generation: engine, sampling and command line."""

@@ -1,0 +1,1 @@
+"""Flax NNX modules: plain containers of parameters with an ordinary __call__."""

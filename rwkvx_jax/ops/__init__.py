@@ -1,0 +1,7 @@
+"""Public operations: contracts, float32 oracles, XLA forms and the dispatch to Pallas kernels.
+
+Shape letters, used in names and docstrings everywhere:
+B batch, T time, D model width, H heads, K key size per head, V value size per head,
+F channel-mix width, R low-rank width, C chunk length, N number of chunks,
+L RWKV blocks, M attention blocks, W vocabulary.
+"""

@@ -1,0 +1,1 @@
+"""Compile-only planning for accelerators that are not here."""

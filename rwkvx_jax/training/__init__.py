@@ -1,0 +1,1 @@
+"""The two-stage curriculum: losses, optimizer, train step and loop."""
