@@ -228,9 +228,15 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    platform: Literal["any", "cpu", "gpu", "tpu"] = "any"
+    """Kind of device that must be there; "any" takes what JAX finds."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "context")}
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes
         for name, size in sizes.items():
             _require(size == -1 or size >= 1, f"mesh.{name} is {size}: use -1 or at least 1")
         fill = [name for name, size in sizes.items() if size == -1]
@@ -375,9 +381,9 @@ class Stage:
         )
         if self.loss == "longce":
             _require(
-                2 * self.longce.window < self.seq_len,
-                f"{owner}: longce.window {self.longce.window} leaves no weighted position in "
-                f"{self.seq_len} tokens; it must be below half of seq_len",
+                self.longce.window + self.longce.stride < self.seq_len,
+                f"{owner}: longce.window {self.longce.window} + stride {self.longce.stride} leave "
+                f"no weighted position in {self.seq_len} tokens; their sum must be below seq_len",
             )
 
     @property

@@ -1,0 +1,157 @@
+"""Checkpoints: training state with its position and config, through Orbax.
+
+A step directory holds three items: `params`, `optimizer` and `progress` (JSON: config, stage,
+steps, data fingerprint). Orbax writes into a temporary directory and renames it, so a killed
+process never leaves a half checkpoint as the latest. Parameters can be read without the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from rwkvx_jax.config import Config, ConfigError, Stage, differences, from_dict, to_dict
+
+CHECKPOINTS = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one work directory, numbered by steps over all stages."""
+
+    def __init__(self, workdir: Path, *, keep: int, keep_steps: Sequence[int] = ()):
+        """Keeps the newest `keep` checkpoints, and those at `keep_steps` for good."""
+        policy = preservation_policy.AnyPreservationPolicy(
+            [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(keep_steps)]
+        )
+        self._manager = ocp.CheckpointManager(
+            (workdir / CHECKPOINTS).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=True
+            ),
+            item_names=("params", "optimizer", "progress"),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, optimizer: Any, progress: dict[str, Any]) -> None:
+        """Copies the arrays and writes them in the background; a step already there is kept."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                optimizer=ocp.args.StandardSave(optimizer),
+                progress=ocp.args.JsonSave(progress),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises what a background write ran into."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def progress(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["progress"]
+
+    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any]:
+        """Reads parameters and moments into the shapes and shardings of abstract trees."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                optimizer=ocp.args.StandardRestore(optimizer),
+            ),
+        )
+        return restored["params"], restored["optimizer"]
+
+
+def progress_record(
+    config: Config, stage: int, stage_step: int, fingerprint: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint remembers beside arrays; the data position follows from the steps."""
+    return {
+        "config": to_dict(config),
+        "stage": stage,
+        "stage_step": stage_step,
+        "samples": stage_step * config.stages[stage].global_batch,
+        "data": fingerprint,
+    }
+
+
+def check_resumable(
+    progress: dict[str, Any], config: Config, fingerprint: dict[str, Any], where: Path
+) -> None:
+    """Refuses to continue a run under another model, data, optimizer or past stages.
+
+    The mesh, `run`, stages that have not begun, and the number of steps of the current stage may
+    change.
+
+    Raises:
+      ConfigError: lists every field that differs, with both values.
+    """
+    old = from_dict(Config, progress["config"], "checkpoint")
+    current = progress["stage"]
+    problems = [
+        line
+        for part in ("model", "data", "optimizer")
+        for line in differences(getattr(old, part), getattr(config, part), part)
+        if not line.startswith("data.cache_dir")
+    ]
+    for index, stage in enumerate(old.stages[: current + 1]):
+        new = config.stages[index] if index < len(config.stages) else None
+        lines = differences(stage, new, f"stages.{index}")
+        problems += [
+            line
+            for line in lines
+            if index < current or not line.startswith(f"stages.{index}.steps:")
+        ]
+    if progress["data"] != fingerprint:
+        problems.append(f"training text: {progress['data']} -> {fingerprint}")
+    if not problems and progress["stage_step"] > config.stages[current].steps:
+        problems.append(
+            f"stages.{current}.steps: {progress['stage_step']} steps are done already, "
+            f"the config has {config.stages[current].steps}"
+        )
+    if problems:
+        raise ConfigError(
+            f"{where} holds a run with another configuration (checkpoint -> now):\n  "
+            + "\n  ".join(problems)
+            + "\nUse another --workdir, or restore these values."
+        )
+
+
+def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage, int, Any]:
+    """Config, stage, step and parameters (as host arrays on the default device) of a run.
+
+    Raises:
+      ConfigError: there is no checkpoint, or not the asked one.
+    """
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise ConfigError(f"{workdir} holds no run: no {CHECKPOINTS} directory in it")
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    names = ("params", "optimizer", "progress")
+    directory = (workdir / CHECKPOINTS).absolute()
+    with ocp.CheckpointManager(directory, options=options, item_names=names) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or step not in (None, *steps):
+            raise ConfigError(f"{workdir} has checkpoints of steps {steps}, not of step {step}")
+        step = steps[-1] if step is None else step
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        progress = manager.restore(step, args=args)["progress"]
+        args = ocp.args.Composite(params=ocp.args.StandardRestore())
+        params = manager.restore(step, args=args)["params"]
+    config = from_dict(Config, progress["config"], "checkpoint")
+    return config, config.stages[progress["stage"]], step, params

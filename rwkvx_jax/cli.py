@@ -1,0 +1,60 @@
+"""What the command lines share: experiment files, dotted overrides, and errors without traceback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from rwkvx_jax.config import Config, ConfigError
+
+
+def load_config(path: Path) -> Config:
+    """Runs an experiment file and returns what its `get_config()` returns.
+
+    Raises:
+      ConfigError: no such file, no `get_config` in it, or not a Config.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no config file {path}: see the configs directory for examples")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} defines no get_config()")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not Config")
+    return config
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, Config]:
+    """Parses the flags of `parser` (which has --config) and reads the rest as overrides.
+
+    Overrides are dotted fields of Config: `--optimizer.weight-decay 0.1 --stages.0.steps 5`.
+    """
+    wants_help = any(flag in argv for flag in ("-h", "--help"))
+    flags, overrides = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    config = load_config(Path(flags.config))
+    if wants_help:
+        parser.print_help()
+        print(f"\nOverrides, with the values of {flags.config}:\n")
+        overrides = ["--help"]
+    return flags, tyro.cli(Config, default=config, args=overrides, prog=parser.prog)
+
+
+@contextlib.contextmanager
+def friendly_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Prints errors of these kinds (and ConfigError) as one message and exits with status 1."""
+    try:
+        yield
+    except (ConfigError, *kinds) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

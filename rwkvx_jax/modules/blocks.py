@@ -1,0 +1,94 @@
+"""The two block kinds: pre-norm residual pairs of a mixer and a channel mix.
+
+`stack_blocks` makes all blocks of one kind at once; their parameters carry a leading layer axis,
+over which the model scans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rwkvx_jax.config import ModelConfig, RunConfig
+from rwkvx_jax.modules.attention import Attention
+from rwkvx_jax.modules.channel_mix import ChannelMix
+from rwkvx_jax.modules.parameters import LayerConstants, layer_norm
+from rwkvx_jax.modules.time_mix import TimeMix, TimeMixState
+from rwkvx_jax.sharding import constrain
+
+
+class BlockState(NamedTuple):
+    """What one RWKV-7 block carries from one token to the next."""
+
+    time_mix: TimeMixState
+    ffn_shift: jax.Array  # [B, D]
+
+
+class RWKVBlock(nnx.Module):
+    """x += time_mix(ln1(x)); x += channel_mix(ln2(x))."""
+
+    def __init__(self, config: ModelConfig, layer: jax.Array, rngs: nnx.Rngs, dtype: jnp.dtype):
+        constants = LayerConstants(config, layer, config.num_blocks)
+        self.ln1 = layer_norm(config.width, rngs, dtype)
+        self.ln2 = layer_norm(config.width, rngs, dtype)
+        self.time_mix = TimeMix(config, constants, rngs)
+        self.channel_mix = ChannelMix(config, constants, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        v_first: jax.Array,  # [B, T, D]
+        first: jax.Array,  # bool scalar
+        run: RunConfig,
+        state: BlockState | None = None,
+        lengths: jax.Array | None = None,  # [B]
+    ) -> tuple[jax.Array, jax.Array, BlockState]:
+        """Returns x and v_first for the next block, and the new state."""
+        mixed, v_first, time_state = self.time_mix(
+            self.ln1(x), v_first, first, run, None if state is None else state.time_mix, lengths
+        )
+        x = constrain(x + mixed, "batch", "time", None)
+        mixed, shift = self.channel_mix(
+            self.ln2(x), None if state is None else state.ffn_shift, lengths
+        )
+        x = constrain(x + mixed, "batch", "time", None)
+        return x, v_first, BlockState(time_state, shift)
+
+
+class AttentionBlock(nnx.Module):
+    """x += attention(ln1(x)); x += channel_mix(ln2(x))."""
+
+    def __init__(self, config: ModelConfig, layer: jax.Array, rngs: nnx.Rngs, dtype: jnp.dtype):
+        constants = LayerConstants(config, layer, config.num_blocks)
+        self.ln1 = layer_norm(config.width, rngs, dtype)
+        self.ln2 = layer_norm(config.width, rngs, dtype)
+        self.attention = Attention(config, rngs)
+        self.channel_mix = ChannelMix(config, constants, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        attend: Callable[[Attention, jax.Array], jax.Array],
+        ffn_shift: jax.Array | None = None,  # [B, D]
+        lengths: jax.Array | None = None,  # [B]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns x and the new shift; `attend` says how the attention reads (itself, a cache)."""
+        x = constrain(x + attend(self.attention, self.ln1(x)), "batch", "time", None)
+        mixed, ffn_shift = self.channel_mix(self.ln2(x), ffn_shift, lengths)
+        return constrain(x + mixed, "batch", "time", None), ffn_shift
+
+
+def stack_blocks(
+    kind: type[RWKVBlock] | type[AttentionBlock],
+    count: int,
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype,
+):
+    """`count` blocks as one module whose parameters have a leading axis of that size."""
+    make = lambda rngs, layer: kind(config, layer, rngs, dtype)
+    return jax.vmap(make)(rngs.split(count), jnp.arange(count, dtype=jnp.float32))

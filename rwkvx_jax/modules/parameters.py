@@ -1,0 +1,138 @@
+"""Creation of parameters and the initial values of both families.
+
+Constants follow two families (spec: RWKV-X repository = "rwkvx"; RWKV-LM since May 2025 =
+"rwkv_lm"). All of them depend on the layer index, which is traced: layers are made by one vmap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rwkvx_jax.config import ModelConfig
+
+
+def parameter(value: jax.Array, *axes: str) -> nnx.Param:
+    """A float32 parameter with one logical axis name per dimension (stacking adds "layers")."""
+    assert value.ndim == len(axes), (value.shape, axes)
+    return nnx.Param(value.astype(jnp.float32), axes=axes)
+
+
+def layer_norm(width: int, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
+    """LayerNorm with statistics in float32 and output in `dtype`."""
+    metadata = {"axes": ("vector",)}
+    return nnx.LayerNorm(
+        width,
+        epsilon=1e-5,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_metadata=metadata,
+        bias_metadata=metadata,
+        rngs=rngs,
+    )
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float) -> jax.Array:
+    return jax.nn.initializers.orthogonal(gain)(key, shape)
+
+
+def low_rank_out(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Second matrix [R, D] of a low-rank pair: orthogonal, gain 0.1 (larger for tall shapes)."""
+    rows, columns = shape
+    return orthogonal(key, shape, 0.1 * max(1.0, rows / columns) ** 0.5)
+
+
+@dataclass(frozen=True)
+class LayerConstants:
+    """Initial vectors of RWKV-7 layer `layer` (traced float) out of `layers`.
+
+    Each property is a [D] vector. `ramp` is i / D, `linear` is i / (D - 1) - 0.5, `zigzag` is
+    z |z| with z running over [-1, 1] inside each head. With a single layer the layer fraction
+    r01 is 0.
+    """
+
+    config: ModelConfig
+    layer: jax.Array
+    layers: int
+
+    @property
+    def new(self) -> bool:
+        return self.config.init == "rwkv_lm"
+
+    @property
+    def r01(self) -> jax.Array:
+        return self.layer / max(1, self.layers - 1)
+
+    @property
+    def r10(self) -> jax.Array:
+        return 1.0 - self.layer / self.layers
+
+    @property
+    def ramp(self) -> jax.Array:
+        return jnp.arange(self.config.width) / self.config.width
+
+    @property
+    def linear(self) -> jax.Array:
+        return self.position - 0.5
+
+    @property
+    def position(self) -> jax.Array:
+        return jnp.arange(self.config.width) / max(1, self.config.width - 1)
+
+    @property
+    def zigzag(self) -> jax.Array:
+        half = max(1.0, (self.config.head_size - 1) / 2)
+        z = (jnp.arange(self.config.width) % self.config.head_size - half) / half
+        return z * jnp.abs(z)
+
+    def token_shift(self, name: str) -> jax.Array:
+        """x_r, x_w, x_k, x_v, x_a or x_g: how much of the previous token each channel mixes in."""
+        power = {"r": 0.2, "g": 0.2, "w": 0.9, "a": 0.9, "k": 0.7, "v": 0.7}[name]
+        if name in "kv" and not self.new:
+            power, shift = (0.9, 0.4) if name == "k" else (0.4, 0.6)
+            return 1.0 - (self.ramp ** (power * self.r10) + shift * self.r01)
+        return 1.0 - self.ramp ** (power * self.r10)
+
+    def channel_shift(self) -> jax.Array:
+        """x_k of the channel mix."""
+        return 1.0 - self.ramp ** (self.r10**4)
+
+    def decay(self) -> jax.Array:
+        """w0."""
+        if self.new:
+            curve = self.position ** (1.0 + self.r01**0.3)
+            return -6.0 + 6.0 * curve + 0.5 + 2.5 * self.zigzag
+        return -7.0 + 5.0 * self.position ** (0.85 + self.r01**0.5) + 0.5
+
+    def learning_rate(self) -> jax.Array:
+        """a0."""
+        if self.new:
+            return -0.19 + 0.3 * self.zigzag + 0.4 * self.linear
+        return jnp.zeros(self.config.width)
+
+    def value_residual(self) -> jax.Array:
+        """v0."""
+        return 0.73 - 0.4 * self.linear if self.new else jnp.ones(self.config.width)
+
+    def removal_key(self) -> jax.Array:
+        """k_k."""
+        return 0.71 - 0.1 * self.linear if self.new else jnp.full(self.config.width, 0.85)
+
+    def key_scale(self) -> jax.Array:
+        """k_a."""
+        return jnp.full(self.config.width, 1.02 if self.new else 1.0)
+
+    def bonus(self) -> jax.Array:
+        """r_k."""
+        return jnp.full(self.config.width, -0.04 if self.new else 0.0)
+
+    def group_norm_scale(self) -> jax.Array:
+        scale = ((1.0 + self.layer) / self.layers) ** 0.7 if self.new else jnp.float32(1.0)
+        return jnp.broadcast_to(scale, (self.config.width,))

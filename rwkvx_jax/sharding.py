@@ -1,0 +1,113 @@
+"""Mesh, logical axes and their rules.
+
+Every parameter names its logical axes where it is created (`parameter(..., axes=...)` in
+`modules/parameters.py`); one table maps logical axes to mesh axes. Without a mesh every function
+here is a no-op, so modules can be used on their own. A parameter that no rule covers and a
+dimension that a mesh axis does not divide are errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rwkvx_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis -> mesh axis (or axes, or None: replicated).
+RULES: dict[str, Any] = {
+    # parameters
+    "layers": None,
+    "embed": "fsdp",  # residual-stream side of a matrix
+    "heads": "tensor",  # head side of a matrix: H * K channels, or H
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "rank": None,
+    "vector": None,  # per-channel vectors and norms: small
+    "head_size": None,
+    # activations
+    "batch": ("data", "fsdp"),
+    "time": "context",
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor, context over `devices` (default: all).
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices, or the devices are not of
+        the platform that the config asks for.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    found = devices[0].platform
+    if config.platform not in ("any", found):
+        raise ConfigError(
+            f"mesh.platform asks for {config.platform}, but JAX found {found} devices: install "
+            f"the jax build for {config.platform}, or set mesh.platform to {found}"
+        )
+    sizes = config.sizes
+    given = math.prod(size for size in sizes.values() if size != -1)
+    fill, rest = divmod(len(devices), given)
+    if rest or (-1 not in sizes.values() and fill != 1):
+        raise ConfigError(
+            f"mesh {sizes} asks for {'a multiple of ' if -1 in sizes.values() else ''}{given} "
+            f"devices, but there are {len(devices)}: change the sizes, or use -1 for one of them"
+        )
+    shape = tuple(fill if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES)
+    return Mesh(
+        np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions have these logical axes.
+
+    Raises:
+      ConfigError: an axis that no rule covers.
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
+    if unknown:
+        raise ConfigError(f"no sharding rule for logical axis {unknown}; known are {list(RULES)}")
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for x to be sharded by its logical axes; a no-op where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def named_sharding(
+    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str
+) -> NamedSharding:
+    """Sharding of an array called `name`; a dimension that is not divisible is an error."""
+    spec = partition_spec(axes)
+    for dimension, (size, mesh_axes) in enumerate(zip(shape, spec, strict=True)):
+        parts = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+        ways = math.prod(mesh.shape[part] for part in parts)
+        if size % ways:
+            raise ConfigError(
+                f"{name}: dimension {dimension} ({axes[dimension]}) of size {size} is not "
+                f"divisible by {ways}, the size of mesh axes {list(parts)}; change the mesh"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of token batches [B, T + 1]: rows over the data axes, time whole.
+
+    The extra target token makes the length indivisible; activations are cut along `context`
+    inside the step.
+    """
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,47 @@
+"""Block expansion: a plain RWKV-7 becomes a hybrid by gaining attention blocks.
+
+With zero-initialised output projections (`attention_init="zero"`, the paper) the hybrid computes
+exactly what the RWKV-7 computed. With "copy" (the repository) each new block takes the
+projections of the RWKV-7 block before it, and the function changes.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from rwkvx_jax.config import ConfigError, ModelConfig
+from rwkvx_jax.model import Params, create_model, get_params
+
+_COPIED = (
+    ("attention", "time_mix", ("receptance", "key", "value", "output")),
+    ("channel_mix", "channel_mix", ("key", "value")),
+)
+
+
+def new_attention_blocks(config: ModelConfig) -> Params:
+    """Freshly initialised attention blocks of a model, as `config.init_seed` gives them."""
+    return jax.jit(lambda: get_params(create_model(config))["attention_blocks"])()
+
+
+def expand(params: Params, config: ModelConfig) -> Params:
+    """Adds the attention blocks of `config` to the parameters of a plain RWKV-7.
+
+    Args:
+      params: parameters of `config.without_attention()`; kept as they are.
+      config: the hybrid.
+
+    Raises:
+      ConfigError: the parameters already have attention blocks, or `config` has none.
+    """
+    if "attention_blocks" in params:
+        raise ConfigError("these parameters already have attention blocks: nothing to expand")
+    if not config.num_attention_blocks:
+        raise ConfigError("model.num_attention_blocks is 0: nothing to expand to")
+    attention = new_attention_blocks(config)
+    if config.attention_init == "copy":
+        interval = config.blocks_per_group
+        for target, source, names in _COPIED:
+            for name in names:
+                rows = params["blocks"][source][name][interval - 1 :: interval]
+                attention[target][name] = rows
+    return {**params, "attention_blocks": attention}

@@ -1,0 +1,323 @@
+"""The training loop: stages in order in one process, resumed exactly where a run stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rwkvx_jax.checkpoint import Checkpoints, check_resumable, progress_record
+from rwkvx_jax.config import Config, ConfigError, Stage, to_dict
+from rwkvx_jax.data.pipeline import OpenData, batches, open_data
+from rwkvx_jax.model import Params, create_model, get_params
+from rwkvx_jax.sharding import batch_sharding, make_mesh
+from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
+from rwkvx_jax.training.metrics import MetricsWriter, Reporter
+from rwkvx_jax.training.probe import make_probe
+from rwkvx_jax.training.step import StageProgram, TrainState, stage_program
+
+
+class TrainingStopped(RuntimeError):
+    """Training can't go on; the message says at which step and what was kept."""
+
+
+@dataclass
+class Run:
+    """What all stages of one call of `fit` share."""
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    data: OpenData
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    reporter: Reporter
+    interrupted: bool = False  # a SIGTERM came: save and stop
+
+    def save(self, position: Position, state: TrainState) -> None:
+        record = progress_record(self.config, *position, self.data.fingerprint)
+        try:
+            self.checkpoints.save(
+                position.total(self.config), state.params, state.opt_state, record
+            )
+        except OSError as error:
+            raise TrainingStopped(
+                f"step {position.total(self.config)}: no checkpoint could be written to "
+                f"{self.workdir} ({error}); earlier checkpoints are kept. Free some space or fix "
+                "the permissions, then run the same command again."
+            ) from error
+
+
+def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> Params:
+    """Trains all stages of `config`, continuing from the newest checkpoint of `workdir`.
+
+    Args:
+      config: the experiment.
+      workdir: where checkpoints, metrics and the data cache live; created if need be.
+      initial_params: parameters to start from (a plain RWKV-7 is expanded where a stage wants
+        the hybrid); None initialises them. Not used when a checkpoint is there.
+
+    Returns:
+      The final parameters.
+
+    Raises:
+      ConfigError: anything in the config, the data or the workdir that can't work.
+      TrainingStopped: a loss that is not finite, a checkpoint that can't be written, or SIGTERM.
+    """
+    mesh = make_mesh(config.mesh)
+    first = jax.process_index() == 0
+    reporter = Reporter(active=first)
+    _prepare_workdir(workdir, config, active=first)
+    data = open_data(config.data, workdir=workdir, vocab_size=config.model.vocab_size)
+    for stage in config.stages:  # sequences longer than the corpus fail here, before any work
+        data.dataset(stage, "train")
+    run_config = config.run
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(
+            workdir, keep=run_config.keep_checkpoints, keep_steps=stage_ends(config)
+        ) as checkpoints,
+    ):
+        latest = checkpoints.latest()
+        if latest is not None:
+            check_resumable(checkpoints.progress(latest), config, data.fingerprint, workdir)
+        writer = MetricsWriter(workdir, resume_step=latest or 0, active=first)
+        run = Run(config, workdir, mesh, data, checkpoints, writer, reporter)
+        devices = mesh.devices.flat
+        reporter.message(f"{mesh.size} {devices[0].device_kind} device(s), workdir {workdir}")
+        with closing(writer), _sigterm(run):
+            return _run_stages(run, latest, initial_params)
+
+
+def _run_stages(run: Run, latest: int | None, params: Params | None) -> Params:
+    config = run.config
+    position, opt_state = Position(0, 0), None
+    if latest is not None:
+        progress = run.checkpoints.progress(latest)
+        position = Position(progress["stage"], progress["stage_step"])
+        program = stage_program(config, config.stages[position.stage], run.mesh)
+        target = program.abstract_state()
+        params, opt_state = run.checkpoints.restore(latest, target.params, target.opt_state)
+        run.reporter.message(
+            f"continuing after step {latest}: stage {config.stages[position.stage].name}, "
+            f"{position.stage_step} of its steps done"
+        )
+        state = program.start(params, opt_state)._replace(step=np.int32(position.stage_step))
+    elif params is None:
+        params = jax.jit(lambda: get_params(create_model(config.stage_model(config.stages[0]))))()
+    for index in range(position.stage, len(config.stages)):
+        stage = config.stages[index]
+        if index > position.stage or latest is None:
+            program, state = next_stage(config, index, run.mesh, params, opt_state)
+            position = Position(index, 0)
+        if position.stage_step < stage.steps:
+            state = _run_stage(run, program, state, position)
+        params, opt_state = state.params, state.opt_state
+        latest = None
+    run.checkpoints.wait()
+    return params
+
+
+def _run_stage(
+    run: Run, program: StageProgram, state: TrainState, position: Position
+) -> TrainState:
+    config, stage = run.config, run.config.stages[position.stage]
+    run.reporter.message(
+        f"stage {stage.name}: {stage.steps} steps of {stage.global_batch} x {stage.seq_len} "
+        f"tokens, {stage.trainable} parameters, loss {stage.loss}"
+    )
+    iterator = batches(
+        run.data.dataset(stage, "train"),
+        stage.global_batch,
+        start=position.stage_step * stage.global_batch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.run.data_workers,
+    )
+    evaluate = _evaluator(run, program, stage)
+    watch = _Watch(run, stage)
+    run.reporter.start_stage(stage.name, position.stage_step, stage.steps)
+    try:
+        with closing(iterator):
+            while position.stage_step < stage.steps:
+                total = position.total(config)
+                with _profile(run, total):
+                    batch = watch.fetch(iterator)
+                    state, metrics = program.train_step(state, batch)
+                position = position._replace(stage_step=position.stage_step + 1)
+                last = position.stage_step == stage.steps
+                watch.submit(position, metrics)
+                if last or total + 1 == _due(total + 1, config.run.eval_every):
+                    watch.drain()
+                    evaluate(total + 1, state.params)
+                due = total + 1 == _due(total + 1, config.run.checkpoint_every)
+                if last or due or run.interrupted:
+                    watch.drain()  # a bad step is found before it is saved
+                    run.save(position, state)
+                if run.interrupted:
+                    run.checkpoints.wait()
+                    raise TrainingStopped(
+                        f"stopped by SIGTERM after step {total + 1}; it is saved: the same "
+                        "command continues"
+                    )
+    finally:
+        run.reporter.end_stage()
+    return state
+
+
+def _due(step: int, every: int) -> int:
+    """`step` if it is a multiple of `every`, else -1 (0 = never)."""
+    return step if every and step % every == 0 else -1
+
+
+class _Watch:
+    """Looks at each step's metrics one step late, so that looking never stalls the device."""
+
+    def __init__(self, run: Run, stage: Stage):
+        self._run, self._stage = run, stage
+        self._pending: tuple[Position, dict[str, Any]] | None = None
+        self._skipped = 0
+        self._sharding = batch_sharding(run.mesh)
+        self._clock = time.perf_counter()
+        self._wait = 0.0
+
+    def fetch(self, iterator: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        start = time.perf_counter()
+        batch = next(iterator)
+        self._wait = time.perf_counter() - start
+        return {
+            name: jax.make_array_from_process_local_data(self._sharding, rows)
+            for name, rows in batch.items()
+        }
+
+    def submit(self, position: Position, metrics: dict[str, jax.Array]) -> None:
+        self.drain()
+        self._pending = position, metrics
+
+    def drain(self) -> None:
+        """Reports the step that is still open, if any, and stops the run if it went wrong."""
+        if self._pending is None:
+            return
+        (position, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        total = position.total(self._run.config)
+        finite = bool(values.pop("finite"))
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite:
+            self._handle_nonfinite(total, values)
+        rate = self._stage.seq_len * self._stage.global_batch / seconds
+        if total == _due(total, self._run.config.run.log_every) or not finite:
+            values["skipped"] = float(self._skipped)
+            self._run.writer.write(total, self._stage.name, values)
+            timing = {"step_seconds": seconds, "data_wait_seconds": self._wait}
+            self._run.writer.write_timing(total, {**timing, "tokens_per_second": rate})
+        self._run.reporter.step(position.stage_step, values["loss"], rate)
+
+    def _handle_nonfinite(self, total: int, values: dict[str, float]) -> None:
+        what = f"loss {values['objective']}, gradient norm {values['grad_norm']} at step {total}"
+        run = self._run.config.run
+        if run.nonfinite == "stop" or self._skipped > run.max_skipped:
+            self._run.checkpoints.wait()
+            raise TrainingStopped(
+                f"not finite: {what} (stage {self._stage.name}); parameters were not changed by "
+                f"it, the last checkpoint is of step {self._run.checkpoints.latest()}. Lower "
+                "peak_lr, or continue past single bad steps with --run.nonfinite skip"
+            )
+        self._run.reporter.message(f"skipped a step: {what}")
+
+
+def _evaluator(run: Run, program: StageProgram, stage: Stage):
+    """A function (step, params) that reports held-out loss and the passkey probe."""
+    config = run.config.run
+    probe = None
+    if config.probe_trials:
+        probe = make_probe(
+            program.model, run.data.tokenizer, stage.seq_len, config.probe_trials, seed=0
+        )
+
+    def evaluate(step: int, params: Params) -> None:
+        values = {}
+        if config.eval_batches:
+            values["held_out_loss"] = _held_out_loss(run, program, stage, params)
+        if probe is not None:
+            values["passkey_accuracy"] = probe(params)
+        if values:
+            run.writer.write(step, stage.name, values)
+            text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            run.reporter.message(f"step {step} ({stage.name}): {text}")
+
+    return evaluate
+
+
+def _held_out_loss(run: Run, program: StageProgram, stage: Stage, params: Params) -> float:
+    """Mean loss over the first held-out batches, the same ones every time."""
+    iterator = batches(
+        run.data.dataset(stage, "valid"),
+        stage.global_batch,
+        start=0,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    total = count = 0.0
+    sharding = batch_sharding(run.mesh)
+    with closing(iterator):
+        for _, rows in zip(range(run.config.run.eval_batches), iterator, strict=False):
+            batch = {
+                name: jax.make_array_from_process_local_data(sharding, value)
+                for name, value in rows.items()
+            }
+            loss, valid = program.eval_step(params, batch)
+            total, count = total + float(loss), count + float(valid)
+    return total / max(count, 1.0)
+
+
+def _prepare_workdir(workdir: Path, config: Config, *, active: bool) -> None:
+    if not active:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"workdir {workdir} can't be written ({error}): choose another with --workdir"
+        ) from error
+
+
+@contextmanager
+def _sigterm(run: Run):
+    """Turns SIGTERM (preemption) into a saved checkpoint and an orderly end."""
+
+    def handler(*_) -> None:
+        run.interrupted = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread: the caller handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _profile(run: Run, step: int):
+    """Starts and ends the trace of `run.profile_steps` around step `step` (from 0)."""
+    bounds = run.config.run.profile_range()
+    if bounds and step == bounds[0]:
+        jax.profiler.start_trace(str(run.workdir / "tensorboard"))
+    yield
+    if bounds and step == bounds[1] - 1:
+        jax.profiler.stop_trace()
+        run.reporter.message(f"trace of steps {bounds[0]} to {bounds[1] - 1} written")

@@ -1,0 +1,101 @@
+"""Losses as weighted sums over tokens.
+
+Every mean is a sum of per-token losses times weights that are known before the forward pass
+(`token_weights`), so that gradient accumulation, sharding and masks are exact. Logits exist for
+one block of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rwkvx_jax.config import LongCEConfig
+from rwkvx_jax.model import RWKVX
+
+
+class TokenLosses(NamedTuple):
+    """Per-token terms, each [B, T] float32."""
+
+    cross_entropy: jax.Array
+    squared_max: jax.Array  # square of the largest logit (L2Wrap)
+
+
+def token_weights(mask: jax.Array, average: str) -> jax.Array:
+    """Weights [B, T] that sum to 1 over the whole batch.
+
+    Args:
+      mask: [B, T] float32, 1 where the target counts.
+      average: "token": all valid tokens alike; "sample": samples alike, each the mean of its own.
+    """
+    if average == "token":
+        return mask / jnp.maximum(mask.sum(), 1.0)
+    rows = mask.sum(axis=1, keepdims=True)
+    return mask / jnp.maximum(rows, 1.0) / jnp.maximum((rows > 0).sum(), 1)
+
+
+def token_losses(model: RWKVX, tokens: jax.Array, block_tokens: int) -> TokenLosses:
+    """Cross-entropy of predicting tokens[:, 1:] from tokens[:, :-1].
+
+    Args:
+      model: any model of this project.
+      tokens: [B, T + 1] int32.
+      block_tokens: tokens whose logits exist at once (rounded to whole time steps).
+    """
+    features, targets = model.features(tokens[:, :-1]), tokens[:, 1:]
+    batch, time = targets.shape
+    block = min(time, max(1, block_tokens // batch))
+    blocks = -(-time // block)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, block, ...]
+        padding = [(0, 0), (0, blocks * block - time)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, padding).reshape(batch, blocks, block, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint  # the backward pass makes the logits of a block again
+    def one_block(features: jax.Array, targets: jax.Array) -> TokenLosses:
+        logits = model.head(features)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return TokenLosses(losses, jnp.square(logits.max(-1)))
+
+    losses = jax.lax.map(lambda xs: one_block(*xs), (split(features), split(targets)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :time], losses)
+
+
+def longce_starts(length: int, config: LongCEConfig) -> list[int]:
+    """First tokens of the short-context windows of a sequence of `length` predictions."""
+    return list(range(config.stride, length - config.window, config.stride))
+
+
+def longce_weights(
+    short_losses: Callable[[jax.Array], jax.Array],  # tokens [B, n + 1] -> losses [B, n]
+    tokens: jax.Array,  # [B, T + 1]
+    full_losses: jax.Array,  # [B, T]
+    config: LongCEConfig,
+) -> jax.Array:
+    """LongCE weights [B, T]: how much worse a token is predicted from a short context.
+
+    For each start s the tokens from s on are run alone, from an empty state and with chunks
+    counted from s; the predictions in [s + window, s + window + stride) get the weight
+    min(exp(short loss - full loss), cap), all others 1. The last window ends with the sequence,
+    however short that makes it. No gradient flows through the weights.
+    """
+    time = full_losses.shape[1]
+    span = config.window + config.stride
+    starts = longce_starts(time, config)
+    padded = jnp.pad(tokens, ((0, 0), (0, max(0, starts[-1] + span - time))))
+
+    def window(start: jax.Array) -> jax.Array:  # -> [B, stride]
+        part = jax.lax.dynamic_slice_in_dim(padded, start, span + 1, axis=1)
+        return short_losses(part)[:, config.window :]
+
+    short = jax.lax.map(window, jnp.asarray(starts))  # [windows, B, stride]
+    short = short.swapaxes(0, 1).reshape(tokens.shape[0], -1)
+    first = starts[0] + config.window
+    short = short[:, : time - first]
+    weights = jnp.minimum(jnp.exp(short - full_losses[:, first:]), config.cap)
+    ones = jnp.ones((tokens.shape[0], first), jnp.float32)
+    return jax.lax.stop_gradient(jnp.concatenate([ones, weights], axis=1))

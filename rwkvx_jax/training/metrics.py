@@ -1,0 +1,116 @@
+"""What a run reports: metrics.jsonl, timing.jsonl, TensorBoard, and a line or bar for people.
+
+`metrics.jsonl` holds only what the computation determines, so that an interrupted run leaves the
+same bytes as an undisturbed one; wall-clock figures go to `timing.jsonl`. On resume both are cut
+back to the restored step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drops the lines of a jsonl file whose "step" is beyond `step`, and a half last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the write was cut off by a kill
+            break
+        if record["step"] > step or not line.endswith("\n"):
+            break
+        kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+class MetricsWriter:
+    """Writes records of process 0; other processes get an inert one (`active=False`)."""
+
+    def __init__(self, workdir: Path, *, resume_step: int, active: bool):
+        self._active = active
+        if not active:
+            return
+        from tensorboardX import SummaryWriter
+
+        paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
+        for path in paths:
+            cut_back(path, resume_step)
+        self._metrics, self._timing = (path.open("a") for path in paths)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, stage: str, values: dict[str, float]) -> None:
+        """One record of metrics.jsonl, and its scalars for TensorBoard."""
+        self._write("_metrics", {"step": step, "stage": stage, **values})
+
+    def write_timing(self, step: int, values: dict[str, float]) -> None:
+        """One record of timing.jsonl, and its scalars for TensorBoard."""
+        self._write("_timing", {"step": step, **values})
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        if not self._active:
+            return
+        file = getattr(self, name)
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        for key, value in record.items():
+            if isinstance(value, float):
+                self._board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        if self._active:
+            self._metrics.close()
+            self._timing.close()
+            self._board.close()
+
+
+class Reporter:
+    """A progress bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, *, active: bool):
+        self._console = Console(quiet=not active, highlight=False)
+        self._bar: Progress | None = None
+        self._task = None
+        self._last_line = 0.0
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def start_stage(self, name: str, done: int, steps: int) -> None:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=steps, completed=done, text="compiling")
+        self._name, self._steps, self._last_line = name, steps, 0.0
+
+    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif time.monotonic() - self._last_line > PLAIN_LINE_SECONDS or done == self._steps:
+            self._last_line = time.monotonic()
+            self.message(f"{self._name} {done}/{self._steps}  {text}")
+
+    def end_stage(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,201 @@
+"""Train step and held-out step of one stage, jitted over a mesh.
+
+Only trainable parameters get gradients and moments. A step whose loss or gradient is not finite
+leaves parameters and moments as they were; the caller decides what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rwkvx_jax.config import Config, Stage
+from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, param_axes, with_params
+from rwkvx_jax.sharding import batch_sharding, named_sharding, replicated
+from rwkvx_jax.training.losses import longce_weights, token_losses, token_weights
+from rwkvx_jax.training.optimizer import (
+    learning_rate,
+    make_optimizer,
+    rate_factors,
+    treatments,
+)
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: jax.Array  # int32, steps done in this stage
+    params: Params
+    opt_state: Any  # of the trainable parameters only
+
+
+def split_trainable(params: Params, trainable: str) -> tuple[Params, Params]:
+    """(trainable, frozen) parts of a parameter tree."""
+    if trainable == "all":
+        return params, {}
+    chosen = {"attention_blocks": params["attention_blocks"]}
+    return chosen, {name: tree for name, tree in params.items() if name not in chosen}
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """The compiled functions of a stage and the shardings of its state."""
+
+    model: RWKVX  # abstract
+    trainable: str
+    optimizer: optax.GradientTransformation
+    shardings: TrainState
+    init_opt_state: Callable[[Params], Any]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: the target of a restore."""
+        params = get_params(self.model)
+        trainable, _ = split_trainable(params, self.trainable)
+        opt_state = jax.eval_shape(self.optimizer.init, trainable)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self.shardings,
+        )
+
+    def start(self, params: Params, opt_state: Any | None) -> TrainState:
+        """The state at the start of the stage; None makes fresh moments."""
+        params = jax.device_put(params, self.shardings.params)
+        if opt_state is None:
+            opt_state = self.init_opt_state(split_trainable(params, self.trainable)[0])
+        return TrainState(jax.device_put(jnp.int32(0), self.shardings.step), params, opt_state)
+
+
+def param_shardings(model: RWKVX, mesh: Mesh) -> Params:
+    """Sharding of every parameter of an abstract model; errors name the parameter."""
+    shapes, axes = get_params(model), param_axes(model)
+
+    def one(path: tuple, leaf: jax.ShapeDtypeStruct, leaf_axes: tuple[str, ...]):
+        name = ".".join(key.key for key in path)
+        return named_sharding(mesh, leaf_axes, leaf.shape, name)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
+    """Builds the functions of a stage; nothing is compiled before the first call."""
+    model = abstract_model(config.stage_model(stage), config.run)
+    plan, _ = split_trainable(
+        treatments(config.optimizer.policy, param_axes(model)), stage.trainable
+    )
+    optimizer = make_optimizer(config.optimizer, plan)
+    shardings = param_shardings(model, mesh)
+    trainable, _ = split_trainable(shardings, stage.trainable)
+    shapes, _ = split_trainable(get_params(model), stage.trainable)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, shapes),
+        trainable,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    state_shardings = TrainState(replicated(mesh), shardings, opt_shardings)
+    batch = batch_sharding(mesh)
+    return StageProgram(
+        model=model,
+        trainable=stage.trainable,
+        optimizer=optimizer,
+        shardings=state_shardings,
+        init_opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings),
+        train_step=jax.jit(
+            _train_step(config, stage, model, optimizer, rate_factors(plan)),
+            in_shardings=(state_shardings, batch),
+            out_shardings=(state_shardings, replicated(mesh)),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            _eval_step(config, model),
+            in_shardings=(shardings, batch),
+            out_shardings=replicated(mesh),
+        ),
+    )
+
+
+def _objective(config: Config, stage: Stage, model: RWKVX) -> Callable:
+    """loss(trainable, frozen, tokens, weights) -> (loss, cross-entropy), weighted sums."""
+    block = config.run.loss_block
+
+    def loss(trainable: Params, frozen: Params, tokens: jax.Array, weights: jax.Array):
+        bound = with_params(model, {**frozen, **trainable})
+        losses = token_losses(bound, tokens, block)
+        factors = weights
+        if stage.loss == "longce":
+            fixed = with_params(model, jax.lax.stop_gradient({**frozen, **trainable}))
+            short = lambda part: token_losses(fixed, part, block).cross_entropy
+            factors = weights * longce_weights(
+                short, tokens, jax.lax.stop_gradient(losses.cross_entropy), stage.longce
+            )
+        total = jnp.sum(factors * losses.cross_entropy)
+        if stage.l2wrap:
+            total += stage.l2wrap * jnp.sum(weights * losses.squared_max)
+        return total, jnp.sum(weights * losses.cross_entropy)
+
+    return loss
+
+
+def _train_step(config, stage, model, optimizer, factors) -> Callable:
+    value_and_grad = jax.value_and_grad(_objective(config, stage, model), has_aux=True)
+    schedule = learning_rate(stage)
+
+    def gradients(trainable: Params, frozen: Params, batch: Batch):
+        weights = token_weights(batch["mask"], stage.loss_average)
+        if stage.accumulation == 1:
+            return value_and_grad(trainable, frozen, batch["tokens"], weights)
+
+        def part(total, xs):
+            return jax.tree.map(jnp.add, total, value_and_grad(trainable, frozen, *xs)), None
+
+        # Part i takes every accumulation-th row, so that each part stays spread over the devices.
+        parts = lambda x: x.reshape(-1, stage.accumulation, *x.shape[1:]).swapaxes(0, 1)
+        zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trainable))
+        return jax.lax.scan(part, zeros, (parts(batch["tokens"]), parts(weights)))[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        trainable, frozen = split_trainable(state.params, stage.trainable)
+        (loss, cross_entropy), grads = gradients(trainable, frozen, batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        rate = schedule(state.step)
+        moved = jax.tree.map(lambda p, u, f: p - rate * f * u, trainable, updates, factors)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        state = TrainState(
+            state.step + 1,
+            {**frozen, **jax.tree.map(keep, moved, trainable)},
+            jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        metrics = {
+            "loss": cross_entropy,
+            "objective": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(rate, jnp.float32),
+            "finite": finite,
+        }
+        return state, metrics
+
+    return step
+
+
+def _eval_step(config: Config, model: RWKVX) -> Callable:
+    def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Sum of the losses of valid targets, and their number."""
+        losses = token_losses(with_params(model, params), batch["tokens"], config.run.loss_block)
+        return jnp.sum(losses.cross_entropy * batch["mask"]), jnp.sum(batch["mask"])
+
+    return step
