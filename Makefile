@@ -1,0 +1,39 @@
+# Every target does its own set-up: Python 3.11 to 3.13 and make are all that is needed.
+
+VENV ?= .venv
+# The first interpreter that runs and is of a supported version.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+RUN = $(VENV)/bin/python
+DEMO = runs/demo
+
+.PHONY: venv demo test test-slow lint static-costs
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: install one, or set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[dev,tokenizer]"
+	touch $@
+
+# Trains the small model through all stages, then draws its passkey heat map.
+demo: venv
+	$(RUN) train.py --config configs/tiny_cpu.py --workdir $(DEMO)
+	$(RUN) eval.py passkey --checkpoint $(DEMO) --output $(DEMO)/eval --compare-without-attention \
+		--lengths 256,512,1024,2048,4096,8192,16384 --depths 10 --trials 2
+
+test: venv
+	$(RUN) -m pytest -n 2
+
+test-slow: venv
+	$(RUN) -m pytest -n 2 -m slow
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+static-costs: venv
+	$(RUN) tools/static_costs.py
