@@ -1,0 +1,96 @@
+"""Opens any checkpoint of named tensors by what it is: torch zip, safetensors, or sharded.
+
+A path may be one file, the index of a sharded checkpoint (`*.index.json`), or a directory in the
+manner of Hugging Face that holds one of these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rwkvx_jax.convert.pth import open_pth, write_pth
+from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
+from rwkvx_jax.convert.tensors import ConversionError, LazyTensor
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_DIRECTORY_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Lazy tensors of a checkpoint, and its metadata (empty where the format has none).
+
+    Args:
+      path: `.pth`, `.pt`, `.bin`, `.safetensors`, `*.index.json`, or a directory with one of
+        Hugging Face's file names.
+
+    Raises:
+      ConversionError: nothing readable there; the message says why.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_tensors(_file_in(path))
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist")
+    if path.name.endswith(".index.json"):
+        return _open_sharded(path)
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return open_pth(path), {}
+    raise ConversionError(
+        f"{path}: unknown kind of file; expected .safetensors, .index.json or one of "
+        f"{', '.join(TORCH_SUFFIXES)}"
+    )
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors in the format that the suffix of `path` names; a `.pth` has no metadata."""
+    suffix = Path(path).suffix
+    if suffix == ".safetensors":
+        write_safetensors(path, tensors, metadata)
+    elif suffix in TORCH_SUFFIXES:
+        write_pth(path, tensors)
+    else:
+        raise ConversionError(
+            f"{path}: the destination must end in .safetensors or one of "
+            f"{', '.join(TORCH_SUFFIXES)}"
+        )
+
+
+def _file_in(directory: Path) -> Path:
+    for name in _DIRECTORY_FILES:
+        if (directory / name).exists():
+            return directory / name
+    raise ConversionError(f"{directory} holds no checkpoint; looked for {list(_DIRECTORY_FILES)}")
+
+
+def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{path}: not an index with a weight_map ({error!r})") from error
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise ConversionError(f"{path}: shards {outside} are not plain names beside the index")
+    missing = [shard for shard in shards if not (path.parent / shard).exists()]
+    if missing:
+        raise ConversionError(f"{path}: shards {missing} are missing beside the index")
+    opened = {shard: open_tensors(path.parent / shard)[0] for shard in shards}
+    absent = sorted(name for name, shard in weight_map.items() if name not in opened[shard])
+    if absent:
+        raise ConversionError(
+            f"{path}: tensors {absent} are not in the shards that should hold them"
+        )
+    return {name: opened[shard][name] for name, shard in weight_map.items()}, {}

@@ -1,0 +1,110 @@
+"""The model configuration that the shapes of a checkpoint imply, in any layout of the table.
+
+Only sizes are looked at, each at its first occurrence; that all the other tensors agree with them
+is for `layout.check` to find. Chunk size and top-k leave no trace in the shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import get_args
+
+from rwkvx_jax.config import ConfigError, LowRankRule, ModelConfig, low_rank_widths
+from rwkvx_jax.convert.layout import PARAMETERS, Naming
+from rwkvx_jax.convert.tensors import ConversionError, LazyTensor
+
+_BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
+
+
+def infer_config(
+    tensors: Mapping[str, LazyTensor],
+    naming: Naming,
+    chunk_size: int | None = None,
+    top_k: int | None = None,
+) -> ModelConfig:
+    """Reads the configuration off the shapes.
+
+    Args:
+      tensors: of a checkpoint in the layout of `naming`.
+      naming: the layout.
+      chunk_size: of the sparse attention; None: the official value.
+      top_k: of the sparse attention; None: the official value.
+
+    Raises:
+      ConversionError: this is no RWKV-7 checkpoint, or its sizes make no valid model.
+    """
+    blocks = _count_layers(tensors, naming.block)
+    if not blocks:
+        shown = ", ".join(list(tensors)[:5])
+        raise ConversionError(
+            f"no tensors of RWKV-7 blocks among the {len(tensors)} ({shown}, ...)"
+        )
+    attention_blocks = 0
+    if naming.attention_block is not None:
+        attention_blocks = _count_layers(tensors, naming.attention_block)
+    vocab_size, width = _shape(tensors, naming, "embed", blocks)
+    hidden_width = _shape(tensors, naming, "blocks.channel_mix.key", blocks)[1]
+    ranks = {}
+    for pair in "wavg":
+        found = _shape(tensors, naming, f"blocks.time_mix.{pair}1", blocks, required=pair != "v")
+        ranks[pair] = found[1] if found else None
+    rule, override = _low_rank(width, ranks)
+    try:
+        return ModelConfig(
+            vocab_size=vocab_size,
+            num_blocks=blocks,
+            num_attention_blocks=attention_blocks,
+            width=width,
+            head_size=_shape(tensors, naming, "blocks.time_mix.r_k", blocks)[1],
+            ffn_width=0 if hidden_width == 4 * width else hidden_width,
+            low_rank=rule,
+            low_rank_override=override,
+            chunk_size=ModelConfig.chunk_size if chunk_size is None else chunk_size,
+            top_k=ModelConfig.top_k if top_k is None else top_k,
+        )
+    except ConfigError as error:
+        raise ConversionError(f"the shapes make no valid model: {error}") from error
+
+
+def _count_layers(tensors: Mapping[str, LazyTensor], template: str) -> int:
+    """One more than the highest layer number among the names."""
+    before = re.escape(template.partition("{i}")[0])
+    matches = (re.match(rf"{before}(\d+)\.", name) for name in tensors)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def _shape(
+    tensors: Mapping[str, LazyTensor],
+    naming: Naming,
+    parameter: str,
+    blocks: int,
+    required: bool = True,
+) -> tuple[int, int] | None:
+    """Our shape of a matrix, at its first occurrence; None if there is none."""
+    stored = getattr(_BY_NAME[parameter], naming.column)
+    if parameter.startswith("blocks."):
+        names = [naming.block.format(stored.name, i=i) for i in range(blocks)]
+    else:
+        names = [naming.top.format(stored.name)]
+    name = next((n for n in names if n in tensors), None)
+    if name is None:
+        if required:
+            raise ConversionError(f"there is no tensor {names[0]}: not an RWKV-7 or RWKV-X model")
+        return None
+    shape = tensors[name].shape
+    if len(shape) != 2:
+        raise ConversionError(f"{name} has shape {shape}; a matrix was expected")
+    return shape[::-1] if stored.form == "transposed" else shape
+
+
+def _low_rank(
+    width: int, found: Mapping[str, int | None]
+) -> tuple[LowRankRule, tuple[int, int, int, int] | None]:
+    """The formula that gives the widths found (None: not in the file), or else the widths."""
+    for rule in get_args(LowRankRule):
+        widths = low_rank_widths(width, rule)._asdict()
+        if all(found[pair] in (None, widths[pair]) for pair in "wavg"):
+            return rule, None
+    unused = low_rank_widths(width, "rwkvx")._asdict()
+    return "rwkvx", tuple(found[pair] or unused[pair] for pair in "wavg")

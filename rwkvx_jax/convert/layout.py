@@ -1,0 +1,324 @@
+"""Which parameter of ours is which tensor of the other layouts, and the machinery that uses it.
+
+Ours are stacked over the layers along axis 0 and keep every matrix as [in, out]; official files
+and flash-linear-attention's keep one tensor per layer, and linear layers as [out, in]. One table
+says all of it; `to_params` and `from_params` follow the table in either direction, lazily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.convert.tensors import DTYPES, ConversionError, LazyTensor, cast
+
+Form = Literal["plain", "transposed", "wrapped", "vector"]
+"""How a tensor is stored elsewhere: as it is; transposed; as [1, 1, D]; as a vector with any
+number of leading ones."""
+
+
+class Stored(NamedTuple):
+    """Name (within its layer, or whole) and form of a tensor in another layout."""
+
+    name: str
+    form: Form = "plain"
+
+
+class Parameter(NamedTuple):
+    """One parameter of ours. `dims` spells its shape without the layer axis: letters as everywhere,
+    and w, a, v, g for the four low-rank widths."""
+
+    name: str
+    dims: str
+    official: Stored
+    fla: Stored | None = None
+
+
+def _norm(ours: str, official: str, fla: str | None) -> list[Parameter]:
+    return [
+        Parameter(
+            f"{ours}.{part}",
+            "D",
+            Stored(f"{official}.{torch_part}"),
+            Stored(f"{fla}.{torch_part}") if fla else None,
+        )
+        for part, torch_part in (("scale", "weight"), ("bias", "bias"))
+    ]
+
+
+def _linear(ours: str, dims: str, official: str, fla: str | None = None) -> Parameter:
+    fla_stored = Stored(f"{fla}.weight", "transposed") if fla else None
+    return Parameter(ours, dims, Stored(f"{official}.weight", "transposed"), fla_stored)
+
+
+def _vector(ours: str, official: str, fla: str | None = None) -> Parameter:
+    fla_stored = Stored(fla, "vector") if fla else None
+    return Parameter(ours, "D", Stored(official, "wrapped"), fla_stored)
+
+
+def _low_rank(pair: str) -> list[Parameter]:
+    ours, official, fla = f"blocks.time_mix.{pair}", f"att.{pair}", f"attn.{pair}_lora.lora"
+    rows = [
+        Parameter(
+            f"{ours}1", f"D{pair}", Stored(f"{official}1"), Stored(f"{fla}.0.weight", "transposed")
+        ),
+        Parameter(
+            f"{ours}2", f"{pair}D", Stored(f"{official}2"), Stored(f"{fla}.2.weight", "transposed")
+        ),
+    ]
+    bias = [] if pair == "g" else [_vector(f"{ours}0", f"{official}0", f"{fla}.2.bias")]
+    return bias + rows
+
+
+def _channel_mix(ours: str, fla: str | None) -> list[Parameter]:
+    def inner(name):
+        return f"{fla}.{name}" if fla else None
+
+    return [
+        _vector(f"{ours}.x_k", "ffn.x_k", inner("x_k")),
+        _linear(f"{ours}.key", "DF", "ffn.key", inner("key")),
+        _linear(f"{ours}.value", "FD", "ffn.value", inner("value")),
+    ]
+
+
+_PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("embed", "WD", Stored("emb.weight"), Stored("model.embeddings.weight")),
+    *_norm("ln0", "blocks.0.ln0", "model.layers.0.pre_norm"),
+    *_norm("blocks.ln1", "ln1", "attn_norm"),
+    *_norm("blocks.ln2", "ln2", "ffn_norm"),
+    *(_vector(f"blocks.time_mix.x_{s}", f"att.x_{s}", f"attn.x_{s}") for s in "rwkvag"),
+    *(row for pair in "wavg" for row in _low_rank(pair)),
+    _vector("blocks.time_mix.k_k", "att.k_k", "attn.k_k"),
+    _vector("blocks.time_mix.k_a", "att.k_a", "attn.k_a"),
+    Parameter("blocks.time_mix.r_k", "HK", Stored("att.r_k"), Stored("attn.r_k")),
+    *(
+        _linear(f"blocks.time_mix.{name}", "DD", f"att.{name}", f"attn.{fla}")
+        for name, fla in _PROJECTIONS.items()
+    ),
+    *_norm("blocks.time_mix.ln_x", "att.ln_x", "attn.g_norm"),
+    *_channel_mix("blocks.channel_mix", "ffn"),
+    *_norm("attention_blocks.ln1", "ln1", None),
+    *_norm("attention_blocks.ln2", "ln2", None),
+    *(_linear(f"attention_blocks.attention.{name}", "DD", f"att.{name}") for name in _PROJECTIONS),
+    *_channel_mix("attention_blocks.channel_mix", None),
+    *_norm("ln_out", "ln_out", "model.norm"),
+    _linear("head", "DW", "head", "lm_head"),
+)
+
+VALUE_RESIDUAL = tuple(f"blocks.time_mix.v{i}" for i in range(3))
+"""Parameters that exist in our stack for block 0 as well, where nothing uses them."""
+
+
+def _dim_sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "W": config.vocab_size,
+        "D": config.width,
+        "H": config.num_heads,
+        "K": config.head_size,
+        "F": config.hidden_width,
+        **config.ranks._asdict(),
+    }
+
+
+def _stack_size(parameter: Parameter, config: ModelConfig) -> int | None:
+    """Layers in the parameter's stack; None if it is not stacked."""
+    if parameter.name.startswith("blocks."):
+        return config.num_blocks
+    if parameter.name.startswith("attention_blocks."):
+        return config.num_attention_blocks
+    return None
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all our parameters, by name."""
+    sizes = _dim_sizes(config)
+    shapes = {}
+    for parameter in PARAMETERS:
+        layers = _stack_size(parameter, config)
+        if layers != 0:
+            stack = () if layers is None else (layers,)
+            shapes[parameter.name] = stack + tuple(sizes[d] for d in parameter.dims)
+    return shapes
+
+
+class Naming(NamedTuple):
+    """Another layout: its column in the table and its templates for names ({i}: the layer)."""
+
+    column: Literal["official", "fla"]
+    top: str
+    block: str
+    attention_block: str | None = None
+    first_value_residual: bool = False
+    """Whether block 0 has v0, v1, v2 (unused there)."""
+
+
+class Slot(NamedTuple):
+    """One tensor of another layout and its place in ours."""
+
+    parameter: str
+    row: int | None  # layer; None if the parameter is not stacked
+    shape: tuple[int, ...]  # ours, of one layer
+    name: str  # theirs
+    form: Form
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the other layout (for "vector", one of those allowed)."""
+        if self.form == "transposed":
+            return self.shape[::-1]
+        return (1, 1, *self.shape) if self.form == "wrapped" else self.shape
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        if self.form == "vector":
+            return shape[-1:] == self.shape and set(shape[:-1]) <= {1}
+        return shape == self.stored_shape
+
+    def decode(self, array: np.ndarray) -> np.ndarray:
+        """Their array as ours."""
+        return array.T if self.form == "transposed" else array.reshape(self.shape)
+
+    def encode(self, array: np.ndarray) -> np.ndarray:
+        """Our array as theirs."""
+        return array.T if self.form == "transposed" else array.reshape(self.stored_shape)
+
+
+def slots(config: ModelConfig, naming: Naming) -> Iterator[Slot]:
+    """Every tensor that a checkpoint of this model has in another layout."""
+    sizes = _dim_sizes(config)
+    for parameter in PARAMETERS:
+        stored: Stored | None = getattr(parameter, naming.column)
+        layers = _stack_size(parameter, config)
+        if stored is None or layers == 0:
+            continue
+        shape = tuple(sizes[d] for d in parameter.dims)
+        if layers is None:
+            yield Slot(parameter.name, None, shape, naming.top.format(stored.name), stored.form)
+            continue
+        in_block = parameter.name.startswith("blocks.")
+        template = naming.block if in_block else naming.attention_block
+        skip_first = parameter.name in VALUE_RESIDUAL and not naming.first_value_residual
+        for i in range(1 if skip_first else 0, layers):
+            name = template.format(stored.name, i=i)
+            yield Slot(parameter.name, i, shape, name, stored.form)
+
+
+def check(
+    tensors: Mapping[str, LazyTensor], wanted: Collection[Slot], ignored: Collection[str] = ()
+) -> None:
+    """Checks names, shapes and dtypes of a checkpoint before any data is read.
+
+    Raises:
+      ConversionError: lists every missing tensor, extra tensor, wrong shape and integer dtype.
+    """
+    by_name = {slot.name: slot for slot in wanted}
+    problems = _names("missing", by_name.keys() - tensors.keys())
+    problems += _names("extra", tensors.keys() - by_name.keys() - set(ignored))
+    for name, slot in by_name.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if not slot.accepts(tensor.shape):
+            problems.append(f"{name} has shape {tensor.shape}, not {slot.stored_shape}")
+        if tensor.dtype not in DTYPES.values():
+            problems.append(f"{name} has dtype {tensor.dtype}, which is no floating-point weight")
+    if problems:
+        raise ConversionError("the tensors do not fit together: " + "; ".join(problems))
+
+
+def check_params(config: ModelConfig, params: Mapping[str, LazyTensor]) -> None:
+    """Checks names and shapes of our own parameters against a configuration.
+
+    Raises:
+      ConversionError: lists every missing or extra parameter and every wrong shape.
+    """
+    shapes = param_shapes(config)
+    problems = _names("missing", shapes.keys() - params.keys())
+    problems += _names("extra", params.keys() - shapes.keys())
+    problems += [
+        f"{name} has shape {params[name].shape}, not {shape}"
+        for name, shape in shapes.items()
+        if name in params and params[name].shape != shape
+    ]
+    if problems:
+        raise ConversionError(
+            "the parameters do not fit the model configuration: " + "; ".join(problems)
+        )
+
+
+def _names(what: str, names: Collection[str]) -> list[str]:
+    return [f"{what} ({len(names)}): {', '.join(sorted(names))}"] if names else []
+
+
+def to_params(
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    wanted: Collection[Slot],
+    dtype: np.dtype | None,
+) -> dict[str, LazyTensor]:
+    """Our parameters, each read from the other layout's tensors layer by layer.
+
+    Args:
+      config: the model.
+      tensors: the other layout's; names and shapes as `check` demands.
+      wanted: the slots of that layout.
+      dtype: of the result; None keeps the common dtype of each parameter's layers (where they
+        differ, a wider one that holds all their values).
+    """
+    places: dict[str, dict[int | None, Slot]] = {}
+    for slot in wanted:
+        places.setdefault(slot.parameter, {})[slot.row] = slot
+    return {
+        name: _stacked(name, shape, places[name], tensors, dtype)
+        for name, shape in param_shapes(config).items()
+    }
+
+
+def _stacked(name, shape, rows: dict[int | None, Slot], tensors, dtype) -> LazyTensor:
+    found = {tensors[slot.name].dtype for slot in rows.values()}
+    if dtype is None:
+        wide = DTYPES["float64" if DTYPES["float64"] in found else "float32"]
+        dtype = found.pop() if len(found) == 1 else wide
+
+    def layer(row: int | None) -> np.ndarray:
+        slot = rows.get(row)
+        if slot is None:  # block 0's value residual, which nothing uses
+            return np.zeros(shape[1:], dtype)
+        return cast(slot.decode(tensors[slot.name].read()), dtype, slot.name)
+
+    def load(row: int | None) -> np.ndarray:
+        if row is not None or None in rows:
+            return layer(row)
+        stack = np.empty(shape, dtype)
+        for i in range(shape[0]):
+            stack[i] = layer(i)
+        return stack
+
+    return LazyTensor(name, shape, dtype, load, by_rows=None not in rows)
+
+
+def from_params(
+    params: Mapping[str, LazyTensor], wanted: Collection[Slot], dtypes: Mapping[str, np.dtype]
+) -> dict[str, LazyTensor]:
+    """The other layout's tensors, each read from its row of our parameters.
+
+    Args:
+      params: ours; names and shapes as `check_params` demands.
+      wanted: the slots of the other layout.
+      dtypes: of every tensor of the other layout, by its name.
+    """
+
+    def tensor(slot: Slot) -> LazyTensor:
+        dtype = dtypes[slot.name]
+
+        def load(row):
+            array = slot.encode(cast(params[slot.parameter].read(slot.row), dtype, slot.name))
+            return array if row is None else array[row]
+
+        return LazyTensor(slot.name, slot.stored_shape, dtype, load)
+
+    return {slot.name: tensor(slot) for slot in wanted}

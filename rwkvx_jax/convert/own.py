@@ -1,0 +1,114 @@
+"""Our own single-file checkpoints: safetensors with everything needed to use the model.
+
+The parameters keep our names and stacked shapes; `__metadata__` holds the whole model
+configuration and the tokenizer's name, and, for a converted model, what its original file needs
+beyond that to be written again exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
+from rwkvx_jax.convert.layout import check_params
+from rwkvx_jax.convert.official import OfficialInfo
+from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
+from rwkvx_jax.convert.tensors import DTYPES, ConversionError, LazyTensor, as_lazy, in_dtype
+
+_FORMAT, _VERSION = "rwkvx_jax_format", "1"
+
+
+class OwnCheckpoint(NamedTuple):
+    """A checkpoint of ours, its parameters read lazily."""
+
+    config: ModelConfig
+    tokenizer_name: str
+    params: dict[str, LazyTensor]
+    info: OfficialInfo | None  # of the official file it came from
+
+
+def is_own_metadata(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with this metadata is one of ours."""
+    return _FORMAT in metadata
+
+
+def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:
+    """Opens one of our checkpoints.
+
+    Raises:
+      ConversionError: not one of ours, of a newer format, or its parameters do not fit its
+        configuration.
+    """
+    path = Path(path)
+    tensors, metadata = open_safetensors(path)
+    if not is_own_metadata(metadata):
+        raise ConversionError(
+            f"{path}: a safetensors file without our metadata; convert it first with "
+            "`python -m rwkvx_jax.convert`"
+        )
+    if metadata[_FORMAT] != _VERSION:
+        raise ConversionError(
+            f"{path}: format {metadata[_FORMAT]}, but this program reads {_VERSION}: update it"
+        )
+    try:
+        config = from_dict(ModelConfig, json.loads(metadata["model_config"]), "model")
+        official = metadata.get("official_info")
+        info = from_dict(OfficialInfo, json.loads(official), "info") if official else None
+        check_params(config, tensors)
+        return OwnCheckpoint(config, metadata["tokenizer"], tensors, info)
+    except (ConfigError, ConversionError, KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+def read_own_safetensors(
+    path: str | os.PathLike, dtype: np.dtype = DTYPES["float32"]
+) -> tuple[ModelConfig, str, dict[str, np.ndarray]]:
+    """One of our checkpoints in memory: configuration, tokenizer name, parameters by name.
+
+    Args:
+      path: a file that `write_own_safetensors` made.
+      dtype: of the parameters.
+
+    Raises:
+      ConversionError: see `open_own_safetensors`.
+    """
+    own = open_own_safetensors(path)
+    params = {name: param.read() for name, param in in_dtype(own.params, dtype).items()}
+    return own.config, own.tokenizer_name, params
+
+
+def write_own_safetensors(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    tokenizer_name: str,
+    params: Mapping[str, Any],
+    info: OfficialInfo | None = None,
+) -> None:
+    """Writes one of our checkpoints; it appears only when it is complete.
+
+    Args:
+      path: destination, `.safetensors`.
+      config: the model.
+      tokenizer_name: "world", "byte", or "" if unknown.
+      params: arrays or lazy tensors by name, shaped as `layout.param_shapes(config)` says.
+      info: of the official file the parameters came from.
+
+    Raises:
+      ConversionError: parameters that do not fit, or an unwritable destination.
+    """
+    params = as_lazy(params)
+    check_params(config, params)
+    metadata = {
+        _FORMAT: _VERSION,
+        "model_config": json.dumps(to_dict(config)),
+        "tokenizer": tokenizer_name,
+    }
+    if info is not None:
+        metadata["official_info"] = json.dumps(to_dict(info))
+    write_safetensors(path, params, metadata)
