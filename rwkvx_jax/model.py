@@ -7,14 +7,17 @@ blocks, so that compile time does not grow with depth.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rwkvx_jax.cache import Cache, CachePolicy, Gate, check_room, init_cache
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
+from rwkvx_jax.modules.channel_mix import last_valid
 from rwkvx_jax.modules.parameters import layer_norm, orthogonal, parameter, uniform
 from rwkvx_jax.sharding import constrain
 
@@ -77,7 +80,7 @@ class RWKVX(nnx.Module):
             return (x, v_first), None
 
         def attention(x, block):
-            return block(x, lambda attention, h: attention(h, self.run))[0]
+            return block(x, lambda attention, h: (attention(h, self.run), None))[0]
 
         if self.run.remat == "block":
             rwkv = jax.checkpoint(rwkv, prevent_cse=False)
@@ -90,6 +93,124 @@ class RWKVX(nnx.Module):
 
         (x, _), _ = jax.lax.scan(group, (x, jnp.zeros_like(x)), self.grouped((self.blocks, first)))
         return self.ln_out(x)
+
+    def init_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        gate: Gate = "per_head",
+        policy: CachePolicy | None = None,
+    ) -> Cache:
+        """An empty decode state for `batch` texts of at most `max_length` tokens; see cache.py."""
+        return init_cache(self.config, self.dtype, batch, max_length, gate, policy)
+
+    def prefill(
+        self,
+        tokens: jax.Array,  # [B, T] int32
+        cache: Cache,
+        lengths: jax.Array | None = None,  # [B] int32
+    ) -> tuple[jax.Array, Cache]:
+        """Reads a piece of text; any split of a prompt into pieces gives the same result.
+
+        Args:
+          tokens: right-padded where rows differ in length.
+          cache: state before the piece; the caller sees to it that the piece fits in.
+          lengths: valid tokens of each row (None: all); the rest changes nothing.
+
+        Returns:
+          Float32 logits [B, W] after each row's last valid token (meaningless where a row has
+          none), and the new state.
+        """
+        batch, time = tokens.shape
+        check_room(cache, time if lengths is None else 0)
+        lengths = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
+        if cache.policy is None or not self.config.num_attention_blocks:
+            last, cache = self._read(tokens, cache, lengths)
+        else:
+            last, cache = self._read_in_segments(tokens, cache, lengths)
+        return self.head(last), cache
+
+    def decode(self, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads one token [B] of each text: float32 logits [B, W], and the new state."""
+        check_room(cache, 1)
+        last, cache = self._read(token[:, None], cache, jnp.ones_like(token))
+        return self.head(last), cache
+
+    def _read(self, tokens: jax.Array, cache: Cache, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+        """Features [B, D] after each row's last valid token, and the new state."""
+        config, start = self.config, cache.length
+        x = self.embed_tokens(tokens)
+        first = jnp.arange(config.num_blocks) == 0
+
+        def rwkv(carry, scanned):
+            block, first, state = scanned
+            x, v_first, state = block(*carry, first, self.run, state, lengths)
+            return (x, v_first), state
+
+        def group(carry, scanned):
+            x, v_first, pages = carry
+            stacked, (layer, block, shift) = scanned
+            (x, v_first), states = jax.lax.scan(rwkv, (x, v_first), stacked)
+            if block is not None:
+                attend = lambda attention, h: attention.cached(
+                    h, pages, layer, start, lengths, cache.gate, cache.policy
+                )
+                x, shift, pages = block(x, attend, shift, lengths)
+            return (x, v_first, pages), (states, shift)
+
+        stacked, attention_blocks = self.grouped((self.blocks, first, cache.blocks))
+        layers = jnp.arange(max(1, config.num_attention_blocks))
+        shifts = cache.attention_ffn_shift if config.num_attention_blocks else None
+        (x, _, pages), (states, shifts) = jax.lax.scan(
+            group,
+            (x, jnp.zeros_like(x), cache.pages),
+            (stacked, (layers, attention_blocks, shifts)),
+        )
+        flat = lambda p: p.reshape(config.num_blocks, *p.shape[2:])
+        rows = start if cache.policy is None else cache.policy.rows_after(start)
+        rows = jnp.where(lengths > 0, rows, start)
+        cache = dataclasses.replace(
+            cache,
+            length=rows + lengths,
+            blocks=jax.tree.map(flat, states),
+            attention_ffn_shift=cache.attention_ffn_shift if shifts is None else shifts,
+            pages=pages,
+        )
+        return last_valid(self.ln_out(x), None, lengths), cache
+
+    def _read_in_segments(
+        self, tokens: jax.Array, cache: Cache, lengths: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """`_read` under a policy, as if token by token.
+
+        A compression falls due at the token that finds more rows than the trigger allows, and
+        uses that token's query; so each row's text is cut before every such token, and a segment
+        never holds more tokens than the pages have room for.
+        """
+        policy = cache.policy
+        size = min(tokens.shape[1], policy.trigger - policy.keep + 1)
+        padded = jnp.pad(tokens, ((0, 0), (0, size)))
+
+        def unfinished(carry):
+            done, _, _ = carry
+            return jnp.any(done < lengths)
+
+        def segment(carry):
+            done, last, cache = carry
+            room = policy.trigger + 1 - policy.rows_after(cache.length)
+            count = jnp.minimum(jnp.minimum(lengths - done, room), size)
+            part = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(
+                padded, done
+            )
+            features, cache = self._read(part, cache, count)
+            last = jnp.where((count > 0)[:, None], features, last)
+            return done + count, last, cache
+
+        nothing = jnp.zeros((tokens.shape[0], self.config.width), self.dtype)
+        carry = (jnp.zeros_like(lengths), nothing, cache)
+        _, last, cache = jax.lax.while_loop(unfinished, segment, carry)
+        return last, cache
 
     def grouped(self, stacked: Any) -> tuple[Any, Any]:
         """Per-layer trees [L, ...] as groups [M, L / M, ...], beside the attention blocks [M]."""

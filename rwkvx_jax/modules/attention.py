@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
+from rwkvx_jax.ops.paged import attend_pages
+from rwkvx_jax.ops.selection import select_from_means
 from rwkvx_jax.sharding import constrain
 
 
@@ -54,6 +57,97 @@ class Attention(nnx.Module):
                 implementation=run.sparse_attention,
             )
         return self.combine(out)
+
+    def cached(
+        self,
+        h: jax.Array,  # [B, T, D]
+        pages: Pages,
+        layer: jax.Array,  # int scalar, index of this block in the pages
+        start: jax.Array,  # [B], rows in the pages before this piece
+        lengths: jax.Array,  # [B], valid tokens of the piece
+        gate: Gate,
+        policy: CachePolicy | None,
+    ) -> tuple[jax.Array, Pages]:
+        """Attention of a piece to itself and to everything in the pages.
+
+        With a policy, rows that are due are compressed first, by the query of the first token.
+
+        Returns:
+          The output [B, T, D]; pages with the piece appended.
+        """
+        q, k, v = self.project(h)
+        if policy is not None:
+            due = policy.due(start) & (lengths > 0)
+            squeeze = lambda pages: compress(pages, layer, q[:, 0], start, due, policy)
+            pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
+            start = jnp.where(due, policy.keep, start)
+        pages = write_rows(pages, layer, k, v, start, lengths)
+        chosen = self._choose(q, pages, layer, start, gate)
+        read = self._read_one if h.shape[1] == 1 else self._read_piece
+        return self.combine(read(q, pages, layer, start, chosen).astype(h.dtype)), pages
+
+    def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
+        """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
+        if self.config.attention == "full":
+            return None
+        batch, time, heads, size = q.shape
+        chunk, top_k = self.config.chunk_size, self.config.top_k
+        means = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False) / chunk
+        means = means.swapaxes(1, 2)  # [B, N, H, K]
+        positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
+        if gate == "per_head":
+            return select_from_means(q, means, positions, chunk_size=chunk, count=top_k - 1)
+        # One score over all channels, and top_k past chunks beside the own one.
+        chosen = select_from_means(
+            q.reshape(batch, time, 1, heads * size),
+            means.reshape(*means.shape[:2], 1, heads * size),
+            positions,
+            chunk_size=chunk,
+            count=top_k,
+        )
+        return jnp.broadcast_to(chosen, (batch, time, heads, top_k))
+
+    def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
+        """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
+        blocks, batch, heads, count, chunk, size = pages.keys.shape
+        own = (start // chunk)[:, None, None]  # [B, 1, 1]
+        if chosen is None:
+            chosen = jnp.broadcast_to(jnp.arange(count), (batch, heads, count))
+            visible = jnp.clip(start[:, None, None] + 1 - chosen * chunk, 0, chunk)
+        else:
+            own = jnp.broadcast_to(own, (batch, heads, 1))
+            visible = jnp.where(chosen[:, 0] >= 0, chunk, 0)
+            chosen = jnp.concatenate([jnp.maximum(chosen[:, 0], 0), own], axis=-1)
+            filled = jnp.broadcast_to((start % chunk + 1)[:, None, None], own.shape)
+            visible = jnp.concatenate([visible, filled], axis=-1)
+        row = jnp.arange(batch * heads).reshape(batch, heads, 1)
+        flat = (layer * batch * heads + row) * count + chosen
+        out = attend_pages(
+            q.reshape(batch * heads, size),
+            pages.keys.reshape(-1, chunk, size),
+            pages.values.reshape(-1, chunk, size),
+            flat.reshape(batch * heads, -1),
+            visible.reshape(batch * heads, -1),
+            scale=size**-0.5,
+        )
+        return out.reshape(batch, 1, heads, size)
+
+    def _read_piece(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
+        """Many tokens at once, [B, T, H, K]."""
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False)
+        rows = lambda x: take(x).reshape(*x.shape[1:3], -1, x.shape[-1]).swapaxes(1, 2)
+        keys, values = rows(pages.keys), rows(pages.values)
+        if chosen is None:
+            return full_attention(q, keys, values, q_offset=start)
+        return sparse_attention(
+            q,
+            keys,
+            values,
+            chunk_size=self.config.chunk_size,
+            top_k=chosen.shape[-1] + 1,
+            selection=chosen,
+            q_offset=start,
+        )
 
     def project(self, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, T, H, K] in h's dtype."""

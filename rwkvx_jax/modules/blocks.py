@@ -7,25 +7,19 @@ over which the model scans.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rwkvx_jax.cache import BlockState
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.channel_mix import ChannelMix
 from rwkvx_jax.modules.parameters import LayerConstants, layer_norm
-from rwkvx_jax.modules.time_mix import TimeMix, TimeMixState
+from rwkvx_jax.modules.time_mix import TimeMix
 from rwkvx_jax.sharding import constrain
-
-
-class BlockState(NamedTuple):
-    """What one RWKV-7 block carries from one token to the next."""
-
-    time_mix: TimeMixState
-    ffn_shift: jax.Array  # [B, D]
 
 
 class RWKVBlock(nnx.Module):
@@ -72,14 +66,18 @@ class AttentionBlock(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # [B, T, D]
-        attend: Callable[[Attention, jax.Array], jax.Array],
+        attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]],
         ffn_shift: jax.Array | None = None,  # [B, D]
         lengths: jax.Array | None = None,  # [B]
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns x and the new shift; `attend` says how the attention reads (itself, a cache)."""
-        x = constrain(x + attend(self.attention, self.ln1(x)), "batch", "time", None)
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Returns x, the new shift, and what `attend` returns beside its output.
+
+        `attend` says how the attention reads: within the sequence, or from a cache.
+        """
+        mixed, kept = attend(self.attention, self.ln1(x))
+        x = constrain(x + mixed, "batch", "time", None)
         mixed, ffn_shift = self.channel_mix(self.ln2(x), ffn_shift, lengths)
-        return constrain(x + mixed, "batch", "time", None), ffn_shift
+        return constrain(x + mixed, "batch", "time", None), ffn_shift, kept
 
 
 def stack_blocks(

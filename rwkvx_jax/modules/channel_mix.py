@@ -54,7 +54,7 @@ class ChannelMix(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the output [B, T, D] in h's dtype and the new shift [B, D]."""
         dtype = h.dtype
-        x = h + (previous_token(h, shift) - h) * self.x_k[...].astype(dtype)
+        x = h + (previous_token(h, shift) - h) * self.x_k[...][None, None].astype(dtype)
         hidden = constrain(x @ self.key[...].astype(dtype), "batch", "time", "ffn")
         out = jnp.square(jax.nn.relu(hidden)) @ self.value[...].astype(dtype)
         return out, last_valid(h, shift, lengths)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rwkvx_jax.cache import TimeMixState
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.channel_mix import last_valid, previous_token
 from rwkvx_jax.modules.parameters import (
@@ -22,13 +21,6 @@ from rwkvx_jax.sharding import constrain
 
 DECAY_BOUND = 0.6065306597126334  # exp(-1/2): log w lies in [-DECAY_BOUND, 0)
 GROUP_NORM_EPS = 64e-5
-
-
-class TimeMixState(NamedTuple):
-    """What a time mix carries from one token to the next."""
-
-    shift: jax.Array  # [B, D], the previous input
-    wkv: jax.Array  # [B, H, V, K] float32
 
 
 def normalize_heads(x: jax.Array) -> jax.Array:
@@ -101,8 +93,8 @@ class TimeMix(nnx.Module):
         r, log_w, k, v, a, g, residual = self.projections(h, before)
         v_first = jnp.where(first, v, v_first)
         v = v + (v_first - v) * residual  # layer 0: the difference is exactly zero
-        kk = normalize_heads(split(k * self.k_k[...].astype(k.dtype)))
-        k = k * (1 + (a - 1) * self.k_a[...]).astype(k.dtype)
+        kk = normalize_heads(split(k * self._vector("k_k", k.dtype)))
+        k = k * (1 + (a - 1) * self._vector("k_a")).astype(k.dtype)
         remove, write = (-kk).astype(h.dtype), (kk * split(a)).astype(h.dtype)
         r, log_w, k, v = split(r), split(log_w), split(k), split(v)
         if lengths is not None:
@@ -117,10 +109,11 @@ class TimeMix(nnx.Module):
             remove,
             write,
             None if state is None else state.wkv,
-            implementation=run.recurrence,
+            # A single token needs no chunks: one step of the recurrence as it is written.
+            implementation="sequential" if h.shape[1] == 1 else run.recurrence,
         )
-        bonus = jnp.sum((r * k).astype(jnp.float32) * self.r_k[...], axis=-1, keepdims=True)
-        y = self.ln_x(y) + bonus * v.astype(jnp.float32)
+        bonus = (r * k).astype(jnp.float32) * self.r_k[...][None, None]
+        y = self.ln_x(y) + bonus.sum(-1, keepdims=True) * v.astype(jnp.float32)
         y = y.reshape(h.shape).astype(h.dtype) * g
         out = y @ self.output[...].astype(h.dtype)
         return out, v_first, TimeMixState(last_valid(h, before, lengths), wkv)
@@ -129,19 +122,23 @@ class TimeMix(nnx.Module):
         """r, log_w (float32), k, v, a (float32), g and the share of v_first in v: [B, T, D]."""
         weight = lambda name: getattr(self, name)[...].astype(h.dtype)
         difference = previous_token(h, shift) - h
-        mixed = {name: h + difference * weight(f"x_{name}") for name in "rwkvag"}
+        mixed = {name: h + difference * self._vector(f"x_{name}", h.dtype) for name in "rwkvag"}
         # Second matrix of a low-rank pair: float32, as what follows is sensitive.
         low_rank = lambda inner, name: (inner @ weight(name)).astype(jnp.float32)
 
         r = mixed["r"] @ weight("receptance")
         k = mixed["k"] @ weight("key")
         v = mixed["v"] @ weight("value")
-        z = self.w0[...] + low_rank(jnp.tanh(mixed["w"] @ weight("w1")), "w2")
+        z = self._vector("w0") + low_rank(jnp.tanh(mixed["w"] @ weight("w1")), "w2")
         log_w = -DECAY_BOUND * jax.nn.sigmoid(z)
-        a = jax.nn.sigmoid(self.a0[...] + low_rank(mixed["a"] @ weight("a1"), "a2"))
+        a = jax.nn.sigmoid(self._vector("a0") + low_rank(mixed["a"] @ weight("a1"), "a2"))
         g = jax.nn.sigmoid(mixed["g"] @ weight("g1")) @ weight("g2")
-        residual = jax.nn.sigmoid(self.v0[...] + low_rank(mixed["v"] @ weight("v1"), "v2"))
+        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(mixed["v"] @ weight("v1"), "v2"))
         return r, log_w, k, v, a, g, residual.astype(h.dtype)
+
+    def _vector(self, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """A per-channel parameter as [1, 1, D]."""
+        return getattr(self, name)[...][None, None].astype(dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -154,7 +151,7 @@ class GroupNorm(nnx.Module):
     def __call__(self, y: jax.Array) -> jax.Array:
         """y [B, T, H, V] -> float32 of the same shape."""
         y = y.astype(jnp.float32)
-        heads = y.shape[-2:]
+        heads = (1, 1, *y.shape[-2:])
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + GROUP_NORM_EPS)
         return y * self.scale[...].reshape(heads) + self.bias[...].reshape(heads)

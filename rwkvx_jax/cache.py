@@ -1,0 +1,219 @@
+"""Decode state: recurrent states, token shifts, and the pages of the attention blocks.
+
+Everything has a static shape, so one compilation serves a whole generation. Keys and values of an
+attention block lie in pages of one chunk each, [M, B, H, N, C, K], so that reading a chosen chunk
+reads contiguous memory; running sums of each page's keys serve the gate. Rows are written in
+place: pages travel through the layer scan as a carry.
+
+`CachePolicy` bounds the pages (the paper's K/V compression, spec section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rwkvx_jax.config import ConfigError, ModelConfig
+
+Gate = Literal["per_head", "shared"]
+
+
+class TimeMixState(NamedTuple):
+    """What a time mix carries from one token to the next."""
+
+    shift: jax.Array  # [B, D], the previous input
+    wkv: jax.Array  # [B, H, V, K] float32
+
+
+class BlockState(NamedTuple):
+    """What one RWKV-7 block carries from one token to the next."""
+
+    time_mix: TimeMixState
+    ffn_shift: jax.Array  # [B, D]
+
+
+class Pages(NamedTuple):
+    """Keys and values of all attention blocks; N pages of C rows for each head."""
+
+    keys: jax.Array  # [M, B, H, N, C, K]
+    values: jax.Array  # [M, B, H, N, C, K]
+    key_sums: jax.Array  # [M, B, H, N, K] float32, over the rows written so far
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """Bounds the rows of an attention block: when a token finds more than `trigger` rows, only
+    `keep` stay: the last `window`, and those of the older ones which this token's query weighs
+    most, each head choosing for itself. Chosen rows are ordered by weight, as in the original.
+    """
+
+    trigger: int
+    keep: int
+    window: int
+
+    def __post_init__(self):
+        if not 0 < self.window < self.keep <= self.trigger:
+            raise ConfigError(
+                f"cache policy needs 0 < window < keep <= trigger, not window {self.window}, "
+                f"keep {self.keep}, trigger {self.trigger}"
+            )
+
+    def due(self, rows: jax.Array) -> jax.Array:
+        """Whether a token that finds this many rows has them compressed first."""
+        return rows > self.trigger
+
+    def rows_after(self, rows: jax.Array) -> jax.Array:
+        """Rows that stay when a token finds `rows` of them."""
+        return jnp.where(self.due(rows), self.keep, rows)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("length", "blocks", "attention_ffn_shift", "pages"),
+    meta_fields=("gate", "policy"),
+)
+@dataclass(frozen=True)
+class Cache:
+    """State after reading `length` rows; made by `init_cache`, advanced by prefill and decode."""
+
+    length: jax.Array  # [B] int32, rows in the pages: tokens read, less what a policy dropped
+    blocks: BlockState  # stacked [L, ...]
+    attention_ffn_shift: jax.Array  # [M, B, D]
+    pages: Pages
+    gate: Gate
+    policy: CachePolicy | None
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the pages hold."""
+        return self.pages.keys.shape[3] * self.pages.keys.shape[4]
+
+
+def check_room(cache: Cache, count: int) -> None:
+    """Refuses to read more rows than the pages hold, where the length is known (not traced).
+
+    Raises:
+      ConfigError: names the length, the piece and the capacity.
+    """
+    if cache.policy is not None or isinstance(cache.length, jax.core.Tracer):
+        return
+    if cache.pages.keys.shape[0] and (rows := int(cache.length.max())) + count > cache.capacity:
+        raise ConfigError(
+            f"{rows} tokens read + {count} new ones exceed the cache of {cache.capacity} rows: "
+            "make it with a larger max_length, or with a CachePolicy"
+        )
+
+
+def init_cache(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    batch: int,
+    max_length: int,
+    gate: Gate = "per_head",
+    policy: CachePolicy | None = None,
+) -> Cache:
+    """An empty cache.
+
+    Args:
+      config: the model.
+      dtype: of shifts and pages; recurrent states and key sums are float32.
+      batch: B.
+      max_length: most tokens ever read without a policy (with one, memory is bounded by it).
+      gate: "per_head" as trained, or "shared" as the original package decodes.
+      policy: compression of the pages, or None to keep every row.
+
+    Raises:
+      ConfigError: a size below 1, or a gate that is not known.
+    """
+    if batch < 1 or max_length < 1:
+        raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
+    if gate not in ("per_head", "shared"):
+        raise ConfigError(f'gate is {gate!r}: choose "per_head" or "shared"')
+    layers, attention = config.num_blocks, config.num_attention_blocks
+    heads, size, width = config.num_heads, config.head_size, config.width
+    rows = max_length if policy is None else min(max_length, policy.trigger + 1)
+    chunk = config.chunk_size
+    pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
+    return Cache(
+        length=jnp.zeros(batch, jnp.int32),
+        blocks=BlockState(
+            TimeMixState(
+                jnp.zeros((layers, batch, width), dtype),
+                jnp.zeros((layers, batch, heads, size, size), jnp.float32),
+            ),
+            jnp.zeros((layers, batch, width), dtype),
+        ),
+        attention_ffn_shift=jnp.zeros((attention, batch, width), dtype),
+        pages=Pages(
+            jnp.zeros(pages, dtype),
+            jnp.zeros(pages, dtype),
+            jnp.zeros((*pages[:4], size), jnp.float32),
+        ),
+        gate=gate,
+        policy=policy,
+    )
+
+
+def write_rows(
+    pages: Pages,
+    layer: jax.Array,  # int scalar
+    k: jax.Array,  # [B, T, H, K]
+    v: jax.Array,  # [B, T, H, K]
+    start: jax.Array,  # [B], row of the first token
+    lengths: jax.Array,  # [B], valid tokens
+) -> Pages:
+    """Appends the valid rows of k and v to the pages of one attention block."""
+    chunk = pages.keys.shape[4]
+    batch, time, heads, _ = k.shape
+    row = start[:, None] + jnp.arange(time)[None]  # [B, T]
+    valid = jnp.arange(time)[None] < lengths[:, None]
+    page = jnp.where(valid, row // chunk, pages.keys.shape[3])[:, :, None]  # beyond: dropped
+    where = (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None], page)
+    slot = (row % chunk)[:, :, None]
+    put = partial(_put, index=(*where, slot))
+    sums = pages.key_sums.at[where].add(k.astype(jnp.float32), mode="drop")
+    return Pages(put(pages.keys, k), put(pages.values, v), sums)
+
+
+def _put(target: jax.Array, rows: jax.Array, index: tuple) -> jax.Array:
+    return target.at[index].set(rows.astype(target.dtype), mode="drop")
+
+
+def compress(
+    pages: Pages,
+    layer: jax.Array,  # int scalar
+    q: jax.Array,  # [B, H, K], the query of the token about to be read
+    length: jax.Array,  # [B]
+    due: jax.Array,  # [B] bool
+    policy: CachePolicy,
+) -> Pages:
+    """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    old_keys, old_values, old_sums = (take(x) for x in pages)
+    batch, heads, count, chunk, size = old_keys.shape
+    keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
+    row = jnp.arange(keys.shape[2])
+    past = row[None] < (length - policy.window)[:, None]  # [B, S]
+    scores = jnp.einsum("bhk,bhsk->bhs", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(past[:, None], scores * size**-0.5, -jnp.inf)
+    _, chosen = jax.lax.top_k(scores, policy.keep - policy.window)
+    recent = (length - policy.window)[:, None] + jnp.arange(policy.window)[None]  # [B, window]
+    recent = jnp.broadcast_to(recent[:, None], (batch, heads, policy.window))
+    kept = jnp.concatenate([chosen, recent], axis=-1)[..., None]
+
+    def repack(x: jax.Array, old: jax.Array) -> jax.Array:
+        rows = jnp.take_along_axis(x, kept, axis=2)
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, x.shape[2] - policy.keep), (0, 0)))
+        return jnp.where(due[:, None, None, None, None], rows.reshape(old.shape), old)
+
+    new_keys, new_values = repack(keys, old_keys), repack(values, old_values)
+    sums = new_keys.astype(jnp.float32).sum(3)
+    new_sums = jnp.where(due[:, None, None, None], sums, old_sums)
+    put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)
+    return Pages(
+        put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
+    )
