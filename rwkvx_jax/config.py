@@ -247,12 +247,16 @@ class MeshConfig:
 class SourceConfig:
     """One ingredient of the training mixture."""
 
-    kind: Literal["text", "passkey"] = "text"
-    """"text": text files at `path`; "passkey": synthetic documents made on the fly."""
+    kind: Literal["text", "jsonl", "binidx", "passkey"] = "text"
+    """"text": text files; "jsonl": a document or conversation a line; "binidx": token ids in the
+    RWKV/Megatron format; "passkey": synthetic documents made on the fly. See docs/data.md."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources."""
     path: str = ""
     """File, directory or glob; empty: `data.path`, and if that is empty the embedded corpus."""
+    samples: Literal["window", "document"] = "window"
+    """"window": windows of the stream of all documents; "document": each document by itself, cut
+    or padded to the length (for conversations)."""
 
     def __post_init__(self):
         _require(
@@ -269,19 +273,29 @@ class DataConfig:
     vocab_file: str = ""
     """Vocabulary of the World tokenizer; empty: the one of the pyrwkv-tokenizer package."""
     path: str = ""
-    """Default path of text sources; empty: the embedded corpus."""
+    """Default path of sources that read files; empty: the embedded corpus."""
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     held_out: float = 0.02
-    """Share of each text source's samples, at its end, kept for the held-out loss."""
+    """Share of each source's tokens, at its end, kept for the held-out loss."""
     seed: int = 0
     """Seed of the order and of synthetic documents."""
+    order: Literal["shuffle", "rwkvx", "rwkv_lm"] = "shuffle"
+    """"shuffle": another random order in each epoch; "rwkvx", "rwkv_lm": the magic-prime orders
+    of the original trainers (with held_out=0 over exactly the same windows)."""
     cache_dir: str = ""
     """Where tokenized text is cached; empty: `data-cache` in the work directory."""
+    cache_per_host: bool = False
+    """Each host writes a cache of its own: for hosts that share no disk."""
 
     def __post_init__(self):
         _require(len(self.sources) > 0, "data.sources is empty: name at least one source")
         _require(
-            0 < self.held_out < 1, f"data.held_out is {self.held_out}: use a share such as 0.02"
+            0 <= self.held_out < 1, f"data.held_out is {self.held_out}: use a share such as 0.02"
+        )
+        _require(self.seed >= 0, f"data.seed is {self.seed}: it must not be negative")
+        _require(
+            self.order == "shuffle" or all(s.samples == "window" for s in self.sources),
+            f'data.order "{self.order}" is one of windows: use samples="window" or order="shuffle"',
         )
 
 

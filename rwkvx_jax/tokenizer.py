@@ -92,7 +92,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(data, np.uint8).astype(np.int32) + 1
 
     def __reduce__(self):
-        return ByteTokenizer, ()
+        return _unpickle, ("byte",)
 
 
 class WorldTokenizer(Tokenizer):
@@ -131,7 +131,7 @@ class WorldTokenizer(Tokenizer):
         return int(places[-1]) + 1 if places.size else 0
 
     def __reduce__(self):
-        return WorldTokenizer, (self._vocab_file,)
+        return _unpickle, ("world", self._vocab_file)
 
     def _greedy(self, data: bytes) -> np.ndarray:
         """The longest token that fits, again and again."""
@@ -178,6 +178,12 @@ def load_tokenizer(name: TokenizerName, vocab_file: str = "") -> Tokenizer:
     if name == "world":
         return WorldTokenizer(vocab_file)
     raise ConfigError(f'tokenizer is {name!r}: choose "byte" or "world"')
+
+
+@functools.cache
+def _unpickle(name: TokenizerName, vocab_file: str = "") -> Tokenizer:
+    """A worker process that gets a tokenizer with every task reads its vocabulary once."""
+    return load_tokenizer(name, vocab_file)
 
 
 def read_vocabulary(path: Path) -> list[bytes]:

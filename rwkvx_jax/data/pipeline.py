@@ -1,0 +1,268 @@
+"""From a data config to batches: random access all the way.
+
+Sample i of a stage is a pure function of the config and i: which source, which epoch, which
+window. The index of the next sample is therefore the whole state of the input: training restarts
+at any step, and any number of hosts reads the same global order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import numpy as np
+from absl import flags
+
+from rwkvx_jax.config import ConfigError, DataConfig, SourceConfig, Stage
+from rwkvx_jax.data.binidx import Binidx
+from rwkvx_jax.data.samples import Documents, MagicOrder, Passkeys, Windows
+from rwkvx_jax.data.sources import open_corpus
+from rwkvx_jax.data.token_cache import cached
+from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
+
+Split = Literal["train", "valid"]
+Batch = dict[str, np.ndarray]
+
+_READ_THREADS = 2
+_BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source of the mixture, ready to be read.
+
+    Attributes:
+      config: its part of the config.
+      name: for messages.
+      stream: its tokens; None for documents made on the fly.
+    """
+
+    config: SourceConfig
+    name: str
+    stream: Binidx | None = None
+
+    def split(self, held_out: float) -> int:
+        """The token at which the held-out part begins: the same for all stages."""
+        return len(self.stream) - math.ceil(len(self.stream) * held_out)
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """Opened training data.
+
+    Attributes:
+      config: what it was opened from.
+      tokenizer: shared by all sources.
+      sources: in the order of the config.
+      fingerprint: JSON-able identity of tokenizer and text; a run resumes only on the same.
+    """
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    sources: tuple[OpenSource, ...]
+    fingerprint: dict[str, Any]
+
+    def dataset(self, stage: Stage, split: Split = "train") -> grain.MapDataset:
+        """The endless samples of a stage.
+
+        Args:
+          stage: its length, name and mixture.
+          split: "train", or "valid" for the text and keys that are never trained on.
+
+        Returns:
+          A dataset whose item i is {"tokens": int32 [seq_len + 1], "mask": float32 [seq_len]};
+          mask is 1 where the target token counts in the loss.
+
+        Raises:
+          ConfigError: a source that holds less than one sample.
+        """
+        weights = stage.source_weights or tuple(s.config.weight for s in self.sources)
+        used = [i for i, weight in enumerate(weights) if weight > 0]
+        parts = [self._source_dataset(i, stage, split) for i in used]
+        # Whole numbers from 100 up: grain rounds weights down to those.
+        smallest = min(weights[i] for i in used)
+        return grain.MapDataset.mix(parts, [round(100 * weights[i] / smallest) for i in used])
+
+    def _source_dataset(self, index: int, stage: Stage, split: Split) -> grain.MapDataset:
+        source, seed = self.sources[index], _seed(self.config.seed, stage.name, index, split)
+        if source.stream is None:
+            samples = Passkeys(self.tokenizer, stage.seq_len, seed, held_out=split == "valid")
+            return grain.MapDataset.source(samples)
+        samples = self._stream_samples(source, stage, split)
+        if split == "train" and self.config.order != "shuffle":
+            samples = MagicOrder(samples, self.config.order)
+            return grain.MapDataset.source(samples).repeat(None)
+        return grain.MapDataset.source(samples).shuffle(seed=seed).repeat(None)
+
+    def _stream_samples(self, source: OpenSource, stage: Stage, split: Split):
+        border = source.split(self.config.held_out)
+        begin, end = (0, border) if split == "train" else (border, len(source.stream))
+        kind = Documents if source.config.samples == "document" else Windows
+        samples = kind(source.stream, begin, end, stage.seq_len)
+        if len(samples) == 0:
+            what = "training" if split == "train" else "held-out"
+            remedy = "give it more text or shorten the stage"
+            if split == "valid":
+                remedy = "raise data.held_out or set run.eval_batches to 0"
+            raise ConfigError(
+                f"stage {stage.name!r}: {source.name} has {end - begin} {what} tokens, not one "
+                f"{source.config.samples} of {stage.seq_len} + 1 tokens; {remedy}"
+            )
+        return samples
+
+
+def open_data(
+    data: DataConfig, *, workdir: Path, vocab_size: int, process_index: int | None = None
+) -> OpenData:
+    """Opens the tokenizer and all sources; text is tokenized into the cache if it isn't there.
+
+    Args:
+      data: what to read.
+      workdir: the cache lies in its `data-cache`, unless `data.cache_dir` names another place.
+      vocab_size: rows of the model's embedding.
+      process_index: of a job of several processes, only 0 writes the cache; None asks jax.
+
+    Raises:
+      ConfigError: a vocabulary larger than the model's, a source that can't be read, text that
+        can't be tokenized, a token outside the vocabulary.
+    """
+    tokenizer = load_tokenizer(data.tokenizer, data.vocab_file)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {vocab_size}, but the {data.tokenizer} tokenizer has "
+            f"{tokenizer.vocab_size} ids"
+        )
+    if process_index is None:
+        import jax  # not at the top: worker processes don't need it
+
+        process_index = jax.process_index()
+    writer = process_index == 0 or data.cache_per_host
+    sources, identities = [], []
+    for config in data.sources:
+        source, identity = _open_source(config, data, tokenizer, vocab_size, workdir, writer)
+        sources.append(source)
+        identities.append({"kind": config.kind, **identity})
+    fingerprint = {"tokenizer": tokenizer.fingerprint, "sources": identities}
+    return OpenData(data, tokenizer, tuple(sources), fingerprint)
+
+
+def _open_source(
+    config: SourceConfig,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    workdir: Path,
+    writer: bool,
+) -> tuple[OpenSource, dict[str, Any]]:
+    if config.kind == "passkey":
+        return OpenSource(config, "passkey"), {}
+    path = config.path or data.path
+    if config.kind == "binidx":
+        stream = Binidx(_local(path, "a binidx source"))
+        stream.check_vocabulary(vocab_size)
+        return OpenSource(config, str(path), stream), stream.fingerprint()
+    corpus = open_corpus(config.kind, path)
+    cache_dir = _local(data.cache_dir or str(workdir), "data.cache_dir")
+    cache_dir = cache_dir if data.cache_dir else cache_dir / "data-cache"
+    stream, fingerprint = cached(corpus, tokenizer, cache_dir, writer=writer)
+    return OpenSource(config, corpus.name, stream), {"sha256": fingerprint, "tokens": len(stream)}
+
+
+def _local(path: str, what: str) -> Path:
+    if not path:
+        raise ConfigError(f"{what} needs a path")
+    if "://" in path:
+        raise ConfigError(f"{what} is read through a memory map: {path} has to be on a local disk")
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class _HostShare:
+    """One host's samples of every global batch from `start` on: the p-th contiguous slice."""
+
+    dataset: grain.MapDataset
+    start: int
+    global_batch: int
+    local_batch: int
+    process_index: int
+
+    def __len__(self) -> int:
+        return (len(self.dataset) - self.start) // self.global_batch * self.local_batch
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, row = divmod(index, self.local_batch)
+        offset = self.process_index * self.local_batch + row
+        return self.dataset[self.start + batch * self.global_batch + offset]
+
+
+def batches(
+    dataset: grain.MapDataset,
+    global_batch: int,
+    *,
+    start: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This host's batches, prepared ahead of their use.
+
+    Args:
+      dataset: samples of a stage.
+      global_batch: samples of a step over all hosts.
+      start: index of the first sample, steps done x global_batch.
+      process_index: this host's number.
+      process_count: number of hosts.
+      workers: processes that prepare batches; 0: threads of this process.
+
+    Returns:
+      An iterator with a `close()` that ends threads and workers; its items hold the samples'
+      arrays stacked, [global_batch / process_count, ...]. The batches of all hosts one above
+      the other are the same for any number of hosts. A worker that dies raises RuntimeError.
+
+    Raises:
+      ConfigError: a number of hosts that does not divide the batch.
+    """
+    if global_batch % process_count:
+        raise ConfigError(
+            f"global_batch {global_batch} can't be shared by {process_count} hosts evenly"
+        )
+    local = global_batch // process_count
+    share = _HostShare(dataset, start, global_batch, local, process_index)
+    read = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
+    stream = grain.MapDataset.source(share).batch(local, drop_remainder=True).to_iter_dataset(read)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads flags when it starts workers
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        # Through pipes: shared memory would stay behind when a run is killed.
+        through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        stream = grain.experimental.WithOptionsIterDataset(stream, through_pipes)
+        stream = stream.mp_prefetch(options, worker_init_fn=_prepare_worker)
+    return iter(stream)
+
+
+def _prepare_worker(index: int, count: int) -> None:
+    """Ctrl-C is the training process' to handle; a worker must not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _seed(*values: object) -> int:
+    digest = hashlib.sha256(repr(values).encode()).digest()
+    return int.from_bytes(digest[:4])

@@ -1,0 +1,142 @@
+"""Training samples by number: the leaves of the input pipeline.
+
+Every class here is a random-access source in the sense of grain: a length, and item i as a pure
+function of i. They pickle small, since worker processes get copies of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.data.binidx import Binidx
+from rwkvx_jax.tasks.passkey import training_sample
+from rwkvx_jax.tokenizer import Tokenizer
+
+Sample = dict[str, np.ndarray]  # {"tokens": int32 [S + 1], "mask": float32 [S]}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Fixed windows of a token stream, across document boundaries.
+
+    Window w starts at token begin + w * seq_len and shares its last target with the first input
+    of the next one.
+    """
+
+    stream: Binidx
+    begin: int
+    end: int
+    seq_len: int
+
+    def __len__(self) -> int:
+        return max(0, self.end - self.begin - 1) // self.seq_len
+
+    def __getitem__(self, index: int) -> Sample:
+        start = self.begin + index * self.seq_len
+        return {
+            "tokens": self.stream.read(start, self.seq_len + 1),
+            "mask": self.stream.read_mask(start + 1, self.seq_len),
+        }
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents that lie wholly in begin..end of the stream, each a sample of its own.
+
+    A longer one is cut; a shorter one is filled up with token 0, which does not count in the loss.
+    """
+
+    stream: Binidx
+    begin: int
+    end: int
+    seq_len: int
+
+    def __post_init__(self):
+        starts, sizes = self.stream.starts, self.stream.sizes
+        first = int(np.searchsorted(starts, self.begin))
+        last = int(np.searchsorted(starts + sizes, self.end, side="right"))
+        object.__setattr__(self, "_first", first)
+        object.__setattr__(self, "_count", max(0, last - first))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        document = self._first + index
+        start = int(self.stream.starts[document])
+        size = min(int(self.stream.sizes[document]), self.seq_len + 1)
+        tokens = np.full(self.seq_len + 1, Tokenizer.end_of_document, np.int32)
+        mask = np.zeros(self.seq_len, np.float32)
+        tokens[:size] = self.stream.read(start, size)
+        if size > 1:
+            mask[: size - 1] = self.stream.read_mask(start + 1, size - 1)
+        return {"tokens": tokens, "mask": mask}
+
+
+@dataclass(frozen=True)
+class Passkeys:
+    """Passkey documents made on the fly, one a window; keys of the two splits are disjoint."""
+
+    tokenizer: Tokenizer
+    seq_len: int
+    seed: int
+    held_out: bool
+
+    def __post_init__(self):
+        self[0]  # a window that is too short fails here
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng([self.seed, index])
+        tokens = training_sample(self.tokenizer, self.seq_len, rng, held_out=self.held_out)
+        return {"tokens": tokens, "mask": np.ones(self.seq_len, np.float32)}
+
+
+class MagicOrder:
+    """Windows in the order of the original trainers: cubes modulo a prime.
+
+    "rwkvx": window i^3 mod p; "rwkv_lm": window floor(p (sqrt 5 - 1) / 2) (i + 1)^3 mod p. p is
+    the largest prime below the number of windows with p mod 3 = 2, for which cubing is a
+    permutation; the few windows from p on are never read.
+    """
+
+    def __init__(self, windows: Windows, rule: Literal["rwkvx", "rwkv_lm"]):
+        self._windows = windows
+        self._prime = magic_prime(windows.end - windows.begin, windows.seq_len)
+        golden = int(self._prime * (math.sqrt(5) - 1) / 2)
+        self._factor, self._shift = (1, 0) if rule == "rwkvx" else (golden, 1)
+
+    def __len__(self) -> int:
+        return self._prime
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._windows[self.window(index)]
+
+    def window(self, index: int) -> int:
+        """Number of the window that is read at an index."""
+        return self._factor * (index + self._shift) ** 3 % self._prime
+
+
+def magic_prime(tokens: int, seq_len: int) -> int:
+    """The largest prime p below tokens / seq_len - 1 with p mod 3 = 2.
+
+    Raises:
+      ConfigError: fewer than four windows: there is none.
+    """
+    candidate = math.ceil(tokens / seq_len - 1) - 1
+    while candidate >= 2:
+        if candidate % 3 == 2 and _is_prime(candidate):
+            return candidate
+        candidate -= 1
+    raise ConfigError(f"{tokens} tokens are too few windows of {seq_len} for the magic-prime order")
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % d for d in range(2, math.isqrt(number) + 1))
