@@ -1,0 +1,98 @@
+"""Checks and positions shared by the attention operations.
+
+Every attention op takes queries that begin at an absolute position `q_offset` of the key sequence:
+0 in training, the number of tokens already processed when a prompt is prefilled in pieces, one
+value a batch row when the rows' prompts differ in length. Here that argument is understood once,
+and wrong shapes are refused before anything is traced.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+
+def check_attention_inputs(q, k, v, q_offset) -> None:
+    """Raises ValueError unless q, k, v and q_offset fit together.
+
+    Args:
+      q: [B, Tq, H, K].
+      k: [B, Tk, H, K].
+      v: [B, Tk, H, V].
+      q_offset: int, integer scalar or integer [B]; a Python int is also checked for its range.
+    """
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k, v must be [B, T, H, K], got shapes {q.shape}, {k.shape}, {v.shape}"
+        )
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} must agree in batch, time and heads: "
+            "pass one value row per key row"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"q {q.shape} and k {k.shape} must agree in batch, heads and key size: "
+            "repeat shared key/value heads before the call"
+        )
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}: "
+            "cast them first"
+        )
+    if q.shape[1] < 1:
+        raise ValueError(f"q has no tokens (shape {q.shape}): pass at least one")
+    check_offset(q_offset, q.shape[0])
+    if isinstance(q_offset, numbers.Integral) and q_offset + q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"queries at positions {q_offset}..{q_offset + q.shape[1] - 1} need keys up to "
+            f"there, got {k.shape[1]} keys: pass the keys of the queries themselves too"
+        )
+
+
+def check_offset(q_offset, batch: int) -> None:
+    """Raises ValueError unless q_offset is a non-negative int, or an integer scalar or [batch]."""
+    if isinstance(q_offset, numbers.Integral):
+        if q_offset < 0:
+            raise ValueError(f"q_offset is {q_offset}: positions count from 0")
+        return
+    shape, dtype = jnp.shape(q_offset), jnp.result_type(q_offset)
+    if shape not in ((), (batch,)) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"q_offset is {dtype}{list(shape)}: pass an int, an integer scalar or an integer "
+            f"array [{batch}], one value a batch row"
+        )
+
+
+def check_chunking(chunk_size: int, top_k: int) -> None:
+    """Raises ValueError unless chunk_size and top_k are positive ints."""
+    for name, value in (("chunk_size", chunk_size), ("top_k", top_k)):
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} is {value!r}: pass a Python int")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: a chunk holds at least 1 token")
+    if top_k < 1:
+        raise ValueError(
+            f"top_k is {top_k}: it counts the query's own chunk, so it is at least 1 "
+            "(1 means attention within the own chunk only)"
+        )
+
+
+def check_scale(scale: float | None, key_size: int) -> float:
+    """The factor on q . k as a positive float; the default is 1 / sqrt(K)."""
+    if scale is None:
+        return key_size**-0.5
+    if isinstance(scale, jax.Array) or not scale > 0:
+        raise ValueError(f"scale is {scale!r}: pass a positive Python float")
+    return float(scale)
+
+
+def offset_of_rows(q_offset, batch: int) -> jax.Array:
+    """q_offset as int32 [B]."""
+    return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
+
+
+def query_positions(q_offset, batch: int, length: int) -> jax.Array:
+    """Absolute positions of the queries, int32 [B, Tq]."""
+    steps = jnp.arange(length, dtype=jnp.int32)
+    return offset_of_rows(q_offset, batch)[:, None] + steps[None, :]

@@ -1,0 +1,107 @@
+"""Top-k chunk sparse attention: the public op and its float32 oracle.
+
+Each query attends causally to its own chunk and to the past chunks selected for it, under one
+softmax over their union, so that the result is full causal attention while the sequence is no
+longer than chunk_size * top_k. The selection is an input of every implementation (see
+`selection`): implementations can then differ in rounding only, never in what they read.
+Source: RWKV-X (arXiv 2504.21463), training form, per-head selection.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rwkvx_jax.ops.attention_inputs import (
+    check_attention_inputs,
+    check_chunking,
+    check_scale,
+    query_positions,
+)
+from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
+from rwkvx_jax.ops.selection import select_chunks
+
+
+def sparse_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    chunk_size: int,
+    top_k: int,
+    selection: jax.Array | None = None,
+    q_offset=0,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal attention to the query's own chunk and its selected past chunks.
+
+    Args:
+      q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
+      k: [B, Tk, H, K] keys from position 0, those of the queries included.
+      v: [B, Tk, H, V] values.
+      chunk_size: tokens in a chunk, counted from position 0; need not divide Tk.
+      top_k: chunks a query attends to, its own included; may exceed the number of chunks.
+      selection: int32 [B, Tq, H, top_k - 1], distinct past chunks of each query, -1 for none;
+        entries that are not past chunks of their query are ignored. None calls `select_chunks`.
+      q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
+        last key are meaningless but finite.
+      scale: factor on q . k, a positive float; default 1 / sqrt(K).
+      implementation: "dense" (float32 oracle, quadratic memory), "xla", "pallas", or None to choose
+        by platform.
+
+    Returns:
+      [B, Tq, H, V] in q's dtype. Scores and sums are float32. Differentiable in q, k, v; no
+      gradient flows through the selection.
+
+    Raises:
+      ValueError: on shapes or dtypes that do not fit, chunk_size < 1 or top_k < 1.
+      NotImplementedError: when a named implementation cannot run here.
+    """
+    check_chunking(chunk_size, top_k)
+    check_attention_inputs(q, k, v, q_offset)
+    scale = check_scale(scale, q.shape[-1])
+    if selection is None:
+        selection = select_chunks(q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset)
+    _check_selection(selection, q.shape, top_k)
+    run = {"dense": sparse_attention_dense, "xla": sparse_attention_xla}[implementation or "xla"]
+    return run(q, k, v, selection, chunk_size=chunk_size, scale=scale, q_offset=q_offset)
+
+
+def sparse_attention_dense(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+    """Oracle: the whole [Tq, Tk] mask and a plain float32 softmax. Arguments as in the XLA form."""
+    batch, length = q.shape[:2]
+    keys = jnp.arange(k.shape[1])
+    positions = query_positions(q_offset, batch, length)  # [B, Tq]
+    own = positions // chunk_size
+    past = jnp.where(selection < own[:, :, None, None], selection, -1)
+    chosen = past[..., None] == (keys // chunk_size)[None, None, None, None, :]
+    visible = chosen.any(axis=3).transpose(0, 2, 1, 3)  # [B, H, Tq, Tk]
+    causal = keys[None, None, :] <= positions[:, :, None]
+    same = (keys // chunk_size)[None, None, :] == own[:, :, None]
+    visible |= (causal & same)[:, None]
+    return _masked_softmax_attention(q, k, v, visible, scale)
+
+
+def full_attention_dense(q, k, v, *, scale, q_offset=0):
+    """Oracle of `full_attention`: a causal mask and a plain float32 softmax."""
+    positions = query_positions(q_offset, q.shape[0], q.shape[1])
+    causal = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
+    return _masked_softmax_attention(q, k, v, causal[:, None], scale)
+
+
+def _masked_softmax_attention(q, k, v, visible, scale):
+    high = jax.lax.Precision.HIGHEST
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    scores = jnp.einsum("bthk,bshk->bhts", q32, k32, precision=high) * scale
+    scores = jnp.where(visible, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bhts,bshv->bthv", weights, v32, precision=high)
+    return out.astype(q.dtype)
+
+
+def _check_selection(selection, q_shape, top_k) -> None:
+    expected = (*q_shape[:3], top_k - 1)
+    if selection.shape != expected or not jnp.issubdtype(selection.dtype, jnp.signedinteger):
+        raise ValueError(
+            f"selection is {selection.dtype}{list(selection.shape)}, expected int32 "
+            f"{list(expected)}: [B, Tq, H, top_k - 1] as `select_chunks` returns it"
+        )

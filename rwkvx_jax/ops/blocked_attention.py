@@ -1,0 +1,317 @@
+"""Flash-style causal attention of one head in plain XLA, over everything or within chunks.
+
+The dense baseline attends to all earlier keys, the sparse op needs the same thing restricted to
+each query's own chunk; both are loops over square blocks that visit only blocks with something
+visible in them, mask only the blocks at the edge, and keep a running softmax. Nothing larger than
+one block of scores exists. The loops have data-dependent lengths, so gradients are written out
+here and tied together by `custom_vjp` in the ops that use them. Arrays are [T, K]: the callers loop
+over batch and heads, because on a CPU one large matrix product uses the cores better than a batch
+of small ones.
+
+Layout notes, measured on CPU: products of the form A B^T and A B run near peak, A^T B at a third of
+it, hence the transposed accumulators of the key and value gradients; row-wise reductions are fast.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# A score that no real score can lie below; finite, so that differences stay finite.
+MASKED = -1e30
+
+# Side of a block of scores: 512 x 512 float32 fill one core's second-level cache.
+MAX_BLOCK = 512
+MIN_BLOCK = 64
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b, accumulated in float32; float32 operands are multiplied as such on every platform."""
+    return _matmul(a, b, 0)
+
+
+def matmul_nt(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b^T, accumulated as in `matmul`."""
+    return _matmul(a, b, 1)
+
+
+def _matmul(a, b, axis):
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (axis,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def softmax_start(rows: int, value_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Running softmax of `rows` queries that have seen no key.
+
+    Returns:
+      (weighted values [rows, V], largest score [rows], sum of weights [rows]), float32. Scores are
+      kept unscaled; weights are relative to the largest.
+    """
+    return (
+        jnp.zeros((rows, value_size), jnp.float32),
+        jnp.full((rows,), MASKED, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+    )
+
+
+def softmax_add(running, q, k, v, scale, visible=None):
+    """Takes keys into a running softmax.
+
+    Args:
+      running: as returned by `softmax_start`.
+      q: [rows, K].
+      k: [cols, K].
+      v: [cols, V].
+      scale: positive float.
+      visible: bool [rows, cols], or None for all.
+
+    Returns:
+      The running softmax after these keys. A row that has seen nothing visible holds finite
+      nonsense, which the first visible key wipes out.
+    """
+    values, largest, total = running
+    scores = matmul_nt(q, k)
+    if visible is not None:
+        scores = jnp.where(visible, scores, MASKED)
+    peak = jnp.maximum(largest, jnp.max(scores, axis=1))
+    weights = jnp.exp((scores - peak[:, None]) * scale)
+    shrink = jnp.exp((largest - peak) * scale)
+    total = total * shrink + jnp.sum(weights, axis=1)
+    values = values * shrink[:, None] + matmul(weights.astype(v.dtype), v)
+    return values, peak, total
+
+
+def softmax_finish(running, scale):
+    """(output [rows, V], log of the summed exponentials of the scaled scores [rows]), float32."""
+    values, largest, total = running
+    return values / total[:, None], largest * scale + jnp.log(total)
+
+
+def block_gradients(q, k, v, grad, lse, delta, scale, visible=None):
+    """Gradients of one block of scores, each to be added up by the caller.
+
+    Args:
+      q: [rows, K] queries.
+      k: [cols, K] keys.
+      v: [cols, V] values.
+      grad: [rows, V] gradient of the output.
+      lse: [rows] log-sum-exp of all the scaled scores of each query.
+      delta: [rows] sum over V of grad * output.
+      scale: positive float.
+      visible: bool [rows, cols], or None for all.
+
+    Returns:
+      (dq [rows, K], dk^T [K, cols], dv^T [V, cols]), float32; dq and dk^T still lack the factor
+      `scale`.
+    """
+    weights = jnp.exp(matmul_nt(q, k) * scale - lse[:, None])
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0.0)
+    errors = (weights * (matmul_nt(grad, v) - delta[:, None])).astype(q.dtype)
+    dv = matmul(grad.T, weights.astype(grad.dtype))
+    return matmul(errors, k), matmul(q.T, errors), dv
+
+
+def block_size(chunk_size: int | None) -> int:
+    """Side of the square blocks: aligned with the chunks where there are any."""
+    if chunk_size is None:
+        return MAX_BLOCK
+    if chunk_size < MIN_BLOCK:
+        return chunk_size * (MIN_BLOCK // chunk_size)
+    return -(-chunk_size // -(-chunk_size // MAX_BLOCK))
+
+
+def split_rows(x: jax.Array, rows: int) -> jax.Array:
+    """[T, ...] -> [ceil(T / rows), rows, ...], padded with zeros at the end."""
+    blocks = -(-x.shape[0] // rows)
+    x = jnp.pad(x, [(0, blocks * rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(blocks, rows, *x.shape[1:])
+
+
+def causal_forward(q, k, v, offset, *, scale, chunk_size=None):
+    """Causal attention of one head, to all earlier keys or to those of the query's own chunk.
+
+    Args:
+      q: [Tq, K], standing at positions offset .. offset + Tq - 1.
+      k: [Tk, K] from position 0.
+      v: [Tk, V].
+      offset: int32 scalar.
+      scale: positive float.
+      chunk_size: restricts each query to its own chunk; None for everything.
+
+    Returns:
+      The running softmax of the Tq queries, as `softmax_start` describes it.
+    """
+    length, keys = q.shape[0], k.shape[0]
+    side = block_size(chunk_size)
+    rows, cols = min(side, length), min(side, keys)
+    q, k, v = split_rows(q, rows), split_rows(k, cols), split_rows(v, cols)
+
+    def query_block(numbered):
+        index, block = numbered
+        first = offset + index * rows
+
+        def add_keys(masked):
+            def body(j, running):
+                visible = _visible(first, rows, j * cols, cols, chunk_size) if masked else None
+                return softmax_add(running, block, k[j], v[j], scale, visible)
+
+            return body
+
+        running = softmax_start(rows, v.shape[2])
+        for start, stop, masked in _key_blocks(first, rows, cols, k.shape[0], keys, chunk_size):
+            running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
+        return running
+
+    running = jax.lax.map(query_block, (jnp.arange(q.shape[0], dtype=jnp.int32), q))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], running)
+
+
+def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None):
+    """Gradients of `causal_forward`, given the log-sum-exp over everything a query attends to.
+
+    Args:
+      q, k, v, offset, scale, chunk_size: as in `causal_forward`.
+      grad: [Tq, V] gradient of the output.
+      lse: [Tq] log-sum-exp; over more keys than visible here, if the caller adds others.
+      delta: [Tq] sum over V of grad * output.
+
+    Returns:
+      (dq [Tq, K], dk [Tk, K], dv [Tk, V]), float32.
+    """
+    length, keys = q.shape[0], k.shape[0]
+    side = block_size(chunk_size)
+    rows, cols = min(side, length), min(side, keys)
+    q, grad, lse, delta = (split_rows(x, rows) for x in (q, grad, lse, delta))
+
+    def key_block(dq, numbered):
+        index, k_block, v_block = numbered
+        first = index * cols
+
+        def add_queries(masked):
+            def body(i, carry):
+                dq, dk, dv = carry
+                position = offset + i * rows
+                visible = _visible(position, rows, first, cols, chunk_size) if masked else None
+                dq_block, dk_block, dv_block = block_gradients(
+                    q[i], k_block, v_block, grad[i], lse[i], delta[i], scale, visible
+                )
+                return dq.at[i].add(dq_block), dk + dk_block, dv + dv_block
+
+            return body
+
+        dk = jnp.zeros((k.shape[1], cols), jnp.float32)
+        dv = jnp.zeros((v.shape[1], cols), jnp.float32)
+        carry = dq, dk, dv
+        for start, stop, masked in _query_blocks(first, cols, rows, q.shape[0], offset, chunk_size):
+            carry = jax.lax.fori_loop(start, stop, add_queries(masked), carry)
+        dq, dk, dv = carry
+        return dq, (dk.T * scale, dv.T)
+
+    blocks = split_rows(k, cols), split_rows(v, cols)
+    numbers = jnp.arange(blocks[0].shape[0], dtype=jnp.int32)
+    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), (numbers, *blocks))
+    dq = dq.reshape(-1, q.shape[2])[:length] * scale
+    return dq, dk.reshape(-1, k.shape[1])[:keys], dv.reshape(-1, v.shape[1])[:keys]
+
+
+def _visible(position, rows, key, cols, chunk_size):
+    """Which of the keys key.. each of the queries position.. may see, bool [rows, cols]."""
+    queries = position + jnp.arange(rows, dtype=jnp.int32)[:, None]
+    keys = key + jnp.arange(cols, dtype=jnp.int32)[None, :]
+    visible = keys <= queries
+    if chunk_size is not None:
+        visible &= keys >= queries // chunk_size * chunk_size
+    return visible
+
+
+def _key_blocks(position, rows, cols, blocks, keys, chunk_size):
+    """Ranges of key blocks that queries position .. position + rows - 1 see: (start, stop, masked).
+
+    The ranges follow one another; in an unmasked one every query sees every key.
+    """
+    last = position + rows - 1
+    stop = jnp.clip(last // cols + 1, 0, blocks)
+    if chunk_size is None:
+        inner_stop = jnp.clip((position + 1) // cols, 0, keys // cols)
+        return (0, inner_stop, False), (inner_stop, stop, True)
+    start = jnp.clip(position // chunk_size * chunk_size // cols, 0, stop)
+    if chunk_size <= cols:
+        return ((start, stop, True),)
+    inner_start = jnp.clip(-(-(last // chunk_size * chunk_size) // cols), start, stop)
+    inner_stop = jnp.clip(jnp.minimum((position + 1) // cols, keys // cols), inner_start, stop)
+    return (start, inner_start, True), (inner_start, inner_stop, False), (inner_stop, stop, True)
+
+
+def _query_blocks(key, cols, rows, blocks, offset, chunk_size):
+    """Ranges of query blocks that see keys key .. key + cols - 1: (start, stop, masked)."""
+    last = key + cols - 1
+    start = jnp.clip((key - offset) // rows, 0, blocks)
+    if chunk_size is None:
+        inner_start = jnp.clip(-(-(last - offset) // rows), start, blocks)
+        return (start, inner_start, True), (inner_start, blocks, False)
+    seen_until = (last // chunk_size + 1) * chunk_size
+    stop = jnp.clip(-(-(seen_until - offset) // rows), start, blocks)
+    if chunk_size <= cols:
+        return ((start, stop, True),)
+    inner_start = jnp.clip(-(-(last - offset) // rows), start, stop)
+    inner_stop = ((key // chunk_size + 1) * chunk_size - offset) // rows
+    inner_stop = jnp.clip(inner_stop, inner_start, stop)
+    return (start, inner_start, True), (inner_start, inner_stop, False), (inner_stop, stop, True)
+
+
+def fold_vmapped(function):
+    """Makes `jax.vmap` of a function of [B, ...] arrays lengthen axis 0 instead of batching loops.
+
+    A loop of data-dependent length, batched, would run every row for as long as the longest needs
+    and copy all it carries at each step.
+
+    Args:
+      function: arrays with a common leading axis -> tree of arrays with that leading axis.
+    """
+    folded = jax.custom_batching.custom_vmap(function)
+
+    @folded.def_vmap
+    def rule(size, batched, *args):
+        def fold(x, is_batched):
+            if not is_batched:
+                x = jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = folded(*map(fold, args, batched))
+        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return folded
+
+
+def map_heads(function, arrays, offset):
+    """Applies a function of one head to every head of every batch row, one after the other.
+
+    Args:
+      function: (*arrays [T, ...], offset int32 scalar) -> tuple of arrays [T, ...].
+      arrays: tuple of [B, T, H, ...].
+      offset: int32 [B].
+
+    Returns:
+      Tuple of arrays [B, T, H, ...].
+    """
+
+    def all_heads(*arrays_and_offset):
+        *arrays, offset = arrays_and_offset
+        batch, _, heads = arrays[0].shape[:3]
+
+        def flat(x):
+            x = jnp.moveaxis(x, 2, 1)
+            return x.reshape(batch * heads, *x.shape[2:])
+
+        def unflat(x):
+            return jnp.moveaxis(x.reshape(batch, heads, *x.shape[1:]), 1, 2)
+
+        inputs = (*map(flat, arrays), jnp.repeat(offset, heads))
+        return jax.tree.map(unflat, jax.lax.map(lambda x: function(*x), inputs))
+
+    return fold_vmapped(all_heads)(*arrays, offset)
