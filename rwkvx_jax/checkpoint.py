@@ -7,14 +7,29 @@ process never leaves a half checkpoint as the latest. Parameters can be read wit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from rwkvx_jax.config import Config, ConfigError, Stage, differences, from_dict, to_dict
+from rwkvx_jax.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    Stage,
+    differences,
+    from_dict,
+    to_dict,
+)
+from rwkvx_jax.convert.load import open_checkpoint
+from rwkvx_jax.convert.tensors import DTYPES
+from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
 
 CHECKPOINTS = "checkpoints"
 
@@ -108,7 +123,7 @@ def check_resumable(
         line
         for part in ("model", "data", "optimizer")
         for line in differences(getattr(old, part), getattr(config, part), part)
-        if not line.startswith("data.cache_dir")
+        if not line.startswith(("data.cache_dir", "data.cache_per_host"))
     ]
     for index, stage in enumerate(old.stages[: current + 1]):
         new = config.stages[index] if index < len(config.stages) else None
@@ -131,6 +146,121 @@ def check_resumable(
             + "\n  ".join(problems)
             + "\nUse another --workdir, or restore these values."
         )
+
+
+class Loaded(NamedTuple):
+    """A model from anywhere, and what is known of it."""
+
+    model: RWKVX
+    tokenizer: str  # "" if unknown
+    vocab_file: str
+    config: Config | None  # the experiment, if it is a run of ours
+    step: int | None
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    chunk_size: int | None = None,
+    top_k: int | None = None,
+    run: RunConfig | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Loaded:
+    """Loads the newest checkpoint of a workdir, our safetensors, or an official checkpoint.
+
+    Args:
+      path: a workdir, .safetensors (ours or official), .pth, or a Hugging Face directory.
+      chunk_size: replaces the stored chunk size of the sparse attention.
+      top_k: replaces the stored number of chunks that a query reads.
+      run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
+      overrides: further fields of ModelConfig that do not change the parameters.
+
+    Raises:
+      ConfigError, ConversionError: nothing readable there, or overrides that do not fit.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"no checkpoint at {path}")
+    if run is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        run = RunConfig(compute_dtype=dtype)
+    changes = dict(overrides or {})
+    changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
+    if (path / CHECKPOINTS).is_dir():
+        config, stage, step, params = read_workdir(path)
+        model_config, data = config.stage_model(stage), config.data
+        tokenizer, vocab_file = data.tokenizer, data.vocab_file
+    else:
+        own = open_checkpoint(path, dtype=DTYPES["float32"])
+        config, step, vocab_file = None, None, ""
+        model_config, tokenizer = own.config, own.tokenizer_name
+        params = _nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
+    model_config = dataclasses.replace(model_config, **changes)
+    _check_shapes(params, model_config, str(path))
+    model = with_params(abstract_model(model_config, run), params)
+    return Loaded(model, tokenizer, vocab_file, config, step)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    chunk_size: int | None = None,
+    top_k: int | None = None,
+    run: RunConfig | None = None,
+    **overrides: Any,
+) -> RWKVX:
+    """The model of `load_checkpoint`; `overrides` are further fields of ModelConfig."""
+    return load_checkpoint(
+        path, chunk_size=chunk_size, top_k=top_k, run=run, overrides=overrides
+    ).model
+
+
+def load_initial_params(path: str | Path, config: Config) -> Params:
+    """Parameters to start training from: of the hybrid itself, or of the RWKV-7 to be expanded.
+
+    Raises:
+      ConfigError: parameters of another shape than the config's; all differences are listed.
+    """
+    params = get_params(load_checkpoint(path).model)
+    hybrid = "attention_blocks" in params
+    if hybrid and not config.stages[0].expanded:
+        raise ConfigError(
+            f"{path} already has attention blocks, but stage {config.stages[0].name!r} trains the "
+            "plain RWKV-7: start from a RWKV-7, or set expanded=True"
+        )
+    _check_shapes(params, config.model if hybrid else config.model.without_attention(), str(path))
+    return params
+
+
+def _check_shapes(params: Params, config: ModelConfig, where: str) -> None:
+    expected = {name: leaf.shape for name, leaf in flat(get_params(abstract_model(config)))}
+    found = {name: leaf.shape for name, leaf in flat(params)}
+    lines = [
+        f"{name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} wanted"
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{where} holds a model of another shape than the config's:\n  " + "\n  ".join(lines)
+        )
+
+
+def flat(params: Params) -> list[tuple[str, Any]]:
+    """(dotted name, leaf) of every parameter."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [(".".join(key.key for key in path), leaf) for path, leaf in leaves]
+
+
+def _nested(flat_params: dict[str, Any]) -> Params:
+    tree: Params = {}
+    for name, leaf in flat_params.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage, int, Any]:

@@ -1,0 +1,56 @@
+"""Any single checkpoint that we can read, told apart by its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+
+from rwkvx_jax.convert.files import open_tensors
+from rwkvx_jax.convert.fla import is_fla, open_fla
+from rwkvx_jax.convert.official import open_official
+from rwkvx_jax.convert.own import OwnCheckpoint, is_own_metadata, open_own_safetensors
+from rwkvx_jax.convert.tensors import ConversionError, in_dtype
+
+_TOKENIZERS = {257: "byte", 65529: "world", 65530: "world", 65536: "world"}
+
+
+def tokenizer_of(vocab_size: int) -> str:
+    """The tokenizer that a vocabulary of this size tells of, or ""."""
+    return _TOKENIZERS.get(vocab_size, "")
+
+
+def open_checkpoint(
+    path: str | os.PathLike,
+    *,
+    chunk_size: int | None = None,
+    top_k: int | None = None,
+    dtype: np.dtype | None = None,
+) -> OwnCheckpoint:
+    """Opens our own, an official or a flash-linear-attention checkpoint; data is read lazily.
+
+    Args:
+      path: .safetensors, .pth, a sharded index, or a Hugging Face directory.
+      chunk_size: of the sparse attention; None: what the file says, else the official 2048.
+      top_k: chunks a query reads; None: what the file says, else the official 3.
+      dtype: of the parameters; None keeps the stored one.
+
+    Raises:
+      ConversionError: a file that is none of these, or is damaged; all wrong tensors are listed.
+    """
+    sizes = {"chunk_size": chunk_size, "top_k": top_k}
+    if is_fla(path):
+        config, params, info = open_fla(path, **sizes, dtype=dtype)
+        return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info)
+    tensors, metadata = open_tensors(path)
+    if is_own_metadata(metadata):
+        own = open_own_safetensors(path)
+        given = {name: size for name, size in sizes.items() if size is not None}
+        config = dataclasses.replace(own.config, **given)
+        return own._replace(config=config, params=in_dtype(own.params, dtype))
+    try:
+        config, params, info = open_official(tensors, **sizes, dtype=dtype)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info)
