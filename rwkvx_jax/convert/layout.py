@@ -107,7 +107,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     *(_linear(f"attention_blocks.attention.{name}", "DD", f"att.{name}") for name in _PROJECTIONS),
     *_channel_mix("attention_blocks.channel_mix", None),
     *_norm("ln_out", "ln_out", "model.norm"),
-    _linear("head", "DW", "head", "lm_head"),
+    _linear("head.weight", "DW", "head", "lm_head"),
 )
 
 VALUE_RESIDUAL = tuple(f"blocks.time_mix.v{i}" for i in range(3))
@@ -207,9 +207,7 @@ def slots(config: ModelConfig, naming: Naming) -> Iterator[Slot]:
             yield Slot(parameter.name, i, shape, name, stored.form)
 
 
-def check(
-    tensors: Mapping[str, LazyTensor], wanted: Collection[Slot], ignored: Collection[str] = ()
-) -> None:
+def check(tensors: Mapping[str, LazyTensor], wanted: Collection[Slot]) -> None:
     """Checks names, shapes and dtypes of a checkpoint before any data is read.
 
     Raises:
@@ -217,7 +215,7 @@ def check(
     """
     by_name = {slot.name: slot for slot in wanted}
     problems = _names("missing", by_name.keys() - tensors.keys())
-    problems += _names("extra", tensors.keys() - by_name.keys() - set(ignored))
+    problems += _names("extra", tensors.keys() - by_name.keys())
     for name, slot in by_name.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -273,12 +271,13 @@ def to_params(
     for slot in wanted:
         places.setdefault(slot.parameter, {})[slot.row] = slot
     return {
-        name: _stacked(name, shape, places[name], tensors, dtype)
+        name: _stacked(name, shape, places.get(name, {}), tensors, dtype)
         for name, shape in param_shapes(config).items()
     }
 
 
 def _stacked(name, shape, rows: dict[int | None, Slot], tensors, dtype) -> LazyTensor:
+    # `rows` lacks block 0's value residual unless the file has it (all of it, if L is 1).
     found = {tensors[slot.name].dtype for slot in rows.values()}
     if dtype is None:
         wide = DTYPES["float64" if DTYPES["float64"] in found else "float32"]
@@ -286,7 +285,7 @@ def _stacked(name, shape, rows: dict[int | None, Slot], tensors, dtype) -> LazyT
 
     def layer(row: int | None) -> np.ndarray:
         slot = rows.get(row)
-        if slot is None:  # block 0's value residual, which nothing uses
+        if slot is None:
             return np.zeros(shape[1:], dtype)
         return cast(slot.decode(tensors[slot.name].read()), dtype, slot.name)
 

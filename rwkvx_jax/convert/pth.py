@@ -44,7 +44,7 @@ _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # pickled magic number
 _ALIGNMENT = 64  # torch aligns storages to this, so that it can map the file into memory
 _LOCAL_HEADER = 30  # bytes of a zip entry's header without its name and extra field
-_READ_BYTES = 1 << 22
+_READ_BYTES = 1 << 20
 _ROOT = "archive"
 _TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 
@@ -285,7 +285,7 @@ def _lazy(path: Path, archive: zipfile.ZipFile, name: str, view: _View) -> LazyT
 
 
 def _read_view(archive: zipfile.ZipFile, view: _View) -> np.ndarray:
-    """Reads the part of the storage that the view spans; zip checks the sum of a whole one."""
+    """Reads the part of the storage that the view spans; zipfile checks the sum of a whole one."""
     dtype = view.storage.dtype
     data = np.empty(view.extent * dtype.itemsize, np.uint8)
     with archive.open(view.storage.entry) as file:
@@ -300,9 +300,7 @@ def _read_view(archive: zipfile.ZipFile, view: _View) -> np.ndarray:
     strides = tuple(s * dtype.itemsize for s in view.strides)
     if view.extent == 0:
         return np.empty(view.shape, dtype)
-    return np.ascontiguousarray(
-        np.lib.stride_tricks.as_strided(data.view(dtype), view.shape, strides)
-    )
+    return np.lib.stride_tricks.as_strided(data.view(dtype), view.shape, strides)
 
 
 def write_pth(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:

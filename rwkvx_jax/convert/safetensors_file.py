@@ -47,20 +47,23 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], di
     """
     path = Path(path)
     try:
-        file = safe_open(path, framework="np")
+        with safe_open(path, framework="np") as file:
+            tensors = {name: _lazy(path, name, file.get_slice(name)) for name in file.keys()}
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path}: not a readable safetensors file ({error})") from error
-    return {name: _lazy(path, file, name) for name in file.keys()}, dict(file.metadata() or {})
 
 
-def _lazy(path: Path, file: Any, name: str) -> LazyTensor:
-    description = file.get_slice(name)
+def _lazy(path: Path, name: str, description: Any) -> LazyTensor:
     code = description.get_dtype()
     if code not in _CODES:
         raise ConversionError(f"{path}: {name} has dtype {code}; known are {sorted(_CODES)}")
 
     def load(row):
-        return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        # Opened anew each time: the package maps the file into memory, and pages once touched
+        # count as this process's until the mapping goes.
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(name) if row is None else file.get_slice(name)[row]
 
     return LazyTensor(name, tuple(description.get_shape()), _CODES[code], load)
 

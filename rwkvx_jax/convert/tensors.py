@@ -61,7 +61,7 @@ class LazyTensor:
 
     def read(self, row: int | None = None) -> np.ndarray:
         """The data as a contiguous array: all of it, or one row along the first axis."""
-        return np.ascontiguousarray(self.load(row))
+        return np.asarray(self.load(row), order="C")
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The data in order, in as many pieces as keep memory low."""
@@ -175,5 +175,6 @@ def write_data(file: BinaryIO, tensor: LazyTensor) -> None:
         data = piece.reshape(-1).view(np.uint8)
         file.write(memoryview(data))
         written += data.nbytes
+        del piece, data  # before the next one is read
     if written != tensor.nbytes:
         raise ConversionError(f"{tensor.name} has {written} bytes instead of {tensor.nbytes}")
