@@ -4,8 +4,12 @@ The names and shapes repeat the official layouts independently of the table in
 `rwkvx_jax.convert.layout`, so that a slip in that table shows.
 """
 
+import json
+
 import ml_dtypes
 import numpy as np
+
+from rwkvx_jax.convert.safetensors_file import write_safetensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 L, M, W, D, H, K, F = 3, 1, 11, 32, 2, 16, 48
@@ -130,3 +134,37 @@ def assert_identical(actual, expected):
 def read_all(tensors):
     """Every lazy tensor read."""
     return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def edit(tensors, changes):
+    """A copy with tensors replaced, or removed where the change is None."""
+    return {n: t for n, t in (tensors | changes).items() if t is not None}
+
+
+TINY_CONFIG = {
+    "model_type": "rwkv7",
+    "hidden_size": 128,
+    "num_hidden_layers": L,
+    "vocab_size": W,
+    "head_dim": 64,
+    "hidden_ratio": 4.0,
+    "intermediate_size": None,
+    "norm_eps": 1e-5,
+    "norm_first": True,
+    "hidden_act": "sqrelu",
+    "attn": None,
+    "value_dim": [128] * L,
+}
+
+
+def fla_directory(folder, tensors, options=TINY_CONFIG):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(options))
+    write_safetensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def rwkv7(**layout):
+    """A random RWKV-7 with heads of 64, as flash-linear-attention's epsilon demands."""
+    shape = {"width": 128, "heads": 2, "ffn": 512, "attention_blocks": 0, "prefix": ""}
+    return official_tensors(**shape, **layout)

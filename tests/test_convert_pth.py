@@ -212,8 +212,8 @@ DATA = np.arange(12, dtype=np.float32).tobytes()
         (view((12,), (1,)), {"0": DATA}, "not a dict of tensors"),
         (piece([1]), {}, "holds a list"),
         (b"}" + piece(1) + view((12,), (1,)) + b"s", {"0": DATA}, "more than tensors"),
-        (b"}(" + piece("x") + b"uuu", {}, "pickle is damaged"),
-        (b"", {}, "pickle is damaged"),
+        (b"}(" + piece("x") + b"uuu", {}, "pickle cannot be read"),
+        (b"", {}, "pickle cannot be read"),
     ],
 )  # fmt: skip
 def test_contradictions_are_named(body, entries, message, tmp_path):

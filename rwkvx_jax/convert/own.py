@@ -38,6 +38,13 @@ def is_own_metadata(metadata: Mapping[str, str]) -> bool:
     return _FORMAT in metadata
 
 
+def is_own(path: str | os.PathLike) -> bool:
+    """Whether a path is one of our safetensors files."""
+    path = Path(path)
+    named = path.suffix == ".safetensors" and path.is_file()
+    return named and is_own_metadata(open_safetensors(path)[1])
+
+
 def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:
     """Opens one of our checkpoints.
 

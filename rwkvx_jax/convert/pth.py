@@ -213,7 +213,7 @@ def open_pth(path: str | os.PathLike) -> dict[str, LazyTensor]:
         except (ConversionError, zipfile.BadZipFile):
             raise
         except Exception as error:  # a damaged pickle can fail in any way
-            raise ConversionError(f"its pickle is damaged: {error}") from error
+            raise ConversionError(f"its pickle cannot be read: {error}") from error
         return {
             name: _lazy(path, archive, name, view)
             for name, view in _checked_content(content).items()
