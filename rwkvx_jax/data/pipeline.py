@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +24,7 @@ from rwkvx_jax.data.binidx import Binidx
 from rwkvx_jax.data.samples import Documents, MagicOrder, Passkeys, Windows
 from rwkvx_jax.data.sources import open_corpus
 from rwkvx_jax.data.token_cache import cached
+from rwkvx_jax.data.workers import follow_parent
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 Split = Literal["train", "valid"]
@@ -252,15 +249,7 @@ def batches(
 
 
 def _prepare_worker(index: int, count: int) -> None:
-    """Ctrl-C is the training process' to handle; a worker must not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 def _seed(*values: object) -> int:

@@ -28,6 +28,7 @@ import numpy as np
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.binidx import Binidx, binidx_file, write_index
 from rwkvx_jax.data.sources import EmbeddedCorpus, FileCorpus, Part, encode_part
+from rwkvx_jax.data.workers import follow_parent
 from rwkvx_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -91,11 +92,12 @@ def build(
         return
     folder = index.with_suffix(".parts")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder):
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(index.with_suffix(".lock")):
             if index.exists():  # another process was first
                 return
             parts = corpus.parts(tokenizer)
+            folder.mkdir(exist_ok=True)
             _match_folder(folder, corpus, tokenizer)
             _encode_all(parts, tokenizer, folder, workers, corpus.name)
             _join([_part_file(folder, i) for i in range(len(parts))], prefix, tokenizer)
@@ -121,7 +123,7 @@ def _encode_all(
                 advance(part.size)
             return
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, context, follow_parent) as pool:
             work = functools.partial(_encode_to_file, tokenizer)
             tasks = {pool.submit(work, part, path): part for part, path in jobs}
             try:
@@ -169,6 +171,8 @@ def _join(paths: list[Path], prefix: Path, tokenizer: Tokenizer) -> None:
                 closed = bool(part["closed"])
         if not sizes:
             raise ConfigError(f"{prefix.name}: the corpus holds no text")
+        if max(sizes) > np.iinfo(np.int32).max:
+            raise ConfigError(f"{prefix.name}: a document of {max(sizes)} tokens is too long")
     with _new_file(binidx_file(prefix, "idx")) as index:
         write_index(index, np.asarray(sizes, np.int64), _dtype(tokenizer))
 
@@ -209,14 +213,19 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of the folder; the system ends it with the process."""
-    with (folder / "lock").open("w") as file:
+def _only_one(path: Path) -> Iterator[None]:
+    """Lets one process at a time into the block; the system frees the lock of a dead one.
+
+    The file goes when the block succeeds. Processes that still wait on it then must look whether
+    there is anything left to do.
+    """
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems have no locks
-            _log.warning("%s can't be locked (%s): start one process only", folder, error)
+            _log.warning("%s can't be locked (%s): start one process only", path, error)
         yield
+        path.unlink(missing_ok=True)
 
 
 def _wait(prefix: Path, stalled: float) -> None:
