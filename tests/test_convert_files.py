@@ -12,10 +12,10 @@ from rwkvx_jax.config import Config, DataConfig, Stage
 from rwkvx_jax.convert.__main__ import main
 from rwkvx_jax.convert.files import open_tensors, write_tensors
 from rwkvx_jax.convert.layout import check_params, param_shapes
+from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.official import official_to_params
 from rwkvx_jax.convert.own import (
     open_own_safetensors,
-    read_own_safetensors,
     write_own_safetensors,
 )
 from rwkvx_jax.convert.pth import open_pth, write_pth
@@ -97,14 +97,23 @@ def test_our_file_holds_model_and_tokenizer(tmp_path):
     config, params, info = official_to_params(official_tensors(), chunk_size=64)
     path = tmp_path / "ours.safetensors"
     write_own_safetensors(path, config, "byte", params)
-    read_config, tokenizer, read_params = read_own_safetensors(path)
-    assert (read_config, tokenizer) == (config, "byte")
-    assert_identical(read_params, params)
-    assert open_own_safetensors(path).info is None
-    half = read_own_safetensors(path, DTYPES["bfloat16"])[2]
-    assert np.array_equal(half["embed"], params["embed"].astype(BF16))
+    own = open_own_safetensors(path)
+    assert (own.config, own.tokenizer_name, own.info) == (config, "byte", None)
+    assert_identical(read_all(own.params), params)
     write_own_safetensors(path, config, "byte", params, info)
     assert open_own_safetensors(path).info == info
+
+
+def test_any_checkpoint_opens_in_the_dtype_asked_for(tmp_path):
+    tensors = rwkv7(dtype=BF16)
+    write_pth(tmp_path / "official.pth", tensors)
+    fla_directory(tmp_path / "fla", fla_tensors(tensors))
+    main([str(tmp_path / "official.pth"), str(tmp_path / "ours.safetensors")])
+    expected = official_to_params(tensors)[1]
+    for name in ("official.pth", "fla", "ours.safetensors"):
+        opened = open_checkpoint(tmp_path / name, chunk_size=8, top_k=2, dtype=DTYPES["float32"])
+        assert (opened.config.chunk_size, opened.config.top_k) == (8, 2)
+        assert_identical(read_all(opened.params), expected)
 
 
 def test_bad_files_of_ours_are_explained(tmp_path):
@@ -190,9 +199,9 @@ def test_command_line_converts_training_runs(tmp_path):
         checkpoints.wait()
     ours, official = tmp_path / "ours.safetensors", tmp_path / "official.pth"
     main([str(tmp_path / "run"), str(ours), "--to", "ours"])
-    read_config, tokenizer, read_params = read_own_safetensors(ours)
-    assert (read_config, tokenizer) == (model, "world")
-    assert_identical(read_params, params)
+    own = open_own_safetensors(ours)
+    assert (own.config, own.tokenizer_name) == (model, "world")
+    assert_identical(read_all(own.params), params)
     main([str(tmp_path / "run"), str(official), "--dtype", "bfloat16"])
     tensors = read_all(open_pth(official))
     assert {n: t.shape for n, t in tensors.items()} == official_shapes()

@@ -22,7 +22,7 @@ from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.infer import infer_config
 from rwkvx_jax.convert.layout import Naming, check, slots, to_params
 from rwkvx_jax.convert.official import OfficialInfo
-from rwkvx_jax.convert.tensors import DTYPES, ConversionError, LazyTensor
+from rwkvx_jax.convert.tensors import ConversionError, LazyTensor
 
 _FUSED_ORDER = "rwkvag"
 _FUSED = ".attn.x_x"
@@ -82,18 +82,6 @@ def open_fla(
     stored = tensors["model.embeddings.weight"].dtype.name
     info = OfficialInfo("", naming.first_value_residual, stored)
     return config, to_params(config, tensors, wanted, dtype), info
-
-
-def fla_to_params(
-    path: str | os.PathLike,
-    *,
-    chunk_size: int | None = None,
-    top_k: int | None = None,
-    dtype: np.dtype | None = DTYPES["float32"],
-) -> tuple[ModelConfig, dict[str, np.ndarray], OfficialInfo]:
-    """A flash-linear-attention directory as our parameters, in memory; see `open_fla`."""
-    config, params, info = open_fla(path, chunk_size=chunk_size, top_k=top_k, dtype=dtype)
-    return config, {name: param.read() for name, param in params.items()}, info
 
 
 def _read_options(path: Path) -> dict[str, Any]:

@@ -13,13 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
 from rwkvx_jax.convert.layout import check_params
 from rwkvx_jax.convert.official import OfficialInfo
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
-from rwkvx_jax.convert.tensors import DTYPES, ConversionError, LazyTensor, as_lazy, in_dtype
+from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy
 
 _FORMAT, _VERSION = "rwkvx_jax_format", "1"
 
@@ -71,23 +69,6 @@ def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:
         return OwnCheckpoint(config, metadata["tokenizer"], tensors, info)
     except (ConfigError, ConversionError, KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: {error}") from error
-
-
-def read_own_safetensors(
-    path: str | os.PathLike, dtype: np.dtype = DTYPES["float32"]
-) -> tuple[ModelConfig, str, dict[str, np.ndarray]]:
-    """One of our checkpoints in memory: configuration, tokenizer name, parameters by name.
-
-    Args:
-      path: a file that `write_own_safetensors` made.
-      dtype: of the parameters.
-
-    Raises:
-      ConversionError: see `open_own_safetensors`.
-    """
-    own = open_own_safetensors(path)
-    params = {name: param.read() for name, param in in_dtype(own.params, dtype).items()}
-    return own.config, own.tokenizer_name, params
 
 
 def write_own_safetensors(
