@@ -1,0 +1,32 @@
+"""Evaluates checkpoints: `python eval.py --help`, `python eval.py passkey --help`.
+
+Run again with the same output directory, it does only what is not finished yet.
+"""
+
+import sys
+
+import tyro
+
+from rwkvx_jax.cli import friendly_errors
+from rwkvx_jax.convert.tensors import ConversionError
+from rwkvx_jax.evals import passkey
+
+TASKS = {"passkey": (passkey.PasskeyOptions, passkey.run)}
+
+
+def main(argv: list[str]) -> None:
+    with friendly_errors(ConversionError):
+        options = tyro.extras.subcommand_cli_from_dict(
+            {name: options for name, (options, _) in TASKS.items()},
+            args=argv,
+            prog="eval.py",
+            description=__doc__,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        for kind, run in TASKS.values():
+            if type(options) is kind:
+                run(options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

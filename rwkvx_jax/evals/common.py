@@ -1,0 +1,268 @@
+"""What every evaluation shares: flags, models under test, intervals, and a progress line.
+
+A task is a dataclass of flags (a subclass of `EvalOptions`) and a function that runs it. It asks
+its models for answers trial by trial; trials go to a `Results` file (results.py) as they finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
+from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
+from rwkvx_jax.model import Params, get_params
+from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Flags of every task that reads prompts."""
+
+    checkpoint: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """Work directory, .safetensors or .pth; give it several times to compare models."""
+    output: Path
+    """Directory of the results. Run again with the same one, finished trials are not repeated."""
+    seed: int = 0
+    """Seed of everything random in the prompts."""
+    limit: int | None = None
+    """Run only the first N trials of each model; a later run without it does the rest."""
+    batch: int | None = None
+    """Prompts read side by side. Default: at most 8, fewer where a long cache needs the memory."""
+    piece: int = 2048
+    """Tokens of a prompt read at once."""
+    chunk_size: int | None = None
+    """Replaces the chunk size of the sparse attention that the checkpoint was trained with."""
+    top_k: int | None = None
+    """Replaces the number of chunks that a query reads."""
+    vocab_file: str = ""
+    """Vocabulary of the World tokenizer, where pyrwkv-tokenizer is not installed."""
+
+    def __post_init__(self):
+        if not self.checkpoint:
+            raise ConfigError("no checkpoint given: name one with --checkpoint PATH")
+        if len(set(self.checkpoint)) < len(self.checkpoint):
+            raise ConfigError("a checkpoint is given twice: every --checkpoint must differ")
+        for name in ("limit", "batch", "piece", "chunk_size", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {value}: it must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}: it must not be negative")
+
+
+class Subject(NamedTuple):
+    """A model under evaluation; its parameters stay on the host until its turn comes."""
+
+    label: str
+    config: ModelConfig
+    run: RunConfig
+    params: Params  # numpy arrays
+    tokenizer: Tokenizer
+    checkpoint: str
+    step: int | None
+    trained_length: int | None  # longest training sequence so far, if known
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON form of all that decides this model's answers."""
+        return {
+            "model": to_dict(self.config),
+            "parameters": _digest(self.params),
+            "compute_dtype": self.run.compute_dtype,
+            "tokenizer": self.tokenizer.name,
+            "vocabulary": self.tokenizer.fingerprint,
+        }
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """JSON form of everything known, the identity included."""
+        known = {
+            "label": self.label,
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "trained_length": self.trained_length,
+        }
+        return known | self.identity
+
+    def without_attention(self) -> Subject:
+        """The same model with its attention blocks taken out."""
+        params = {name: p for name, p in self.params.items() if name != "attention_blocks"}
+        return self._replace(
+            label=f"{self.label}, attention blocks off",
+            config=self.config.without_attention(),
+            params=params,
+        )
+
+
+def open_subjects(options: EvalOptions) -> list[Subject]:
+    """Loads every checkpoint of the command line.
+
+    Raises:
+      ConfigError, ConversionError: a checkpoint that can't be read, that tells no tokenizer, or
+        whose tokenizer differs from the first one's.
+    """
+    names = [path.resolve().name for path in options.checkpoint]
+    subjects: list[Subject] = []
+    for path, name in zip(options.checkpoint, names, strict=True):
+        loaded = load_checkpoint(path, chunk_size=options.chunk_size, top_k=options.top_k)
+        label = name if names.count(name) == 1 else str(path)
+        subjects.append(as_subject(loaded, path, label, options.vocab_file))
+        first, last = subjects[0], subjects[-1]
+        if first.tokenizer.fingerprint != last.tokenizer.fingerprint:
+            raise ConfigError(
+                f"{first.checkpoint} and {path} use different tokenizers "
+                f"({first.tokenizer.name}, {last.tokenizer.name} of another vocabulary): their "
+                "lengths can't share a figure; evaluate them one by one"
+            )
+    return subjects
+
+
+def as_subject(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> Subject:
+    """A loaded checkpoint as a subject, its arrays moved to the host."""
+    config = loaded.model.config
+    if not loaded.tokenizer:
+        raise ConfigError(
+            f"{path} does not say which tokenizer it was trained with (vocabulary "
+            f"{config.vocab_size}): name one with `python -m rwkvx_jax.convert {path} "
+            "NEW.safetensors --tokenizer world` (or byte) and evaluate the new file"
+        )
+    tokenizer = load_tokenizer(loaded.tokenizer, vocab_file or loaded.vocab_file)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{path} has a vocabulary of {config.vocab_size}, too small for the "
+            f"{tokenizer.name} tokenizer with {tokenizer.vocab_size} ids"
+        )
+    return Subject(
+        label=label,
+        config=config,
+        run=loaded.model.run,
+        params=jax.device_get(get_params(loaded.model)),
+        tokenizer=tokenizer,
+        checkpoint=str(path),
+        step=loaded.step,
+        trained_length=_trained_length(loaded),
+    )
+
+
+def _trained_length(loaded: Loaded) -> int | None:
+    """Longest sequence of the stages that have begun at this step."""
+    if loaded.config is None or loaded.step is None:
+        return None
+    longest, begin = None, 0
+    for stage in loaded.config.stages:
+        if begin < loaded.step:
+            longest = max(longest or 0, stage.seq_len)
+        begin += stage.steps
+    return longest
+
+
+def _digest(params: Params) -> str:
+    """A hash of all parameters, bit by bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, leaf in flat(params):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def wilson(correct: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a share: (low, high), 95 % at the default z.
+
+    Unlike the normal approximation it stays within [0, 1] and keeps a width at 0 and 100 %.
+    Without any trial it is (0, 1).
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    share, z2 = correct / trials, z * z / trials
+    center = (share + z2 / 2) / (1 + z2)
+    half = z * ((share * (1 - share) + z2 / 4) / trials) ** 0.5 / (1 + z2)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def share_with_interval(correct: int, trials: int) -> dict[str, Any]:
+    """JSON form of a share; `accuracy` is None where nothing was tried."""
+    low, high = wilson(correct, trials)
+    accuracy = correct / trials if trials else None
+    return {"trials": trials, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
+
+
+def even_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Cuts items into the fewest batches of at most `size`, as equal as they can be."""
+    count = -(-len(items) // size)
+    for i in range(count):
+        yield items[i * len(items) // count : (i + 1) * len(items) // count]
+
+
+class Tracker:
+    """Shows how far an evaluation is, and how long the rest will take.
+
+    A bar on a terminal, a line every few seconds elsewhere. Used as a context manager.
+    """
+
+    def __init__(self, console: Console, unit: str, total: int):
+        self._console, self._unit = console, unit
+        self._total, self._done, self._name = total, 0, ""
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Tracker:
+        self._start = self._last_line = time.monotonic()
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + self._unit),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._total)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def describe(self, name: str) -> None:
+        """Names what is being done now."""
+        self._name = name
+        if self._bar is not None:
+            self._bar.update(self._task, description=name)
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+        elif now - self._last_line > PLAIN_LINE_SECONDS:
+            self._last_line = now
+            left = (now - self._start) / self._done * (self._total - self._done)
+            self._console.print(
+                f"{self._name}: {self._done:,} of {self._total:,} {self._unit}, "
+                f"about {_duration(left)} left",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,202 @@
+"""Shared pieces of the evaluations: intervals, batches, the reader, opening checkpoints."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkvx_jax.checkpoint import Loaded, flat
+from rwkvx_jax.config import Config, ConfigError, DataConfig, ModelConfig, RunConfig, Stage
+from rwkvx_jax.convert.own import write_own_safetensors
+from rwkvx_jax.evals.common import (
+    EvalOptions,
+    Subject,
+    as_subject,
+    even_batches,
+    open_subjects,
+    share_with_interval,
+    wilson,
+)
+from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
+from rwkvx_jax.model import create_model, get_params, with_params
+from rwkvx_jax.tokenizer import load_tokenizer
+from tests.helpers import assert_close
+
+TINY = ModelConfig(
+    vocab_size=257,
+    num_blocks=2,
+    num_attention_blocks=1,
+    width=32,
+    head_size=16,
+    chunk_size=8,
+    top_k=2,
+)
+FLOAT32 = RunConfig(compute_dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random model whose attention matters: fresh ones have zero output projections."""
+    model = create_model(TINY, FLOAT32)
+    keys = iter(jax.random.split(jax.random.key(0), 200))
+    noisy = lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape)
+    return with_params(model, jax.tree.map(noisy, get_params(model)))
+
+
+@pytest.fixture(scope="module")
+def subject(model):
+    return as_subject(Loaded(model, "byte", "", None, None), Path("tiny"), "tiny")
+
+
+@pytest.mark.parametrize(
+    "correct, trials, low, high",
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (8, 10, 0.4902, 0.9433),
+        (50, 100, 0.4038, 0.5962),
+    ],
+)
+def test_wilson_interval_has_the_published_values(correct, trials, low, high):
+    assert_close(wilson(correct, trials), (low, high), rel=2e-4)
+
+
+def test_share_of_nothing_claims_nothing():
+    assert share_with_interval(0, 0) == {
+        "trials": 0,
+        "correct": 0,
+        "accuracy": None,
+        "low": 0.0,
+        "high": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "count, size, sizes", [(0, 4, []), (4, 4, [4]), (9, 4, [3, 3, 3]), (5, 4, [2, 3])]
+)
+def test_batches_are_few_and_even(count, size, sizes):
+    batches = list(even_batches(list(range(count)), size))
+    assert [len(batch) for batch in batches] == sizes
+    assert [i for batch in batches for i in batch] == list(range(count))
+
+
+def greedy_by_full_passes(model, prompt, count):
+    """The oracle: a whole forward pass for every token of the answer."""
+    forward = jax.jit(lambda tokens: model(tokens))
+    tokens = np.zeros((1, 64), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for i in range(len(prompt), len(prompt) + count):
+        tokens[0, i] = int(jnp.argmax(forward(tokens)[0, i - 1]))
+    return tokens[0, len(prompt) : len(prompt) + count]
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_reader_continues_as_full_passes_do(subject, attention):
+    if not attention:
+        subject = subject.without_attention()
+    params = jax.tree.map(jnp.asarray, subject.params)
+    model = with_params(create_model(subject.config, FLOAT32), params)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, 257, n).astype(np.int32) for n in (43, 7, 16)]
+    read = []
+    answers = GreedyReader(subject, piece=16, batch=4)(prompts, 4, read.append)
+    assert answers.shape == (3, 4)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        np.testing.assert_array_equal(answer, greedy_by_full_passes(model, prompt, 4))
+    assert sum(read) == sum(map(len, prompts)) and len(read) == 3
+
+
+def test_attention_matters_in_the_reader_test(model, subject):
+    tokens = np.arange(1, 65)[None]
+    off = subject.without_attention()
+    plain = with_params(create_model(off.config, FLOAT32), off.params)
+    assert float(jnp.abs(model(tokens) - plain(tokens)).max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    "config, length, batch",
+    [(ModelConfig.tiny(), 1024, 8), (ModelConfig.rwkvx_0b2(), 1_000_000, 1)],
+)
+def test_default_batch_bounds_memory(config, length, batch):
+    subject = Subject("", config, FLOAT32, {}, None, "", None, None)
+    assert affordable_batch(subject, length, 2048) == batch
+
+
+def test_identity_sees_every_bit(subject):
+    before = subject.identity["parameters"]
+    assert before == subject.identity["parameters"]
+    params = jax.tree.map(np.array, subject.params)
+    params["head"]["weight"].view(np.uint8)[0, 0] ^= 1
+    assert subject._replace(params=params).identity["parameters"] != before
+
+
+@pytest.mark.parametrize("step, expected", [(1, 128), (10, 128), (11, 512), (30, 512)])
+def test_trained_length_counts_stages_that_have_begun(model, step, expected):
+    stages = (
+        Stage("a", 128, 1, 10, 1e-3),
+        Stage("b", 512, 1, 10, 1e-3),
+        Stage("c", 256, 1, 10, 1e-3),
+    )
+    config = Config(TINY, stages, DataConfig())
+    subject = as_subject(Loaded(model, "byte", "", config, step), Path("x"), "x")
+    assert subject.trained_length == expected
+
+
+def options(*paths, **flags):
+    return EvalOptions(checkpoint=tuple(map(Path, paths)), output=Path("out"), **flags)
+
+
+def save(path, config, tokenizer):
+    params = dict(flat(jax.device_get(get_params(create_model(config)))))
+    write_own_safetensors(path, config, tokenizer, params)
+    return path
+
+
+def test_open_subjects_names_and_overrides(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    paths = [save(tmp_path / d / "m.safetensors", TINY, "byte") for d in "ab"]
+    subjects = open_subjects(options(*paths, chunk_size=4))
+    assert [s.label for s in subjects] == [str(path) for path in paths]
+    assert [(s.config.chunk_size, s.config.top_k) for s in subjects] == [(4, 2)] * 2
+    assert [s.label for s in open_subjects(options(paths[0]))] == ["m.safetensors"]
+
+
+def test_open_subjects_refuses_what_cannot_be_compared(tmp_path):
+    pytest.importorskip("pyrwkv_tokenizer")
+    byte = save(tmp_path / "byte.safetensors", TINY, "byte")
+    world_config = dataclasses.replace(TINY, vocab_size=65536, width=16)
+    world = save(tmp_path / "world.safetensors", world_config, "world")
+    with pytest.raises(ConfigError, match="byte.safetensors and .*world.safetensors use different"):
+        open_subjects(options(byte, world))
+    unknown = save(tmp_path / "unknown.safetensors", TINY, "")
+    with pytest.raises(ConfigError, match="unknown.safetensors does not say which tokenizer"):
+        open_subjects(options(unknown))
+    small = save(tmp_path / "small.safetensors", dataclasses.replace(TINY, vocab_size=99), "byte")
+    with pytest.raises(ConfigError, match="vocabulary of 99, too small"):
+        open_subjects(options(small))
+    with pytest.raises(ConfigError, match="no checkpoint at .*absent"):
+        open_subjects(options(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "paths, flags, message",
+    [
+        ([], {}, "no checkpoint given"),
+        (["a", "a"], {}, "given twice"),
+        (["a"], {"limit": 0}, "--limit is 0"),
+        (["a"], {"chunk_size": 0}, "--chunk-size is 0"),
+        (["a"], {"piece": -1}, "--piece is -1"),
+        (["a"], {"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_bad_flags(paths, flags, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        options(*paths, **flags)
+
+
+def test_subject_tokenizer_is_the_models(subject):
+    assert subject.tokenizer.fingerprint == load_tokenizer("byte").fingerprint

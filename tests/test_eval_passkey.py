@@ -1,0 +1,347 @@
+"""Passkey evaluation: prompts, scores of known readers, resumption, the results file, errors."""
+
+import io
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rwkvx_jax.checkpoint import flat
+from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
+from rwkvx_jax.convert.own import write_own_safetensors
+from rwkvx_jax.evals import heatmap
+from rwkvx_jax.evals.common import Subject
+from rwkvx_jax.evals.passkey import (
+    PasskeyOptions,
+    Trial,
+    evaluate,
+    heat_maps,
+    key_of,
+    plan,
+    prompt_of,
+)
+from rwkvx_jax.model import create_model, get_params
+from rwkvx_jax.tasks.passkey import is_eval_key
+from rwkvx_jax.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = Console(file=io.StringIO())
+TINY = ModelConfig(
+    vocab_size=257,
+    num_blocks=1,
+    num_attention_blocks=1,
+    width=32,
+    head_size=16,
+    chunk_size=32,
+    top_k=2,
+)
+
+
+def make_options(output, **flags):
+    flags = {"lengths": (128, 300), "depths": 3, "trials": 2, "batch": 2} | flags
+    return PasskeyOptions(checkpoint=(Path("model"),), output=output, **flags)
+
+
+def make_subject(label="model", tokenizer="byte", scale=1.0, **facts):
+    params = {"embed": np.full(3, scale, np.float32), "attention_blocks": {"x": np.zeros(2)}}
+    facts = {"step": 70, "trained_length": 128} | facts
+    return Subject(
+        label, TINY, RunConfig(), params, load_tokenizer(tokenizer), "runs/model", **facts
+    )
+
+
+class FakeReader:
+    """A factory of readers that answer with what `solve` makes of the prompt's text."""
+
+    def __init__(self, solve, stop_after=None):
+        self.solve, self.stop_after, self.read = solve, stop_after, []
+
+    def __call__(self, subject, *, piece, batch):
+        def answer(prompts, count, advance):
+            assert 0 < len(prompts) <= batch
+            if self.stop_after is not None and len(self.read) >= self.stop_after:
+                raise KeyboardInterrupt
+            texts = [subject.tokenizer.decode(prompt) for prompt in prompts]
+            self.read += [(subject.label, text) for text in texts]
+            advance(sum(map(len, prompts)))
+            rows = [subject.tokenizer.encode(self.solve(text)) for text in texts]
+            return np.stack([np.resize(row, count) for row in rows])
+
+        return answer
+
+
+def copy_key(text):
+    """The oracle: what the key line says."""
+    return " " + re.search(r"The pass key is (\d+)\. Remember it\.", text)[1]
+
+
+def guess(text):
+    return f" {np.random.default_rng(len(text)).integers(10_000, 100_000)}"
+
+
+@pytest.mark.parametrize("keys", ["random", "official"])
+def test_oracle_scores_everything_and_a_guess_nothing(tmp_path, keys):
+    for solve, expected in ((copy_key, 12), (guess, 0)):
+        options = make_options(tmp_path / solve.__name__, keys=keys)
+        results = evaluate(options, [make_subject()], QUIET, FakeReader(solve))
+        share = results.summary("model")["all"]
+        assert (share["correct"], share["trials"]) == (expected, 12)
+
+
+def test_official_protocol_with_an_oracle(tmp_path):
+    pytest.importorskip("pyrwkv_tokenizer")
+    options = make_options(tmp_path, protocol="official", lengths=(2000,), depths=10, trials=1)
+    assert options.keys == "official"
+    assert options.depth_shares == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    subject = make_subject(tokenizer="world")
+    results = evaluate(options, [subject], QUIET, FakeReader(lambda t: copy_key(t)[1:]))
+    assert results.summary("model")["all"]["accuracy"] == 1.0
+    trials = results.trials("model")
+    assert trials[0]["prompt_tokens"] == 1928  # of the repository, key 2733 at depth 0
+    assert {trial["key"] for trial in trials} == {2733}
+    third = subject.tokenizer.decode(prompt_of(options, subject.tokenizer, Trial(2000, 0.3, 0)))
+    assert [len(line) for line in third.split("\n")][1::2] == [2100, 4900]
+
+
+def test_a_longer_answer_is_cut_to_the_tokens_it_may_use(tmp_path):
+    chatty = FakeReader(lambda text: copy_key(text) + "77")
+    results = evaluate(make_options(tmp_path), [make_subject()], QUIET, chatty)
+    assert results.summary("model")["all"]["accuracy"] == 1.0
+
+
+def test_exact_prompts_have_their_length_and_unseen_keys(tmp_path):
+    options = make_options(tmp_path, seed=3)
+    tokenizer = load_tokenizer("byte")
+    trials = plan(options)
+    assert options.depth_shares == (0.0, 0.5, 1.0) and len(trials) == 12
+    assert trials == sorted(trials)
+    assert [len(prompt_of(options, tokenizer, t)) for t in trials] == [t.length for t in trials]
+    keys = [key_of(options, t) for t in trials]
+    assert all(map(is_eval_key, keys)) and len(set(keys)) > 8
+    assert keys != [key_of(make_options(tmp_path, seed=4), t) for t in trials]
+    wider = make_options(tmp_path, seed=3, lengths=(64, 128, 300), trials=9)
+    assert keys == [key_of(wider, t) for t in trials]
+
+
+def test_results_file_holds_everything(tmp_path):
+    options = make_options(tmp_path)
+    evaluate(options, [make_subject()], QUIET, FakeReader(copy_key))
+    document = json.loads((tmp_path / "passkey.json").read_text())
+    assert document["task"] == "passkey" and document["format"] == 1
+    assert document["command"] and document["versions"]["jax"] == jax.__version__
+    assert document["settings"] == {"protocol": "exact", "keys": "random", "seed": 0}
+    assert document["plan"] == {
+        "lengths": [128, 300],
+        "depths": [0.0, 0.5, 1.0],
+        "trials": 2,
+        "limit": None,
+    }
+    (panel,) = document["panels"]
+    assert panel["label"] == "model" and panel["step"] == 70 and panel["checkpoint"] == "runs/model"
+    assert panel["model"]["chunk_size"] == 32 and panel["tokenizer"] == "byte"
+    assert [(t["length"], t["depth"], t["trial"]) for t in panel["trials"]] == plan(options)
+    assert set(panel["trials"][0]) == {
+        "length",
+        "depth",
+        "trial",
+        "key",
+        "prompt_tokens",
+        "answer",
+        "correct",
+    }
+    assert panel["trials"][0]["answer"] == f" {panel['trials'][0]['key']}"
+    summary = panel["summary"]
+    assert summary["all"]["correct"] == 12 and 0.7 < summary["all"]["low"] < 0.8
+    assert [cell["trials"] for cell in summary["by_length"]] == [6, 6]
+    assert [cell["trials"] for cell in summary["by_length_and_depth"]] == [2] * 6
+
+
+def test_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    options = make_options(tmp_path, compare_without_attention=True)
+    first = FakeReader(copy_key, stop_after=16)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options, [make_subject()], QUIET, first)
+    document = json.loads((tmp_path / "passkey.json").read_text())
+    assert [len(panel["trials"]) for panel in document["panels"]] == [12, 4]
+    assert document["panels"][1]["summary"]["all"]["trials"] == 4
+    second = FakeReader(copy_key)
+    evaluate(options, [make_subject()], QUIET, second)
+    assert len(first.read) == 16 and len(second.read) == 8
+    assert not set(first.read) & set(second.read)
+    third = FakeReader(copy_key)
+    results = evaluate(options, [make_subject()], QUIET, third)
+    assert third.read == []
+    undisturbed = evaluate(
+        make_options(tmp_path / "x", compare_without_attention=True),
+        [make_subject()],
+        QUIET,
+        FakeReader(copy_key),
+    )
+    assert results.document == undisturbed.document
+
+
+def test_limit_takes_the_first_trials_and_the_rest_follows(tmp_path):
+    limited = make_options(tmp_path, limit=5)
+    results = evaluate(limited, [make_subject()], QUIET, FakeReader(copy_key))
+    done = [(t["length"], t["depth"], t["trial"]) for t in results.trials("model")]
+    assert done == plan(limited)[:5]
+    rest = FakeReader(copy_key)
+    evaluate(make_options(tmp_path), [make_subject()], QUIET, rest)
+    assert len(rest.read) == 7
+
+
+def test_a_file_grows_by_lengths_trials_and_models(tmp_path):
+    evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    more = FakeReader(copy_key)
+    options = make_options(tmp_path, lengths=(128, 300, 400), trials=3)
+    subjects = [make_subject(), make_subject("other", scale=2.0)]
+    results = evaluate(options, subjects, QUIET, more)
+    assert len(more.read) == 27 - 12 + 27
+    assert [len(results.trials(label)) for label in ("model", "other")] == [27, 27]
+
+
+@pytest.mark.parametrize(
+    "flags, subject, message",
+    [
+        ({"seed": 1}, {}, "seed: 0 -> 1"),
+        ({"keys": "official"}, {}, "keys: 'random' -> 'official'"),
+        ({}, {"scale": 2.0}, "model: parameters: '"),
+        ({}, {"label": "other"}, "it also holds 'model', which this command does not name"),
+        ({"lengths": (128,)}, {}, "model: 6 of its trials are not part of this command"),
+    ],
+)
+def test_a_file_of_another_evaluation_is_left_alone(tmp_path, flags, subject, message):
+    evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    before = (tmp_path / "passkey.json").read_bytes()
+    reader = FakeReader(copy_key)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        evaluate(make_options(tmp_path, **flags), [make_subject(**subject)], QUIET, reader)
+    assert reader.read == [] and (tmp_path / "passkey.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"task": "niah", "format": 1}'])
+def test_a_foreign_file_is_left_alone(tmp_path, content):
+    (tmp_path / "passkey.json").write_text(content)
+    with pytest.raises(ConfigError, match="use another --output"):
+        evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    assert (tmp_path / "passkey.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"lengths": (90, 128)}, "prompt of 90 tokens is too short"),
+        ({"protocol": "official"}, "runs/model uses the byte tokenizer: use --protocol exact"),
+    ],
+)
+def test_errors_come_before_any_prompt_is_read(tmp_path, flags, message):
+    reader = FakeReader(copy_key)
+    with pytest.raises(ConfigError, match=message):
+        evaluate(make_options(tmp_path, **flags), [make_subject()], QUIET, reader)
+    assert reader.read == [] and not list(tmp_path.iterdir())
+
+
+def test_official_lengths_below_a_thousand_characters_are_refused(tmp_path):
+    pytest.importorskip("pyrwkv_tokenizer")
+    options = make_options(tmp_path, protocol="official", lengths=(266, 2000))
+    with pytest.raises(ConfigError, match="length 266 is too short"):
+        evaluate(options, [make_subject(tokenizer="world")], QUIET, FakeReader(copy_key))
+
+
+def test_nothing_to_take_out(tmp_path):
+    plain = make_subject().without_attention()
+    options = make_options(tmp_path, compare_without_attention=True)
+    with pytest.raises(ConfigError, match="no checkpoint here has attention blocks"):
+        evaluate(options, [plain], QUIET, FakeReader(copy_key))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"depths": 0}, "--depths is 0"),
+        ({"trials": 0}, "--trials is 0"),
+        ({"keys": "official", "trials": 200}, "may occur in training texts"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        make_options(tmp_path, **flags)
+
+
+def test_heat_map_counts_and_training_mark(tmp_path):
+    options = make_options(tmp_path, limit=7)
+    results = evaluate(options, [make_subject()], QUIET, FakeReader(copy_key))
+    (heat_map,) = heat_maps(options, results)
+    np.testing.assert_array_equal(heat_map.trials, [[2, 2, 2], [1, 0, 0]])
+    np.testing.assert_array_equal(heat_map.percent, [[100, 100, 100], [100, np.nan, np.nan]])
+    assert heat_map.trained_columns == 1
+    assert heat_map.note == "step 70, trained on up to 128 tokens"
+    text = io.StringIO()
+    heatmap.print_table(Console(file=text, width=100), heat_map, length_header="tokens")
+    lines = text.getvalue().splitlines()
+    assert lines[4].split() == ["128", "100", "100", "100", "100", "61", "to", "100"]
+    assert lines[6].split() == ["300", "100", "–", "–", "100", "21", "to", "100"]
+    assert lines[-2].startswith("7 of 7 right: 100.0 % (95 % interval 64.6 to 100.0)")
+
+
+@pytest.mark.parametrize("count, lengths", [(1, 1), (2, 7), (3, 20)])
+def test_figure_of_any_shape_is_written(tmp_path, count, lengths):
+    grid = tuple(1000 * 2**i for i in range(lengths))
+    zeros, ones = np.zeros((lengths, 4), int), np.ones((lengths, 4), int)
+    maps = [
+        heatmap.HeatMap(f"m{i}", "", grid, (0.0, 0.1, 0.2, 0.3), i % 2 * ones, ones, trained)
+        for i, trained in zip(range(count), (None, 500, 10**9), strict=False)
+    ]
+    maps[0] = maps[0]._replace(trials=zeros)
+    path = tmp_path / "new" / "figure.png"
+    heatmap.draw(maps, path, title="t", x_label="x", y_label="y")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def run_command(monkeypatch, *flags):
+    """Runs eval.py as a command."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+
+
+def test_command_from_checkpoint_to_figure(tmp_path, monkeypatch, capsys):
+    checkpoint = tmp_path / "tiny.safetensors"
+    params = dict(flat(jax.device_get(get_params(create_model(TINY)))))
+    write_own_safetensors(checkpoint, TINY, "byte", params)
+    flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--lengths", "100,200"]
+    flags += ["--depths", 2, "--trials", 2, "--piece", 64, "--compare-without-attention"]
+    run_command(monkeypatch, "passkey", *flags, "--limit", 6)
+    run_command(monkeypatch, "passkey", *flags)
+    printed = capsys.readouterr().out
+    assert "12 finished trials found" in printed
+    assert printed.count("0 of 8 right: 0.0 %") == 2
+    assert "tiny.safetensors, attention blocks off" in printed
+    document = json.loads((tmp_path / "passkey.json").read_text())
+    assert document["command"].startswith("eval.py passkey --checkpoint")
+    assert [len(panel["trials"]) for panel in document["panels"]] == [8, 8]
+    assert (tmp_path / "passkey.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--checkpoint", "absent"], "no checkpoint at absent"),
+        ([], "no checkpoint given"),
+        (["--checkpoint", "absent", "--lengths", "1,x"], "lengths"),
+        (["--checkpoint", "absent", "--protocol", "other"], "'exact', 'official'"),
+        (["--checkpoint", "absent", "--depths", "0"], "--depths is 0"),
+    ],
+)
+def test_command_errors(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stopped:
+        run_command(monkeypatch, "passkey", "--output", tmp_path / "out", *flags)
+    assert stopped.value.code not in (0, None)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
