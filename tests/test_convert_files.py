@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 
+from rwkvx_jax import checkpoint
 from rwkvx_jax.config import Config, DataConfig, Stage
 from rwkvx_jax.convert.__main__ import main
 from rwkvx_jax.convert.files import open_tensors, write_tensors
@@ -187,12 +189,11 @@ def test_command_line_converts_fla(tmp_path):
 
 
 def test_command_line_converts_training_runs(tmp_path):
-    checkpoint = pytest.importorskip("rwkvx_jax.checkpoint")
     model = official_to_params(official_tensors())[0]
     params = random_tensors(param_shapes(model))
     stage = Stage("only", seq_len=8, global_batch=1, steps=1, peak_lr=1e-3)
     config = Config(model, (stage,), data=DataConfig(tokenizer="world"))
-    tree = checkpoint._nested({name: jnp.asarray(param) for name, param in params.items()})
+    tree = unflatten_dict({n: jnp.asarray(p) for n, p in params.items()}, sep=".")
     with checkpoint.Checkpoints(tmp_path / "run", keep=1) as checkpoints:
         progress = checkpoint.progress_record(config, 0, 1, {})
         checkpoints.save(1, tree, {"count": jnp.zeros(())}, progress)

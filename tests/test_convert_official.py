@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.layout import param_shapes
 from rwkvx_jax.convert.official import (
@@ -16,6 +17,7 @@ from rwkvx_jax.convert.official import (
 )
 from rwkvx_jax.convert.pth import open_pth
 from rwkvx_jax.convert.tensors import DTYPES, ConversionError, as_lazy
+from rwkvx_jax.model import abstract_model, get_params
 from tests.convert_checkpoints import (
     BF16,
     RANKS,
@@ -79,6 +81,21 @@ def test_both_low_rank_formulas_are_recognised(width, rule, ranks):
     config, _, _ = open_official(tensors)
     assert (config.low_rank, config.low_rank_override) == (rule, None)
     assert (config.ranks, config.ffn_width, config.head_size) == (ranks, 0, 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_attention_blocks": 0},
+        {"head_size": 16, "ffn_width": 96, "low_rank_override": (3, 4, 5, 6)},
+    ],
+)
+def test_the_table_knows_every_parameter_of_the_model(changes):
+    config = ModelConfig(vocab_size=300, num_blocks=4, num_attention_blocks=2, width=128)
+    config = dataclasses.replace(config, **changes)
+    params = get_params(abstract_model(config))
+    assert {name: leaf.shape for name, leaf in flat(params)} == param_shapes(config)
 
 
 def test_one_block_has_no_value_residual_to_measure():
