@@ -75,8 +75,16 @@ class Tokenizer:
 
     def safe_cut(self, data: bytes) -> int:
         """Largest p < len(data) at which `data` may be cut: the ids of both parts, one after the
-        other, are those of the whole. 0 where there is no such place."""
-        return len(data) - 1 if len(data) > 1 else 0
+        other, are those of the whole, and no character of valid UTF-8 is torn. 0 where there is
+        no such place."""
+        values = np.frombuffer(data, np.uint8)
+        starts_character = (values[1:] & 0xC0) != 0x80
+        places = np.flatnonzero(starts_character & self._separable(values[:-1], values[1:]))
+        return int(places[-1]) + 1 if places.size else 0
+
+    def _separable(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Whether no token holds byte `before` directly followed by `after`."""
+        raise NotImplementedError
 
     def _known(self, token: int) -> bool:
         return token == 0 or 0 < token < self.vocab_size and bool(self._table[token])
@@ -90,6 +98,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, np.uint8).astype(np.int32) + 1
+
+    def _separable(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return np.ones(before.shape, bool)
 
     def __reduce__(self):
         return _unpickle, ("byte",)
@@ -122,13 +133,8 @@ class WorldTokenizer(Tokenizer):
         except UnicodeDecodeError:
             return self._greedy(data)
 
-    def safe_cut(self, data: bytes) -> int:
-        values = np.frombuffer(data, np.uint8)
-        before, after = values[:-1], values[1:]
-        # The second condition keeps both parts valid UTF-8 where the whole is.
-        safe = ~self._adjacent[before, after] & (after < 0x80)
-        places = np.flatnonzero(safe)
-        return int(places[-1]) + 1 if places.size else 0
+    def _separable(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return ~self._adjacent[before, after]
 
     def __reduce__(self):
         return _unpickle, ("world", self._vocab_file)

@@ -1,5 +1,6 @@
 """Corpora, the binidx format and the token cache: exact contents, resumption, clear errors."""
 
+import io
 import json
 import os
 import signal
@@ -195,6 +196,13 @@ def test_cutting_a_file_changes_no_token(name, workers, tmp_path, small_parts, r
     for tokens, text in zip(found, texts, strict=True):
         np.testing.assert_array_equal(tokens, np.append(tokenizer.encode(text), 0))
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx"]
+
+
+def test_a_cut_between_two_windows_is_found(monkeypatch):
+    monkeypatch.setattr(sources, "_CUT_WINDOW", 40)
+    data = b"x" * 39 + b"\nT" + b"x" * 100
+    place = sources._find_cut(io.BytesIO(data), 0, len(data), lambda d: d.rfind(b"\nT") + 1)
+    assert place == 40
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -409,8 +417,14 @@ def test_only_process_0_writes_and_others_wait(tmp_path):
     assert results[0][0].prefix == expected.prefix
 
 
-def test_concurrent_writers_share_one_result(tmp_path, small_parts):
-    corpus = corpus_of(tmp_path, PROSE * 300)
+def test_concurrent_writers_share_one_result(tmp_path, small_parts, monkeypatch):
+    corpus, encoded = corpus_of(tmp_path, PROSE * 300), []
+
+    def encode(part, tokenizer):
+        encoded.append(part)
+        return sources.encode_part(part, tokenizer)
+
+    monkeypatch.setattr(token_cache, "encode_part", encode)
     threads = [
         threading.Thread(target=build, args=(corpus, BYTES, tmp_path / "out")) for _ in range(3)
     ]
@@ -418,6 +432,7 @@ def test_concurrent_writers_share_one_result(tmp_path, small_parts):
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(encoded) == len(corpus.parts(BYTES))
     assert BYTES.decode(documents(Binidx(tmp_path / "out"))[0]) == PROSE * 300
 
 

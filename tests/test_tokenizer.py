@@ -115,8 +115,9 @@ def test_safe_cut_keeps_the_ids(name, request):
     for cut in cuts:
         parts = [tokenizer.encode_bytes(data[:cut]), tokenizer.encode_bytes(data[cut:])]
         np.testing.assert_array_equal(np.concatenate(parts), whole, err_msg=f"cut at {cut}")
-    if name == "world":
-        assert tokenizer.safe_cut(b"  ") == 0
+        (data[:cut] + b"|" + data[cut:]).decode()  # no character is torn
+    assert tokenizer.safe_cut("é".encode()) == 0
+    assert tokenizer.safe_cut(b"  ") == (0 if name == "world" else 1)
 
 
 def test_decode_of_unknown_ids(world):
