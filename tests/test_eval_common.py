@@ -1,6 +1,7 @@
 """Shared pieces of the evaluations: intervals, batches, the reader, opening checkpoints."""
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 
@@ -8,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rwkvx_jax.checkpoint import Loaded, flat
 from rwkvx_jax.config import Config, ConfigError, DataConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.convert.own import write_own_safetensors
+from rwkvx_jax.evals import common
 from rwkvx_jax.evals.common import (
     EvalOptions,
     Subject,
+    Tracker,
     as_subject,
     even_batches,
     open_subjects,
@@ -22,29 +26,17 @@ from rwkvx_jax.evals.common import (
     wilson,
 )
 from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
-from rwkvx_jax.model import create_model, get_params, with_params
+from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
+from tests.eval_models import TINY, random_params
 from tests.helpers import assert_close
 
-TINY = ModelConfig(
-    vocab_size=257,
-    num_blocks=2,
-    num_attention_blocks=1,
-    width=32,
-    head_size=16,
-    chunk_size=8,
-    top_k=2,
-)
 FLOAT32 = RunConfig(compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A random model whose attention matters: fresh ones have zero output projections."""
-    model = create_model(TINY, FLOAT32)
-    keys = iter(jax.random.split(jax.random.key(0), 200))
-    noisy = lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape)
-    return with_params(model, jax.tree.map(noisy, get_params(model)))
+    return with_params(abstract_model(TINY, FLOAT32), random_params(TINY))
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +91,12 @@ def test_reader_continues_as_full_passes_do(subject, attention):
     if not attention:
         subject = subject.without_attention()
     params = jax.tree.map(jnp.asarray, subject.params)
-    model = with_params(create_model(subject.config, FLOAT32), params)
+    model = with_params(abstract_model(subject.config, FLOAT32), params)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 257, n).astype(np.int32) for n in (43, 7, 16)]
     read = []
-    answers = GreedyReader(subject, piece=16, batch=4)(prompts, 4, read.append)
+    reader = GreedyReader(subject, piece=16, batch=4, longest=20)  # too low: it has to grow
+    answers = reader(prompts, 4, read.append)
     assert answers.shape == (3, 4)
     for prompt, answer in zip(prompts, answers, strict=True):
         np.testing.assert_array_equal(answer, greedy_by_full_passes(model, prompt, 4))
@@ -113,7 +106,7 @@ def test_reader_continues_as_full_passes_do(subject, attention):
 def test_attention_matters_in_the_reader_test(model, subject):
     tokens = np.arange(1, 65)[None]
     off = subject.without_attention()
-    plain = with_params(create_model(off.config, FLOAT32), off.params)
+    plain = with_params(abstract_model(off.config, FLOAT32), off.params)
     assert float(jnp.abs(model(tokens) - plain(tokens)).max()) > 0.1
 
 
@@ -127,11 +120,11 @@ def test_default_batch_bounds_memory(config, length, batch):
 
 
 def test_identity_sees_every_bit(subject):
-    before = subject.identity["parameters"]
-    assert before == subject.identity["parameters"]
+    before = subject.description["parameters"]
+    assert before == subject.description["parameters"]
     params = jax.tree.map(np.array, subject.params)
     params["head"]["weight"].view(np.uint8)[0, 0] ^= 1
-    assert subject._replace(params=params).identity["parameters"] != before
+    assert subject._replace(params=params).description["parameters"] != before
 
 
 @pytest.mark.parametrize("step, expected", [(1, 128), (10, 128), (11, 512), (30, 512)])
@@ -151,8 +144,7 @@ def options(*paths, **flags):
 
 
 def save(path, config, tokenizer):
-    params = dict(flat(jax.device_get(get_params(create_model(config)))))
-    write_own_safetensors(path, config, tokenizer, params)
+    write_own_safetensors(path, config, tokenizer, dict(flat(random_params(config))))
     return path
 
 
@@ -200,3 +192,20 @@ def test_bad_flags(paths, flags, message):
 
 def test_subject_tokenizer_is_the_models(subject):
     assert subject.tokenizer.fingerprint == load_tokenizer("byte").fingerprint
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tracker_shows_what_is_done_and_left(monkeypatch, terminal):
+    monkeypatch.setattr(common, "PLAIN_LINE_SECONDS", 0.0)
+    clock = iter([0.0, 30.0, 60.0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock, 90.0))
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=100)
+    with Tracker(console, "tokens", 4000) as tracker:
+        tracker.describe("demo, length 128")
+        tracker.advance(1000)
+    if terminal:
+        assert "demo, length 128" in text.getvalue() and "1,000 of 4,000 tokens" in text.getvalue()
+    else:
+        expected = "demo, length 128: 1,000 of 4,000 tokens, about 1 min 30 s left\n"
+        assert text.getvalue() == expected

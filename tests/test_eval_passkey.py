@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from rwkvx_jax.checkpoint import flat
-from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
+from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.convert.own import write_own_safetensors
-from rwkvx_jax.evals import heatmap
+from rwkvx_jax.evals import heatmap, passkey
 from rwkvx_jax.evals.common import Subject
 from rwkvx_jax.evals.passkey import (
     PasskeyOptions,
@@ -26,21 +26,12 @@ from rwkvx_jax.evals.passkey import (
     plan,
     prompt_of,
 )
-from rwkvx_jax.model import create_model, get_params
 from rwkvx_jax.tasks.passkey import is_eval_key
 from rwkvx_jax.tokenizer import load_tokenizer
+from tests.eval_models import TINY, random_params
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = Console(file=io.StringIO())
-TINY = ModelConfig(
-    vocab_size=257,
-    num_blocks=1,
-    num_attention_blocks=1,
-    width=32,
-    head_size=16,
-    chunk_size=32,
-    top_k=2,
-)
 
 
 def make_options(output, **flags):
@@ -62,7 +53,7 @@ class FakeReader:
     def __init__(self, solve, stop_after=None):
         self.solve, self.stop_after, self.read = solve, stop_after, []
 
-    def __call__(self, subject, *, piece, batch):
+    def __call__(self, subject, *, piece, batch, longest):
         def answer(prompts, count, advance):
             assert 0 < len(prompts) <= batch
             if self.stop_after is not None and len(self.read) >= self.stop_after:
@@ -144,7 +135,7 @@ def test_results_file_holds_everything(tmp_path):
     }
     (panel,) = document["panels"]
     assert panel["label"] == "model" and panel["step"] == 70 and panel["checkpoint"] == "runs/model"
-    assert panel["model"]["chunk_size"] == 32 and panel["tokenizer"] == "byte"
+    assert panel["model"]["chunk_size"] == 8 and panel["tokenizer"] == "byte"
     assert [(t["length"], t["depth"], t["trial"]) for t in panel["trials"]] == plan(options)
     assert set(panel["trials"][0]) == {
         "length",
@@ -312,20 +303,31 @@ def run_command(monkeypatch, *flags):
 
 def test_command_from_checkpoint_to_figure(tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "tiny.safetensors"
-    params = dict(flat(jax.device_get(get_params(create_model(TINY)))))
-    write_own_safetensors(checkpoint, TINY, "byte", params)
+    write_own_safetensors(checkpoint, TINY, "byte", dict(flat(random_params(TINY))))
     flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--lengths", "100,200"]
-    flags += ["--depths", 2, "--trials", 2, "--piece", 64, "--compare-without-attention"]
+    flags += ["--depths", 2, "--trials", 2, "--piece", 64]
     run_command(monkeypatch, "passkey", *flags, "--limit", 6)
-    run_command(monkeypatch, "passkey", *flags)
+    run_command(monkeypatch, "passkey", *flags, "--compare-without-attention")
     printed = capsys.readouterr().out
-    assert "12 finished trials found" in printed
+    assert "6 finished trials found" in printed
     assert printed.count("0 of 8 right: 0.0 %") == 2
     assert "tiny.safetensors, attention blocks off" in printed
     document = json.loads((tmp_path / "passkey.json").read_text())
     assert document["command"].startswith("eval.py passkey --checkpoint")
     assert [len(panel["trials"]) for panel in document["panels"]] == [8, 8]
     assert (tmp_path / "passkey.png").stat().st_size > 10_000
+
+
+def test_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(passkey, "open_subjects", lambda options: [make_subject()])
+    monkeypatch.setattr(passkey, "evaluate", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(monkeypatch, "passkey", "--output", tmp_path, "--checkpoint", "x")
+    assert stopped.value.code == 130
+    assert "the same command goes on from there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 PLAIN_LINE_SECONDS = 10.0
 
+IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
+"""Those fields of a subject's description that decide its answers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
@@ -77,26 +80,19 @@ class Subject(NamedTuple):
     trained_length: int | None  # longest training sequence so far, if known
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """JSON form of all that decides this model's answers."""
+    def description(self) -> dict[str, Any]:
+        """JSON form of everything known of the model, `IDENTITY_FIELDS` included."""
         return {
+            "label": self.label,
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "trained_length": self.trained_length,
             "model": to_dict(self.config),
             "parameters": _digest(self.params),
             "compute_dtype": self.run.compute_dtype,
             "tokenizer": self.tokenizer.name,
             "vocabulary": self.tokenizer.fingerprint,
         }
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """JSON form of everything known, the identity included."""
-        known = {
-            "label": self.label,
-            "checkpoint": self.checkpoint,
-            "step": self.step,
-            "trained_length": self.trained_length,
-        }
-        return known | self.identity
 
     def without_attention(self) -> Subject:
         """The same model with its attention blocks taken out."""

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import (
+    IDENTITY_FIELDS,
     EvalOptions,
     Subject,
     Tracker,
@@ -69,8 +70,8 @@ class PasskeyOptions(EvalOptions):
     lengths: _Lengths = ()
     """Prompt lengths in tokens. Default: 1024,2048,4096,8192; official: 2000,4000,...,32000."""
     depths: int = 10
-    """Depths of the key, as shares of the filler that stand before it. N evenly spaced ones: from
-    0 to 100 % (both included) under "exact"; 0, 1/N, ..., (N-1)/N under "official"."""
+    """Depths of the key: shares of the filler before it, evenly spaced. Protocol exact: 0 to 100 %,
+    both included; official: 0, 1/N, ..., (N-1)/N."""
     trials: int = OFFICIAL_TRIALS
     """Keys tried at every length and depth."""
     keys: Literal["auto", "official", "random"] = "auto"
@@ -241,7 +242,7 @@ def evaluate(
       options: the flags.
       subjects: models with the same tokenizer.
       console: shows the progress.
-      make_reader: (subject, piece=, batch=) -> a function as `GreedyReader` is one.
+      make_reader: (subject, piece=, batch=, longest=) -> a function as `GreedyReader` is one.
     """
     panels = panels_of(options, subjects)
     trials = plan(options)
@@ -258,7 +259,7 @@ def evaluate(
         key_fields=_KEY_FIELDS,
         planned=trials,
         panels=[panel.description for panel in panels],
-        identity_fields=tuple(panels[0].identity),
+        identity_fields=IDENTITY_FIELDS,
         summarize=summarize,
     )
     pending = {}
@@ -292,7 +293,7 @@ def _run(
     largest = options.batch or affordable_batch(panel, longest + count, piece)
     per_length = min(options.depths * options.trials, len(trials))
     batch = -(-per_length // -(-per_length // largest))
-    reader = make_reader(panel, piece=piece, batch=batch)
+    reader = make_reader(panel, piece=piece, batch=batch, longest=longest)
     for length in options.lengths:
         tracker.describe(f"{panel.label}, length {length:,}")
         for chosen in even_batches([t for t in trials if t.length == length], batch):

@@ -1,8 +1,8 @@
 """Reads prompts in pieces of one length and continues them greedily.
 
-Long prompts never become one huge forward pass: memory is bounded by the cache and one piece, and
-pieces of every prompt share one compilation. Caches come in powers of two, so that short prompts
-don't pay for the longest one and the number of compilations stays small.
+Long prompts never become one huge forward pass: memory is bounded by the cache and one piece. All
+prompts share a cache that holds the longest, hence one compilation: reading a piece hardly costs
+more in a large cache, while compiling anew costs more than reading many short prompts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ _ACTIVATION_WIDTHS = 32
 class GreedyReader:
     """A function from prompts to their most likely continuations."""
 
-    def __init__(self, subject: Subject, *, piece: int, batch: int):
+    def __init__(self, subject: Subject, *, piece: int, batch: int, longest: int):
         """
         Args:
           subject: the model; its parameters move to the device.
           piece: tokens read at once.
           batch: rows; smaller batches are padded with empty rows.
+          longest: tokens of the longest prompt to come; a longer one is compiled for anew.
         """
         self._piece, self._batch = piece, batch
+        self._pieces = -(-longest // piece)
         self._params = jax.device_put(subject.params)
         self._model = model = abstract_model(subject.config, subject.run)
 
@@ -81,8 +83,8 @@ class GreedyReader:
         tokens = np.zeros((self._batch, pieces * self._piece), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        capacity = self._piece * 2 ** (pieces - 1).bit_length()
-        cache = self._model.init_cache(self._batch, capacity + count)
+        self._pieces = max(self._pieces, pieces)
+        cache = self._model.init_cache(self._batch, self._pieces * self._piece + count)
         logits = jnp.zeros((self._batch, self._model.config.vocab_size))
         for start in range(0, pieces * self._piece, self._piece):
             part = tokens[:, start : start + self._piece]
