@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import logging
-import sys
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +79,7 @@ class EmbeddedCorpus:
     It differs between Python versions, hence its fingerprint.
     """
 
-    name = f"the embedded corpus (documentation of Python {sys.version_info[0]}."
-    name += f"{sys.version_info[1]})"
+    name = f"the embedded corpus (documentation of Python {platform.python_version()})"
     kind: CorpusKind = "embedded"
 
     def fingerprint(self) -> str:
