@@ -1,0 +1,111 @@
+"""Compile-only devices: a mesh of TPUs that are not attached, for compiling and planning on a CPU.
+
+The TPU compiler ships as a library (libtpu, `pip install "jax[tpu]"`) and needs no device, only a
+description of one. Every place that compiles for absent hardware (the planner, the static kernel
+costs, the compile tests) takes its devices from here, so that the environment libtpu insists on is
+written once.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+_GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+_NAME = re.compile(r"^(?P<generation>[a-z0-9]+):(?P<shape>\d+(x\d+)*)$")
+
+# libtpu asks the machine it runs on who it is; on a machine without TPUs these answers stop it
+# from querying a metadata server. The accelerator type does not limit the topologies on offer.
+_LIBTPU_ENVIRONMENT: Mapping[str, str] = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def generation(name: str) -> str:
+    """The TPU generation of a topology name: "v5e" for "v5e:2x2".
+
+    Raises:
+      ValueError: the name is not GENERATION:AxBxC, or the generation is unknown.
+    """
+    match = _NAME.match(name)
+    if match is None or match["generation"] not in _GENERATIONS:
+        raise ValueError(
+            f"topology {name!r} is not understood; write GENERATION:SHAPE with a generation of "
+            f"{', '.join(_GENERATIONS)} and a shape such as 2x2 or 4x4x8, e.g. 'v5e:2x2'"
+        )
+    return match["generation"]
+
+
+def is_available() -> bool:
+    """True if the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def topology_devices(name: str) -> list:
+    """Compile-only devices of a TPU topology.
+
+    Args:
+      name: generation and shape in chips, e.g. "v5e:2x2", "v5p:2x2x1", "v5p:4x4x8", "v6e:2x2".
+
+    Returns:
+      The devices, in the topology's order. Their number is the product of the shape for every
+      generation with one device a chip.
+
+    Raises:
+      ValueError: the name is not understood, or libtpu refuses the shape.
+      RuntimeError: libtpu is not installed.
+    """
+    generation(name)
+    if not is_available():
+        raise RuntimeError(
+            f"compiling for {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU needed)"
+        )
+    for key, value in _LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        description = topologies.get_topology_desc(name, "tpu")
+    except Exception as error:  # jax raises its own runtime error types, depending on the version
+        raise ValueError(f"the TPU compiler does not know topology {name!r}: {error}") from error
+    return list(description.devices)
+
+
+def topology_mesh(
+    name: str,
+    axes: Mapping[str, int] | None = None,
+) -> Mesh:
+    """A mesh over the compile-only devices of a TPU topology.
+
+    Args:
+      name: see `topology_devices`.
+      axes: axis sizes in order, e.g. {"data": 1, "fsdp": 32, "tensor": 4}. Their product may be
+        smaller than the topology: the first devices are used. Default: one axis "devices".
+
+    Returns:
+      A mesh with axes of type Auto. Arguments for lowering are
+      `jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))`.
+
+    Raises:
+      ValueError: the name is not understood, or the axes need more devices than there are.
+      RuntimeError: libtpu is not installed.
+    """
+    devices = topology_devices(name)
+    axes = {"devices": len(devices)} if axes is None else dict(axes)
+    count = math.prod(axes.values())
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"mesh axes {axes} need {count} devices; {name} has {len(devices)}")
+    grid = np.array(devices[:count]).reshape(tuple(axes.values()))
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def on_cpu() -> None:
+    """Keeps jax itself on the CPU. To be called before any jax computation by programs that only
+    compile, since with libtpu installed jax would otherwise look for attached TPUs first."""
+    jax.config.update("jax_platforms", "cpu")
