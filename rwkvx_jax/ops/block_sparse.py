@@ -17,6 +17,7 @@ from rwkvx_jax.ops.attention_inputs import (
     query_positions,
 )
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
+from rwkvx_jax.ops.dispatch import Candidate, resolve
 from rwkvx_jax.ops.selection import select_chunks
 
 
@@ -53,8 +54,8 @@ def sparse_attention(
       gradient flows through the selection.
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit, chunk_size < 1 or top_k < 1.
-      NotImplementedError: when a named implementation cannot run here.
+      ValueError: on shapes or dtypes that do not fit, chunk_size < 1, top_k < 1, or a named
+        implementation that cannot run here.
     """
     check_chunking(chunk_size, top_k)
     check_attention_inputs(q, k, v, q_offset)
@@ -62,7 +63,7 @@ def sparse_attention(
     if selection is None:
         selection = select_chunks(q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset)
     _check_selection(selection, q.shape, top_k)
-    run = {"dense": sparse_attention_dense, "xla": sparse_attention_xla}[implementation or "xla"]
+    run = _IMPLEMENTATIONS[resolve("sparse_attention", implementation, _CANDIDATES)]
     return run(q, k, v, selection, chunk_size=chunk_size, scale=scale, q_offset=q_offset)
 
 
@@ -105,3 +106,11 @@ def _check_selection(selection, q_shape, top_k) -> None:
             f"selection is {selection.dtype}{list(selection.shape)}, expected int32 "
             f"{list(expected)}: [B, Tq, H, top_k - 1] as `select_chunks` returns it"
         )
+
+
+_IMPLEMENTATIONS = {"xla": sparse_attention_xla, "dense": sparse_attention_dense}
+_CANDIDATES = (
+    Candidate("pallas", ("tpu", "gpu"), lambda platform: f"it has no kernels for {platform} yet"),
+    Candidate("xla"),
+    Candidate("dense"),
+)

@@ -20,7 +20,7 @@ from rwkvx_jax.ops.attention_inputs import offset_of_rows
 
 # Rows of a tile lie between these; float32 scores of a tile number at most MAX_SCORES.
 MIN_ROWS = 16
-MAX_ROWS = 512
+MAX_ROWS = 256
 MAX_SCORES = 1 << 18
 
 
@@ -101,7 +101,7 @@ def _add_past(running, q, k, v, selection, offset, chunk_size, scale):
 
 def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
     """Gradients of one head: dq [Tq, K], dk [Tk, K], dv [Tk, V], float32."""
-    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=1)
+    delta = blocked.output_dot(grad, out)
     dq, dk, dv = blocked.causal_backward(
         q, k, v, grad, lse, delta, offset, scale=scale, chunk_size=chunk_size
     )
@@ -158,20 +158,28 @@ def sort_pairs(selection, offset, chunk_size, chunks):
       queries: int32 [Tq * J], the query of each pair, ordered by chunk; pairs left out come last.
       starts: int32 [N + 1], where each chunk's pairs start in `queries`.
     """
-    length, slots = selection.shape
+    length = selection.shape[0]
     own = (offset + jnp.arange(length, dtype=jnp.int32)) // chunk_size
     past = (selection >= 0) & (selection < jnp.minimum(own, chunks)[:, None])
     chunk = jnp.where(past, selection, chunks)
     counts = jnp.zeros(chunks + 1, jnp.int32).at[chunk.reshape(-1)].add(1)
-    starts = jnp.cumsum(counts) - counts
-    if (chunks + 1) * length < 2**32:
-        # Chunk and query in one number: sorting single numbers is five times faster than pairs.
-        query = jnp.arange(length, dtype=jnp.uint32)[:, None]
-        key = chunk.astype(jnp.uint32) * length + query
-        queries = (jnp.sort(key.reshape(-1)) % length).astype(jnp.int32)
-    else:
-        queries = (jnp.argsort(chunk.reshape(-1)) // slots).astype(jnp.int32)
-    return queries, starts
+    return order_queries(chunk, chunks), jnp.cumsum(counts) - counts
+
+
+def order_queries(chunk, chunks):
+    """Query of each pair, int32 [Tq * J], ordered by chunk, then by query.
+
+    Args:
+      chunk: int32 [Tq, J], each in 0 .. chunks.
+      chunks: number of chunks N.
+    """
+    length, slots = chunk.shape
+    if (chunks + 1) * length > 2**32:
+        return (jnp.argsort(chunk.reshape(-1)) // slots).astype(jnp.int32)
+    # Chunk and query in one number: sorting single numbers is five times faster than pairs.
+    query = jnp.arange(length, dtype=jnp.uint32)[:, None]
+    key = chunk.astype(jnp.uint32) * length + query
+    return (jnp.sort(key.reshape(-1)) % length).astype(jnp.int32)
 
 
 def _tile_rows(pairs: int, chunk_size: int, chunks: int) -> int:

@@ -90,6 +90,11 @@ def softmax_finish(running, scale):
     return values / total[:, None], largest * scale + jnp.log(total)
 
 
+def output_dot(grad, out):
+    """Sum over V of grad * output, float32 [T]: the softmax part of the backward pass."""
+    return jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=1)
+
+
 def block_gradients(q, k, v, grad, lse, delta, scale, visible=None):
     """Gradients of one block of scores, each to be added up by the caller.
 

@@ -133,9 +133,7 @@ def select_chunks_reference(
         jnp.mean(k[:, c * chunk_size : (c + 1) * chunk_size].astype(jnp.float32), axis=1)
         for c in range(chunks)
     ]
-    score = [
-        jnp.sum(q * mean[:, None], axis=-1) for mean in means
-    ]  # N times [B, Tq, H]
+    score = [jnp.sum(q * mean[:, None], axis=-1) for mean in means]  # N times [B, Tq, H]
     columns = chunks + top_k - 1
     absent = [jnp.full((batch, length, heads), -jnp.inf)] * (top_k - 1)
     scores = jnp.stack(score + absent, axis=-1) if columns else jnp.zeros((batch, length, heads, 0))

@@ -1,0 +1,172 @@
+"""Dense causal attention, the baseline that sparse attention is measured against.
+
+One op, the strongest form we know on each platform: query blocks visiting only the key blocks up to
+the causal frontier on CPU (and wherever nothing better fits), JAX's splash-attention kernel on TPU,
+cuDNN on GPU. None of them holds a [T, T] array; the quadratic oracle is for tests.
+"""
+
+import functools
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from rwkvx_jax.ops import blocked_attention as blocked
+from rwkvx_jax.ops.attention_inputs import (
+    check_attention_inputs,
+    check_scale,
+    offset_of_rows,
+)
+from rwkvx_jax.ops.block_sparse import full_attention_dense
+from rwkvx_jax.ops.dispatch import Candidate, resolve
+
+# Blocks of the splash kernel, lengths below which the whole sequence is one block.
+SPLASH_QUERIES = 512
+SPLASH_KEYS = 1024
+SPLASH_COMPUTE = 512
+
+
+def full_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_offset=0,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal attention of every query to all keys at or before its position.
+
+    Args:
+      q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
+      k: [B, Tk, H, K] keys from position 0, those of the queries included.
+      v: [B, Tk, H, V] values.
+      q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
+        last key are meaningless but finite.
+      scale: factor on q . k, a positive float; default 1 / sqrt(K).
+      implementation: "dense" (float32 oracle, quadratic memory), "blocked", "splash" (TPU),
+        "cudnn" (GPU), or None to choose by platform, shapes and dtype.
+
+    Returns:
+      [B, Tq, H, V] in q's dtype, differentiable in q, k, v.
+
+    Raises:
+      ValueError: on shapes or dtypes that do not fit, or a named implementation that cannot run
+        here.
+    """
+    check_attention_inputs(q, k, v, q_offset)
+    scale = check_scale(scale, q.shape[-1])
+    candidates = (
+        Candidate("splash", ("tpu",), lambda _: _splash_obstacle(q, k, v, q_offset)),
+        Candidate("cudnn", ("gpu",), lambda _: _cudnn_obstacle(q, k, v, q_offset)),
+        Candidate("blocked"),
+        Candidate("dense"),
+    )
+    run = _IMPLEMENTATIONS[resolve("full_attention", implementation, candidates)]
+    return run(q, k, v, scale=scale, q_offset=q_offset)
+
+
+def _splash_obstacle(q, k, v, q_offset) -> str | None:
+    """Why the splash kernel cannot compute this call, None if it can."""
+    if not isinstance(q_offset, numbers.Integral):
+        return "q_offset is an array and the splash kernel's mask is static"
+    if q.dtype != jnp.bfloat16:
+        return f"dtype is {q.dtype} and the splash kernel multiplies in bfloat16"
+    if q.shape[-1] % 64 or v.shape[-1] % 64:
+        return f"head sizes {q.shape[-1]}, {v.shape[-1]} are not multiples of 64"
+    return None
+
+
+def _cudnn_obstacle(q, k, v, q_offset) -> str | None:
+    """Why cuDNN cannot compute this call, None if it can."""
+    if not isinstance(q_offset, numbers.Integral) or q_offset != 0:
+        return f"q_offset is {q_offset} and cuDNN's causal mask starts at position 0"
+    if q.shape[1] != k.shape[1]:
+        return f"{q.shape[1]} queries and {k.shape[1]} keys: the causal mask needs as many of each"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype is {q.dtype} and cuDNN takes bfloat16 or float16"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"head sizes {q.shape[-1]}, {v.shape[-1]} are not one multiple of 8 up to 128"
+    return None
+
+
+def _cudnn_attention(q, k, v, *, scale, q_offset):
+    del q_offset  # 0, or cuDNN is not chosen
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+    )
+
+
+def _splash_attention(q, k, v, *, scale, q_offset, interpret=False):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    rows, cols = _splash_block(length, SPLASH_QUERIES), _splash_block(keys, SPLASH_KEYS)
+    compute = min(cols, SPLASH_COMPUTE)
+    sizes = splash.BlockSizes(
+        block_q=rows,
+        block_kv=cols,
+        block_kv_compute=compute,
+        block_q_dkv=rows,
+        block_kv_dkv=cols,
+        block_kv_dkv_compute=compute,
+        use_fused_bwd_kernel=True,
+    )
+    # Padding keys lie after every real query, where the causal mask hides them.
+    q, k, v = _pad_time(q * scale, rows), _pad_time(k, cols), _pad_time(v, cols)
+    mask = splash.CausalMask((q.shape[1], k.shape[1]), offset=q_offset)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
+    )
+    out = jax.vmap(kernel)(*(jnp.moveaxis(x, 2, 1) for x in (q, k, v)))
+    return jnp.moveaxis(out, 1, 2)[:, :length].astype(q.dtype)
+
+
+def _splash_block(length: int, largest: int) -> int:
+    """Block length: a multiple of the 128 lanes, no longer than the padded sequence."""
+    return min(largest, -(-length // 128) * 128)
+
+
+def _pad_time(x, multiple):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+
+
+def _blocked_attention(q, k, v, *, scale, q_offset):
+    return _blocked(q, k, v, offset_of_rows(q_offset, q.shape[0]), scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(q, k, v, offset, scale):
+    return _blocked_fwd(q, k, v, offset, scale)[0]
+
+
+def _blocked_fwd(q, k, v, offset, scale):
+    def forward(q, k, v, offset):
+        running = blocked.causal_forward(q, k, v, offset, scale=scale)
+        return blocked.softmax_finish(running, scale)
+
+    out, lse = blocked.map_heads(forward, (q, k, v), offset)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, offset, out, lse)
+
+
+def _blocked_bwd(scale, saved, grad):
+    q, k, v, offset, out, lse = saved
+
+    def backward(q, k, v, out, lse, grad, offset):
+        delta = blocked.output_dot(grad, out)
+        return blocked.causal_backward(q, k, v, grad, lse, delta, offset, scale=scale)
+
+    dq, dk, dv = blocked.map_heads(backward, (q, k, v, out, lse, grad), offset)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+
+_IMPLEMENTATIONS = {
+    "splash": _splash_attention,
+    "cudnn": _cudnn_attention,
+    "blocked": _blocked_attention,
+    "dense": full_attention_dense,
+}
