@@ -1,0 +1,206 @@
+"""The WKV-7 TPU kernels, interpreted on a CPU, against the recurrence one token at a time.
+
+The oracle runs in float32 on the very inputs the kernel gets (rounded to bfloat16 where those are).
+Cases are deliberately unround: an odd number of heads, T around and off multiples of the chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import wkv7_tpu
+from pallas_kernels.wkv7_tpu import TileConfig
+from tests.helpers import assert_close
+
+NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
+# One pack, two chunks a grid step: small to compile, and the state crosses chunks both ways.
+SMALL = TileConfig(max_packs=1, max_items=2)
+KINDS = ("random", "strong", "repeated", "constant")
+
+
+def sequential(r, log_w, k, v, a, b, state):
+    """The definition, token by token, in float32."""
+
+    def step(s, x):
+        r, w, k, v, a, b = x
+        removed = (s * a[:, :, None, :]).sum(-1)
+        s = s * w[:, :, None, :] + removed[..., None] * b[:, :, None, :]
+        s = s + v[..., None] * k[:, :, None, :]
+        return s, (s * r[:, :, None, :]).sum(-1)
+
+    tokens = (x.astype(jnp.float32).swapaxes(0, 1) for x in (r, jnp.exp(log_w), k, v, a, b))
+    state, y = jax.lax.scan(step, state, tuple(tokens))
+    return y.swapaxes(0, 1), state
+
+
+def make_inputs(kind, dtype, time, heads, size, batch=1, seed=0):
+    """Inputs and cotangents. "strong": fastest decay; "repeated": 90 % one key, slow decay;
+    "constant": one key, full removal, almost no decay (worst case of the inverse)."""
+    rng = np.random.default_rng(seed)
+
+    def draw(scale=1.0):
+        return scale * rng.standard_normal((batch, time, heads, size))
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    r, k, v, kk = draw(), draw(0.5), draw(), unit(draw())
+    iclr, log_w = 1 / (1 + np.exp(-draw())), -np.exp(-0.5) / (1 + np.exp(-draw(2.0)))
+    if kind == "strong":
+        log_w = np.full_like(log_w, -np.exp(-0.5))
+    if kind == "repeated":
+        kk = unit(0.9 * kk[:, :1] + 0.1 * kk)
+        iclr, log_w = np.full_like(iclr, 0.95), 0.1 * log_w
+    if kind == "constant":
+        kk = np.broadcast_to(kk[:, :1], kk.shape)
+        iclr, log_w = np.ones_like(iclr), np.full_like(log_w, -1e-4)
+    k = k * (1 + 0.5 * (iclr - 1))
+    state = 0.1 * rng.standard_normal((batch, heads, size, size))
+    inputs = [jnp.asarray(x, dtype) for x in (r, log_w, k, v, -kk, kk * iclr)]
+    inputs[1] = jnp.asarray(log_w, jnp.float32)
+    cotangents = jnp.asarray(draw(), dtype), jnp.asarray(rng.standard_normal(state.shape), "f4")
+    return (*inputs, jnp.asarray(state, jnp.float32)), cotangents
+
+
+@functools.lru_cache
+def with_gradients(tile, interpret):
+    """Jitted (inputs, cotangents) -> (y, final state), gradients. tile None: the oracle."""
+
+    def run(inputs, cotangents):
+        function = sequential
+        if tile is not None:
+            function = functools.partial(wkv7_tpu.wkv7, tile=tile, interpret=interpret)
+        outputs, pull = jax.vjp(function, *inputs)
+        return outputs, pull(cotangents)
+
+    return jax.jit(run)
+
+
+def check(kind, dtype, time, heads, size, *, tile=SMALL, interpret=True, batch=1):
+    inputs, cotangents = make_inputs(kind, dtype, time, heads, size, batch)
+    (y, end), grads = with_gradients(tile, interpret)(inputs, cotangents)
+    assert y.dtype == dtype and end.dtype == jnp.float32
+    for name, x, grad in zip(NAMES, inputs, grads, strict=True):
+        assert grad.dtype == x.dtype, f"gradient of {name}"
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
+    (y0, end0), grads0 = with_gradients(None, None)(*exact)
+    forward, backward = (1e-5, 1e-4) if dtype == jnp.float32 else (5e-3, 2e-2)
+    assert_close(y, y0, rel=forward, name="y")
+    assert_close(end, end0, rel=forward, name="final state")
+    for name, grad, grad0 in zip(NAMES, grads, grads0, strict=True):
+        rel = 2 * backward if name == "log_w" and dtype != jnp.float32 else backward
+        assert_close(grad, grad0, rel=rel, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_values_and_gradients(kind):
+    check(kind, jnp.bfloat16, 200, 3, 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_values_and_gradients(kind):
+    check(kind, jnp.float32, 200, 3, 64)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_one_token(size):
+    check("random", jnp.float32, 1, 1, size, tile=TileConfig(chunk=16, max_items=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("time", [1, 63, 64, 65, 200])
+def test_any_length(time, size, dtype):
+    check("random", dtype, time, 3 if size == 64 else 2, size, tile=TileConfig(max_items=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [16, 32, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_chunks(chunk, kind, dtype):
+    check(kind, dtype, 200, 3, 64, tile=TileConfig(chunk=chunk, max_packs=1, max_items=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_default_tile_and_batch(kind):
+    check(kind, jnp.bfloat16, 200, 5, 64, tile=TileConfig(), batch=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_size_128_bfloat16(kind):
+    check(kind, jnp.bfloat16, 200, 2, 128)
+
+
+def tpu_semantics():
+    return pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+
+
+@pytest.mark.parametrize(
+    "dtype, time, heads, size",
+    [
+        (jnp.float32, 40, 1, 64),
+        pytest.param(jnp.bfloat16, 200, 3, 64, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, 65, 2, 128, marks=pytest.mark.slow),
+    ],
+)
+def test_tpu_semantics(dtype, time, heads, size):
+    """DMA, semaphores, NaN in memory nobody wrote, and no two accesses that race."""
+    tile = TileConfig(chunk=16 if time < 64 else 64, max_packs=1, max_items=2)
+    check("random", dtype, time, heads, size, tile=tile, interpret=tpu_semantics())
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_missing_state_is_zeros():
+    inputs, _ = make_inputs("random", jnp.float32, 20, 2, 64)
+    run = functools.partial(
+        wkv7_tpu.wkv7, tile=TileConfig(chunk=16, max_items=1), interpret=True
+    )
+    y, end = run(*inputs[:6])
+    y0, end0 = run(*inputs[:6], jnp.zeros_like(inputs[6]))
+    assert_close(y, y0, rel=0.0)
+    assert_close(end, end0, rel=0.0)
+
+
+def test_a_split_sequence_continues():
+    """Two calls, the state handed over, equal one: the final state is exact off chunk borders."""
+    inputs, _ = make_inputs("random", jnp.float32, 40, 2, 64)
+    run = functools.partial(
+        wkv7_tpu.wkv7, tile=TileConfig(chunk=16, max_items=1), interpret=True
+    )
+    y, end = run(*inputs)
+    head, middle = run(*(x[:, :23] for x in inputs[:6]), inputs[6])
+    tail, last = run(*(x[:, 23:] for x in inputs[:6]), middle)
+    assert_close(jnp.concatenate([head, tail], axis=1), y, rel=1e-5)
+    assert_close(last, end, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: {**x, "r": x["r"][..., :32]}, "head size 32|key size 32"),
+        (lambda x: {**x, "k": x["k"][:, :3]}, "k has shape"),
+        (lambda x: {**x, "v": x["v"].astype(jnp.bfloat16)}, "share a dtype"),
+        (lambda x: {**x, "state": x["state"][:, :1]}, "state has shape"),
+        (lambda x: {n: v[:, :0] if v.ndim == 4 and n != "state" else v for n, v in x.items()}, "T"),
+    ],
+)
+def test_bad_inputs_are_named(change, message):
+    inputs, _ = make_inputs("random", jnp.float32, 5, 2, 64)
+    with pytest.raises(ValueError, match=message):
+        wkv7_tpu.wkv7(**change(dict(zip(NAMES, inputs, strict=True))))
+
+
+@pytest.mark.parametrize("field", [{"chunk": 48}, {"max_packs": 0}, {"max_items": 0}])
+def test_bad_tiles_are_named(field):
+    with pytest.raises(ValueError, match=next(iter(field)).split("_")[0]):
+        TileConfig(**field)
