@@ -40,7 +40,15 @@ def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
 
 
 def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float) -> jax.Array:
-    return jax.nn.initializers.orthogonal(gain)(key, shape)
+    """A matrix with orthonormal rows or columns, times gain.
+
+    Layers are made one after the other: on a CPU a batched QR waits for threads of the pool it
+    runs in, and two of them at once on two cores wait for each other for ever (jaxlib 0.10).
+    """
+    make = jax.custom_batching.sequential_vmap(
+        lambda key: jax.nn.initializers.orthogonal(gain)(key, shape)
+    )
+    return make(key)
 
 
 def low_rank_out(key: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -79,6 +79,8 @@ def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> 
     data = open_data(config.data, workdir=workdir, vocab_size=config.model.vocab_size)
     for stage in config.stages:  # sequences longer than the corpus fail here, before any work
         data.dataset(stage, "train")
+        if config.run.eval_batches:
+            data.dataset(stage, "valid")
     run_config = config.run
     with (
         jax.set_mesh(mesh),
@@ -299,6 +301,7 @@ def _sigterm(run: Run):
 
     def handler(*_) -> None:
         run.interrupted = True
+        signal.signal(signal.SIGTERM, before)  # a second one ends the process at once
 
     try:
         before = signal.signal(signal.SIGTERM, handler)
