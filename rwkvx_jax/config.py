@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from dataclasses import dataclass, field
@@ -30,6 +31,38 @@ def _require(condition: bool, message: str) -> None:
 def _positive(owner: str, **values: int | float) -> None:
     for name, value in values.items():
         _require(value >= 1, f"{owner}.{name} is {value}: it must be at least 1")
+
+
+class _Checked:
+    """Base of the dataclasses here: refuses values that are not of a field's declared type."""
+
+    def __post_init__(self):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if problem := _mismatch(hint, value := getattr(self, name)):
+                raise ConfigError(f"{type(self).__name__}.{name} is {value!r}: {problem}")
+
+
+def _mismatch(hint: Any, value: Any) -> str:
+    """Why a value is not of a declared type, as a remedy; "" if it is."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "" if value in arguments else f"choose one of {list(arguments)}"
+    if origin in (typing.Union, types.UnionType):
+        problems = [_mismatch(argument, value) for argument in arguments]
+        return "" if "" in problems else problems[0]
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "write a tuple"
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(value) != len(arguments):
+            return f"write {len(arguments)} values"
+        pairs = zip(arguments, value, strict=True)
+        return next(filter(None, (_mismatch(a, v) for a, v in pairs)), "")
+    kinds = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
+    if isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)):
+        return ""
+    return f"expected {getattr(hint, '__name__', hint)}"
 
 
 class LowRankWidths(NamedTuple):
@@ -57,7 +90,7 @@ def low_rank_widths(width: int, rule: LowRankRule) -> LowRankWidths:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """The mathematics of a model; with the parameters it determines every logit."""
 
     vocab_size: int = 65536
@@ -91,6 +124,7 @@ class ModelConfig:
     """Seed of every random initial value."""
 
     def __post_init__(self):
+        super().__post_init__()
         _positive(
             "model",
             vocab_size=self.vocab_size,
@@ -109,6 +143,7 @@ class ModelConfig:
             self.width % self.head_size == 0,
             f"model.width {self.width} is not divisible by model.head_size {self.head_size}",
         )
+        _positive("model.low_rank_override", **self.ranks._asdict())
         blocks, attention = self.num_blocks, self.num_attention_blocks
         if attention:
             divisors = [m for m in range(1, blocks + 1) if blocks % m == 0]
@@ -166,7 +201,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Checked):
     """How to compute and what to report; nothing here changes what is learned but by rounding."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -201,6 +236,7 @@ class RunConfig:
     """"10:13" writes a trace of steps 10 to 12 for TensorBoard."""
 
     def __post_init__(self):
+        super().__post_init__()
         _positive(
             "run",
             loss_block=self.loss_block,
@@ -221,7 +257,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Checked):
     """Devices along each mesh axis; one of them may be -1: whatever is left."""
 
     data: int = -1
@@ -236,6 +272,7 @@ class MeshConfig:
         return {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "context")}
 
     def __post_init__(self):
+        super().__post_init__()
         sizes = self.sizes
         for name, size in sizes.items():
             _require(size == -1 or size >= 1, f"mesh.{name} is {size}: use -1 or at least 1")
@@ -244,7 +281,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(_Checked):
     """One ingredient of the training mixture."""
 
     kind: Literal["text", "jsonl", "binidx", "passkey"] = "text"
@@ -259,6 +296,7 @@ class SourceConfig:
     or padded to the length (for conversations)."""
 
     def __post_init__(self):
+        super().__post_init__()
         _require(
             math.isfinite(self.weight) and self.weight > 0,
             f"data source weight is {self.weight}: it must be positive",
@@ -266,7 +304,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """What is read, in which order."""
 
     tokenizer: Literal["byte", "world"] = "byte"
@@ -288,6 +326,7 @@ class DataConfig:
     """Each host writes a cache of its own: for hosts that share no disk."""
 
     def __post_init__(self):
+        super().__post_init__()
         _require(len(self.sources) > 0, "data.sources is empty: name at least one source")
         _require(
             0 <= self.held_out < 1, f"data.held_out is {self.held_out}: use a share such as 0.02"
@@ -300,7 +339,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Checked):
     """AdamW; the learning rate and its schedule belong to each stage."""
 
     policy: Literal["rwkvx", "rwkv_lm"] = "rwkvx"
@@ -313,6 +352,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} is {value}: it must lie in [0, 1)")
@@ -322,7 +362,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class LongCEConfig:
+class LongCEConfig(_Checked):
     """Windows of the LongCE weights: context lengths in tokens."""
 
     window: int = 4000
@@ -333,12 +373,13 @@ class LongCEConfig:
     """Largest weight."""
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("longce", window=self.window, stride=self.stride)
         _require(self.cap > 0, f"longce.cap is {self.cap}: it must be positive")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(_Checked):
     """One stage of the curriculum: a length, a batch, a rate, and what trains."""
 
     name: str
@@ -370,6 +411,7 @@ class Stage:
     """Weights of `data.sources` in this stage; empty: their own."""
 
     def __post_init__(self):
+        super().__post_init__()
         owner = f"stage {self.name!r}"
         _require(bool(self.name), "a stage has an empty name")
         _positive(
@@ -380,6 +422,9 @@ class Stage:
             accumulation=self.accumulation,
         )
         _require(self.peak_lr > 0, f"{owner}: peak_lr is {self.peak_lr}: it must be positive")
+        for name in ("final_lr", "l2wrap"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{owner}: {name} is {value}: it must not be negative")
         _require(
             0 <= self.warmup_steps <= self.steps,
             f"{owner}: warmup_steps {self.warmup_steps} does not fit into its {self.steps} steps",
@@ -406,7 +451,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Checked):
     """A whole experiment."""
 
     model: ModelConfig
@@ -417,6 +462,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         _require(len(self.stages) > 0, "stages is empty: name at least one stage")
         names = [stage.name for stage in self.stages]
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -482,10 +528,8 @@ def _from_json(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in arguments if a is not type(None)]
         return None if value is None else _from_json(inner[0], value, where)
-    if origin is tuple:
+    if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_from_json(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
-    if origin is Literal:
-        _require(value in arguments, f"{where} is {value!r}: choose one of {list(arguments)}")
     return value
 
 
