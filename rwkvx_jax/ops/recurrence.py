@@ -1,0 +1,216 @@
+"""The RWKV-7 recurrence: the public op `wkv7`, its float32 oracle, and the map of a segment.
+
+`wkv7` checks its arguments, lets `dispatch` choose an implementation and runs it. All of them
+compute the same function in float32 inside; they differ in speed and in what the backward pass
+keeps. Mathematics: RWKV-7 "Goose" (arXiv 2503.14456), section 4.
+"""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
+from rwkvx_jax.ops.recurrence_chunked import (
+    CHUNK_SIZE,
+    MAX_CHUNK_SIZE,
+    SEGMENT,
+    Plan,
+    wkv7_chunked,
+)
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+# Each module has `wkv7(r, log_w, k, v, a, b, state)` and `unsupported_reason(K, V, dtype)`.
+_KERNELS = {"tpu": "pallas_kernels.wkv7_tpu", "gpu": "pallas_kernels.wkv7_gpu"}
+
+
+def wkv7(
+    r: jax.Array,  # [B, T, H, K]
+    log_w: jax.Array,  # [B, T, H, K]
+    k: jax.Array,  # [B, T, H, K]
+    v: jax.Array,  # [B, T, H, V]
+    a: jax.Array,  # [B, T, H, K]
+    b: jax.Array,  # [B, T, H, K]
+    state: jax.Array | None = None,  # [B, H, V, K] float32
+    *,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the RWKV-7 recurrence over a sequence.
+
+    With S_0 = state, for every token t and every head:
+
+        S_t = S_{t-1} diag(exp(log_w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T
+        y_t = S_t r_t
+
+    Differentiable (in reverse mode) in all seven arrays. The state is never reset inside a
+    sequence. Feeding a sequence in pieces, each from the final state of the one before, gives the
+    same result as feeding it whole.
+
+    Args:
+      r: receptance, reads the state; float32, bfloat16 or float16.
+      log_w: natural logarithm of the decay, within [-exp(-1/2), 0) in RWKV-7; 0 means no decay.
+        float32, or the dtype of r. The chunked forms rely on that range.
+      k: key, addresses what is written; dtype of r.
+      v: value, what is written; dtype of r. V may differ from K.
+      a: what is removed, -kk in RWKV-7, where kk is a normalised key; dtype of r.
+      b: where it is removed from, kk * iclr in RWKV-7; dtype of r.
+      state: state before the first token, rows = value channels; float32. None means zeros.
+      implementation: "sequential" (oracle: one token at a time), "associative" (chunks, their
+        states by an associative scan), "chunked" (chunks, one after the other), "pallas" (TPU and
+        GPU kernels), or None for the fastest that can run on the platform of the mesh in force.
+      chunk_size: tokens solved at once by "chunked" and "associative": a power of two up to 128;
+        1 turns "associative" into a scan over token maps. None chooses by platform.
+
+    Returns:
+      y [B, T, H, V] in v's dtype, and the final state [B, H, V, K] in float32.
+
+    Raises:
+      ValueError: shapes or dtypes do not agree, chunk_size is not allowed, or the implementation is
+        unknown or cannot run here; the message names the argument and the remedy.
+
+    Example:
+      y, state = wkv7(r, log_w, k, v, -kk, kk * iclr)
+      y_next, state = wkv7(r2, log_w2, k2, v2, -kk2, kk2 * iclr2, state)
+    """
+    _check_arrays({"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}, state)
+    implementation = resolve("wkv7", implementation, _candidates(r, v))
+    if state is None:
+        batch, _, heads, width = v.shape
+        state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
+    _check_chunk_size(chunk_size, implementation)
+    if implementation == "sequential":
+        return wkv7_sequential(r, log_w, k, v, a, b, state)
+    platform, associative = current_platform(), implementation == "associative"
+    if implementation == "pallas":
+        return importlib.import_module(_KERNELS[platform]).wkv7(r, log_w, k, v, a, b, state)
+    plan = Plan(
+        chunk_size=chunk_size or CHUNK_SIZE.get(platform, CHUNK_SIZE["cpu"]),
+        segment=None if associative else SEGMENT.get(platform, SEGMENT["cpu"]),
+        associative=associative,
+        # float32 inputs ask for float32 products, wherever they run; of 16-bit inputs three
+        # bfloat16 passes lose nothing that the inputs had.
+        precision=jax.lax.Precision.HIGHEST if r.dtype == jnp.float32 else jax.lax.Precision.HIGH,
+    )
+    return wkv7_chunked(r, log_w, k, v, a, b, state, plan=plan)
+
+
+def wkv7_sequential(r, log_w, k, v, a, b, state) -> tuple[jax.Array, jax.Array]:
+    """The recurrence as it is written, a token at a time in float32: the oracle of all other forms.
+
+    Takes the arrays of `wkv7`, the state included; returns the same. Its gradient is automatic
+    differentiation, which keeps several states a token: a reference, not a way to train.
+    """
+
+    def dot(equation, x, y):
+        return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)
+
+    def step(state, token):
+        r, log_w, k, v, a, b = (x.astype(jnp.float32) for x in token)  # [B, H, K]
+        removed = dot("bhvk,bhk->bhv", state, a)
+        state = state * jnp.exp(log_w)[:, :, None, :]
+        state += removed[..., None] * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
+        return state, dot("bhvk,bhk->bhv", state, r)
+
+    tokens = tuple(x.swapaxes(0, 1) for x in (r, log_w, k, v, a, b))
+    state, y = jax.lax.scan(step, state, tokens)
+    return y.swapaxes(0, 1).astype(v.dtype), state
+
+
+def segment_map(
+    log_w: jax.Array,  # [B, T, H, K]
+    k: jax.Array,  # [B, T, H, K]
+    v: jax.Array,  # [B, T, H, V]
+    a: jax.Array,  # [B, T, H, K]
+    b: jax.Array,  # [B, T, H, K]
+    *,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What a stretch of tokens does to the state: S_T = S_0 M + G.
+
+    This is what devices that hold stretches of one sequence exchange: (M1, G1) followed by (M2, G2)
+    is (M1 M2, G1 M2 + G2). Differentiable; arguments as in `wkv7`.
+
+    Returns:
+      M [B, H, K, K] and G [B, H, V, K], float32.
+    """
+    # The rows of the state do not mix. So rows that start as the identity and are written nothing
+    # end as M, and rows that start as zeros end as G.
+    batch, _, heads, width = k.shape
+    values = jnp.concatenate([jnp.zeros_like(k), v], axis=-1)
+    rows = jnp.eye(width + v.shape[-1], width, dtype=jnp.float32)
+    start = jnp.broadcast_to(rows, (batch, heads, *rows.shape))
+    _, end = wkv7(
+        jnp.zeros_like(k),
+        log_w,
+        k,
+        values,
+        a,
+        b,
+        start,
+        implementation=implementation,
+        chunk_size=chunk_size,
+    )
+    return end[..., :width, :], end[..., width:, :]
+
+
+def _candidates(r: jax.Array, v: jax.Array) -> tuple[Candidate, ...]:
+    """Implementations of `wkv7`, fastest first."""
+
+    def kernel_problem(platform: str) -> str | None:
+        module = _KERNELS[platform]
+        return missing_module(module) or importlib.import_module(module).unsupported_reason(
+            r.shape[-1], v.shape[-1], r.dtype
+        )
+
+    return (
+        Candidate("pallas", tuple(_KERNELS), kernel_problem),
+        Candidate("chunked"),
+        Candidate("associative"),
+        Candidate("sequential"),
+    )
+
+
+def _check_arrays(arrays: dict[str, jax.Array], state: jax.Array | None) -> None:
+    """Raises ValueError, naming the array, unless shapes and dtypes agree."""
+    r = arrays["r"]
+    if r.ndim != 4 or 0 in r.shape:
+        raise ValueError(f"wkv7: r must be a non-empty [B, T, H, K], got the shape {r.shape}")
+    if r.dtype not in _DTYPES:
+        raise ValueError(f"wkv7: r must be one of {', '.join(_DTYPES)}, got {r.dtype}")
+    for name, x in arrays.items():
+        kept = x.shape[:3] if name == "v" else x.shape
+        if x.ndim != 4 or kept != r.shape[: len(kept)] or 0 in x.shape:
+            wanted = "[B, T, H, V]" if name == "v" else "[B, T, H, K]"
+            raise ValueError(
+                f"wkv7: {name} must be {wanted} with the sizes of r {r.shape}, got {x.shape}"
+            )
+        if x.dtype != r.dtype and not (name == "log_w" and x.dtype == jnp.float32):
+            alternative = " or float32" if name == "log_w" else ""
+            raise ValueError(
+                f"wkv7: {name} must have the dtype of r, {r.dtype}{alternative}, got {x.dtype}"
+            )
+    if state is None:
+        return
+    batch, _, heads, width = arrays["v"].shape
+    shape = (batch, heads, width, r.shape[-1])
+    if state.shape != shape:
+        raise ValueError(f"wkv7: state must be [B, H, V, K] = {shape}, got {state.shape}")
+    if state.dtype != jnp.float32:
+        raise ValueError(f"wkv7: state must be float32, got {state.dtype}; cast it")
+
+
+def _check_chunk_size(chunk_size: int | None, implementation: str) -> None:
+    if chunk_size is None:
+        return
+    if implementation not in ("chunked", "associative"):
+        raise ValueError(
+            f"wkv7: chunk_size is for 'chunked' and 'associative'; {implementation!r} has none, "
+            "leave it None"
+        )
+    if not 1 <= chunk_size <= MAX_CHUNK_SIZE or chunk_size & (chunk_size - 1):
+        raise ValueError(
+            f"wkv7: chunk_size must be a power of two from 1 to {MAX_CHUNK_SIZE}, got {chunk_size}"
+        )
