@@ -95,11 +95,11 @@ def test_reader_continues_as_full_passes_do(subject, attention):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 257, n).astype(np.int32) for n in (43, 7, 16)]
     read = []
-    reader = GreedyReader(subject, piece=16, batch=4, longest=20)  # too low: it has to grow
-    answers = reader(prompts, 4, read.append)
-    assert answers.shape == (3, 4)
+    reader = GreedyReader(subject, piece=16, batch=4, longest=1)  # too low: it has to grow
+    answers = reader(prompts, 8, read.append)
+    assert answers.shape == (3, 8)
     for prompt, answer in zip(prompts, answers, strict=True):
-        np.testing.assert_array_equal(answer, greedy_by_full_passes(model, prompt, 4))
+        np.testing.assert_array_equal(answer, greedy_by_full_passes(model, prompt, 8))
     assert sum(read) == sum(map(len, prompts)) and len(read) == 3
 
 
