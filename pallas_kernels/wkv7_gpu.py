@@ -1,0 +1,374 @@
+"""WKV-7 for NVIDIA GPUs: the chunked recurrence and its gradient, through Pallas' Triton backend.
+
+Same contract and mathematics as wkv7_tpu.py, laid out for a GPU: one program a sequence and head
+walks the chunks with the state in registers; chunks are small (16 or 32 tokens), so that everything
+of a chunk stays in registers too. The forward keeps the state before every chunk; the backward
+walks the chunks in reverse and recomputes the rest from it.
+
+Everything that names Triton is in this file: the backend is deprecated from jax 0.11 on, but still
+what runs on Ampere and Hopper alike.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+_F32 = jnp.float32
+# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
+_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How a program works.
+
+    Attributes:
+      chunk: tokens solved at once, C: 16 or 32. Smaller needs fewer registers; larger keeps fewer
+        states for the backward (one float32 [V, K] a chunk and head).
+      forward_warps, backward_warps: warps a program.
+    """
+
+    chunk: int = 16
+    forward_warps: int = 4
+    backward_warps: int = 8
+
+    def __post_init__(self):
+        if self.chunk not in (16, 32):
+            raise ValueError(f"chunk must be 16 or 32, got {self.chunk}")
+        for name in ("forward_warps", "backward_warps"):
+            if getattr(self, name) not in (1, 2, 4, 8, 16):
+                raise ValueError(f"{name} must be 1, 2, 4, 8 or 16, got {getattr(self, name)}")
+
+
+def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeLike) -> str | None:
+    """Why these kernels cannot take such inputs; None if they can."""
+    if head_size != value_size:
+        return f"key size {head_size} and value size {value_size} differ"
+    if head_size not in (64, 128):
+        return f"head size {head_size} is not 64 or 128"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(_F32)):
+        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
+    return None
+
+
+def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
+    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
+    )
+
+
+def _iota(size: int, dimension: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (size, size), dimension)
+
+
+def _inverse(ab: jax.Array, dtype) -> jax.Array:
+    """(I - ab)^-1 of a strictly lower ab [C, C] by exact merging of ever larger blocks."""
+    size = ab.shape[0]
+    row, column = _iota(size, 0), _iota(size, 1)
+    x = jnp.where(row == column, 1.0, 0.0)
+    block = 1
+    while block < size:
+        merged = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
+        corner = jnp.where(merged, ab, 0.0)
+        if block == 1:
+            x = x + corner
+        else:
+            half = _dot(x.astype(dtype), corner.astype(dtype))
+            x = x + _dot(half.astype(dtype), x.astype(dtype))
+        block *= 2
+    return x.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Operands of a chunk, their decays taken relative to the middle row; scales as [C, K]."""
+
+    a: jax.Array
+    r: jax.Array
+    b: jax.Array
+    k: jax.Array
+    v: jax.Array
+    a_scale: jax.Array
+    r_scale: jax.Array
+    inverse_scale: jax.Array  # of b and k
+    to_middle: jax.Array  # [1, K] decay from the chunk's start to its middle
+    to_end: jax.Array  # [1, K] from its middle to its end
+
+    @classmethod
+    def load(cls, refs, rows, dtype) -> "_Chunk":
+        r, log_w, k, v, a, b = (ref[rows, :] for ref in refs)
+        inclusive = jnp.cumsum(log_w, axis=0)
+        first_half = lax.broadcasted_iota(jnp.int32, log_w.shape, 0) < log_w.shape[0] // 2
+        middle = jnp.sum(jnp.where(first_half, log_w, 0.0), axis=0, keepdims=True)
+        last = jnp.sum(log_w, axis=0, keepdims=True)
+        a_scale, r_scale = jnp.exp(inclusive - log_w - middle), jnp.exp(inclusive - middle)
+        inverse_scale = jnp.exp(middle - inclusive)
+
+        def scaled(x, scale):
+            return (x.astype(_F32) * scale).astype(dtype)
+
+        return cls(
+            a=scaled(a, a_scale),
+            r=scaled(r, r_scale),
+            b=scaled(b, inverse_scale),
+            k=scaled(k, inverse_scale),
+            v=v.astype(dtype),
+            a_scale=a_scale,
+            r_scale=r_scale,
+            inverse_scale=inverse_scale,
+            to_middle=jnp.exp(middle),
+            to_end=jnp.exp(last - middle),
+        )
+
+    def scores(self, targets: jax.Array, sources: jax.Array, *, strict: bool) -> jax.Array:
+        """[C, C] products with later sources dropped; a select, as those can be huge."""
+        product = _dot(targets, sources, _NT)
+        row, column = _iota(product.shape[0], 0), _iota(product.shape[0], 1)
+        return jnp.where(row > column if strict else row >= column, product, 0.0)
+
+    def removed(self, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """u (what each removal key reads) [C, V], the inverse and ak [C, C], for the state scaled
+        to the middle, [V, K]."""
+        dtype = self.v.dtype
+        inverse = _inverse(self.scores(self.a, self.b, strict=True), dtype)
+        ak = self.scores(self.a, self.k, strict=True).astype(dtype)
+        z = _dot(self.a, state, _NT) + _dot(ak, self.v)
+        return _dot(inverse, z.astype(dtype)).astype(dtype), inverse, ak
+
+
+def _forward_kernel(
+    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [T, K]
+    start_ref,  # [V, K]
+    y_ref,  # [T, V]
+    end_ref,  # [V, K]
+    *states_ref,  # if residuals: [N, V, K]
+    chunk: int,
+    dtype,
+):  # fmt: skip
+    refs = (r_ref, w_ref, k_ref, v_ref, a_ref, b_ref)
+
+    def step(c, state):
+        rows = pl.ds(c * chunk, chunk)
+        if states_ref:
+            states_ref[0][c] = state
+        x = _Chunk.load(refs, rows, dtype)
+        state = state * x.to_middle
+        operand = state.astype(dtype)
+        u, _, _ = x.removed(operand)
+        rb = x.scores(x.r, x.b, strict=False).astype(dtype)
+        rk = x.scores(x.r, x.k, strict=False).astype(dtype)
+        y = _dot(x.r, operand, _NT) + _dot(rb, u) + _dot(rk, x.v)
+        y_ref[rows, :] = y.astype(y_ref.dtype)
+        return (state + _dot(u, x.b, _TN) + _dot(x.v, x.k, _TN)) * x.to_end
+
+    end_ref[...] = lax.fori_loop(0, r_ref.shape[0] // chunk, step, start_ref[...])
+
+
+def _backward_kernel(
+    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [T, K]
+    states_ref,  # [N, V, K]
+    end_ref,  # [V, K]
+    dy_ref,  # [T, V]
+    dend_ref,  # [V, K]
+    dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref,  # [T, K]
+    dstart_ref,  # [V, K]
+    *,
+    chunk: int,
+    dtype,
+):  # fmt: skip
+    refs = (r_ref, w_ref, k_ref, v_ref, a_ref, b_ref)
+    chunks = r_ref.shape[0] // chunk
+
+    def step(i, carry):
+        dstate, dlast = carry  # gradient of the state after the chunk; of its total log decay
+        c = chunks - 1 - i
+        rows = pl.ds(c * chunk, chunk)
+        x = _Chunk.load(refs, rows, dtype)
+        before = states_ref[c]
+        state = (before * x.to_middle).astype(dtype)
+        u, inverse, ak = x.removed(state)
+        dy = dy_ref[rows, :].astype(dtype)
+        dstate = dstate * x.to_end
+        dend = dstate.astype(dtype)
+
+        rb = x.scores(x.r, x.b, strict=False).astype(dtype)
+        du = _dot(rb, dy, _TN) + _dot(x.b, dend, _NT)
+        dz = _dot(inverse, du.astype(dtype), _TN).astype(dtype)
+        rk = x.scores(x.r, x.k, strict=False).astype(dtype)
+        dv = _dot(rk, dy, _TN) + _dot(x.k, dend, _NT) + _dot(ak, dz, _TN)
+        dv_ref[rows, :] = dv.astype(dv_ref.dtype)
+
+        dab = x.scores(dz, u, strict=True).astype(dtype)
+        dak = x.scores(dz, x.v, strict=True).astype(dtype)
+        drb = x.scores(dy, u, strict=False).astype(dtype)
+        drk = x.scores(dy, x.v, strict=False).astype(dtype)
+        da = (_dot(dab, x.b) + _dot(dak, x.k) + _dot(dz, state)) * x.a_scale
+        dr = (_dot(drb, x.b) + _dot(drk, x.k) + _dot(dy, state)) * x.r_scale
+        db = _dot(dab, x.a, _TN) + _dot(drb, x.r, _TN) + _dot(u, dend)
+        dk = _dot(dak, x.a, _TN) + _dot(drk, x.r, _TN) + _dot(x.v, dend)
+        db, dk = db * x.inverse_scale, dk * x.inverse_scale
+
+        a_da = a_ref[rows, :].astype(_F32) * da
+        dlog = r_ref[rows, :].astype(_F32) * dr + a_da
+        dlog -= b_ref[rows, :].astype(_F32) * db + k_ref[rows, :].astype(_F32) * dk
+        # Sum from each row to the chunk's end; a's decay excludes its own row.
+        after = jnp.sum(dlog, axis=0, keepdims=True) - jnp.cumsum(dlog, axis=0) + dlog
+        dw_ref[rows, :] = after - a_da + dlast
+        for ref, value in ((dr_ref, dr), (dk_ref, dk), (da_ref, da), (db_ref, db)):
+            ref[rows, :] = value.astype(ref.dtype)
+
+        dstate = (dstate + _dot(dz, x.a, _TN) + _dot(dy, x.r, _TN)) * x.to_middle
+        return dstate, jnp.sum(dstate * before, axis=0, keepdims=True)
+
+    dend = dend_ref[...]
+    dlast = jnp.sum(dend * end_ref[...], axis=0, keepdims=True)
+    dstart_ref[...], _ = lax.fori_loop(0, chunks, step, (dend, dlast))
+
+
+def _specs(shape: tuple[int, ...], chunk: int) -> dict[str, pl.BlockSpec]:
+    _, time, _, head = shape
+    return {
+        "tokens": pl.BlockSpec((None, time, None, head), lambda i, j: (i, 0, j, 0)),
+        "state": pl.BlockSpec((None, None, head, head), lambda i, j: (i, j, 0, 0)),
+        "states": pl.BlockSpec(
+            (None, time // chunk, None, head, head), lambda i, j: (i, 0, j, 0, 0)
+        ),
+    }
+
+
+def _cost(shape, square: int, mixed: int, chunk: int, arrays) -> pl.CostEstimate:
+    """Useful work: `square` products C x C x K and `mixed` ones C x K x V a chunk and head."""
+    batch, time, heads, head = shape
+    return pl.CostEstimate(
+        flops=2 * batch * heads * time * head * (square * chunk + mixed * head),
+        transcendentals=3 * batch * time * heads * head,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+    )
+
+
+def _forward_call(tokens, start, *, tile, residuals, interpret):
+    r = tokens[0]
+    batch, time, heads, head = r.shape
+    specs = _specs(r.shape, tile.chunk)
+    out_specs = [specs["tokens"], specs["state"]]
+    out_shape = [
+        jax.ShapeDtypeStruct(r.shape, r.dtype),
+        jax.ShapeDtypeStruct(start.shape, _F32),
+    ]
+    if residuals:
+        states = (batch, time // tile.chunk, heads, head, head)
+        out_specs.append(specs["states"])
+        out_shape.append(jax.ShapeDtypeStruct(states, _F32))
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, chunk=tile.chunk, dtype=r.dtype),
+        grid=(batch, heads),
+        in_specs=[specs["tokens"]] * 6 + [specs["state"]],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=triton.CompilerParams(num_warps=tile.forward_warps, num_stages=1),
+        cost_estimate=_cost(r.shape, 9, 4, tile.chunk, [*tokens, start, *out_shape]),
+        interpret=interpret,
+        name="wkv7_forward",
+    )(*tokens, start)
+
+
+def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
+    r = tokens[0]
+    batch, _, heads, _ = r.shape
+    specs = _specs(r.shape, tile.chunk)
+    out_shape = [
+        jax.ShapeDtypeStruct(x.shape, _F32 if i == 1 else x.dtype) for i, x in enumerate(tokens)
+    ]
+    out_shape.append(jax.ShapeDtypeStruct(end.shape, _F32))
+    inputs = (*tokens, states, end, dy, dend)
+    return pl.pallas_call(
+        functools.partial(_backward_kernel, chunk=tile.chunk, dtype=r.dtype),
+        grid=(batch, heads),
+        in_specs=[specs["tokens"]] * 6
+        + [specs["states"], specs["state"], specs["tokens"], specs["state"]],
+        out_specs=[specs["tokens"]] * 6 + [specs["state"]],
+        out_shape=out_shape,
+        compiler_params=triton.CompilerParams(num_warps=tile.backward_warps, num_stages=1),
+        cost_estimate=_cost(r.shape, 22, 9, tile.chunk, [*inputs, *out_shape]),
+        interpret=interpret,
+        name="wkv7_backward",
+    )(*inputs)
+
+
+def _pad(x: jax.Array, chunk: int) -> jax.Array:
+    """Whole chunks; zeros change no state."""
+    more = -x.shape[1] % chunk
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _wkv7(r, log_w, k, v, a, b, state, tile, interpret):
+    tokens = tuple(_pad(x, tile.chunk) for x in (r, log_w, k, v, a, b))
+    y, end = _forward_call(tokens, state, tile=tile, residuals=False, interpret=interpret)
+    return y[:, : r.shape[1]], end
+
+
+def _wkv7_forward(r, log_w, k, v, a, b, state, tile, interpret):
+    inputs = (r, log_w, k, v, a, b)
+    tokens = tuple(_pad(x, tile.chunk) for x in inputs)
+    y, end, states = _forward_call(tokens, state, tile=tile, residuals=True, interpret=interpret)
+    return (y[:, : r.shape[1]], end), (inputs, states, end)
+
+
+def _wkv7_backward(tile, interpret, residuals, cotangents):
+    inputs, states, end = residuals
+    dy, dend = cotangents
+    tokens = tuple(_pad(x, tile.chunk) for x in inputs)
+    *grads, dstart = _backward_call(
+        tokens, states, end, _pad(dy, tile.chunk), dend, tile=tile, interpret=interpret
+    )
+    return (*(g[:, : dy.shape[1]] for g in grads), dstart)
+
+
+_wkv7.defvjp(_wkv7_forward, _wkv7_backward)
+
+
+def wkv7(
+    r: jax.Array,  # [B, T, H, K]
+    log_w: jax.Array,  # [B, T, H, K]
+    k: jax.Array,  # [B, T, H, K]
+    v: jax.Array,  # [B, T, H, V], V = K
+    a: jax.Array,  # [B, T, H, K]
+    b: jax.Array,  # [B, T, H, K]
+    state: jax.Array | None = None,  # [B, H, V, K]
+    *,
+    tile: TileConfig | None = None,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """The WKV-7 recurrence on an NVIDIA GPU, differentiable in every array.
+
+    Arguments, results and errors are those of `pallas_kernels.wkv7_tpu.wkv7`.
+    """
+    _check(r, log_w, k, v, a, b, state)
+    if state is None:
+        batch, _, heads, head = r.shape
+        state = jnp.zeros((batch, heads, head, head), _F32)
+    tile = TileConfig() if tile is None else tile
+    return _wkv7(r, log_w.astype(_F32), k, v, a, b, state.astype(_F32), tile, interpret)
+
+
+def _check(r, log_w, k, v, a, b, state) -> None:
+    if r.ndim != 4 or r.shape[1] < 1:
+        raise ValueError(f"r must be [B, T, H, K] with T at least 1, got shape {r.shape}")
+    batch, _, heads, head = r.shape
+    reason = unsupported_reason(head, v.shape[-1], r.dtype)
+    if reason:
+        raise ValueError(f"wkv7 on GPU: {reason}")
+    for name, x in {"log_w": log_w, "k": k, "v": v, "a": a, "b": b}.items():
+        if x.shape != r.shape:
+            raise ValueError(f"{name} has shape {x.shape}, r has {r.shape}")
+        if name != "log_w" and x.dtype != r.dtype:
+            raise ValueError(f"{name} is {x.dtype}, r is {r.dtype}; they must share a dtype")
+    if state is not None and state.shape != (batch, heads, head, head):
+        raise ValueError(f"state has shape {state.shape}, not [B, H, V, K] for r of {r.shape}")
