@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rwkvx_jax.checkpoint import load_initial_params
-from rwkvx_jax.cli import friendly_errors, parse_with_overrides
+from rwkvx_jax.cli import friendly_errors, parse_with_overrides, settle_platform
 from rwkvx_jax.training.loop import TrainingStopped, fit
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--init-from", help="start from these parameters: a workdir, .safetensors or .pth"
     )
+    settle_platform()
     with friendly_errors(TrainingStopped):
         flags, config = parse_with_overrides(parser, argv)
         workdir = Path(flags.workdir or Path("runs") / Path(flags.config).stem)

@@ -1,17 +1,46 @@
-"""What the command lines share: experiment files, dotted overrides, and errors without traceback."""
+"""What the command lines share: experiment files, overrides, platform, errors without traceback."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import tyro
 
 from rwkvx_jax.config import Config, ConfigError
+
+_log = logging.getLogger(__name__)
+
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+
+
+def settle_platform() -> None:
+    """Keeps JAX off an absent TPU; to be called before anything is computed.
+
+    With libtpu installed (it also serves to compile for TPUs elsewhere) JAX first tries to start a
+    TPU, which on other machines costs seconds and prints errors that mean nothing. Does nothing
+    where the user chose a platform, or where there is an accelerator.
+    """
+    chosen = jax.config.jax_platforms
+    if chosen or importlib.util.find_spec("libtpu") is None or accelerator_attached():
+        return
+    _log.info("libtpu is installed, but no accelerator is attached: running on the CPU")
+    jax.config.update("jax_platforms", "cpu")
+
+
+def accelerator_attached(root: Path = Path("/")) -> bool:
+    """Whether this machine has device files or PCI devices of a TPU or GPU."""
+    patterns = ("dev/accel*", "dev/vfio/[0-9]*", "dev/nvidia*", "dev/kfd", "dev/dxg")
+    if any(True for pattern in patterns for _ in root.glob(pattern)):
+        return True
+    vendors = root.glob("sys/bus/pci/devices/*/vendor")
+    return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)
 
 
 def load_config(path: Path) -> Config:
