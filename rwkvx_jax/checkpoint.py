@@ -7,8 +7,9 @@ process never leaves a half checkpoint as the latest. Parameters can be read wit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_para
 CHECKPOINTS = "checkpoints"
 
 
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written (full disk, permissions); earlier ones are untouched."""
+
+
 class Checkpoints:
     """The checkpoints of one work directory, numbered by steps over all stages."""
 
@@ -42,8 +47,9 @@ class Checkpoints:
         policy = preservation_policy.AnyPreservationPolicy(
             [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(keep_steps)]
         )
+        self._directory = (workdir / CHECKPOINTS).absolute()
         self._manager = ocp.CheckpointManager(
-            (workdir / CHECKPOINTS).absolute(),
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, cleanup_tmp_directories=True
             ),
@@ -53,29 +59,54 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except CheckpointFailed:
+            if kind is None:  # else that error says more
+                raise
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, optimizer: Any, progress: dict[str, Any]) -> None:
-        """Copies the arrays and writes them in the background; a step already there is kept."""
+        """Copies the arrays and writes them in the background; a step already there is kept.
+
+        Raises:
+          CheckpointFailed: this write, or the one before in the background, failed.
+        """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                progress=ocp.args.JsonSave(progress),
-            ),
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+            )
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises what a background write ran into."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Returns when everything is on disk.
+
+        Raises:
+          CheckpointFailed: a write in the background failed.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Gives failed writes one type: Orbax raises whatever its storage layers raise."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointFailed(
+                f"no checkpoint could be written to {self._directory}: {error}"
+            ) from error
 
     def progress(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())

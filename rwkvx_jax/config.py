@@ -228,12 +228,17 @@ class RunConfig(_Checked):
     """Newest checkpoints kept; the last one of each stage is kept besides."""
     data_workers: int = 0
     """Processes that prepare batches; 0 prepares them in threads of this process."""
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite: stop, or skip its update and count it."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite, or whose gradient is a spike: stop, or skip its
+    update and count it."""
+    spike_factor: float = 0.0
+    """A gradient norm above this multiple of its running mean is a spike; 0 turns that off."""
     max_skipped: int = 10
     """Skipped steps in a row after which "skip" stops as well."""
     profile_steps: str = ""
     """"10:13" writes a trace of steps 10 to 12 for TensorBoard."""
+    compilation_cache: str = ""
+    """Directory of compiled programs that later runs use again; empty: none."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -243,6 +248,21 @@ class RunConfig(_Checked):
             log_every=self.log_every,
             checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
+        )
+        for name in (
+            "eval_every",
+            "eval_batches",
+            "probe_trials",
+            "data_workers",
+            "max_skipped",
+            "spike_factor",
+        ):
+            value = getattr(self, name)
+            _require(value >= 0, f"run.{name} is {value}: it must not be negative")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"run.spike_factor is {self.spike_factor}: ordinary steps would count as spikes; use a "
+            "factor such as 10, or 0 for none",
         )
         self.profile_range()
 

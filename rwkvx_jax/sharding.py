@@ -8,6 +8,8 @@ dimension that a mesh axis does not divide are errors.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +19,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rwkvx_jax.config import ConfigError, MeshConfig
+
+_log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -100,13 +104,30 @@ def named_sharding(
     return NamedSharding(mesh, spec)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of token batches [B, T + 1]: rows over the data axes, time whole.
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Sharding of token batches [B, T + 1] of B = `rows`: rows over the data axes, time whole.
 
     The extra target token makes the length indivisible; activations are cut along `context`
-    inside the step.
+    inside the step. Rows that the data axes do not divide lie on every device of one host; on
+    several hosts, each of which reads rows of its own, they are an error.
     """
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if rows % ways == 0:
+        return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"a global batch of {rows} samples is not divisible by {ways}, the devices along mesh "
+            f"axes {list(RULES['batch'])}: change the batch, or give other mesh axes more devices"
+        )
+    _warn_uneven(rows, ways)
+    return replicated(mesh)
+
+
+@functools.cache
+def _warn_uneven(rows: int, ways: int) -> None:
+    _log.warning(
+        "a batch of %d samples can't be spread over %d devices evenly: some will idle", rows, ways
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -13,9 +14,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
-from rwkvx_jax.checkpoint import Checkpoints, check_resumable, progress_record
-from rwkvx_jax.config import Config, ConfigError, Stage, to_dict
+from rwkvx_jax.checkpoint import (
+    CheckpointFailed,
+    Checkpoints,
+    check_resumable,
+    progress_record,
+)
+from rwkvx_jax.config import Config, ConfigError, RunConfig, Stage, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.model import Params, create_model, get_params
 from rwkvx_jax.sharding import batch_sharding, make_mesh
@@ -24,9 +31,37 @@ from rwkvx_jax.training.metrics import MetricsWriter, Reporter
 from rwkvx_jax.training.probe import make_probe
 from rwkvx_jax.training.step import StageProgram, TrainState, stage_program
 
+CONFIG_FILE = "config.json"
+
 
 class TrainingStopped(RuntimeError):
     """Training can't go on; the message says at which step and what was kept."""
+
+
+class Trace:
+    """Writes the trace of `run.profile_steps`; it may begin late, after a resume, and end early."""
+
+    def __init__(self, config: RunConfig, workdir: Path):
+        self._first, self._end = config.profile_range() or (0, 0)
+        self._directory = str(workdir / "tensorboard")
+        self._open = False
+
+    def before(self, step: int) -> None:
+        """To be called before step `step`, counted from 0."""
+        if self._first <= step < self._end and not self._open:
+            jax.profiler.start_trace(self._directory)
+            self._open = True
+
+    def after(self, step: int, state: TrainState) -> None:
+        """To be called after step `step` with what it made."""
+        if step + 1 == self._end and self._open:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._open:
+            jax.profiler.stop_trace()
+            self._open = False
 
 
 @dataclass
@@ -40,20 +75,13 @@ class Run:
     checkpoints: Checkpoints
     writer: MetricsWriter
     reporter: Reporter
+    trace: Trace
     interrupted: bool = False  # a SIGTERM came: save and stop
 
     def save(self, position: Position, state: TrainState) -> None:
         record = progress_record(self.config, *position, self.data.fingerprint)
-        try:
-            self.checkpoints.save(
-                position.total(self.config), state.params, state.opt_state, record
-            )
-        except OSError as error:
-            raise TrainingStopped(
-                f"step {position.total(self.config)}: no checkpoint could be written to "
-                f"{self.workdir} ({error}); earlier checkpoints are kept. Free some space or fix "
-                "the permissions, then run the same command again."
-            ) from error
+        optimizer = {"moments": state.opt_state, "guard": state.guard}
+        self.checkpoints.save(position.total(self.config), state.params, optimizer, record)
 
 
 def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> Params:
@@ -72,10 +100,15 @@ def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> 
       ConfigError: anything in the config, the data or the workdir that can't work.
       TrainingStopped: a loss that is not finite, a checkpoint that can't be written, or SIGTERM.
     """
+    with _compilation_cache(config.run.compilation_cache):
+        return _fit(config, workdir, initial_params)
+
+
+def _fit(config: Config, workdir: Path, initial_params: Params | None) -> Params:
     mesh = make_mesh(config.mesh)
     first = jax.process_index() == 0
     reporter = Reporter(active=first)
-    _prepare_workdir(workdir, config, active=first)
+    _prepare_workdir(workdir, active=first)
     data = open_data(config.data, workdir=workdir, vocab_size=config.model.vocab_size)
     for stage in config.stages:  # sequences longer than the corpus fail here, before any work
         data.dataset(stage, "train")
@@ -91,12 +124,21 @@ def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> 
         latest = checkpoints.latest()
         if latest is not None:
             check_resumable(checkpoints.progress(latest), config, data.fingerprint, workdir)
+        if first:
+            (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
         writer = MetricsWriter(workdir, resume_step=latest or 0, active=first)
-        run = Run(config, workdir, mesh, data, checkpoints, writer, reporter)
+        trace = Trace(config.run, workdir)
+        run = Run(config, workdir, mesh, data, checkpoints, writer, reporter, trace)
         devices = mesh.devices.flat
         reporter.message(f"{mesh.size} {devices[0].device_kind} device(s), workdir {workdir}")
-        with closing(writer), _sigterm(run):
-            return _run_stages(run, latest, initial_params)
+        with closing(writer), closing(trace), _sigterm(run):
+            try:
+                return _run_stages(run, latest, initial_params)
+            except (CheckpointFailed, OSError) as error:
+                raise TrainingStopped(
+                    f"{error}\nThe last good checkpoint in {workdir} is of step "
+                    f"{checkpoints.latest()}. Once the cause is mended, the same command continues."
+                ) from error
 
 
 def _run_stages(run: Run, latest: int | None, params: Params | None) -> Params:
@@ -107,12 +149,16 @@ def _run_stages(run: Run, latest: int | None, params: Params | None) -> Params:
         position = Position(progress["stage"], progress["stage_step"])
         program = stage_program(config, config.stages[position.stage], run.mesh)
         target = program.abstract_state()
-        params, opt_state = run.checkpoints.restore(latest, target.params, target.opt_state)
+        params, optimizer = run.checkpoints.restore(
+            latest, target.params, {"moments": target.opt_state, "guard": target.guard}
+        )
         run.reporter.message(
             f"continuing after step {latest}: stage {config.stages[position.stage].name}, "
             f"{position.stage_step} of its steps done"
         )
-        state = program.start(params, opt_state)._replace(step=np.int32(position.stage_step))
+        state = program.start(
+            params, optimizer["moments"], step=position.stage_step, guard=optimizer["guard"]
+        )
     elif params is None:
         params = jax.jit(lambda: get_params(create_model(config.stage_model(config.stages[0]))))()
     for index in range(position.stage, len(config.stages)):
@@ -151,9 +197,10 @@ def _run_stage(
         with closing(iterator):
             while position.stage_step < stage.steps:
                 total = position.total(config)
-                with _profile(run, total):
-                    batch = watch.fetch(iterator)
-                    state, metrics = program.train_step(state, batch)
+                run.trace.before(total)
+                batch = watch.fetch(iterator)
+                state, metrics = program.train_step(state, batch)
+                run.trace.after(total, state)
                 position = position._replace(stage_step=position.stage_step + 1)
                 last = position.stage_step == stage.steps
                 watch.submit(position, metrics)
@@ -186,8 +233,7 @@ class _Watch:
     def __init__(self, run: Run, stage: Stage):
         self._run, self._stage = run, stage
         self._pending: tuple[Position, dict[str, Any]] | None = None
-        self._skipped = 0
-        self._sharding = batch_sharding(run.mesh)
+        self._sharding = batch_sharding(run.mesh, stage.global_batch)
         self._clock = time.perf_counter()
         self._wait = 0.0
 
@@ -213,27 +259,29 @@ class _Watch:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         total = position.total(self._run.config)
-        finite = bool(values.pop("finite"))
-        self._skipped = 0 if finite else self._skipped + 1
-        if not finite:
-            self._handle_nonfinite(total, values)
+        if in_row := int(values.pop("in_row")):
+            self._handle_bad_step(total, values, in_row)
         rate = self._stage.seq_len * self._stage.global_batch / seconds
-        if total == _due(total, self._run.config.run.log_every) or not finite:
-            values["skipped"] = float(self._skipped)
+        if total == _due(total, self._run.config.run.log_every) or in_row:
             self._run.writer.write(total, self._stage.name, values)
             timing = {"step_seconds": seconds, "data_wait_seconds": self._wait}
             self._run.writer.write_timing(total, {**timing, "tokens_per_second": rate})
         self._run.reporter.step(position.stage_step, values["loss"], rate)
 
-    def _handle_nonfinite(self, total: int, values: dict[str, float]) -> None:
-        what = f"loss {values['objective']}, gradient norm {values['grad_norm']} at step {total}"
+    def _handle_bad_step(self, total: int, values: dict[str, float], in_row: int) -> None:
+        loss, norm = values["objective"], values["grad_norm"]
+        kind = "spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+        what = f"{kind}: loss {loss}, gradient norm {norm} at step {total}"
         run = self._run.config.run
-        if run.nonfinite == "stop" or self._skipped > run.max_skipped:
+        if run.bad_step == "stop" or in_row > run.max_skipped:
             self._run.checkpoints.wait()
+            remedy = "continue past single bad steps with --run.bad-step skip"
+            if run.bad_step == "skip":
+                remedy = f"allow more than {run.max_skipped} in a row with --run.max-skipped"
             raise TrainingStopped(
-                f"not finite: {what} (stage {self._stage.name}); parameters were not changed by "
-                f"it, the last checkpoint is of step {self._run.checkpoints.latest()}. Lower "
-                "peak_lr, or continue past single bad steps with --run.nonfinite skip"
+                f"{what} (stage {self._stage.name}); parameters were not changed by it, the last "
+                f"checkpoint is of step {self._run.checkpoints.latest()}. Lower peak_lr, or "
+                f"{remedy}"
             )
         self._run.reporter.message(f"skipped a step: {what}")
 
@@ -271,7 +319,7 @@ def _held_out_loss(run: Run, program: StageProgram, stage: Stage, params: Params
         process_count=jax.process_count(),
     )
     total = count = 0.0
-    sharding = batch_sharding(run.mesh)
+    sharding = batch_sharding(run.mesh, stage.global_batch)
     with closing(iterator):
         for _, rows in zip(range(run.config.run.eval_batches), iterator, strict=False):
             batch = {
@@ -283,16 +331,32 @@ def _held_out_loss(run: Run, program: StageProgram, stage: Stage, params: Params
     return total / max(count, 1.0)
 
 
-def _prepare_workdir(workdir: Path, config: Config, *, active: bool) -> None:
+def _prepare_workdir(workdir: Path, *, active: bool) -> None:
     if not active:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        (workdir / CONFIG_FILE).touch()
     except OSError as error:
         raise ConfigError(
             f"workdir {workdir} can't be written ({error}): choose another with --workdir"
         ) from error
+
+
+@contextmanager
+def _compilation_cache(directory: str):
+    """Keeps compiled programs in `directory`, or where the process keeps them already."""
+    if not directory:
+        yield
+        return
+    before = jax.config.jax_compilation_cache_dir
+    compilation_cache.reset_cache()  # a cache that was opened before stays with its directory
+    compilation_cache.set_cache_dir(directory)
+    try:
+        yield
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @contextmanager
@@ -312,15 +376,3 @@ def _sigterm(run: Run):
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _profile(run: Run, step: int):
-    """Starts and ends the trace of `run.profile_steps` around step `step` (from 0)."""
-    bounds = run.config.run.profile_range()
-    if bounds and step == bounds[0]:
-        jax.profiler.start_trace(str(run.workdir / "tensorboard"))
-    yield
-    if bounds and step == bounds[1] - 1:
-        jax.profiler.stop_trace()
-        run.reporter.message(f"trace of steps {bounds[0]} to {bounds[1] - 1} written")

@@ -1,7 +1,8 @@
 """Train step and held-out step of one stage, jitted over a mesh.
 
-Only trainable parameters get gradients and moments. A step whose loss or gradient is not finite
-leaves parameters and moments as they were; the caller decides what to do about it.
+Only trainable parameters get gradients and moments. A bad step (a loss or gradient that is not
+finite, or a spike of the gradient) leaves parameters and moments as they were and is counted; the
+caller decides what to do about it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,34 @@ from rwkvx_jax.training.optimizer import (
 
 Batch = dict[str, jax.Array]
 
+_NORM_MEMORY = 0.98  # of the running mean of the gradient norm: about 50 steps
+
+
+class Guard(NamedTuple):
+    """What tells good steps from bad ones; starts afresh with each stage."""
+
+    usual_norm: jax.Array  # float32, running mean of the gradient norm; 0 before the first step
+    skipped: jax.Array  # int32, bad steps of the stage
+    in_row: jax.Array  # int32, bad steps since the last good one
+
+    @classmethod
+    def start(cls) -> Guard:
+        return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0))
+
+    def watch(
+        self, loss: jax.Array, norm: jax.Array, spike_factor: float
+    ) -> tuple[jax.Array, Guard]:
+        """Whether a step with this loss and gradient norm is good, and the guard after it."""
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if spike_factor:
+            good &= (self.usual_norm == 0) | (norm <= spike_factor * self.usual_norm)
+        mean = _NORM_MEMORY * self.usual_norm + (1 - _NORM_MEMORY) * norm
+        mean = jnp.where(self.usual_norm == 0, norm, mean)
+        bad = 1 - good.astype(jnp.int32)
+        return good, Guard(
+            jnp.where(good, mean, self.usual_norm), self.skipped + bad, bad * (self.in_row + 1)
+        )
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes."""
@@ -35,6 +64,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps done in this stage
     params: Params
     opt_state: Any  # of the trainable parameters only
+    guard: Guard
 
 
 def split_trainable(params: Params, trainable: str) -> tuple[Params, Params]:
@@ -62,19 +92,30 @@ class StageProgram:
         params = get_params(self.model)
         trainable, _ = split_trainable(params, self.trainable)
         opt_state = jax.eval_shape(self.optimizer.init, trainable)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+        guard = jax.eval_shape(Guard.start)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, guard)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             state,
             self.shardings,
         )
 
-    def start(self, params: Params, opt_state: Any | None) -> TrainState:
-        """The state at the start of the stage; None makes fresh moments."""
+    def start(
+        self,
+        params: Params,
+        opt_state: Any | None,
+        *,
+        step: int = 0,
+        guard: Guard | None = None,
+    ) -> TrainState:
+        """The state after `step` steps of the stage; None makes fresh moments, or a fresh guard."""
         params = jax.device_put(params, self.shardings.params)
         if opt_state is None:
             opt_state = self.init_opt_state(split_trainable(params, self.trainable)[0])
-        return TrainState(jax.device_put(jnp.int32(0), self.shardings.step), params, opt_state)
+        step, guard = jax.device_put(
+            (jnp.int32(step), guard or Guard.start()), (self.shardings.step, self.shardings.guard)
+        )
+        return TrainState(step, params, opt_state, guard)
 
 
 def param_shardings(model: RWKVX, mesh: Mesh) -> Params:
@@ -105,8 +146,9 @@ def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
         trainable,
         transform_non_params=lambda _: replicated(mesh),
     )
-    state_shardings = TrainState(replicated(mesh), shardings, opt_shardings)
-    batch = batch_sharding(mesh)
+    guard = Guard(*[replicated(mesh)] * len(Guard._fields))
+    state_shardings = TrainState(replicated(mesh), shardings, opt_shardings, guard)
+    batch = batch_sharding(mesh, stage.global_batch)
     return StageProgram(
         model=model,
         trainable=stage.trainable,
@@ -170,22 +212,24 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
         trainable, frozen = split_trainable(state.params, stage.trainable)
         (loss, cross_entropy), grads = gradients(trainable, frozen, batch)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        good, guard = state.guard.watch(loss, norm, config.run.spike_factor)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         rate = schedule(state.step)
         moved = jax.tree.map(lambda p, u, f: p - rate * f * u, trainable, updates, factors)
-        keep = lambda new, old: jnp.where(finite, new, old)
+        keep = lambda new, old: jnp.where(good, new, old)
         state = TrainState(
             state.step + 1,
             {**frozen, **jax.tree.map(keep, moved, trainable)},
             jax.tree.map(keep, opt_state, state.opt_state),
+            guard,
         )
         metrics = {
             "loss": cross_entropy,
             "objective": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate, jnp.float32),
-            "finite": finite,
+            "skipped": guard.skipped,
+            "in_row": guard.in_row,
         }
         return state, metrics
 
