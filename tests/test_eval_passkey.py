@@ -17,15 +17,8 @@ from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.convert.own import write_own_safetensors
 from rwkvx_jax.evals import heatmap, passkey
 from rwkvx_jax.evals.common import Subject
-from rwkvx_jax.evals.passkey import (
-    PasskeyOptions,
-    Trial,
-    evaluate,
-    heat_maps,
-    key_of,
-    plan,
-    prompt_of,
-)
+from rwkvx_jax.evals.grid import Trial, heat_maps
+from rwkvx_jax.evals.passkey import PasskeyOptions, evaluate, key_of, passkey_grid, prompt_of
 from rwkvx_jax.tasks.passkey import is_eval_key
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.eval_models import TINY, random_params
@@ -110,7 +103,7 @@ def test_a_longer_answer_is_cut_to_the_tokens_it_may_use(tmp_path):
 def test_exact_prompts_have_their_length_and_unseen_keys(tmp_path):
     options = make_options(tmp_path, seed=3)
     tokenizer = load_tokenizer("byte")
-    trials = plan(options)
+    trials = passkey_grid(options).plan()
     assert options.depth_shares == (0.0, 0.5, 1.0) and len(trials) == 12
     assert trials == sorted(trials)
     assert [len(prompt_of(options, tokenizer, t)) for t in trials] == [t.length for t in trials]
@@ -137,7 +130,9 @@ def test_results_file_holds_everything(tmp_path):
     (panel,) = document["panels"]
     assert panel["label"] == "model" and panel["step"] == 70 and panel["checkpoint"] == "runs/model"
     assert panel["model"]["chunk_size"] == 8 and panel["tokenizer"] == "byte"
-    assert [(t["length"], t["depth"], t["trial"]) for t in panel["trials"]] == plan(options)
+    assert [(t["length"], t["depth"], t["trial"]) for t in panel["trials"]] == passkey_grid(
+        options
+    ).plan()
     assert set(panel["trials"][0]) == {
         "length",
         "depth",
@@ -182,7 +177,7 @@ def test_limit_takes_the_first_trials_and_the_rest_follows(tmp_path):
     limited = make_options(tmp_path, limit=5)
     results = evaluate(limited, [make_subject()], QUIET, FakeReader(copy_key))
     done = [(t["length"], t["depth"], t["trial"]) for t in results.trials("model")]
-    assert done == plan(limited)[:5]
+    assert done == passkey_grid(limited).plan()[:5]
     rest = FakeReader(copy_key)
     evaluate(make_options(tmp_path), [make_subject()], QUIET, rest)
     assert len(rest.read) == 7
@@ -269,7 +264,7 @@ def test_bad_flags(tmp_path, flags, message):
 def test_heat_map_counts_and_training_mark(tmp_path):
     options = make_options(tmp_path, limit=7)
     results = evaluate(options, [make_subject()], QUIET, FakeReader(copy_key))
-    (heat_map,) = heat_maps(options, results)
+    (heat_map,) = heat_maps(passkey_grid(options), results)
     np.testing.assert_array_equal(heat_map.trials, [[2, 2, 2], [1, 0, 0]])
     np.testing.assert_array_equal(heat_map.percent, [[100, 100, 100], [100, np.nan, np.nan]])
     assert heat_map.trained_columns == 1

@@ -214,9 +214,10 @@ class Tracker:
         self._console, self._unit = console, unit
         self._total, self._done, self._name = total, 0, ""
         self._bar: Progress | None = None
+        self._last_line = time.monotonic()
+        self._start: tuple[float, int] | None = None  # time and amount when the clock started
 
     def __enter__(self) -> Tracker:
-        self._start = self._last_line = time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -247,13 +248,23 @@ class Tracker:
             self._bar.update(self._task, completed=self._done)
         elif now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
-            left = (now - self._start) / self._done * (self._total - self._done)
             self._console.print(
-                f"{self._name}: {self._done:,} of {self._total:,} {self._unit}, "
-                f"about {_duration(left)} left",
+                f"{self._name}: {self._done:,} of {self._total:,} {self._unit}{self._left(now)}",
                 markup=False,
                 soft_wrap=True,
             )
+
+    def start_clock(self) -> None:
+        """Estimates from what comes now on: the first batch of a model is mostly compilation."""
+        self._start = time.monotonic(), self._done
+
+    def _left(self, now: float) -> str:
+        """The estimate, or "" before there is anything to go by."""
+        since, before = self._start or (now, self._done)
+        if self._done == before:
+            return ""
+        seconds = (now - since) / (self._done - before) * (self._total - self._done)
+        return f", about {_duration(seconds)} left"
 
 
 def _duration(seconds: float) -> str:

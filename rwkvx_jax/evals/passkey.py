@@ -9,24 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.common import (
-    IDENTITY_FIELDS,
-    EvalOptions,
-    Subject,
-    Tracker,
-    even_batches,
-    open_subjects,
-    share_with_interval,
-)
-from rwkvx_jax.evals.heatmap import HeatMap, draw, print_table
-from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
+from rwkvx_jax.evals import grid
+from rwkvx_jax.evals.common import EvalOptions, Subject, open_subjects
+from rwkvx_jax.evals.grid import Grid, Lengths, Trial
+from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.tasks.passkey import (
     OFFICIAL_TRIALS,
@@ -40,34 +33,17 @@ from rwkvx_jax.tasks.passkey import (
 )
 from rwkvx_jax.tokenizer import Tokenizer
 
-_KEY_FIELDS = ("length", "depth", "trial")
 _DEFAULT_LENGTHS = {
     "exact": (1024, 2048, 4096, 8192),
     "official": tuple(range(2000, 32001, 2000)),  # the repository's
 }
 
 
-def _parse_lengths(words: list[str]) -> tuple[int, ...]:
-    return () if words == ["auto"] else tuple(int(word) for word in words[0].split(","))
-
-
-_Lengths = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N,N,...",
-        instance_from_str=_parse_lengths,
-        is_instance=lambda x: isinstance(x, tuple),
-        str_from_instance=lambda x: [",".join(map(str, x)) or "auto"],
-    ),
-]
-
-
 @dataclass(frozen=True, kw_only=True)
 class PasskeyOptions(EvalOptions):
     """Hides a number in filler text and asks for it; draws accuracy by length and depth."""
 
-    lengths: _Lengths = ()
+    lengths: Lengths = ()
     """Prompt lengths in tokens. Default: 1024,2048,4096,8192; official: 2000,4000,...,32000."""
     depths: int = 10
     """Depths of the key: shares of the filler before it, evenly spaced. Protocol exact: 0 to 100 %,
@@ -111,24 +87,6 @@ class PasskeyOptions(EvalOptions):
         return tuple(round(i / steps, 6) for i in range(self.depths))
 
 
-class Trial(NamedTuple):
-    """One question; with the options and the tokenizer it determines the prompt."""
-
-    length: int
-    depth: float
-    trial: int
-
-
-def plan(options: PasskeyOptions) -> list[Trial]:
-    """All trials, in the order in which they are run: short prompts first."""
-    return [
-        Trial(length, depth, trial)
-        for length in options.lengths
-        for depth in options.depth_shares
-        for trial in range(options.trials)
-    ]
-
-
 def key_of(options: PasskeyOptions, trial: Trial) -> int:
     """The number to hide; a random one depends on its trial alone, not on the others planned."""
     if options.keys == "official":
@@ -163,71 +121,32 @@ def answer_length(options: PasskeyOptions, tokenizer: Tokenizer, key: int) -> in
 
 
 def judge(
-    options: PasskeyOptions, tokenizer: Tokenizer, trial: Trial, prompt: np.ndarray, answer
+    options: PasskeyOptions, tokenizer: Tokenizer, trial: Trial, answer: np.ndarray
 ) -> Record:
-    """JSON record of a trial: its answer, cut to the tokens it may use, and whether it is right."""
+    """What was hidden and answered, the answer cut to the tokens it may use."""
     key = key_of(options, trial)
     text = tokenizer.decode(answer[: answer_length(options, tokenizer, key)])
-    return {
-        **trial._asdict(),
-        "key": key,
-        "prompt_tokens": len(prompt),
-        "answer": text,
-        "correct": text.strip() == str(key),
-    }
+    return {"key": key, "answer": text, "correct": text.strip() == str(key)}
 
 
-def summarize(trials: Sequence[Record]) -> Record:
-    """Shares with intervals: of all trials, by length, and by length and depth."""
+def passkey_grid(options: PasskeyOptions) -> Grid:
+    """The task as a grid of questions."""
 
-    def share(chosen: Sequence[Record]) -> Record:
-        return share_with_interval(sum(t["correct"] for t in chosen), len(chosen))
+    def longest_answer(tokenizer: Tokenizer) -> int:
+        keys = {key_of(options, trial) for trial in questions.plan()}
+        return max(answer_length(options, tokenizer, key) for key in keys)
 
-    def split(*fields: str) -> list[Record]:
-        groups: dict[tuple, list[Record]] = {}
-        for trial in trials:
-            groups.setdefault(tuple(trial[f] for f in fields), []).append(trial)
-        return [
-            dict(zip(fields, key, strict=True)) | share(chosen)
-            for key, chosen in sorted(groups.items())
-        ]
-
-    return {
-        "all": share(trials),
-        "by_length": split("length"),
-        "by_length_and_depth": split("length", "depth"),
-    }
-
-
-def panels_of(options: PasskeyOptions, subjects: Sequence[Subject]) -> list[Subject]:
-    """The models to show, and checks of everything that can be checked before they run.
-
-    Raises:
-      ConfigError: a protocol that does not fit the tokenizer, lengths too short for a prompt, or
-        no attention blocks to take out.
-    """
-    tokenizer = subjects[0].tokenizer
-    if options.official and tokenizer.name != "world":
-        raise ConfigError(
-            f"--protocol official counts characters for the World tokenizer, and "
-            f"{subjects[0].checkpoint} uses the {tokenizer.name} tokenizer: use --protocol exact"
-        )
-    shortest = plan(options)[: options.depths * options.trials]
-    for trial in shortest:
-        prompt_of(options, tokenizer, trial)
-    if not options.compare_without_attention:
-        return list(subjects)
-    if not any(subject.config.num_attention_blocks for subject in subjects):
-        raise ConfigError("--compare-without-attention: no checkpoint here has attention blocks")
-    return [
-        panel
-        for subject in subjects
-        for panel in (
-            [subject, subject.without_attention()]
-            if subject.config.num_attention_blocks
-            else [subject]
-        )
-    ]
+    questions = Grid(
+        task="passkey",
+        settings={"protocol": options.protocol, "keys": options.keys, "seed": options.seed},
+        lengths=options.lengths,
+        depths=options.depth_shares,
+        trials=options.trials,
+        prompt=partial(prompt_of, options),
+        answer_length=longest_answer,
+        judge=partial(judge, options),
+    )
+    return questions
 
 
 def evaluate(
@@ -236,130 +155,44 @@ def evaluate(
     console: Console,
     make_reader: Callable[..., Any] = GreedyReader,
 ) -> Results:
-    """Runs what an earlier run has not finished, and writes passkey.json.
+    """Runs what is not finished yet; see `grid.evaluate`.
 
-    Args:
-      options: the flags.
-      subjects: models with the same tokenizer.
-      console: shows the progress.
-      make_reader: (subject, piece=, batch=, longest=) -> a function as `GreedyReader` is one.
+    Raises:
+      ConfigError: a protocol that does not fit the tokenizer, lengths too short for a prompt, no
+        attention blocks to take out, or a results file of another evaluation.
     """
-    panels = panels_of(options, subjects)
-    trials = plan(options)
-    results = Results(
-        options.output / "passkey.json",
-        task="passkey",
-        settings={"protocol": options.protocol, "keys": options.keys, "seed": options.seed},
-        plan={
-            "lengths": options.lengths,
-            "depths": options.depth_shares,
-            "trials": options.trials,
-            "limit": options.limit,
-        },
-        key_fields=_KEY_FIELDS,
-        planned=trials,
-        panels=[panel.description for panel in panels],
-        identity_fields=IDENTITY_FIELDS,
-        summarize=summarize,
-    )
-    pending = {}
-    for panel in panels:
-        finished = results.finished(panel.label)
-        pending[panel.label] = [t for t in trials[: options.limit] if t not in finished]
-    if skipped := sum(len(results.finished(panel.label)) for panel in panels):
-        console.print(f"{skipped} finished trials found in {results.path}", soft_wrap=True)
-    total = sum(trial.length for chosen in pending.values() for trial in chosen)
-    with Tracker(console, "tokens", total) as tracker:
-        for panel in panels:
-            if pending[panel.label]:
-                _run(options, panel, pending[panel.label], results, tracker, make_reader)
-    results.save()
-    return results
-
-
-def _run(
-    options: PasskeyOptions,
-    panel: Subject,
-    trials: Sequence[Trial],
-    results: Results,
-    tracker: Tracker,
-    make_reader: Callable[..., Any],
-) -> None:
-    """Runs the trials of one model in batches of equal length."""
-    tokenizer = panel.tokenizer
-    longest = max(options.lengths)
-    piece = min(options.piece, longest)
-    count = max(answer_length(options, tokenizer, key_of(options, t)) for t in plan(options))
-    largest = options.batch or affordable_batch(panel, longest + count, piece)
-    per_length = min(options.depths * options.trials, len(trials))
-    batch = -(-per_length // -(-per_length // largest))
-    reader = make_reader(panel, piece=piece, batch=batch, longest=longest)
-    for length in options.lengths:
-        tracker.describe(f"{panel.label}, length {length:,}")
-        for chosen in even_batches([t for t in trials if t.length == length], batch):
-            prompts = [prompt_of(options, tokenizer, trial) for trial in chosen]
-            answers = reader(prompts, count, tracker.advance)
-            results.add(
-                panel.label,
-                [
-                    judge(options, tokenizer, *each)
-                    for each in zip(chosen, prompts, answers, strict=True)
-                ],
-            )
-
-
-def heat_maps(options: PasskeyOptions, results: Results) -> list[HeatMap]:
-    """The counts of every model in a results file."""
-    rows = {length: i for i, length in enumerate(options.lengths)}
-    columns = {depth: i for i, depth in enumerate(options.depth_shares)}
-    maps = []
-    for panel in results.document["panels"]:
-        correct, trials = np.zeros((2, len(rows), len(columns)), int)
-        for trial in panel["trials"]:
-            cell = rows[trial["length"]], columns[trial["depth"]]
-            trials[cell] += 1
-            correct[cell] += trial["correct"]
-        step, trained = panel["step"], panel["trained_length"]
-        facts = [f"step {step:,}"] if step is not None else []
-        facts += [f"trained on up to {trained:,} tokens"] if trained is not None else []
-        maps.append(
-            HeatMap(
-                panel["label"],
-                ", ".join(facts),
-                options.lengths,
-                options.depth_shares,
-                correct,
-                trials,
-                trained,
-            )
+    tokenizer = subjects[0].tokenizer
+    if options.official and tokenizer.name != "world":
+        raise ConfigError(
+            f"--protocol official counts characters for the World tokenizer, and "
+            f"{subjects[0].checkpoint} uses the {tokenizer.name} tokenizer: use --protocol exact"
         )
-    return maps
+    panels = subjects
+    if options.compare_without_attention:
+        panels = grid.with_attention_off(subjects)
+    return grid.evaluate(passkey_grid(options), options, panels, console, make_reader)
 
 
 def run(options: PasskeyOptions) -> None:
     """The command: evaluates, writes passkey.json and passkey.png, prints the tables."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240  # tables in a file are never squeezed
     subjects = open_subjects(options)
     try:
         results = evaluate(options, subjects, console)
     except KeyboardInterrupt:
         console.print("interrupted: finished trials are saved, the same command goes on from there")
         raise SystemExit(130) from None
-    maps = heat_maps(options, results)
     tokenizer = subjects[0].tokenizer.name
-    unit = "World tokens, the repository's rule" if options.official else f"{tokenizer} tokens"
-    figure = options.output / "passkey.png"
-    draw(
-        maps,
-        figure,
+    grid.show(
+        passkey_grid(options),
+        results,
+        console,
         title=(
             f"Passkey retrieval by prompt length and depth\nprotocol {options.protocol}, "
             f"{options.keys} keys, {options.trials} trials a cell, seed {options.seed}"
         ),
-        x_label=f"prompt length ({unit})",
-        y_label="depth of the key (% of the filler)",
+        unit="World tokens, the repository's rule" if options.official else f"{tokenizer} tokens",
+        depth_label="depth of the key (% of the filler)",
     )
-    wide = console if console.is_terminal else Console(highlight=False, width=240)
-    for heat_map in maps:
-        print_table(wide, heat_map, length_header="tokens")
-    console.print(f"wrote {results.path} and {figure}", soft_wrap=True)

@@ -1,0 +1,267 @@
+"""Tasks whose questions form a grid of prompt lengths and depths, with several trials in each cell.
+
+A task says how a prompt is made and an answer judged (`Grid`); running it in batches, keeping the
+trials, summing them up and showing them as heat maps is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals.common import (
+    IDENTITY_FIELDS,
+    EvalOptions,
+    Subject,
+    Tracker,
+    even_batches,
+    share_with_interval,
+)
+from rwkvx_jax.evals.heatmap import HeatMap, draw, print_table
+from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
+from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.tokenizer import Tokenizer
+
+
+def _parse_lengths(words: list[str]) -> tuple[int, ...]:
+    return () if words == ["auto"] else tuple(int(word) for word in words[0].split(","))
+
+
+Lengths = Annotated[
+    tuple[int, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N,N,...",
+        instance_from_str=_parse_lengths,
+        is_instance=lambda x: isinstance(x, tuple),
+        str_from_instance=lambda x: [",".join(map(str, x)) or "auto"],
+    ),
+]
+"""Type of a flag such as --lengths 1024,4096; "auto", the empty tuple, leaves it to the task."""
+
+
+class Trial(NamedTuple):
+    """One question of a grid."""
+
+    length: int
+    depth: float  # from 0 to 1
+    trial: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The questions of a task.
+
+    Attributes:
+      task: its name, and that of its files.
+      settings: what the questions depend on beside their trial, as JSON.
+      lengths: ascending.
+      depths: ascending, from 0 to 1.
+      trials: of each length and depth.
+      prompt: tokens of a question, int32; (tokenizer, trial) alone determine it.
+      answer_length: most tokens that any answer of the task may have.
+      judge: (tokenizer, trial, tokens of the answer) -> fields of its record: what was asked and
+        answered, and "correct".
+    """
+
+    task: str
+    settings: Record
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    trials: int
+    prompt: Callable[[Tokenizer, Trial], np.ndarray]
+    answer_length: Callable[[Tokenizer], int]
+    judge: Callable[[Tokenizer, Trial, np.ndarray], Record]
+
+    def plan(self) -> list[Trial]:
+        """All trials, in the order in which they are run: short prompts first."""
+        return [
+            Trial(length, depth, trial)
+            for length in self.lengths
+            for depth in self.depths
+            for trial in range(self.trials)
+        ]
+
+
+def with_attention_off(subjects: Sequence[Subject]) -> list[Subject]:
+    """Each model, followed by itself without its attention blocks where it has some.
+
+    Raises:
+      ConfigError: none has any.
+    """
+    if not any(subject.config.num_attention_blocks for subject in subjects):
+        raise ConfigError("--compare-without-attention: no checkpoint here has attention blocks")
+    pairs = [
+        [subject, subject.without_attention()] if subject.config.num_attention_blocks else [subject]
+        for subject in subjects
+    ]
+    return [panel for pair in pairs for panel in pair]
+
+
+def summarize(trials: Sequence[Record]) -> Record:
+    """Shares with intervals: of all trials, by length, and by length and depth."""
+
+    def share(chosen: Sequence[Record]) -> Record:
+        return share_with_interval(sum(t["correct"] for t in chosen), len(chosen))
+
+    def split(*fields: str) -> list[Record]:
+        groups: dict[tuple, list[Record]] = {}
+        for trial in trials:
+            groups.setdefault(tuple(trial[f] for f in fields), []).append(trial)
+        return [
+            dict(zip(fields, key, strict=True)) | share(chosen)
+            for key, chosen in sorted(groups.items())
+        ]
+
+    return {
+        "all": share(trials),
+        "by_length": split("length"),
+        "by_length_and_depth": split("length", "depth"),
+    }
+
+
+def evaluate(
+    grid: Grid,
+    options: EvalOptions,
+    panels: Sequence[Subject],
+    console: Console,
+    make_reader: Callable[..., Any] = GreedyReader,
+) -> Results:
+    """Runs what an earlier run has not finished, and writes the results file.
+
+    Args:
+      grid: the task.
+      options: the flags.
+      panels: models with the same tokenizer.
+      console: shows the progress.
+      make_reader: (subject, piece=, batch=, longest=) -> a function as `GreedyReader` is one.
+
+    Raises:
+      ConfigError: lengths that can't hold a prompt, or a results file of another evaluation.
+    """
+    trials = grid.plan()
+    for trial in trials[: len(trials) // len(grid.lengths)]:  # the shortest are the first to fail
+        grid.prompt(panels[0].tokenizer, trial)
+    results = Results(
+        options.output / f"{grid.task}.json",
+        task=grid.task,
+        settings=grid.settings,
+        plan={
+            "lengths": grid.lengths,
+            "depths": grid.depths,
+            "trials": grid.trials,
+            "limit": options.limit,
+        },
+        key_fields=Trial._fields,
+        planned=trials,
+        panels=[panel.description for panel in panels],
+        identity_fields=IDENTITY_FIELDS,
+        summarize=summarize,
+    )
+    finished = {panel.label: results.finished(panel.label) for panel in panels}
+    if skipped := sum(map(len, finished.values())):
+        console.print(f"{skipped} finished trials found in {results.path}", soft_wrap=True)
+    pending = [
+        [trial for trial in trials[: options.limit] if trial not in finished[panel.label]]
+        for panel in panels
+    ]
+    total = sum(trial.length for todo in pending for trial in todo)
+    with Tracker(console, "tokens", total) as tracker:
+        for panel, todo in zip(panels, pending, strict=True):
+            if todo:
+                _run(grid, options, panel, todo, results, tracker, make_reader)
+    results.save()
+    return results
+
+
+def _run(
+    grid: Grid,
+    options: EvalOptions,
+    panel: Subject,
+    trials: Sequence[Trial],
+    results: Results,
+    tracker: Tracker,
+    make_reader: Callable[..., Any],
+) -> None:
+    """Runs the trials of one model in batches of equal length."""
+    tokenizer, longest = panel.tokenizer, max(grid.lengths)
+    piece = min(options.piece, longest)
+    count = grid.answer_length(tokenizer)
+    by_length = [[t for t in trials if t.length == length] for length in grid.lengths]
+    most = max(map(len, by_length))
+    batch = min(most, options.batch or affordable_batch(panel, longest + count, piece))
+    batch = -(-most // -(-most // batch))  # as many batches, but the last one as full as the others
+    reader = make_reader(panel, piece=piece, batch=batch, longest=longest)
+    batches = [chosen for same in by_length for chosen in even_batches(same, batch)]
+    for i, chosen in enumerate(batches):
+        tracker.describe(f"{panel.label}, length {chosen[0].length:,}")
+        prompts = [grid.prompt(tokenizer, trial) for trial in chosen]
+        answers = reader(prompts, count, tracker.advance)
+        results.add(
+            panel.label,
+            [
+                trial._asdict()
+                | {"prompt_tokens": len(prompt)}
+                | grid.judge(tokenizer, trial, answer)
+                for trial, prompt, answer in zip(chosen, prompts, answers, strict=True)
+            ],
+        )
+        if i == 0:
+            tracker.start_clock()
+
+
+def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
+    """The counts of every model in a results file."""
+    rows = {length: i for i, length in enumerate(grid.lengths)}
+    columns = {depth: i for i, depth in enumerate(grid.depths)}
+    maps = []
+    for panel in results.document["panels"]:
+        correct, trials = np.zeros((2, len(rows), len(columns)), int)
+        for trial in panel["trials"]:
+            cell = rows[trial["length"]], columns[trial["depth"]]
+            trials[cell] += 1
+            correct[cell] += trial["correct"]
+        step, trained = panel["step"], panel["trained_length"]
+        facts = [f"step {step:,}"] if step is not None else []
+        facts += [f"trained on up to {trained:,} tokens"] if trained is not None else []
+        maps.append(
+            HeatMap(
+                panel["label"],
+                ", ".join(facts),
+                grid.lengths,
+                grid.depths,
+                correct,
+                trials,
+                trained,
+            )
+        )
+    return maps
+
+
+def show(
+    grid: Grid, results: Results, console: Console, *, title: str, unit: str, depth_label: str
+) -> Path:
+    """Draws the figure, prints the tables, and returns the path of the figure.
+
+    Args:
+      grid: the task.
+      results: of all its models.
+      console: the terminal.
+      title: of the figure.
+      unit: what lengths are counted in.
+      depth_label: what a depth is.
+    """
+    maps = heat_maps(grid, results)
+    path = results.path.with_suffix(".png")
+    draw(maps, path, title=title, x_label=f"prompt length ({unit})", y_label=depth_label)
+    for heat_map in maps:
+        print_table(console, heat_map, length_header="tokens")
+    console.print(f"wrote {results.path} and {path}", soft_wrap=True)
+    return path
