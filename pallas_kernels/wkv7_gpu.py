@@ -1,8 +1,9 @@
 """WKV-7 for NVIDIA GPUs: the chunked recurrence and its gradient, through Pallas' Triton backend.
 
-Same contract and mathematics as wkv7_tpu.py, laid out for a GPU: one program a sequence and head
-walks the chunks with the state in registers; chunks are small (16 or 32 tokens), so that everything
-of a chunk stays in registers too. The forward keeps the state before every chunk; the backward
+Same contract and mathematics as wkv7_tpu.py, laid out for a GPU: one program a sequence, head and
+block of value channels (which do not depend on one another) walks the chunks with its state in
+registers; chunks are small (16 or 32 tokens), so that everything of a chunk stays in registers
+too. The forward keeps the state before every chunk; the backward
 walks the chunks in reverse and recomputes the rest from it.
 
 Everything that names Triton is in this file: the backend is deprecated from jax 0.11 on, but still
@@ -30,19 +31,28 @@ class TileConfig:
     Attributes:
       chunk: tokens solved at once, C: 16 or 32. Smaller needs fewer registers; larger keeps fewer
         states for the backward (one float32 [V, K] a chunk and head).
+      value_block: value channels a program, a power of two from 16.
       forward_warps, backward_warps: warps a program.
     """
 
     chunk: int = 16
+    value_block: int = 64
     forward_warps: int = 4
     backward_warps: int = 8
 
     def __post_init__(self):
         if self.chunk not in (16, 32):
             raise ValueError(f"chunk must be 16 or 32, got {self.chunk}")
+        if self.value_block not in (16, 32, 64, 128):
+            raise ValueError(f"value_block must be 16, 32, 64 or 128, got {self.value_block}")
         for name in ("forward_warps", "backward_warps"):
             if getattr(self, name) not in (1, 2, 4, 8, 16):
                 raise ValueError(f"{name} must be 1, 2, 4, 8 or 16, got {getattr(self, name)}")
+
+
+def default_tile(head_size: int) -> TileConfig:
+    """The largest tile that does not spill registers on an H100, for bfloat16 inputs."""
+    return TileConfig() if head_size <= 64 else TileConfig(value_block=16)
 
 
 def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeLike) -> str | None:
@@ -143,7 +153,7 @@ class _Chunk:
 
 
 def _forward_kernel(
-    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [T, K]
+    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [T, K]; v: [T, V], V being the program's block
     start_ref,  # [V, K]
     y_ref,  # [T, V]
     end_ref,  # [V, K]
@@ -171,12 +181,12 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [T, K]
+    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [T, K]; v: [T, V], V being the program's block
     states_ref,  # [N, V, K]
     end_ref,  # [V, K]
     dy_ref,  # [T, V]
     dend_ref,  # [V, K]
-    dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref,  # [T, K]
+    dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref,  # as the inputs: this block's share
     dstart_ref,  # [V, K]
     *,
     chunk: int,
@@ -231,15 +241,27 @@ def _backward_kernel(
     dstart_ref[...], _ = lax.fori_loop(0, chunks, step, (dend, dlast))
 
 
-def _specs(shape: tuple[int, ...], chunk: int) -> dict[str, pl.BlockSpec]:
+def _specs(shape: tuple[int, ...], tile: TileConfig) -> dict[str, pl.BlockSpec]:
+    """Blocks of arrays for the grid (B, H, blocks of V)."""
     _, time, _, head = shape
+    block = min(tile.value_block, head)
+    states = (None, time // tile.chunk, None, block, head)
     return {
-        "tokens": pl.BlockSpec((None, time, None, head), lambda i, j: (i, 0, j, 0)),
-        "state": pl.BlockSpec((None, None, head, head), lambda i, j: (i, j, 0, 0)),
-        "states": pl.BlockSpec(
-            (None, time // chunk, None, head, head), lambda i, j: (i, 0, j, 0, 0)
-        ),
+        "keys": pl.BlockSpec((None, time, None, head), lambda i, j, n: (i, 0, j, 0)),
+        "values": pl.BlockSpec((None, time, None, block), lambda i, j, n: (i, 0, j, n)),
+        "state": pl.BlockSpec((None, None, block, head), lambda i, j, n: (i, j, n, 0)),
+        "states": pl.BlockSpec(states, lambda i, j, n: (i, 0, j, n, 0)),
+        "shares": pl.BlockSpec((None, None, time, None, head), lambda i, j, n: (n, i, 0, j, 0)),
     }
+
+
+def _grid(shape: tuple[int, ...], tile: TileConfig) -> tuple[int, int, int]:
+    batch, _, heads, head = shape
+    return batch, heads, head // min(tile.value_block, head)
+
+
+def _token_specs(specs: dict[str, pl.BlockSpec]) -> list[pl.BlockSpec]:
+    return [specs["values"] if name == "v" else specs["keys"] for name in "rwkvab"]
 
 
 def _cost(shape, square: int, mixed: int, chunk: int, arrays) -> pl.CostEstimate:
@@ -255,8 +277,8 @@ def _cost(shape, square: int, mixed: int, chunk: int, arrays) -> pl.CostEstimate
 def _forward_call(tokens, start, *, tile, residuals, interpret):
     r = tokens[0]
     batch, time, heads, head = r.shape
-    specs = _specs(r.shape, tile.chunk)
-    out_specs = [specs["tokens"], specs["state"]]
+    specs = _specs(r.shape, tile)
+    out_specs = [specs["values"], specs["state"]]
     out_shape = [
         jax.ShapeDtypeStruct(r.shape, r.dtype),
         jax.ShapeDtypeStruct(start.shape, _F32),
@@ -267,8 +289,8 @@ def _forward_call(tokens, start, *, tile, residuals, interpret):
         out_shape.append(jax.ShapeDtypeStruct(states, _F32))
     return pl.pallas_call(
         functools.partial(_forward_kernel, chunk=tile.chunk, dtype=r.dtype),
-        grid=(batch, heads),
-        in_specs=[specs["tokens"]] * 6 + [specs["state"]],
+        grid=_grid(r.shape, tile),
+        in_specs=[*_token_specs(specs), specs["state"]],
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=tile.forward_warps, num_stages=1),
@@ -280,25 +302,38 @@ def _forward_call(tokens, start, *, tile, residuals, interpret):
 
 def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
     r = tokens[0]
-    batch, _, heads, _ = r.shape
-    specs = _specs(r.shape, tile.chunk)
-    out_shape = [
-        jax.ShapeDtypeStruct(x.shape, _F32 if i == 1 else x.dtype) for i, x in enumerate(tokens)
-    ]
-    out_shape.append(jax.ShapeDtypeStruct(end.shape, _F32))
+    grid = _grid(r.shape, tile)
+    specs = _specs(r.shape, tile)
+    # Gradients of what all value blocks share leave the kernel as one float32 share a block.
+    out_specs, out_shape = [], []
+    for name, x in zip("rwkvab", tokens, strict=True):
+        dtype = _F32 if name == "w" or (grid[2] > 1 and name != "v") else x.dtype
+        shape = x.shape if name == "v" else (grid[2], *x.shape)
+        out_specs.append(specs["values"] if name == "v" else specs["shares"])
+        out_shape.append(jax.ShapeDtypeStruct(shape, dtype))
     inputs = (*tokens, states, end, dy, dend)
-    return pl.pallas_call(
+    *shares, dstart = pl.pallas_call(
         functools.partial(_backward_kernel, chunk=tile.chunk, dtype=r.dtype),
-        grid=(batch, heads),
-        in_specs=[specs["tokens"]] * 6
-        + [specs["states"], specs["state"], specs["tokens"], specs["state"]],
-        out_specs=[specs["tokens"]] * 6 + [specs["state"]],
-        out_shape=out_shape,
+        grid=grid,
+        in_specs=[
+            *_token_specs(specs),
+            specs["states"],
+            specs["state"],
+            specs["values"],
+            specs["state"],
+        ],
+        out_specs=[*out_specs, specs["state"]],
+        out_shape=[*out_shape, jax.ShapeDtypeStruct(end.shape, _F32)],
         compiler_params=triton.CompilerParams(num_warps=tile.backward_warps, num_stages=1),
         cost_estimate=_cost(r.shape, 22, 9, tile.chunk, [*inputs, *out_shape]),
         interpret=interpret,
         name="wkv7_backward",
     )(*inputs)
+    grads = [
+        x if name == "v" else jnp.sum(x, axis=0).astype(_F32 if name == "w" else r.dtype)
+        for name, x in zip("rwkvab", shares, strict=True)
+    ]
+    return (*grads, dstart)
 
 
 def _pad(x: jax.Array, chunk: int) -> jax.Array:
@@ -354,7 +389,7 @@ def wkv7(
     if state is None:
         batch, _, heads, head = r.shape
         state = jnp.zeros((batch, heads, head, head), _F32)
-    tile = TileConfig() if tile is None else tile
+    tile = default_tile(r.shape[-1]) if tile is None else tile
     return _wkv7(r, log_w.astype(_F32), k, v, a, b, state.astype(_F32), tile, interpret)
 
 

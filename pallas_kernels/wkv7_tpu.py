@@ -67,9 +67,12 @@ TILES = {
 _DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 
 
-def default_tile(device_kind: str | None = None) -> TileConfig:
-    """The tile measured best for a device kind ("TPU v5 lite", ...); v5e's where unknown."""
-    return TILES[_DEVICE_KINDS.get(device_kind or "", "v5e")]
+def default_tile() -> TileConfig:
+    """The tile for the device of the mesh in force, else of the default backend; v5e's where that
+    is neither a v5p nor a v6e."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return TILES[_DEVICE_KINDS.get(kind, "v5e")]
 
 
 def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeLike) -> str | None:
@@ -765,7 +768,7 @@ def wkv7(
         RWKV-7, a = -kk and b = kk * iclr with kk of unit norm.
       log_w: log decay in [-exp(-1/2), 0); read as float32. Decays below that bound can overflow.
       state: state before the first token, rows are values; zeros if None.
-      tile: see `TileConfig`; default: that of v5e.
+      tile: see `TileConfig`; default: `default_tile()`.
       interpret: True or `pltpu.InterpretParams` to run on a CPU, for tests.
 
     Returns:

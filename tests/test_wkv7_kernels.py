@@ -1,4 +1,4 @@
-"""The WKV-7 TPU kernels, interpreted on a CPU, against the recurrence one token at a time.
+"""The WKV-7 kernels for TPU and GPU, interpreted on a CPU, against the sequential oracle.
 
 The oracle runs in float32 on the very inputs the kernel gets (rounded to bfloat16 where those are).
 Cases are deliberately unround: an odd number of heads, T around and off multiples of the chunk.
@@ -12,29 +12,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import wkv7_tpu
+from pallas_kernels import wkv7_gpu, wkv7_tpu
 from pallas_kernels.wkv7_tpu import TileConfig
+from rwkvx_jax.ops.recurrence import wkv7_sequential
 from tests.helpers import assert_close
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
 # One pack, two chunks a grid step: small to compile, and the state crosses chunks both ways.
 SMALL = TileConfig(max_packs=1, max_items=2)
 KINDS = ("random", "strong", "repeated", "constant")
-
-
-def sequential(r, log_w, k, v, a, b, state):
-    """The definition, token by token, in float32."""
-
-    def step(s, x):
-        r, w, k, v, a, b = x
-        removed = (s * a[:, :, None, :]).sum(-1)
-        s = s * w[:, :, None, :] + removed[..., None] * b[:, :, None, :]
-        s = s + v[..., None] * k[:, :, None, :]
-        return s, (s * r[:, :, None, :]).sum(-1)
-
-    tokens = (x.astype(jnp.float32).swapaxes(0, 1) for x in (r, jnp.exp(log_w), k, v, a, b))
-    state, y = jax.lax.scan(step, state, tuple(tokens))
-    return y.swapaxes(0, 1), state
 
 
 def make_inputs(kind, dtype, time, heads, size, batch=1, seed=0):
@@ -71,9 +57,10 @@ def with_gradients(tile, interpret):
     """Jitted (inputs, cotangents) -> (y, final state), gradients. tile None: the oracle."""
 
     def run(inputs, cotangents):
-        function = sequential
+        function = wkv7_sequential
         if tile is not None:
-            function = functools.partial(wkv7_tpu.wkv7, tile=tile, interpret=interpret)
+            module = wkv7_gpu if isinstance(tile, wkv7_gpu.TileConfig) else wkv7_tpu
+            function = functools.partial(module.wkv7, tile=tile, interpret=interpret)
         outputs, pull = jax.vjp(function, *inputs)
         return outputs, pull(cotangents)
 
@@ -156,6 +143,27 @@ def test_head_size_128_bfloat16(kind):
     check(kind, jnp.bfloat16, 200, 2, 128)
 
 
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_gpu(kind):
+    """Value blocks, whose shares of the other gradients are summed outside the kernel."""
+    check(kind, jnp.float32, 40, 3, 64, tile=wkv7_gpu.TileConfig(value_block=32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [16, 32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_all_kinds(kind, chunk, dtype):
+    check(kind, dtype, 200, 3, 64, tile=wkv7_gpu.TileConfig(chunk=chunk))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("size", [64, 128])
+def test_gpu_any_length(time, size):
+    check("random", jnp.bfloat16, time, 1, size, tile=wkv7_gpu.default_tile(size))
+
+
 def tpu_semantics():
     return pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 
@@ -209,11 +217,18 @@ def test_a_split_sequence_continues():
 )
 def test_bad_inputs_are_named(change, message):
     inputs, _ = make_inputs("random", jnp.float32, 5, 2, 64)
-    with pytest.raises(ValueError, match=message):
-        wkv7_tpu.wkv7(**change(dict(zip(NAMES, inputs, strict=True))))
+    for module in (wkv7_tpu, wkv7_gpu):
+        with pytest.raises(ValueError, match=message):
+            module.wkv7(**change(dict(zip(NAMES, inputs, strict=True))))
 
 
 @pytest.mark.parametrize("field", [{"chunk": 48}, {"max_packs": 0}, {"max_items": 0}])
 def test_bad_tiles_are_named(field):
     with pytest.raises(ValueError, match=next(iter(field)).split("_")[0]):
         TileConfig(**field)
+
+
+@pytest.mark.parametrize("field", [{"chunk": 64}, {"value_block": 48}, {"forward_warps": 3}])
+def test_bad_gpu_tiles_are_named(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        wkv7_gpu.TileConfig(**field)

@@ -1,4 +1,4 @@
-"""Compile-only devices: a mesh of TPUs that are not attached, for compiling and planning on a CPU.
+"""Compile-only devices: a mesh of TPUs (or a GPU) not attached, to compile and plan on a CPU.
 
 The TPU compiler ships as a library (libtpu, `pip install "jax[tpu]"`) and needs no device, only a
 description of one. Every place that compiles for absent hardware (the planner, the static kernel
@@ -31,6 +31,29 @@ _LIBTPU_ENVIRONMENT: Mapping[str, str] = {
 }
 
 
+# XLA's public description of the device, and the platform it belongs to.
+_GPUS: Mapping[str, str] = {
+    "h100": """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64 name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+""",
+}
+
+
 def generation(name: str) -> str:
     """The TPU generation of a topology name: "v5e" for "v5e:2x2".
 
@@ -52,10 +75,11 @@ def is_available() -> bool:
 
 
 def topology_devices(name: str) -> list:
-    """Compile-only devices of a TPU topology.
+    """Compile-only devices of a topology.
 
     Args:
-      name: generation and shape in chips, e.g. "v5e:2x2", "v5p:2x2x1", "v5p:4x4x8", "v6e:2x2".
+      name: generation and shape in chips, e.g. "v5e:2x2", "v5p:2x2x1", "v5p:4x4x8", "v6e:2x2"; or
+        "h100", one GPU, which needs jax's CUDA plugin and `ptxas`.
 
     Returns:
       The devices, in the topology's order. Their number is the product of the shape for every
@@ -63,8 +87,10 @@ def topology_devices(name: str) -> list:
 
     Raises:
       ValueError: the name is not understood, or libtpu refuses the shape.
-      RuntimeError: libtpu is not installed.
+      RuntimeError: libtpu (for a GPU: the CUDA plugin) is not installed.
     """
+    if name in _GPUS:
+        return _gpu_devices(name)
     generation(name)
     if not is_available():
         raise RuntimeError(
@@ -76,6 +102,19 @@ def topology_devices(name: str) -> list:
         description = topologies.get_topology_desc(name, "tpu")
     except Exception as error:  # jax raises its own runtime error types, depending on the version
         raise ValueError(f"the TPU compiler does not know topology {name!r}: {error}") from error
+    return list(description.devices)
+
+
+def _gpu_devices(name: str) -> list:
+    try:
+        description = topologies.get_topology_desc(
+            topology_name=name, platform="cuda", target_config=_GPUS[name], topology="1x1x1"
+        )
+    except Exception as error:  # jax raises its own runtime error types, depending on the version
+        raise RuntimeError(
+            f"compiling for {name} needs jax's CUDA plugin of the same version as jax (pip install "
+            f"--no-deps jax-cuda13-plugin jax-cuda13-pjrt; no GPU needed): {error}"
+        ) from error
     return list(description.devices)
 
 

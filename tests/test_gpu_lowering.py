@@ -1,0 +1,81 @@
+"""The GPU kernels lowered for CUDA without a GPU; compiled, with registers and spills, where jax's
+CUDA plugin and NVIDIA's assembler are installed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import wkv7_gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+TRITON = "__gpu$xla.gpu.triton"
+
+
+def arguments(head, dtype, struct=jax.ShapeDtypeStruct):
+    """Inputs and the cotangents of both results."""
+    tokens, state = (1, 512, 4, head), (1, 4, head, head)
+    x, log_w = struct(tokens, dtype), struct(tokens, jnp.float32)
+    start = struct(state, jnp.float32)
+    return [x, log_w, x, x, x, x, start, x, start]
+
+
+def gradients(*x):
+    """Runs both kernels: the forward that keeps residuals, and the backward."""
+    return jax.vjp(wkv7_gpu.wkv7, *x[:7])[1](x[7:])
+
+
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_lowers_for_cuda(head, dtype):
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(gradients).trace(*arguments(head, dtype))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(TRITON) == 2
+
+
+COMPILE = """
+import sys
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from rwkvx_jax.plan import topology
+from tests.test_gpu_lowering import arguments, gradients
+topology.on_cpu()
+everywhere = NamedSharding(topology.topology_mesh("h100"), PartitionSpec())
+def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+jax.jit(gradients).lower(*arguments(int(sys.argv[1]), "bfloat16", struct)).compile()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="needs jax's CUDA plugin")
+@pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas, of the CUDA toolkit")
+@pytest.mark.parametrize("head", [64, 128])
+def test_h100_does_not_spill(head, tmp_path):
+    flags = f"--xla_dump_to={tmp_path}"
+    subprocess.run(
+        [sys.executable, "-c", COMPILE, str(head)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        check=True,
+        timeout=600,
+    )
+    report = ""
+    for ptx in (path for path in tmp_path.glob("*.ptx") if ".entry wkv7" in path.read_text()):
+        command = ["ptxas", "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
+        report += subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    kernels = re.findall(r"entry function '(wkv7_\w+)'.*?(\d+) bytes spill stores", report, re.S)
+    assert {name for name, _ in kernels} == {"wkv7_forward", "wkv7_backward"}
+    for name, spilled in kernels:
+        assert int(spilled) <= 64, f"{name} at head size {head} spills {spilled} bytes:\n{report}"
