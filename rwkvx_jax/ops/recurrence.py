@@ -96,6 +96,7 @@ def wkv7(
     return wkv7_chunked(r, log_w, k, v, a, b, state, plan=plan)
 
 
+@jax.jit
 def wkv7_sequential(r, log_w, k, v, a, b, state) -> tuple[jax.Array, jax.Array]:
     """The recurrence as it is written, a token at a time in float32: the oracle of all other forms.
 
