@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkvx_jax.ops import blocked_attention
+from rwkvx_jax.ops import blocked_attention, dispatch
+from rwkvx_jax.ops import full_attention as module
 from rwkvx_jax.ops.full_attention import _splash_attention, full_attention
 from tests.attention_cases import compare, jaxpr_shapes, random_qkv, value_and_gradients
 from tests.helpers import assert_close
@@ -111,6 +112,37 @@ def test_splash_matches_oracle_when_interpreted(length, keys, offset):
     fast = functools.partial(_splash_attention, scale=0.125, q_offset=offset, interpret=True)
     oracle = attend("dense", q_offset=offset)
     compare(value_and_gradients(fast)(*qkv), value_and_gradients(oracle)(*qkv))
+
+
+@pytest.mark.parametrize(
+    "platform, change, choice",
+    [
+        ("cpu", {}, "blocked"),
+        ("tpu", {}, "splash"),
+        ("tpu", dict(dtype=jnp.float32), "blocked"),
+        ("tpu", dict(size=32), "blocked"),
+        ("tpu", dict(q_offset=8), "splash"),
+        ("tpu", dict(q_offset=jnp.int32(8)), "blocked"),
+        ("gpu", {}, "cudnn"),
+        ("gpu", dict(dtype=jnp.float32), "blocked"),
+        ("gpu", dict(q_offset=8), "blocked"),
+        ("gpu", dict(keys=24), "blocked"),
+        ("gpu", dict(size=12), "blocked"),
+    ],
+)
+def test_choice_by_platform(monkeypatch, platform, change, choice):
+    case = dict(dtype=jnp.bfloat16, size=64, keys=16, q_offset=0) | change
+    q_offset = case.pop("q_offset")
+    if isinstance(q_offset, jax.Array) or q_offset:
+        case["keys"] = 24
+    q, k, v = random_qkv(8, 1, 16, **case)
+    chosen = []
+    monkeypatch.setattr(dispatch, "current_platform", lambda: platform)
+    for name in module._IMPLEMENTATIONS:
+        record = functools.partial(lambda name, *args, **kwargs: chosen.append(name), name)
+        monkeypatch.setitem(module._IMPLEMENTATIONS, name, record)
+    full_attention(q, k, v, q_offset=q_offset)
+    assert chosen == [choice]
 
 
 @pytest.mark.parametrize("length", [64, 1000, 4096])

@@ -84,7 +84,10 @@ def test_bfloat16_keys_are_summed_in_float32():
     np.testing.assert_array_equal(select_chunks(q, k, **options), expected)
 
 
-def test_ties_go_to_the_lower_index():
+@pytest.mark.parametrize("passes", [0, selection.MAX_PASSES])
+def test_ties_go_to_the_lower_index(monkeypatch, passes):
+    """By passes for the maximum and by `top_k` alike."""
+    monkeypatch.setattr(selection, "MAX_PASSES", passes)
     chunk = jax.random.normal(jax.random.key(0), (1, 4, 1, 8))
     k = jnp.concatenate([-chunk, chunk, chunk, -chunk, chunk, chunk], axis=1)
     q = jnp.broadcast_to(chunk.mean(1, keepdims=True), (1, 24, 1, 8))
