@@ -36,8 +36,9 @@ class TileConfig:
     """How much one grid step takes on.
 
     Attributes:
-      chunk: tokens solved at once, C: 16, 32, 64 or 128. Decays inside a chunk are scaled by at
-        most exp(0.6065 * C / 2), so 128 is the largest C within float32's range.
+      chunk: tokens solved at once, C: 16, 32, 64, or (head size 128 only, as the C x C matrices
+        of a pack share 128 lanes) 128. Decays inside a chunk are scaled by at most
+        exp(0.6065 * C / 2), which float32 holds.
       max_packs: largest number of 128-lane packs a grid step; the largest divisor of the number
         of packs up to this is used. More packs hide the latency of dependent products.
       max_items: largest number of (pack, chunk) pairs a grid step. What the packs leave is used
@@ -683,13 +684,15 @@ def _unpack_state(packed: jax.Array, heads: int) -> jax.Array:
     return state.reshape(batch, -1, value, value)[:, :heads]
 
 
-def _check(r, log_w, k, v, a, b, state) -> None:
+def _check(r, log_w, k, v, a, b, state, tile) -> None:
     if r.ndim != 4:
         raise ValueError(f"r must be [B, T, H, K], got shape {r.shape}")
     batch, time, heads, head = r.shape
     reason = unsupported_reason(head, v.shape[-1], r.dtype)
     if reason:
         raise ValueError(f"wkv7 on TPU: {reason}")
+    if tile.chunk * (_LANES // head) > _LANES:
+        raise ValueError(f"wkv7 on TPU: chunk {tile.chunk} needs head size 128, got {head}; use 64")
     if time < 1:
         raise ValueError("wkv7 on TPU: T must be at least 1")
     for name, x in {"log_w": log_w, "k": k, "v": v, "a": a, "b": b}.items():
@@ -777,12 +780,12 @@ def wkv7(
     Raises:
       ValueError: unsupported head size or dtype, or shapes that disagree.
     """
-    _check(r, log_w, k, v, a, b, state)
+    tile = default_tile() if tile is None else tile
+    _check(r, log_w, k, v, a, b, state, tile)
     if any(x.dtype != r.dtype for x in (k, v, a, b)):
         found = {name: str(x.dtype) for name, x in zip("rkvab", (r, k, v, a, b), strict=True)}
         raise ValueError(f"wkv7 on TPU: r, k, v, a, b must share a dtype, got {found}")
     if state is None:
         batch, _, heads, head = r.shape
         state = jnp.zeros((batch, heads, head, head), _F32)
-    tile = default_tile() if tile is None else tile
     return _wkv7(r, log_w.astype(_F32), k, v, a, b, state.astype(_F32), tile, interpret)

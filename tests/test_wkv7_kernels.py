@@ -128,7 +128,8 @@ def test_any_length(time, size, dtype):
 @pytest.mark.parametrize("chunk", [16, 32, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_chunks(chunk, kind, dtype):
-    check(kind, dtype, 200, 3, 64, tile=TileConfig(chunk=chunk, max_packs=1, max_items=2))
+    size = max(64, chunk)
+    check(kind, dtype, 200, 3, size, tile=TileConfig(chunk=chunk, max_packs=1, max_items=2))
 
 
 @pytest.mark.slow
@@ -220,6 +221,12 @@ def test_bad_inputs_are_named(change, message):
     for module in (wkv7_tpu, wkv7_gpu):
         with pytest.raises(ValueError, match=message):
             module.wkv7(**change(dict(zip(NAMES, inputs, strict=True))))
+
+
+def test_a_chunk_of_128_needs_heads_of_128():
+    inputs, _ = make_inputs("random", jnp.float32, 5, 2, 64)
+    with pytest.raises(ValueError, match="chunk 128 needs head size 128, got 64"):
+        wkv7_tpu.wkv7(*inputs, tile=TileConfig(chunk=128))
 
 
 @pytest.mark.parametrize("field", [{"chunk": 48}, {"max_packs": 0}, {"max_items": 0}])

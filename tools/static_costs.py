@@ -411,6 +411,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         new[case.name] = result
+        if not options.only:
+            _write_table(old | new)  # what is measured stays, should a later case fail
     if not options.only:
         _write_table(new)
         print(f"wrote {TABLE.relative_to(ROOT)}")
