@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 demo: venv
 	$(RUN) train.py --config configs/tiny_cpu.py --workdir $(DEMO)
 	$(RUN) eval.py passkey --checkpoint $(DEMO) --output $(DEMO)/eval --compare-without-attention \
-		--lengths 256,512,1024,2048,4096,8192,16384 --depths 10 --trials 2
+		--lengths 512,1024,2048,4096,8192,16384 --depths 10 --trials 3
 
 test: venv
 	$(RUN) -m pytest -n 2

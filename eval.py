@@ -7,7 +7,7 @@ import sys
 
 import tyro
 
-from rwkvx_jax.cli import friendly_errors
+from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.evals import passkey
 
@@ -15,6 +15,7 @@ TASKS = {"passkey": (passkey.PasskeyOptions, passkey.run)}
 
 
 def main(argv: list[str]) -> None:
+    settle_platform()
     with friendly_errors(ConversionError):
         options = tyro.extras.subcommand_cli_from_dict(
             {name: options for name, (options, _) in TASKS.items()},

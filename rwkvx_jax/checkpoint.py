@@ -302,7 +302,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
     """
     if not (workdir / CHECKPOINTS).is_dir():
         raise ConfigError(f"{workdir} holds no run: no {CHECKPOINTS} directory in it")
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     names = ("params", "optimizer", "progress")
     directory = (workdir / CHECKPOINTS).absolute()
     with ocp.CheckpointManager(directory, options=options, item_names=names) as manager:
