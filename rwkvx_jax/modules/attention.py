@@ -5,6 +5,8 @@ No position encoding, no bias, no token shift (spec 1.3).
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,9 +16,9 @@ from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.paged import attend_pages
+from rwkvx_jax.ops.paged import attend_pages, attend_piece
 from rwkvx_jax.ops.selection import select_from_means
-from rwkvx_jax.sharding import constrain
+from rwkvx_jax.sharding import constrain, per_device
 
 
 class Attention(nnx.Module):
@@ -46,16 +48,16 @@ class Attention(nnx.Module):
         """Attention of a whole sequence to itself, [B, T, D]."""
         q, k, v = self.project(h)
         if self.config.attention == "full":
-            out = full_attention(q, k, v)
+            op = full_attention
         else:
-            out = sparse_attention(
-                q,
-                k,
-                v,
+            op = partial(
+                sparse_attention,
                 chunk_size=self.config.chunk_size,
                 top_k=self.config.top_k,
                 implementation=run.sparse_attention,
             )
+        tokens = ("batch", None, "heads", None)
+        out = per_device(op, (tokens,) * 3, tokens)(q, k, v)
         return self.combine(out)
 
     def cached(
@@ -134,19 +136,16 @@ class Attention(nnx.Module):
 
     def _read_piece(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
         """Many tokens at once, [B, T, H, K]."""
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False)
-        rows = lambda x: take(x).reshape(*x.shape[1:3], -1, x.shape[-1]).swapaxes(1, 2)
-        keys, values = rows(pages.keys), rows(pages.values)
-        if chosen is None:
-            return full_attention(q, keys, values, q_offset=start)
-        return sparse_attention(
+        _, batch, heads, count, chunk, size = pages.keys.shape
+        return attend_piece(
             q,
-            keys,
-            values,
-            chunk_size=self.config.chunk_size,
-            top_k=chosen.shape[-1] + 1,
-            selection=chosen,
-            q_offset=start,
+            pages.keys.reshape(-1, count * chunk, size),
+            pages.values.reshape(-1, count * chunk, size),
+            layer * batch * heads,
+            chosen,
+            start,
+            chunk_size=chunk,
+            scale=size**-0.5,
         )
 
     def project(self, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

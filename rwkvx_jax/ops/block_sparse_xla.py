@@ -21,7 +21,7 @@ from rwkvx_jax.ops.attention_inputs import offset_of_rows
 # Rows of a tile lie between these; float32 scores of a tile number at most MAX_SCORES.
 MIN_ROWS = 16
 MAX_ROWS = 256
-MAX_SCORES = 1 << 18
+MAX_SCORES = 1 << 17
 
 
 def sparse_attention_xla(q, k, v, selection, *, chunk_size, scale, q_offset=0):
@@ -84,19 +84,51 @@ def _add_past(running, q, k, v, selection, offset, chunk_size, scale):
         chunk, k_chunk, v_chunk = numbered
 
         def add_tile(t, running):
-            rows = tile(chunk, t)
-            own = [_take(x, rows) for x in running]
-            own = blocked.softmax_add(own, _take(q, rows), k_chunk, v_chunk, scale)
-            return tuple(
-                x.at[rows].set(new, mode="drop", unique_indices=True)
-                for x, new in zip(running, own, strict=True)
-            )
+            return _add_rows(running, q, tile(chunk, t), k_chunk, v_chunk, scale)
 
         tiles = _tiles_of(pairs[1], chunk, tile_rows)
         return jax.lax.fori_loop(0, tiles, add_tile, running), None
 
     numbers = jnp.arange(chunks, dtype=jnp.int32)
     return jax.lax.scan(chunk_step, running, (numbers, *_complete(chunk_size, k, v)))[0]
+
+
+def add_past(running, q, read_chunk, chunks, selection, offset, *, chunk_size, scale):
+    """Takes the selected past chunks of one head into a running softmax, reading only those.
+
+    Costs nothing that grows with the number of chunks but a few integers for each.
+
+    Args:
+      running: of the Tq queries, as `blocked_attention.softmax_start` describes it.
+      q: [Tq, K].
+      read_chunk: chunk number -> its keys [chunk_size, K] and values [chunk_size, V].
+      chunks: number of chunks there are, a positive int.
+      selection: int32 [Tq, J], J > 0.
+      offset: int32 scalar, position of the first query.
+      chunk_size: tokens in a chunk.
+      scale: positive float.
+    """
+    pairs = sort_pairs(selection, offset, chunk_size, chunks)
+    tile_rows = _tile_rows(selection.size, chunk_size, chunks)
+    tile = _tile_reader(*pairs, tile_rows, q.shape[0])
+    ends = jnp.cumsum(_tiles_of(pairs[1], jnp.arange(chunks), tile_rows))
+
+    def add_tile(t, running):
+        chunk = jnp.searchsorted(ends, t, side="right").astype(jnp.int32)
+        first = jnp.where(chunk > 0, ends[chunk - 1], 0)
+        return _add_rows(running, q, tile(chunk, t - first), *read_chunk(chunk), scale)
+
+    return jax.lax.fori_loop(0, ends[-1], add_tile, running)
+
+
+def _add_rows(running, q, rows, k_chunk, v_chunk, scale):
+    """Takes one chunk into the running softmax of some queries; indices beyond them are ignored."""
+    own = [_take(x, rows) for x in running]
+    own = blocked.softmax_add(own, _take(q, rows), k_chunk, v_chunk, scale)
+    return tuple(
+        x.at[rows].set(new, mode="drop", unique_indices=True)
+        for x, new in zip(running, own, strict=True)
+    )
 
 
 def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):

@@ -12,6 +12,9 @@ Layout notes, measured on CPU: products of the form A B^T and A B run near peak,
 it, hence the transposed accumulators of the key and value gradients; row-wise reductions are fast.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -150,10 +153,28 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None):
     Returns:
       The running softmax of the Tq queries, as `softmax_start` describes it.
     """
-    length, keys = q.shape[0], k.shape[0]
-    side = block_size(chunk_size)
-    rows, cols = min(side, length), min(side, keys)
-    q, k, v = split_rows(q, rows), split_rows(k, cols), split_rows(v, cols)
+    cols = min(block_size(chunk_size), k.shape[0])
+    k_blocks, v_blocks = split_rows(k, cols), split_rows(v, cols)
+    read = lambda j: (k_blocks[j], v_blocks[j])
+    blocks = KeyBlocks(read, cols, k_blocks.shape[0], k.shape[0], v.shape[1])
+    return causal_over_blocks(q, blocks, offset, scale=scale, chunk_size=chunk_size)
+
+
+class KeyBlocks(NamedTuple):
+    """Where keys and values come from, block by block."""
+
+    read: Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # block -> [cols, K], [cols, V]
+    cols: int
+    count: int  # blocks, the last one may be padded
+    keys: int  # rows that are not padding
+    value_size: int
+
+
+def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None):
+    """`causal_forward` with keys and values that are read where they lie."""
+    length, cols = q.shape[0], blocks.cols
+    rows = min(block_size(chunk_size), length)
+    q = split_rows(q, rows)
 
     def query_block(numbered):
         index, block = numbered
@@ -162,12 +183,13 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None):
         def add_keys(masked):
             def body(j, running):
                 visible = _visible(first, rows, j * cols, cols, chunk_size) if masked else None
-                return softmax_add(running, block, k[j], v[j], scale, visible)
+                return softmax_add(running, block, *blocks.read(j), scale, visible)
 
             return body
 
-        running = softmax_start(rows, v.shape[2])
-        for start, stop, masked in _key_blocks(first, rows, cols, k.shape[0], keys, chunk_size):
+        running = softmax_start(rows, blocks.value_size)
+        ranges = _key_blocks(first, rows, cols, blocks.count, blocks.keys, chunk_size)
+        for start, stop, masked in ranges:
             running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
         return running
 

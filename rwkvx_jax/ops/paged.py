@@ -1,13 +1,28 @@
-"""Attention of one new token to chosen pages of a cache.
+"""Attention of new tokens to the pages of a cache, read where they lie.
 
-Pages hold one chunk of keys or values each, for one attention block, batch row and head. A decode
-step reads the pages that the gate chose and nothing else: each is read where it lies, once.
+Pages hold one chunk of keys or values each, for one attention block, batch row and head. Their
+buffer is large (gigabytes, for all blocks of a model) and only a few pages of it count for a token,
+so nothing here ever copies, transposes or slices the buffer as a whole: `attend_pages` serves one
+token a row (decoding), `attend_piece` a piece of text (prefill).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
+
+from rwkvx_jax.ops import blocked_attention as blocked
+from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.block_sparse_xla import add_past
+from rwkvx_jax.ops.dispatch import Candidate, resolve
+from rwkvx_jax.ops.full_attention import full_attention
+
+# Rows of a page that are read at once on a CPU: two cores share a product of so many, and a partly
+# filled page still costs little more than what it holds.
+TILE = 1024
 
 
 def attend_pages(
@@ -18,6 +33,7 @@ def attend_pages(
     visible: jax.Array,  # int32 [R, J]
     *,
     scale: float,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention of each query over the visible rows of its pages.
 
@@ -28,34 +44,159 @@ def attend_pages(
       page: the J pages of each query; entries without visible rows may hold any valid index.
       visible: rows of each page that count, from its start; 0 leaves the page out.
       scale: factor on q . k.
+      implementation: "tiles" (CPU: reads only tiles with visible rows, one by one), "gather" (one
+        gather of all pages; also the oracle), or None to choose by platform.
 
     Returns:
       [R, V] float32. A query without any visible row gives zeros.
+
+    Raises:
+      ValueError: a named implementation that is unknown or cannot run here.
     """
+    candidates = (Candidate("tiles", ("cpu",)), Candidate("gather"))
+    chosen = resolve("attend_pages", implementation, candidates)
+    run = _attend_tiles if chosen == "tiles" else attend_pages_reference
+    return run(q.astype(jnp.float32), keys, values, page, visible, scale=scale)
+
+
+def attend_pages_reference(q, keys, values, page, visible, *, scale) -> jax.Array:
+    """`attend_pages` by one gather."""
+    keys, values = keys[page].astype(jnp.float32), values[page].astype(jnp.float32)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    scores = product("rk,rjck->rjc", q, keys) * scale
+    weights, total = _softmax(scores, visible)
+    return product("rjc,rjcv->rv", weights, values) / total
+
+
+def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
+    """`attend_pages` by two loops over the tiles that hold visible rows, and no others."""
     rows, per_row = page.shape
-    chunk = keys.shape[1]
-    q = q.astype(jnp.float32)
+    chunk, value_size = values.shape[1:]
+    tile = next(t for t in range(min(TILE, chunk), 0, -1) if chunk % t == 0)
+    parts = chunk // tile
+    filled = jnp.arange(parts)[None, None] * tile < visible[..., None]  # [R, J, parts]
+    (numbers,) = jnp.nonzero(filled.reshape(-1), size=filled.size)
+    count = filled.sum()
 
-    def score(i: jax.Array, scores: jax.Array) -> jax.Array:
-        block = jax.lax.dynamic_index_in_dim(keys, page[i // per_row, i % per_row], 0, False)
-        return scores.at[i].set(_matvec(block, q[i // per_row]))
+    def read(pages, number):
+        index = page.reshape(-1)[number // parts]
+        start = (index, number % parts * tile, 0)
+        return jax.lax.dynamic_slice(pages, start, (1, tile, pages.shape[2]))[0]
 
-    scores = jax.lax.fori_loop(0, rows * per_row, score, jnp.zeros((rows * per_row, chunk)))
-    scores = scores.reshape(rows, per_row, chunk) * scale
-    counts = jnp.arange(chunk)[None, None] < visible[..., None]
+    def score(i, scores):
+        block = read(keys, numbers[i])
+        return scores.at[numbers[i]].set(_matvec(block, q[numbers[i] // (per_row * parts)]))
+
+    scores = jax.lax.fori_loop(0, count, score, jnp.zeros((filled.size, tile)))
+    weights, total = _softmax(scores.reshape(rows, per_row, chunk) * scale, visible)
+    weights = weights.reshape(filled.size, tile)
+
+    def add(i, out):
+        block = read(values, numbers[i])
+        return out.at[numbers[i] // (per_row * parts)].add(_matvec(block.T, weights[numbers[i]]))
+
+    out = jax.lax.fori_loop(0, count, add, jnp.zeros((rows, value_size)))
+    return out / total
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Exponentials [R, J, C] of the visible scores relative to the largest, and their sums [R, 1],
+    at least the smallest normal number."""
+    counts = jnp.arange(scores.shape[2])[None, None] < visible[..., None]
     top = jnp.max(jnp.where(counts, scores, -jnp.inf), axis=(1, 2), keepdims=True)
-    weights = jnp.where(counts, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
-    total = weights.sum((1, 2))[:, None]
-    weights = weights.reshape(-1, chunk)
-
-    def add(i: jax.Array, out: jax.Array) -> jax.Array:
-        block = jax.lax.dynamic_index_in_dim(values, page[i // per_row, i % per_row], 0, False)
-        return out.at[i // per_row].add(_matvec(block.T, weights[i]))
-
-    out = jax.lax.fori_loop(0, rows * per_row, add, jnp.zeros((rows, values.shape[2])))
-    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.where(counts, jnp.exp(scores - top), 0.0)
+    return weights, jnp.maximum(weights.sum((1, 2))[:, None], jnp.finfo(jnp.float32).tiny)
 
 
 def _matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     """matrix @ vector in float32."""
     return jnp.dot(matrix.astype(jnp.float32), vector, precision=jax.lax.Precision.HIGHEST)
+
+
+def attend_piece(
+    q: jax.Array,  # [B, T, H, K]
+    keys: jax.Array,  # [G, S, K]
+    values: jax.Array,  # [G, S, V]
+    first: jax.Array,  # int32 scalar
+    selection: jax.Array | None,  # int32 [B, T, H, J]
+    offset: jax.Array,  # int32 [B]
+    *,
+    chunk_size: int,
+    scale: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention of a piece of text to the cached rows before it and to itself.
+
+    Args:
+      q: queries; the first of row b stands at position offset[b]. Keys and values of the piece are
+        in the cache already.
+      keys: S rows for each of G (block, batch row, head) triples, position 0 first.
+      values: as keys.
+      first: index in G of the block's first batch row and head; the others follow it.
+      selection: past chunks of each query, -1 for none; None for full causal attention.
+      offset: positions of the first queries.
+      chunk_size: tokens in a chunk; divides S.
+      scale: factor on q . k.
+      implementation: "in_place" (CPU: costs nothing that grows with S but what is attended to),
+        "slice" (cuts the block's rows out and calls `sparse_attention` or `full_attention`; also
+        the oracle), or None to choose by platform.
+
+    Returns:
+      [B, T, H, V] in q's dtype. No gradient.
+    """
+    candidates = (Candidate("in_place", ("cpu",)), Candidate("slice"))
+    if resolve("attend_piece", implementation, candidates) == "in_place":
+        return _attend_in_place(q, keys, values, first, selection, offset, chunk_size, scale)
+    batch, _, heads, _ = q.shape
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * heads)
+    k, v = (cut(x).reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2) for x in (keys, values))
+    if selection is None:
+        return full_attention(q, k, v, q_offset=offset, scale=scale)
+    top_k = selection.shape[-1] + 1
+    options = {"chunk_size": chunk_size, "top_k": top_k, "q_offset": offset, "scale": scale}
+    return sparse_attention(q, k, v, selection=selection, **options)
+
+
+def _attend_in_place(q, keys, values, first, selection, offset, chunk_size, scale):
+    batch, time, heads, _ = q.shape
+    stored = keys.shape[1]
+    cols = _block_rows(stored)
+
+    def one_head(row):
+        q, selection, group, offset = row
+
+        def read(start, size):
+            cut = lambda x: jax.lax.dynamic_slice(x, (group, start, 0), (1, size, x.shape[2]))[0]
+            return cut(keys), cut(values)
+
+        blocks = blocked.KeyBlocks(
+            lambda j: read(j * cols, cols), cols, stored // cols, stored, values.shape[2]
+        )
+        own_chunk = None if selection is None else chunk_size
+        running = blocked.causal_over_blocks(q, blocks, offset, scale=scale, chunk_size=own_chunk)
+        if selection is not None and selection.shape[1]:
+            running = add_past(
+                running,
+                q,
+                lambda chunk: read(chunk * chunk_size, chunk_size),
+                stored // chunk_size,
+                selection,
+                offset,
+                chunk_size=chunk_size,
+                scale=scale,
+            )
+        return blocked.softmax_finish(running, scale)[0]
+
+    rows = batch * heads
+    flat = lambda x: None if x is None else x.swapaxes(1, 2).reshape(rows, time, x.shape[3])
+    groups = first + jnp.arange(rows, dtype=jnp.int32)
+    out = jax.lax.map(one_head, (flat(q), flat(selection), groups, jnp.repeat(offset, heads)))
+    return out.reshape(batch, heads, time, -1).swapaxes(1, 2).astype(q.dtype)
+
+
+def _block_rows(stored: int) -> int:
+    """Rows of the blocks in which a query's own chunk is read: a divisor of all rows."""
+    small = range(min(stored, blocked.MAX_BLOCK), blocked.MIN_BLOCK - 1, -1)
+    large = range(min(stored, blocked.MIN_BLOCK), stored + 1)
+    return next(d for d in itertools.chain(small, large) if stored % d == 0)

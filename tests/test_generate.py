@@ -1,0 +1,195 @@
+"""The engine against the model's own forward pass; streaming; one compilation; bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
+from rwkvx_jax.generate import __main__ as cli
+from rwkvx_jax.generate.engine import Engine, TextStream, generate
+from rwkvx_jax.generate.sampling import Sampling
+from rwkvx_jax.model import create_model, get_params, unstack, with_params
+from rwkvx_jax.tokenizer import load_tokenizer
+from tests.helpers import assert_close
+
+CONFIG = ModelConfig(
+    vocab_size=257,
+    num_blocks=2,
+    num_attention_blocks=1,
+    width=32,
+    head_size=16,
+    chunk_size=8,
+    top_k=3,
+)
+PROMPTS = [list(range(5, 46)), [7, 9, 11], list(range(60, 89))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model whose every parameter counts, zero-initialised ones included."""
+    made = create_model(CONFIG, RunConfig(compute_dtype="float32"))
+    leaves, tree = jax.tree.flatten(get_params(made))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return with_params(made, jax.tree.unflatten(tree, noisy))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return Engine(model, max_length=64, batch=3, piece=16)
+
+
+def _tokens(engine, prompts, count, seeds=None):
+    session = engine.start(prompts, seeds)
+    return np.stack(list(engine.stream(session, count, stop=())), axis=1)
+
+
+def test_greedy_is_argmax_of_the_whole_model(model, engine):
+    tokens = _tokens(engine, PROMPTS, 10)
+    forward = jax.jit(lambda tokens: model(tokens))
+    for prompt, answer in zip(PROMPTS, tokens, strict=True):
+        text = np.zeros(64, np.int32)  # one length, one compilation; what follows changes nothing
+        text[: len(prompt) + 10] = [*prompt, *answer]
+        logits = np.asarray(forward(text[None])[0])
+        expected = logits[len(prompt) - 1 : len(prompt) + 9]
+        best = np.sort(expected, axis=-1)
+        clear = best[:, -1] - best[:, -2] > 1e-3  # no near-tie of two tokens
+        assert clear.sum() >= 8
+        np.testing.assert_array_equal(answer[clear], expected.argmax(-1)[clear])
+
+
+def test_batch_equals_each_alone(model, engine):
+    alone = Engine(model, max_length=64, batch=1, piece=16)
+    together = _tokens(engine, PROMPTS, 8)
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        np.testing.assert_array_equal(_tokens(alone, [prompt], 8)[0], answer)
+
+
+def test_pieces_of_any_length_give_the_same(model, engine):
+    whole = Engine(model, max_length=64, batch=3, piece=41)
+    a, b = engine.start(PROMPTS), whole.start(PROMPTS)
+    assert_close(a.progress.logits, b.progress.logits, rel=1e-5)
+    engine.feed(a, [[1, 2], [], [3]])
+    b = whole.start([PROMPTS[0] + [1, 2], PROMPTS[1], PROMPTS[2] + [3]])
+    assert_close(a.progress.logits, b.progress.logits, rel=1e-5)
+    np.testing.assert_array_equal(a.read, b.read)
+
+
+def test_compiles_once_and_donates(engine):
+    session = engine.start(PROMPTS)
+    before = session.cache.pages.keys
+    for _ in range(3):
+        engine.next_tokens(session)
+    assert before.is_deleted()
+    engine.start([[1]] * 3)
+    assert engine._read._cache_size() == engine._step._cache_size() == 1
+
+
+@pytest.mark.parametrize("attention", ["sparse", "full", "none"])
+def test_unstacked_model_is_the_same(attention):
+    config = {
+        "sparse": CONFIG,
+        "full": ModelConfig(**{**vars(CONFIG), "attention": "full"}),
+        "none": CONFIG.without_attention(),
+    }[attention]
+    stacked = create_model(config, RunConfig(compute_dtype="float32"))
+    layered = unstack(stacked)
+    tokens = jnp.asarray([PROMPTS[0], PROMPTS[0][::-1]])
+    results = []
+    for model in (stacked, layered):
+        read = jax.jit(lambda tokens, cache, model=model: model.prefill(tokens, cache))
+        step = jax.jit(lambda token, cache, model=model: model.decode(token, cache))
+        _, cache = read(tokens, model.init_cache(2, 48))
+        results.append(step(tokens[:, 0], cache))
+    jax.tree.map(lambda a, b: assert_close(a, b, rel=1e-5), *results)
+
+
+def test_seed_decides_alone(model):
+    engine = Engine(model, max_length=64, batch=3, piece=16, sampling=Sampling(temperature=1.0))
+    same = [PROMPTS[1]] * 3
+    a = _tokens(engine, same, 12, seeds=[4, 5, 4])
+    np.testing.assert_array_equal(a[0], a[2])
+    assert (a[0] != a[1]).any()
+    np.testing.assert_array_equal(_tokens(engine, same, 12, seeds=[5, 0, 1])[0], a[1])
+
+
+def test_stops_before_stop_token(model, engine):
+    tokens = _tokens(engine, PROMPTS, 8)
+    stop = int(tokens[0, 3])
+    first = [int(np.argmax(row == stop)) if stop in row else 8 for row in tokens]
+    got = list(engine.stream(engine.start(PROMPTS), 8, stop=(stop,)))
+    assert len(got) == max(first)
+    for t, step in enumerate(got):
+        for row in range(3):
+            assert step[row] == (tokens[row, t] if t < first[row] else -1)
+
+
+def test_policy_lifts_the_limit(model):
+    engine = Engine(model, max_length=16, policy=CachePolicy(12, 8, 4), piece=8)
+    assert _tokens(engine, [PROMPTS[0]], 6).shape == (1, 6)
+
+
+def test_stream_never_breaks_a_character():
+    tokenizer = load_tokenizer("byte")
+    text = "aé漢🙂z"
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(int(token)) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + stream.finish() == text
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert pieces[:4] == ["a", "", "é", ""]
+    torn = TextStream(tokenizer)
+    assert [torn.push(int(t)) for t in tokenizer.encode_bytes("é".encode()[:1])] == [""]
+    assert torn.finish() == "\ufffd"
+
+
+def test_generate_returns_texts_and_speed(model, engine):
+    texts, speed = generate(engine, load_tokenizer("byte"), ["one", "two", "three"], 5)
+    assert len(texts) == 3 and speed.prompt_tokens == 11 and speed.tokens <= 15
+    assert "tokens/s" in str(speed)
+
+
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda e: e.start([[1] * 65, [1], [1]]), "65 tokens, more than max_length 64"),
+        (lambda e: e.start([[1], [257], [1]]), "prompt 1 has token 257"),
+        (lambda e: e.start([[1], [-1], [1]]), "prompt 1 has token -1"),
+        (lambda e: e.start([[1], [], [1]]), "prompt 1 is empty"),
+        (lambda e: e.start([[1]]), "1 prompts"),
+        (lambda e: next(e.stream(e.start([[1]] * 3), 1, stop=(999,))), "stop token 999"),
+        (lambda e: e.next_tokens(e.start([[1] * 64] * 3)), "all that the cache holds"),
+    ],
+)
+def test_bad_input(engine, act, message):
+    with pytest.raises(ConfigError, match=message):
+        act(engine)
+
+
+def test_command_line(model, tmp_path, monkeypatch, capsys):
+    class Loaded:
+        tokenizer, vocab_file = "byte", ""
+
+    Loaded.model = model
+    monkeypatch.setattr(cli, "load_checkpoint", lambda *_, **__: Loaded)
+    common = ["--checkpoint", "x", "--max-tokens", "4", "--piece", "16", "--temperature", "0"]
+    cli.main([*common, "--prompt", "ab"])
+    out, err = capsys.readouterr()
+    assert out.startswith("ab") and "generated" in err
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    cli.main([*common, "--prompts-file", str(tmp_path / "p.txt")])
+    assert capsys.readouterr().out.count("---") == 2
+    said = iter(["hello", "again", ""])
+    options = cli.Options(checkpoint=tmp_path, chat=True, max_tokens=3, piece=16, max_length=200)
+    cli.run(options, ask=lambda _: next(said))
+    assert capsys.readouterr().out.count("Assistant:") == 2
+    for bad in (
+        ["--top-p", "0", "--prompt", "a"],
+        [],
+        ["--prompt", ""],
+        ["--chat", "--prompt", "a"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*common, *bad])
+        assert "error" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""Attention to cache pages against its oracles: empty, partly filled and repeated pages, ragged
+offsets, sizes that are not round."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkvx_jax.ops import paged
+from rwkvx_jax.ops.paged import attend_pages, attend_piece
+from tests.helpers import assert_close
+
+
+def _normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("tile", [1024, 16, 7])
+def test_one_token_equals_oracle(tile, monkeypatch):
+    monkeypatch.setattr(paged, "TILE", tile)
+    rng = np.random.default_rng(0)
+    rows, pages, chunk, per_row = 5, 9, 48, 4
+    q, keys = _normal(rng, rows, 16), _normal(rng, pages, chunk, 16)
+    values = _normal(rng, pages, chunk, 12)
+    page = jnp.asarray(rng.integers(0, pages, (rows, per_row)), jnp.int32)
+    visible = rng.integers(1, chunk + 1, (rows, per_row)) * rng.integers(0, 2, (rows, per_row))
+    visible[0], visible[1], visible[2] = chunk, 1, 0
+    visible = jnp.asarray(visible, jnp.int32)
+    fast, slow = (
+        attend_pages(q, keys, values, page, visible, scale=0.3, implementation=name)
+        for name in ("tiles", "gather")
+    )
+    assert_close(fast, slow, rel=1e-6)
+    assert not np.asarray(fast[2]).any()
+    # The oracle itself, by a loop over rows.
+    for r in (0, 1, 3):
+        k = np.concatenate([keys[p][:n] for p, n in zip(page[r], visible[r], strict=True)])
+        v = np.concatenate([values[p][:n] for p, n in zip(page[r], visible[r], strict=True)])
+        weights = np.exp(k @ q[r] * 0.3)
+        assert_close(slow[r], weights @ v / max(weights.sum(), 1e-30), rel=1e-5)
+
+
+def test_invisible_rows_may_hold_anything():
+    rng = np.random.default_rng(1)
+    q, keys, values = _normal(rng, 2, 8), _normal(rng, 3, 6, 8), _normal(rng, 3, 6, 8)
+    page, visible = jnp.asarray([[0, 1], [2, 0]]), jnp.asarray([[6, 2], [3, 0]])
+    run = lambda k, v: attend_pages(q, k, v, page, visible, scale=1.0)
+    dirty = lambda x: x.at[1, 2:].set(1e9).at[2, 3:].set(-1e9)
+    assert_close(run(dirty(keys), dirty(values)), run(keys, values), rel=1e-7)
+
+
+def _selection(rng, offset, time, heads, chunk, count):
+    """Random past chunks of every query, -1 where there are too few."""
+    selection = np.full((len(offset), time, heads, count), -1, np.int32)
+    for b, t, h in np.ndindex(selection.shape[:3]):
+        past = rng.permutation((int(offset[b]) + t) // chunk)[:count]
+        selection[b, t, h, : len(past)] = past
+    return jnp.asarray(selection)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "own chunk", "full"])
+@pytest.mark.parametrize("batch, time, heads, chunk, pages", [(2, 70, 3, 16, 9), (1, 45, 2, 70, 3)])
+def test_piece_in_place_equals_slice(kind, batch, time, heads, chunk, pages):
+    rng = np.random.default_rng(2)
+    groups = 3 * batch * heads  # three attention blocks; the second one is read
+    keys, values = _normal(rng, groups, pages * chunk, 16), _normal(rng, groups, pages * chunk, 12)
+    q = _normal(rng, batch, time, heads, 16)
+    offset = rng.integers(0, pages * chunk - time, batch).astype(np.int32)
+    counts = {"sparse": 2, "own chunk": 0, "full": None}
+    selection = None
+    if (count := counts[kind]) is not None:
+        selection = _selection(rng, offset, time, heads, chunk, count)
+    fast, slow = (
+        jax.jit(
+            lambda q, keys, values, first, name=name: attend_piece(
+                q,
+                keys,
+                values,
+                first,
+                selection,
+                jnp.asarray(offset),
+                chunk_size=chunk,
+                scale=0.25,
+                implementation=name,
+            )
+        )(q, keys, values, jnp.int32(batch * heads))
+        for name in ("in_place", "slice")
+    )
+    assert_close(fast, slow, rel=1e-6)
+
+
+@pytest.mark.parametrize("stored", [1, 48, 64, 509, 1021, 2042, 6144, 1 << 20])
+def test_blocks_divide_all_rows(stored):
+    rows = paged._block_rows(stored)
+    assert stored % rows == 0 and (rows >= 64 or rows == stored)
+
+
+def test_unknown_implementation_is_refused():
+    one = jnp.zeros((1, 1, 4))
+    with pytest.raises(ValueError, match="tiels"):
+        attend_pages(
+            one[0],
+            one,
+            one,
+            jnp.zeros((1, 1), int),
+            jnp.ones((1, 1), int),
+            scale=1.0,
+            implementation="tiels",
+        )
