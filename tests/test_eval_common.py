@@ -112,12 +112,18 @@ def test_attention_matters_in_the_reader_test(model, subject):
 
 
 @pytest.mark.parametrize(
-    "config, length, batch",
-    [(ModelConfig.tiny(), 1024, 8), (ModelConfig.rwkvx_0b2(), 1_000_000, 1)],
+    "config, length, piece, batch",
+    [
+        (ModelConfig.tiny(), 1024, 256, 32),
+        (ModelConfig.tiny(), 16384, 2048, 4),
+        (ModelConfig.tiny(), 16384, 16384, 1),
+        (ModelConfig.rwkvx_0b2(), 8192, 2048, 2),
+        (ModelConfig.rwkvx_0b2(), 1_000_000, 2048, 1),
+    ],
 )
-def test_default_batch_bounds_memory(config, length, batch):
+def test_default_batch_bounds_memory(config, length, piece, batch):
     subject = Subject("", config, FLOAT32, {}, None, "", None, None)
-    assert affordable_batch(subject, length, 2048) == batch
+    assert affordable_batch(subject, length, piece) == batch
 
 
 def test_identity_sees_every_bit(subject):

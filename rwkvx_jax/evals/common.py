@@ -43,7 +43,7 @@ class EvalOptions:
     limit: int | None = None
     """Run only the first N trials of each model; a later run without it does the rest."""
     batch: int | None = None
-    """Prompts read side by side. Default: at most 8, fewer where a long cache needs the memory."""
+    """Prompts read side by side. Default: 8192 / piece, fewer where long caches need the memory."""
     piece: int = 2048
     """Tokens of a prompt read at once."""
     chunk_size: int | None = None

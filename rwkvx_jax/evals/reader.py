@@ -21,7 +21,8 @@ from rwkvx_jax.model import Params, abstract_model, with_params
 
 # Memory for the caches and activations of one batch where nobody says how many prompts it has.
 _BATCH_BYTES = 2**30
-_LARGEST_BATCH = 8
+# Tokens that all rows of a batch read at once; more of them keep no device busier.
+_STEP_TOKENS = 8192
 # Activations of one piece, in widths: the hidden layer of the channel mix and a dozen others.
 _ACTIVATION_WIDTHS = 32
 
@@ -97,11 +98,12 @@ class GreedyReader:
 
 
 def affordable_batch(subject: Subject, length: int, piece: int) -> int:
-    """Prompts of this length to read side by side within about a gigabyte, from 1 to 8."""
+    """Prompts of this length to read side by side: at least 1, else as many as fit into 8192 tokens
+    read at once and into about a gigabyte."""
     config: ModelConfig = subject.config
     model = abstract_model(config, subject.run)
     cache = jax.eval_shape(lambda: model.init_cache(1, length))
     leaves = jax.tree.leaves(cache)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     working = _ACTIVATION_WIDTHS * piece * config.width * model.dtype.itemsize
-    return int(np.clip(_BATCH_BYTES // (held + working), 1, _LARGEST_BATCH))
+    return max(1, min(_STEP_TOKENS // piece, _BATCH_BYTES // (held + working)))
