@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -132,3 +132,45 @@ def _warn_uneven(rows: int, ways: int) -> None:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def per_device(
+    fn: Callable[..., Any], in_axes: Sequence[Sequence[str | None]], out_axes: Any
+) -> Callable[..., Any]:
+    """`fn`, run by each device on its own part of the arguments where a mesh is set.
+
+    For operations that work row by row and head by head, which the partitioner can't see (kernels,
+    loops of data-dependent length). A dimension that the mesh does not divide stays whole.
+
+    Args:
+      fn: function of arrays.
+      in_axes: logical axes of each argument.
+      out_axes: logical axes of the result, or a tuple of them for a tuple of results.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fn
+
+    def call(*arguments: jax.Array) -> Any:
+        sizes = {
+            axis: size
+            for axes, argument in zip(in_axes, arguments, strict=True)
+            for axis, size in zip(axes, argument.shape, strict=True)
+        }
+        spec = lambda axes: PartitionSpec(*(_fitting(mesh, axis, sizes) for axis in axes))
+        several = isinstance(out_axes[0], tuple)
+        out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
+        in_specs = tuple(map(spec, in_axes))
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+            *arguments
+        )
+
+    return call
+
+
+def _fitting(mesh: Any, axis: str | None, sizes: dict[str | None, int]) -> Any:
+    """Mesh axes of a logical axis, or None where they do not divide its size."""
+    mesh_axes = None if axis is None else RULES[axis]
+    parts = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+    ways = math.prod(mesh.shape[part] for part in parts)
+    return mesh_axes if sizes[axis] % ways == 0 else None

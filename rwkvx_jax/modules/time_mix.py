@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,7 @@ from rwkvx_jax.modules.parameters import (
     uniform,
 )
 from rwkvx_jax.ops.recurrence import wkv7
-from rwkvx_jax.sharding import constrain
+from rwkvx_jax.sharding import constrain, per_device
 
 DECAY_BOUND = 0.6065306597126334  # exp(-1/2): log w lies in [-DECAY_BOUND, 0)
 GROUP_NORM_EPS = 64e-5
@@ -101,17 +103,16 @@ class TimeMix(nnx.Module):
             valid = (jnp.arange(h.shape[1])[None] < lengths[:, None])[..., None, None]
             log_w = jnp.where(valid, log_w, 0.0)
             k, write = jnp.where(valid, k, 0), jnp.where(valid, write, 0)
-        y, wkv = wkv7(
-            r,
-            log_w,
-            k,
-            v,
-            remove,
-            write,
-            None if state is None else state.wkv,
-            # A single token needs no chunks: one step of the recurrence as it is written.
-            implementation="sequential" if h.shape[1] == 1 else run.recurrence,
+        # A single token needs no chunks: one step of the recurrence as it is written.
+        implementation = "sequential" if h.shape[1] == 1 else run.recurrence
+        arrays = (r, log_w, k, v, remove, write) + (() if state is None else (state.wkv,))
+        tokens, matrix = ("batch", None, "heads", None), ("batch", "heads", None, None)
+        recurrence = per_device(
+            partial(wkv7, implementation=implementation),
+            (tokens,) * 6 + (matrix,) * (len(arrays) - 6),
+            (tokens, matrix),
         )
+        y, wkv = recurrence(*arrays)
         bonus = (r * k).astype(jnp.float32) * self.r_k[...][None, None]
         y = self.ln_x(y) + bonus.sum(-1, keepdims=True) * v.astype(jnp.float32)
         y = y.reshape(h.shape).astype(h.dtype) * g
