@@ -2,9 +2,9 @@
 
     python train.py --config configs/books.py --data.path 'books/*.txt'
 
-A plain RWKV-7 first, then expansion, preheat, and everything on longer samples. The held-out loss is
-of the last tokens in the order of file names: with the books of Project Gutenberg in one
-directory, that is the end of the last book, of which training sees nothing after that point.
+A plain RWKV-7 first, then expansion, preheat, and everything on longer samples. The held-out loss
+is of the last tokens in the order of file names, so of the end of the last book, of which
+training sees nothing after that point.
 Needs the World vocabulary (`pip install pyrwkv-tokenizer`, or --data.vocab-file).
 """
 

@@ -14,4 +14,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for marker in ("tpu", "gpu"):
             if item.get_closest_marker(marker) and backend != marker:
-                item.add_marker(pytest.mark.skip(reason=f"needs a {marker.upper()}, found {backend}"))
+                item.add_marker(
+                    pytest.mark.skip(reason=f"needs a {marker.upper()}, found {backend}")
+                )

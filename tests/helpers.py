@@ -31,5 +31,6 @@ def assert_close(actual, expected, *, rel: float, name: str = "value") -> None:
     scale = max(float(np.abs(expected).max()), 1e-30)
     rms = float(np.sqrt((error**2).mean() / max((expected**2).mean(), 1e-60)))
     assert error.max() <= rel * scale, (
-        f"{name}: max error {error.max():.3e} > {rel:g} x largest entry {scale:.3e} (relative rms {rms:.3e})"
+        f"{name}: max error {error.max():.3e} > {rel:g} x largest entry {scale:.3e} "
+        f"(relative rms {rms:.3e})"
     )
