@@ -112,6 +112,7 @@ class StageProgram:
         params = jax.device_put(params, self.shardings.params)
         if opt_state is None:
             opt_state = self.init_opt_state(split_trainable(params, self.trainable)[0])
+        opt_state = jax.device_put(opt_state, self.shardings.opt_state)
         step, guard = jax.device_put(
             (jnp.int32(step), guard or Guard.start()), (self.shardings.step, self.shardings.guard)
         )
