@@ -1,0 +1,228 @@
+"""Decoding: any way of reading a text gives what the whole-sequence forward pass gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.checkpoint import load_checkpoint
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.model import abstract_model, get_params, with_params
+from tests.helpers import assert_close, shared_path
+from tests.model_cases import (
+    FLOAT32,
+    TINY,
+    numpy_logits,
+    quick_compile,  # noqa: F401
+    random_params,
+)
+
+TIME, PIECE = 61, 20  # 7 chunks and a ragged one; longest piece of a prefill
+
+
+class Reader:
+    """The jitted functions of one model: compiled once for all tests that use them."""
+
+    def __init__(self, config, params, piece=PIECE):
+        self.model = abstract_model(config, FLOAT32)
+        self.params, self.piece = params, piece
+        bind = lambda p: with_params(self.model, p)
+        self._decode = jax.jit(lambda p, token, cache: bind(p).decode(token, cache))
+        self._prefill = jax.jit(lambda p, tokens, cache, n: bind(p).prefill(tokens, cache, n))
+        self._forward = jax.jit(lambda p, tokens: bind(p)(tokens))
+
+    def forward(self, tokens):
+        return np.asarray(self._forward(self.params, tokens))
+
+    def steps(self, tokens, cache):
+        """Logits [B, T, W] token by token, the rows after each, and the final cache."""
+        logits, rows = [], []
+        for t in range(tokens.shape[1]):
+            out, cache = self._decode(self.params, jnp.asarray(tokens[:, t]), cache)
+            logits.append(np.asarray(out))
+            rows.append(np.asarray(cache.length))
+        return np.stack(logits, 1), np.stack(rows, 1), cache
+
+    def prefill(self, pieces, cache):
+        """Reads one piece of text per row (at most `piece` tokens each)."""
+        padded = [np.pad(p, (0, self.piece - len(p)), constant_values=7) for p in pieces]
+        lengths = jnp.asarray([len(p) for p in pieces], jnp.int32)
+        out, cache = self._prefill(
+            self.params, jnp.asarray(np.stack(padded), jnp.int32), cache, lengths
+        )
+        return np.asarray(out), cache
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(2).integers(0, TINY.vocab_size, (2, TIME)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return Reader(TINY, random_params(TINY))
+
+
+@pytest.fixture(scope="module")
+def parallel(reader, tokens):
+    """Logits of the whole-sequence pass, and which positions have no near-tie of the gate."""
+    safe = [numpy_logits(reader.params, TINY, row)[1] >= 1e-5 for row in tokens]
+    skipped = int((~np.stack(safe)).sum())
+    print(f"{skipped} positions skipped for near-ties of the gate")
+    assert skipped == 0  # a chunk that flips would change all that follows
+    return reader.forward(tokens)
+
+
+def test_step_by_step_is_the_parallel_pass(reader, tokens, parallel):
+    logits, rows, _ = reader.steps(tokens, reader.model.init_cache(2, TIME))
+    assert_close(logits, parallel, rel=2e-5)
+    assert (rows == 1 + np.arange(TIME)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"num_attention_blocks": 0}, {"attention": "full"}], ids=str)
+def test_step_by_step_of_the_baselines(changes, tokens):
+    config = dataclasses.replace(TINY, **changes)
+    reader = Reader(config, random_params(config))
+    logits, _, _ = reader.steps(tokens, reader.model.init_cache(2, TIME))
+    assert_close(logits, reader.forward(tokens), rel=2e-5)
+    cache = reader.model.init_cache(2, TIME)
+    for start in range(0, 60, PIECE):
+        out, cache = reader.prefill(list(tokens[:, start : start + PIECE]), cache)
+        assert_close(out, logits[:, start + PIECE - 1], rel=2e-5)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_split_of_ragged_rows_is_the_parallel_pass(reader, tokens, parallel, data):
+    """Rows advance by different lengths, none of them included, through prefill and decode."""
+    cache, done = reader.model.init_cache(2, TIME), [0, 0]
+    while min(done) < TIME:
+        step = data.draw(st.booleans()) and max(done) < TIME
+        counts = [1 if step else data.draw(st.integers(0, min(PIECE, TIME - at))) for at in done]
+        if not any(counts):
+            counts = [min(PIECE, TIME - at) for at in done]
+        pieces = [row[at : at + n] for row, at, n in zip(tokens, done, counts, strict=True)]
+        if step:
+            out, cache = reader._decode(reader.params, jnp.asarray(np.concatenate(pieces)), cache)
+        else:
+            out, cache = reader.prefill(pieces, cache)
+        done = [at + n for at, n in zip(done, counts, strict=True)]
+        assert list(np.asarray(cache.length)) == done
+        for row in range(2):
+            if counts[row]:
+                assert_close(out[row], parallel[row, done[row] - 1], rel=2e-5)
+
+
+def test_too_little_room_is_an_error(reader, tokens):
+    model = with_params(reader.model, reader.params)
+    cache = dataclasses.replace(model.init_cache(1, 16), length=jnp.asarray([10]))
+    with pytest.raises(
+        ConfigError, match="10 tokens read . 7 new ones exceed .* 16 rows.*CachePol"
+    ):
+        model.prefill(jnp.zeros((1, 7), jnp.int32), cache)
+    with pytest.raises(ConfigError, match="max_length >= 1"):
+        model.init_cache(1, 0)
+    with pytest.raises(ConfigError, match="'soft'"):
+        model.init_cache(1, 8, gate="soft")
+
+
+@pytest.mark.parametrize("trigger, keep, window", [(10, 11, 2), (10, 4, 4), (10, 4, 0)])
+def test_impossible_policies_are_refused(trigger, keep, window):
+    with pytest.raises(ConfigError, match=f"window {window}, keep {keep}, trigger {trigger}"):
+        CachePolicy(trigger, keep, window)
+
+
+def test_prefill_under_a_policy_is_token_by_token(reader, tokens):
+    policy = CachePolicy(trigger=24, keep=12, window=5)
+    make = lambda: reader.model.init_cache(2, TIME, policy=policy)
+    logits, rows, stepped = reader.steps(tokens, make())
+    assert rows.max() == 25 and (np.diff(rows) < 0).any()  # compressed at least once
+    cache, done = make(), [0, 0]
+    for counts in ([20, 3], [20, 20], [20, 20], [1, 18]):
+        pieces = [row[at : at + n] for row, at, n in zip(tokens, done, counts, strict=True)]
+        out, cache = reader.prefill(pieces, cache)
+        done = [at + n for at, n in zip(done, counts, strict=True)]
+        for row in range(2):
+            assert_close(out[row], logits[row, done[row] - 1], rel=2e-5)
+    for name, found, expected in zip(
+        stepped.pages._fields, cache.pages, stepped.pages, strict=True
+    ):
+        assert_close(found, expected, rel=2e-5, name=name)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return np.load(shared_path("reference", "parity", "tiny_rwkvx_ref.npz"))
+
+
+def official(reference, attention):
+    model = load_checkpoint(
+        shared_path("reference", "parity", "tiny_rwkvx.pth"),
+        chunk_size=int(reference["chunk"]),
+        top_k=int(reference["topk"]),
+        run=FLOAT32,
+        overrides={"attention": attention},
+    ).model
+    return Reader(model.config, get_params(model))
+
+
+@pytest.fixture(scope="module")
+def sparse(reference):
+    return official(reference, "sparse")
+
+
+def test_official_decoding(reference, sparse):
+    tokens = reference["tokens"][None].astype(np.int32)
+    logits, _, _ = sparse.steps(tokens, sparse.model.init_cache(1, 120, gate="shared"))
+    assert_close(logits[0], reference["A_step120"], rel=1e-5)
+    # The gate as trained reads other chunks, so this comparison can fail.
+    logits, _, _ = sparse.steps(tokens[:, :80], sparse.model.init_cache(1, 120))
+    assert np.abs(logits[0] - reference["A_step120"][:80]).max() > 1e-2
+
+
+def policy_of(reference, name):
+    return CachePolicy(
+        trigger=int(reference[f"{name}_max_kv_cache_size"]),
+        keep=int(reference[f"{name}_min_kv_cache_size"]),
+        window=int(reference[f"{name}_kv_cache_window_size"]),
+    )
+
+
+def rows_of(pages):
+    """Pages [B, H, N, C, K] of one block as the original's rows [N C, H K]."""
+    return np.asarray(pages)[0].reshape(pages.shape[1], -1, pages.shape[-1]).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("name", ["kvm", pytest.param("kvm2", marks=pytest.mark.slow)])
+def test_official_cache_compression(reference, sparse, name):
+    tokens = reference["tokens"][None].astype(np.int32)
+    for reader in (sparse, official(reference, "full")):
+        cache = reader.model.init_cache(1, 120, gate="shared", policy=policy_of(reference, name))
+        logits, rows, cache = reader.steps(tokens, cache)
+        assert (rows[0] == reference[f"B_step120_{name}_len"]).all()
+        if reader is sparse or np.abs(logits[0] - reference[f"B_step120_{name}"]).max() < 1e-4:
+            matched = reader
+            assert_close(logits[0], reference[f"B_step120_{name}"], rel=1e-5)
+            count = int(cache.length[0])
+            for part in ("k", "v"):
+                key = f"B_{name}_final_{part}0"
+                if key in reference:
+                    pages = cache.pages.keys if part == "k" else cache.pages.values
+                    found = rows_of(pages[0]).reshape(-1, reader.model.config.width)[:count]
+                    assert_close(found, reference[key], rel=1e-5)
+    assert matched is not None
+
+
+def test_official_recurrent_state(reference):
+    model = load_checkpoint(shared_path("reference", "parity", "tiny_rwkv7.pth"), run=FLOAT32).model
+    reader = Reader(model.config, get_params(model), piece=60)
+    tokens = reference["tokens"][None, :60].astype(np.int32)
+    out, cache = reader.prefill(list(tokens), model.init_cache(1, 60))
+    assert_close(out[0], reference["D_rwkv7_step60"][-1], rel=1e-5)
+    assert_close(cache.blocks.time_mix.wkv[0, 0], reference["D_rwkv7_state_wkv0"], rel=1e-5)

@@ -1,0 +1,187 @@
+"""Configs refuse what can't work, name the value and the remedy, and survive JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from rwkvx_jax.cli import accelerator_attached, load_config, settle_platform
+from rwkvx_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LongCEConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    Stage,
+    differences,
+    from_dict,
+    low_rank_widths,
+    to_dict,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE = Stage("only", 64, 4, 10, 1e-3)
+CONFIG = Config(ModelConfig.tiny(), (STAGE,))
+
+
+@pytest.mark.parametrize(
+    "make, fragments",
+    [
+        (lambda: ModelConfig(num_blocks=12, num_attention_blocks=5), ["5", "[1, 2, 3, 4, 6, 12]"]),
+        (lambda: ModelConfig(width=100), ["100", "64"]),
+        (lambda: ModelConfig(chunk_size=0), ["model.chunk_size is 0", "at least 1"]),
+        (lambda: ModelConfig(top_k=0), ["model.top_k is 0", "at least 1"]),
+        (lambda: ModelConfig(attention="spars"), ["'spars'", "['sparse', 'full']"]),
+        (lambda: ModelConfig(width="64"), ["ModelConfig.width is '64'", "int"]),
+        (lambda: ModelConfig(low_rank_override=(1, 2, 3)), ["(1, 2, 3)", "4 values"]),
+        (lambda: ModelConfig(low_rank_override=(1, 2, 3, 0)), ["low_rank_override.g is 0"]),
+        (lambda: RunConfig(profile_steps="13:10"), ["13:10", "10:13"]),
+        (lambda: RunConfig(bad_step="ignore"), ["'ignore'", "['stop', 'skip']"]),
+        (lambda: RunConfig(spike_factor=0.5), ["0.5", "such as 10"]),
+        (lambda: RunConfig(max_skipped=-1), ["run.max_skipped is -1"]),
+        (lambda: MeshConfig(data=0), ["mesh.data is 0", "-1"]),
+        (lambda: MeshConfig(data=-1, fsdp=-1), ["data", "fsdp", "only one"]),
+        (lambda: SourceConfig(weight=0.0), ["0.0", "positive"]),
+        (lambda: SourceConfig(kind="txt"), ["'txt'", "'jsonl'"]),
+        (lambda: DataConfig(sources=()), ["data.sources is empty"]),
+        (lambda: DataConfig(sources=[SourceConfig()]), ["write a tuple"]),
+        (lambda: DataConfig(held_out=1.0), ["1.0", "0.02"]),
+        (lambda: OptimizerConfig(b1=1.0), ["optimizer.b1 is 1.0", "[0, 1)"]),
+        (lambda: OptimizerConfig(eps=-1.0), ["optimizer.eps is -1.0"]),
+        (lambda: LongCEConfig(window=0), ["longce.window is 0"]),
+        (lambda: dataclasses.replace(STAGE, name=""), ["empty name"]),
+        (lambda: dataclasses.replace(STAGE, peak_lr=float("nan")), ["peak_lr is nan", "positive"]),
+        (lambda: dataclasses.replace(STAGE, final_lr=-1.0), ["final_lr is -1.0"]),
+        (lambda: dataclasses.replace(STAGE, warmup_steps=11), ["warmup_steps 11", "10 steps"]),
+        (lambda: dataclasses.replace(STAGE, accumulation=3), ["accumulation 3", "global_batch 4"]),
+        (
+            lambda: dataclasses.replace(STAGE, loss="longce"),
+            ["window 4000 + stride 4000", "64 tokens"],
+        ),
+        (
+            lambda: dataclasses.replace(STAGE, trainable="attention", expanded=False),
+            ["expanded=True"],
+        ),
+        (lambda: Config(ModelConfig.tiny(), ()), ["stages is empty"]),
+        (lambda: Config(ModelConfig.tiny(), (STAGE, STAGE)), ["['only'] occur twice"]),
+        (
+            lambda: Config(
+                ModelConfig.tiny().without_attention(),
+                (dataclasses.replace(STAGE, trainable="attention"),),
+            ),
+            ["'only'", "num_attention_blocks"],
+        ),
+        (
+            lambda: dataclasses.replace(
+                CONFIG, stages=(STAGE, Stage("late", 64, 4, 1, 1e-3, expanded=False))
+            ),
+            ["never removed"],
+        ),
+        (
+            lambda: dataclasses.replace(
+                CONFIG, stages=(dataclasses.replace(STAGE, source_weights=(1.0, 2.0)),)
+            ),
+            ["2 source_weights for 1 sources"],
+        ),
+    ],
+)
+def test_impossible_values_are_named_with_a_remedy(make, fragments):
+    with pytest.raises(ConfigError) as error:
+        make()
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+def test_json_round_trip():
+    assert from_dict(Config, json.loads(json.dumps(to_dict(CONFIG)))) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "change, fragment",
+    [
+        (lambda d: d["model"].update(widht=3), "unknown key ['widht']"),
+        (lambda d: d.pop("model"), "missing key ['model']"),
+        (lambda d: d.update(stages=3), "write a tuple"),
+        (lambda d: d.update(model=3), "config.model is 3"),
+        (lambda d: d["model"].update(init="xavier"), "'xavier'"),
+    ],
+)
+def test_bad_json_is_refused(change, fragment):
+    values = to_dict(CONFIG)
+    change(values)
+    with pytest.raises(ConfigError) as error:
+        from_dict(Config, values)
+    assert fragment in str(error.value)
+
+
+def test_differences_name_fields_and_both_values():
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, top_k=9))
+    assert differences(CONFIG, other) == ["model.top_k: 4 -> 9"]
+    assert differences(CONFIG, CONFIG) == []
+
+
+@pytest.mark.parametrize(
+    "width, rwkvx, rwkv_lm",
+    [
+        (128, (32, 32, 32, 32), (32, 32, 32, 64)),
+        (256, (32, 32, 32, 64), (32, 32, 32, 64)),
+        (512, (32, 32, 32, 96), (64, 64, 32, 128)),
+        (768, (64, 64, 32, 128), (64, 64, 32, 128)),
+        (1024, (64, 64, 32, 160), (64, 64, 64, 160)),
+        (2048, (96, 96, 64, 256), (128, 128, 64, 224)),
+        (2560, (96, 96, 64, 320), (128, 128, 96, 256)),
+    ],
+)
+def test_low_rank_widths_are_those_of_the_released_models(width, rwkvx, rwkv_lm):
+    assert low_rank_widths(width, "rwkvx") == rwkvx
+    assert low_rank_widths(width, "rwkv_lm") == rwkv_lm
+
+
+@pytest.mark.parametrize(
+    "name, tokens",
+    [
+        ("minipile_l12d768", 1.4982e9),
+        ("rwkvx_0b2_stage1", 1.4982e9),
+        ("rwkvx_0b2_stage2", 20e9),
+        ("rwkvx_3b6_stage1", 1.5e9),
+        ("rwkvx_3b6_stage2", 1e9),
+    ],
+)
+def test_recipes_train_the_tokens_of_their_sources(name, tokens):
+    (stage,) = load_config(ROOT / "configs" / f"{name}.py").stages
+    assert abs(stage.tokens / tokens - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    "text, fragment", [("x = 1", "get_config"), ("def get_config(): 3", "NoneType")]
+)
+def test_bad_experiment_files_are_refused(tmp_path, text, fragment):
+    path = tmp_path / "broken.py"
+    with pytest.raises(ConfigError, match="no config file"):
+        load_config(path)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=fragment):
+        load_config(path)
+
+
+def test_accelerators_are_found_by_their_devices(tmp_path):
+    assert not accelerator_attached(tmp_path)
+    vendor = tmp_path / "sys/bus/pci/devices/0000:00:05.0/vendor"
+    vendor.parent.mkdir(parents=True)
+    vendor.write_text("0x8086\n")
+    assert not accelerator_attached(tmp_path)
+    vendor.write_text("0x1ae0\n")
+    assert accelerator_attached(tmp_path)
+    (tmp_path / "gpu/dev").mkdir(parents=True)
+    (tmp_path / "gpu/dev/nvidia0").touch()
+    assert accelerator_attached(tmp_path / "gpu")
+
+
+def test_a_chosen_platform_is_kept(monkeypatch):
+    monkeypatch.setattr("rwkvx_jax.cli.accelerator_attached", lambda: pytest.fail("not asked"))
+    settle_platform()  # conftest has chosen the CPU

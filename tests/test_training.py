@@ -1,0 +1,234 @@
+"""The loop: resumed to the last bit wherever it stopped, and clear about why it stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rwkvx_jax.checkpoint import CheckpointFailed, Checkpoints, read_workdir
+from rwkvx_jax.config import ConfigError, RunConfig
+from rwkvx_jax.training import loop
+from rwkvx_jax.training.curriculum import Position, stage_ends
+from rwkvx_jax.training.loop import TrainingStopped, fit
+from rwkvx_jax.training.metrics import cut_back
+from tests.model_cases import quick_compile, random_params  # noqa: F401
+from tests.training_cases import CURRICULUM, MODEL, STAGES, STEPS, same_bits
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Crash(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The curriculum with compiled programs shared between all runs of this file."""
+    shared = tmp_path_factory.mktemp("shared")
+    run = dataclasses.replace(CURRICULUM.run, compilation_cache=str(shared / "programs"))
+    data = dataclasses.replace(CURRICULUM.data, cache_dir=str(shared / "tokens"))
+    mesh = dataclasses.replace(CURRICULUM.mesh, data=8)
+    return dataclasses.replace(CURRICULUM, run=run, data=data, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return fit(config, workdir), (workdir / "metrics.jsonl").read_bytes(), workdir
+
+
+def at_step(monkeypatch, step, act):
+    """Calls `act` when the loop has just made step `step`."""
+    submit = loop._Watch.submit
+
+    def spy(self, position, metrics):
+        submit(self, position, metrics)
+        if position.total(CURRICULUM) == step:
+            act()
+
+    monkeypatch.setattr(loop._Watch, "submit", spy)
+
+
+def crash():
+    raise Crash
+
+
+def test_metrics_of_a_whole_run(undisturbed):
+    _, metrics, workdir = undisturbed
+    records = [json.loads(line) for line in metrics.splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    assert [r["stage"] for r in steps] == [s.name for s in STAGES for _ in range(s.steps)]
+    held_out = [r["step"] for r in records if "held_out_loss" in r]
+    assert held_out == stage_ends(CURRICULUM)
+    assert abs(steps[0]["loss"] - np.log(257)) < 0.1
+    timing = [json.loads(x) for x in (workdir / "timing.jsonl").read_text().splitlines()]
+    assert {"step_seconds", "data_wait_seconds", "tokens_per_second"} < set(timing[0])
+
+
+def test_crashes_leave_no_trace(config, undisturbed, tmp_path, monkeypatch):
+    """Before the first checkpoint, just after a stage switch, and in the last stage."""
+    params, metrics, _ = undisturbed
+    for step in (2, 5, 10):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            at_step(patch, step, crash)
+            fit(config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "sta')  # a line that the kill cut off
+    final = fit(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+    assert same_bits(final, params)
+    assert same_bits(read_workdir(tmp_path)[3], params)
+
+
+def test_sigterm_saves_and_the_same_command_continues(config, undisturbed, tmp_path, monkeypatch):
+    params, metrics, _ = undisturbed
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(TrainingStopped, match="SIGTERM after step 5; it is saved"):
+            fit(config, tmp_path)
+    assert read_workdir(tmp_path)[2] == 5
+    assert same_bits(fit(config, tmp_path), params)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(config, undisturbed, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def full(self, step, *arguments):
+        if step > 4:
+            raise CheckpointFailed("no checkpoint could be written: No space left on device")
+        save(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        with pytest.raises(TrainingStopped, match="(?s)No space left.*is of step 4.*same command"):
+            fit(config, tmp_path)
+    assert same_bits(fit(config, tmp_path), undisturbed[0])
+
+
+def with_run(config, **changes):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
+
+
+def test_losses_that_are_not_finite_stop_or_are_skipped(config, tmp_path):
+    poisoned = random_params(MODEL.without_attention())
+    poisoned["embed"] = np.full_like(poisoned["embed"], np.nan)
+    with pytest.raises(TrainingStopped, match="not finite: loss nan.* at step 1 .*is of step None"):
+        fit(config, tmp_path / "stop", poisoned)
+    skipping = with_run(config, bad_step="skip", max_skipped=2)
+    with pytest.raises(TrainingStopped, match="at step 3 .*more than 2 in a row"):
+        fit(skipping, tmp_path / "skip", poisoned)
+    lines = (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["skipped"] for line in lines] == [1, 2]
+
+
+def test_what_a_resume_refuses_and_leaves_alone(config, undisturbed):
+    _, metrics, workdir = undisturbed
+    stored = (workdir / "config.json").read_bytes()
+    other = dataclasses.replace(config, model=dataclasses.replace(MODEL, top_k=3))
+    with pytest.raises(ConfigError, match="model.top_k: 2 -> 3"):
+        fit(other, workdir)
+    assert (workdir / "config.json").read_bytes() == stored
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    longer = STAGES[:2] + (dataclasses.replace(STAGES[2], steps=2),)
+    with pytest.raises(ConfigError, match="4 steps are done already"):
+        fit(dataclasses.replace(config, stages=longer), workdir)
+
+
+def test_bad_surroundings_are_errors_before_any_work(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/run can't be written .*--workdir"):
+        fit(config, tmp_path / "file" / "run")
+    long = dataclasses.replace(
+        config, stages=(dataclasses.replace(STAGES[2], seq_len=10_000_000, expanded=True),)
+    )
+    with pytest.raises(ConfigError, match="grow.*10000000"):
+        fit(long, tmp_path / "long")
+    assert not (tmp_path / "long" / "checkpoints").exists()
+    missing = dataclasses.replace(config.data, path=str(tmp_path / "nothing.txt"))
+    with pytest.raises(ConfigError, match="nothing.txt does not exist"):
+        fit(dataclasses.replace(config, data=missing), tmp_path / "missing")
+    mesh = dataclasses.replace(config.mesh, data=3)
+    with pytest.raises(ConfigError, match="3 devices, but there are 8"):
+        fit(dataclasses.replace(config, mesh=mesh), tmp_path / "mesh")
+
+
+def test_metrics_are_cut_back_to_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": i}) + "\n" for i in (1, 2, 2, 3)]
+    path.write_text("".join(lines) + '{"step"')
+    cut_back(path, 2)
+    assert path.read_text() == "".join(lines[:3])
+    cut_back(tmp_path / "absent.jsonl", 3)
+
+
+def test_positions_along_the_stages():
+    assert stage_ends(CURRICULUM) == [4, 7, 11]
+    assert Position(2, 1).total(CURRICULUM) == 8
+
+
+def test_trace_of_a_few_steps(tmp_path):
+    trace = loop.Trace(RunConfig(profile_steps="1:3"), tmp_path)
+    add = jax.jit(lambda x: x + 1)
+    x = jax.numpy.zeros(3)
+    for step in range(4):
+        trace.before(step)
+        x = add(x)
+        trace.after(step, x)
+    assert len(list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))) == 1
+
+
+EXPERIMENT = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.training_cases import CURRICULUM
+def get_config():
+    return CURRICULUM
+"""
+
+
+@pytest.mark.slow
+def test_real_kills_leave_no_trace(tmp_path):
+    (tmp_path / "experiment.py").write_text(EXPERIMENT.format(root=str(ROOT)))
+
+    def start(workdir):
+        command = [sys.executable, ROOT / "train.py", "--config", tmp_path / "experiment.py"]
+        command += ["--workdir", workdir, "--run.compilation-cache", tmp_path / "programs"]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        with (tmp_path / "log.txt").open("a") as log:
+            return subprocess.Popen(
+                list(map(str, command)), stdout=log, stderr=log, env=environment
+            )
+
+    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log.txt").read_text()
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for lines in (2, 7):
+        process = start(tmp_path / "killed")
+        while not metrics.exists() or metrics.read_text().count("\n") < lines:
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "killed").wait() == 0
+    assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert same_bits(*(read_workdir(tmp_path / name)[3] for name in ("whole", "killed")))
+
+
+def test_the_command_line_reports_errors_in_one_line(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--workdir", tmp_path, "--model.top-k", "0"]
+    environment = {**os.environ, "JAX_PLATFORMS": ""}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode != 0
+    assert "model.top_k is 0" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "libtpu" not in done.stderr
