@@ -226,7 +226,7 @@ class RWKVX(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Normalised embeddings, [B, T, D]."""
-        return self.ln0(self.embed[...][tokens])
+        return self.ln0(jnp.asarray(self.embed[...])[tokens])
 
 
 def unstack(model: RWKVX) -> RWKVX:
