@@ -22,7 +22,7 @@ import numpy as np
 from rwkvx_jax.cache import Cache, CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.generate.sampling import Sampling, count_token, sample
-from rwkvx_jax.model import RWKVX, get_params, unstack, with_params
+from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.tokenizer import Tokenizer
 
@@ -66,6 +66,7 @@ class Engine:
     """Reads and continues texts with one model.
 
     Attributes:
+      params: the parameters, as `decode` takes them.
       max_length: tokens, prompt and answer together, that a text may have (None: no limit, under a
         policy or without attention blocks).
     """
@@ -101,7 +102,7 @@ class Engine:
         self.max_length = None if unlimited else max_length
         self._piece, self._rows, self._policy = piece, max_length, policy
         layered = unstack(model) if current_platform() == "cpu" else model
-        self._params = get_params(layered)
+        self.params = get_params(layered)
         self._abstract = jax.eval_shape(lambda: layered)
         self._read = jax.jit(self._read_piece, donate_argnums=(2, 3))
         self._step = jax.jit(self._next_token, donate_argnums=(1, 2))
@@ -124,7 +125,7 @@ class Engine:
             raise ConfigError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds for an engine of batch {self.batch}"
             )
-        model = with_params(self._abstract, self._params)
+        model = with_params(self._abstract, self.params)
         shape = (self.batch, self.vocab_size)
         progress = Progress(
             jnp.zeros(shape, jnp.float32),
@@ -151,7 +152,7 @@ class Engine:
                 row[: len(cut)] = cut
             valid = np.clip(lengths - start, 0, self._piece)
             logits, session.cache = self._read(
-                self._params, part, session.progress.logits, session.cache, valid
+                self.params, part, session.progress.logits, session.cache, valid
             )
             session.progress = session.progress._replace(logits=logits)
         session.progress.logits.block_until_ready()
@@ -168,7 +169,7 @@ class Engine:
             )
         begin = time.perf_counter()
         token, session.progress, session.cache = self._step(
-            self._params, session.progress, session.cache
+            self.params, session.progress, session.cache
         )
         token = np.asarray(token)
         session.read += 1
@@ -217,13 +218,18 @@ class Engine:
         new, cache = model.prefill(part, cache, valid)
         return jnp.where((valid > 0)[:, None], new, logits), cache
 
+    def decode(self, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`model.decode` under given parameters (`self.params`), to be jitted with the cache
+        donated."""
+        return with_params(self._abstract, params).decode(token, cache)
+
     def _next_token(self, params, progress: Progress, cache: Cache):
         split = jax.vmap(partial(jax.random.split, num=2))(progress.keys)
         token = sample(progress.logits, split[:, 1], self.sampling, progress.counts)
         counts = progress.counts
         if counts is not None:
             counts = count_token(counts, token, self.sampling)
-        logits, cache = with_params(self._abstract, params).decode(token, cache)
+        logits, cache = self.decode(params, token, cache)
         return token, Progress(logits, split[:, 0], counts), cache
 
 

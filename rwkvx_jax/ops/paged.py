@@ -20,8 +20,8 @@ from rwkvx_jax.ops.block_sparse_xla import add_past
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 from rwkvx_jax.ops.full_attention import full_attention
 
-# Rows of a page that are read at once on a CPU: two cores share a product of so many, and a partly
-# filled page still costs little more than what it holds.
+# Rows of a page that are read at once on a CPU: they stay in the second-level cache, and a partly
+# filled page costs little more than what it holds.
 TILE = 1024
 
 
@@ -79,24 +79,29 @@ def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
     count = filled.sum()
 
     def read(pages, number):
-        index = page.reshape(-1)[number // parts]
-        start = (index, number % parts * tile, 0)
-        return jax.lax.dynamic_slice(pages, start, (1, tile, pages.shape[2]))[0]
+        """[tile, K]. A slice along one axis is copied several times as fast as one of rows, and
+        kept apart from the product, which XLA would else compute without vector instructions."""
+        size = pages.shape[2]
+        index, start = jax.lax.optimization_barrier(
+            (page.reshape(-1)[number // parts], number % parts * (tile * size))
+        )
+        rows = pages.reshape(-1, chunk * size)
+        block = jax.lax.dynamic_slice(rows, (index, start), (1, tile * size))
+        return jax.lax.optimization_barrier(block).reshape(tile, size)
 
     def score(i, scores):
-        block = read(keys, numbers[i])
-        return scores.at[numbers[i]].set(_matvec(block, q[numbers[i] // (per_row * parts)]))
+        query = q[numbers[i] // (per_row * parts)]
+        return _put(scores, _dot(read(keys, numbers[i]), query), numbers[i])
 
     scores = jax.lax.fori_loop(0, count, score, jnp.zeros((filled.size, tile)))
     weights, total = _softmax(scores.reshape(rows, per_row, chunk) * scale, visible)
     weights = weights.reshape(filled.size, tile)
 
-    def add(i, out):
-        block = read(values, numbers[i])
-        return out.at[numbers[i] // (per_row * parts)].add(_matvec(block.T, weights[numbers[i]]))
+    def add(i, sums):
+        return _put(sums, _dot(weights[numbers[i]], read(values, numbers[i])), numbers[i])
 
-    out = jax.lax.fori_loop(0, count, add, jnp.zeros((rows, value_size)))
-    return out / total
+    sums = jax.lax.fori_loop(0, count, add, jnp.zeros((filled.size, value_size)))
+    return sums.reshape(rows, -1, value_size).sum(1) / total
 
 
 def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,9 +114,14 @@ def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Arra
     return weights, jnp.maximum(weights.sum((1, 2))[:, None], jnp.finfo(jnp.float32).tiny)
 
 
-def _matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """matrix @ vector in float32."""
-    return jnp.dot(matrix.astype(jnp.float32), vector, precision=jax.lax.Precision.HIGHEST)
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b in float32."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _put(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(rows, row, index, 0)
 
 
 def attend_piece(
