@@ -120,9 +120,9 @@ def open_subjects(options: EvalOptions) -> list[Subject]:
         first, last = subjects[0], subjects[-1]
         if first.tokenizer.fingerprint != last.tokenizer.fingerprint:
             raise ConfigError(
-                f"{first.checkpoint} and {path} use different tokenizers "
-                f"({first.tokenizer.name}, {last.tokenizer.name} of another vocabulary): their "
-                "lengths can't share a figure; evaluate them one by one"
+                f"{first.checkpoint} and {path} use different vocabularies (tokenizers "
+                f"{first.tokenizer.name} and {last.tokenizer.name}): their lengths can't share a "
+                "figure; evaluate them one by one"
             )
     return subjects
 
