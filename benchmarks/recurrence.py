@@ -38,7 +38,7 @@ def main() -> None:
     options = parse_options()
     jax.config.update("jax_platforms", "cpu")
     if options.grow:
-        print(growth(options.grow, options.lengths[0], options))
+        print(growth(options.grow, options.length, options))
         return
     check(options)
     speed = measure_speed(options)
@@ -57,16 +57,13 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--length", type=int, default=4096, help="T of the speed table")
-    parser.add_argument(
-        "--lengths",
-        type=lambda s: [int(x) for x in s.split(",")],
-        default="4096,8192,16384,32768,65536",
-        help="lengths of the other tables",
-    )
+    lengths = {"type": lambda s: [int(x) for x in s.split(",")]}
+    parser.add_argument("--flat-lengths", **lengths, default="4096,8192,16384,32768,65536")
+    parser.add_argument("--memory-lengths", **lengths, default="1024,4096,16384")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG file")
     parser.add_argument("--grow", help=argparse.SUPPRESS)  # a child process: see `growth`
@@ -226,13 +223,19 @@ def check(options) -> None:
                 raise AssertionError(f"{name}: a gradient is off by {error:.1e}")
 
 
-def take_turns(functions: dict, arguments: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each compiled function; all of them run in every round."""
+def take_turns(functions: dict, arguments: dict, repeats: int, settle=False) -> dict:
+    """Median seconds of each compiled function; all of them run in every round.
+
+    `settle` runs each once untimed just before it is timed: where sizes differ much, the memory a
+    large one gave back makes the next small one pay for fresh pages.
+    """
     times = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, run in functions.items():
             if len(times[name]) == 3 and min(times[name]) > SLOW:
                 continue
+            if settle:
+                jax.block_until_ready(run(*arguments[name]))
             start = time.perf_counter()
             jax.block_until_ready(run(*arguments[name]))
             if turn:
@@ -260,17 +263,24 @@ def measure_speed(options) -> list[dict]:
 
 def measure_flatness(options) -> list[dict]:
     run = forward_backward(OURS["chunked"])
-    arguments = {n: make_inputs(n, options) for n in options.lengths}
+    arguments = {n: make_inputs(n, options) for n in options.flat_lengths}
     functions = {n: run.lower(*x).compile() for n, x in arguments.items()}
-    seconds = take_turns(functions, arguments, options.repeats)
-    return [{"length": n, "both_seconds": s} for n, s in seconds.items()]
+    seconds = take_turns(functions, arguments, options.repeats, settle=True)
+    return [
+        {
+            "length": n,
+            "both_seconds": s,
+            "temporary_bytes": functions[n].memory_analysis().temp_size_in_bytes,
+        }
+        for n, s in seconds.items()
+    ]
 
 
 def measure_memory(options) -> list[dict]:
     """Forward + backward of "chunked" and of the scans that keep few states."""
     names = ["chunked", *(name for name in SCANS if "keep every" in name and "sum" not in name)]
     rows = []
-    for length in options.lengths:
+    for length in options.memory_lengths:
         inputs = make_inputs(length, options)
         for name in names:
             compiled = forward_backward(CANDIDATES[name]).lower(*inputs).compile()
@@ -287,7 +297,7 @@ def grown_in_a_process(name: str, length: int, options) -> int | None:
         return None
     sizes = {"batch": options.batch, "heads": options.heads, "head-size": options.head_size}
     flags = [f"--{key}={value}" for key, value in sizes.items()]
-    command = [sys.executable, __file__, f"--grow={name}", f"--lengths={length}", *flags]
+    command = [sys.executable, __file__, f"--grow={name}", f"--length={length}", *flags]
     path = os.pathsep.join(
         [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     )
@@ -362,12 +372,14 @@ def speed_table(speed) -> str:
 
 
 def flat_table(flat) -> str:
-    per_token = [x["both_seconds"] / x["length"] * 1e6 for x in flat]
-    rows = [
-        [x["length"], f"{x['both_seconds'] * 1e3:.0f}", f"{micros:.2f}"]
-        for x, micros in zip(flat, per_token, strict=True)
-    ]
-    return markdown(["T", "chunked, forward + backward ms", "microseconds a token"], rows)
+    rows = []
+    for x in flat:
+        length, seconds, memory = x["length"], x["both_seconds"], x["temporary_bytes"] / MEBIBYTE
+        rows.append(
+            [length, f"{seconds * 1e3:.0f}", f"{seconds / length * 1e6:.2f}", f"{memory:.1f}"]
+        )
+    header = ["T", "chunked, forward + backward ms", "microseconds a token", "temporaries MiB"]
+    return markdown(header, rows)
 
 
 def memory_table(memory) -> str:
