@@ -9,9 +9,12 @@ import tyro
 
 from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.convert.tensors import ConversionError
-from rwkvx_jax.evals import passkey
+from rwkvx_jax.evals import passkey, speed
 
-TASKS = {"passkey": (passkey.PasskeyOptions, passkey.run)}
+TASKS = {
+    "passkey": (passkey.PasskeyOptions, passkey.run),
+    "speed": (speed.SpeedOptions, speed.run),
+}
 
 
 def main(argv: list[str]) -> None:
