@@ -93,18 +93,23 @@ class Cache:
         return self.pages.keys.shape[3] * self.pages.keys.shape[4]
 
 
-def check_room(cache: Cache, count: int) -> None:
-    """Refuses to read more rows than the pages hold, where the length is known (not traced).
+def check_room(cache: Cache, count: int | jax.Array) -> None:
+    """Refuses to read more rows than the pages hold, where the numbers are known (not traced).
+
+    Args:
+      cache: state before the piece.
+      count: tokens to be read, for all rows or of each row [B].
 
     Raises:
-      ConfigError: names the length, the piece and the capacity.
+      ConfigError: names the row count that would be needed and the capacity.
     """
-    if cache.policy is not None or isinstance(cache.length, jax.core.Tracer):
+    known = not any(isinstance(x, jax.core.Tracer) for x in (cache.length, count))
+    if cache.policy is not None or not known or not cache.pages.keys.shape[0]:
         return
-    if cache.pages.keys.shape[0] and (rows := int(cache.length.max())) + count > cache.capacity:
+    if (rows := int(jnp.max(cache.length + count))) > cache.capacity:
         raise ConfigError(
-            f"{rows} tokens read + {count} new ones exceed the cache of {cache.capacity} rows: "
-            "make it with a larger max_length, or with a CachePolicy"
+            f"{rows} tokens do not fit into the cache of {cache.capacity} rows: make it with a "
+            "larger max_length, or with a CachePolicy"
         )
 
 

@@ -115,16 +115,19 @@ class RWKVX(nnx.Module):
 
         Args:
           tokens: right-padded where rows differ in length.
-          cache: state before the piece; the caller sees to it that the piece fits in.
+          cache: state before the piece. Under `jit` the caller sees to it that the piece fits in.
           lengths: valid tokens of each row (None: all); the rest changes nothing.
 
         Returns:
           Float32 logits [B, W] after each row's last valid token (meaningless where a row has
           none), and the new state.
+
+        Raises:
+          ConfigError: more tokens than the cache holds, where their number is not traced.
         """
         batch, time = tokens.shape
-        check_room(cache, time if lengths is None else 0)
         lengths = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
+        check_room(cache, lengths)
         if cache.policy is None or not self.config.num_attention_blocks:
             last, cache = self._read(tokens, cache, lengths)
         else:

@@ -3,9 +3,17 @@
 Needs the TPU compiler (libtpu), no TPU. The counts are the compiler's static schedule.
 """
 
+import re
+
+import jax
+import jax.numpy as jnp
 import pytest
 
+from rwkvx_jax.config import ModelConfig, RunConfig
+from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.plan import topology
+from rwkvx_jax.sharding import batch_sharding
+from rwkvx_jax.training.step import param_shardings
 from tools import static_costs
 from tools.static_costs import Case
 
@@ -60,3 +68,28 @@ def test_bad_topologies_are_named(name, message):
 def test_a_mesh_larger_than_the_topology_is_refused():
     with pytest.raises(ValueError, match="need 8 devices; v5e:2x2 has 4"):
         topology.topology_mesh("v5e:2x2", {"data": 8})
+
+
+def test_a_model_on_a_mesh_takes_the_kernels():
+    """Gradients of a whole model compiled for four chips: each runs the kernels on its own part."""
+    mesh = topology.topology_mesh("v5e:2x2", {"data": 2, "fsdp": 1, "tensor": 2, "context": 1})
+    config = ModelConfig(
+        vocab_size=128, num_blocks=1, num_attention_blocks=0, width=256, head_size=64
+    )
+    model = abstract_model(config, RunConfig(compute_dtype="bfloat16"))
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        get_params(model),
+        param_shardings(model, mesh),
+    )
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=batch_sharding(mesh, 4))
+
+    def loss(params, tokens):
+        return with_params(model, params).features(tokens).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+    kernels = re.findall(r"%\S+ = .*custom-call\(.*tpu_custom_call", compiled)
+    assert len(kernels) >= 2, "forward and backward of the recurrence should be Pallas kernels"
+    # The kernels see half of the batch and half of the four heads.
+    assert any("[2,256,128]" in kernel or "[2,256,2,64]" in kernel for kernel in kernels)

@@ -32,9 +32,9 @@ import numpy as np
 # Entries of L R^T above the diagonal reach e^(0.6065 C): e^78 fits float32 at 128, e^155 does not.
 MAX_CHUNK_SIZE = 128
 
-# CPU: as fast as 16 with half the stored states, and what a chunk of a few heads needs stays in the
-# second-level cache (measurements: docs/recurrence.md). Elsewhere, not measured: matrices large
-# enough for a matrix unit, and independent chunks to fill it between two steps of the state.
+# CPU: half the stored states of chunks of 16, and what a chunk of a few heads needs stays in the
+# second-level cache. Elsewhere, not measured: matrices large enough for a matrix unit, and
+# independent chunks to fill it between two steps of the state.
 CHUNK_SIZE = {"cpu": 32, "gpu": 64, "tpu": 64}
 SEGMENT = {"cpu": 1, "gpu": 8, "tpu": 8}
 
