@@ -1,0 +1,224 @@
+"""A whole experiment: data, optimizer and stages beside the model, implementation and machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rwkvx_jax.config.model import ModelConfig
+from rwkvx_jax.config.run import MeshConfig, RunConfig
+from rwkvx_jax.config.values import Checked, require, require_positive
+
+
+@dataclass(frozen=True)
+class SourceConfig(Checked):
+    """One ingredient of the training mixture."""
+
+    kind: Literal["text", "jsonl", "binidx", "passkey"] = "text"
+    """"text": text files; "jsonl": a document or conversation a line; "binidx": token ids in the
+    RWKV/Megatron format; "passkey": synthetic documents made on the fly. See docs/data.md."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources."""
+    path: str = ""
+    """File, directory or glob; empty: `data.path`, and if that is empty the embedded corpus."""
+    samples: Literal["window", "document"] = "window"
+    """"window": windows of the stream of all documents; "document": each document by itself, cut
+    or padded to the length (for conversations)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            math.isfinite(self.weight) and self.weight > 0,
+            f"data source weight is {self.weight}: it must be positive",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked):
+    """What is read, in which order."""
+
+    tokenizer: Literal["byte", "world"] = "byte"
+    vocab_file: str = ""
+    """Vocabulary of the World tokenizer; empty: the one of the pyrwkv-tokenizer package."""
+    path: str = ""
+    """Default path of sources that read files; empty: the embedded corpus."""
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    held_out: float = 0.02
+    """Share of each source's tokens, at its end, kept for the held-out loss."""
+    seed: int = 0
+    """Seed of the order and of synthetic documents."""
+    order: Literal["shuffle", "rwkvx", "rwkv_lm"] = "shuffle"
+    """"shuffle": another random order in each epoch; "rwkvx", "rwkv_lm": the magic-prime orders
+    of the original trainers (with held_out=0 over exactly the same windows)."""
+    cache_dir: str = ""
+    """Where tokenized text is cached; empty: `data-cache` in the work directory."""
+    cache_per_host: bool = False
+    """Each host writes a cache of its own: for hosts that share no disk."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(self.sources) > 0, "data.sources is empty: name at least one source")
+        require(
+            0 <= self.held_out < 1, f"data.held_out is {self.held_out}: use a share such as 0.02"
+        )
+        require(self.seed >= 0, f"data.seed is {self.seed}: it must not be negative")
+        require(
+            self.order == "shuffle" or all(s.samples == "window" for s in self.sources),
+            f'data.order "{self.order}" is one of windows: use samples="window" or order="shuffle"',
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Checked):
+    """AdamW; the learning rate and its schedule belong to each stage."""
+
+    policy: Literal["rwkvx", "rwkv_lm"] = "rwkvx"
+    """Which parameters decay and which learn faster; see training/optimizer.py."""
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-18
+    weight_decay: float = 0.001
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} is {value}: it must lie in [0, 1)")
+        for name in ("eps", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name} is {value}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class LongCEConfig(Checked):
+    """Windows of the LongCE weights: context lengths in tokens."""
+
+    window: int = 4000
+    """Tokens of short context before the first weighted position of a window."""
+    stride: int = 4000
+    """Weighted tokens of a window; windows start this far apart."""
+    cap: float = 10.0
+    """Largest weight."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive("longce", window=self.window, stride=self.stride)
+        require(self.cap > 0, f"longce.cap is {self.cap}: it must be positive")
+
+
+@dataclass(frozen=True)
+class Stage(Checked):
+    """One stage of the curriculum: a length, a batch, a rate, and what trains."""
+
+    name: str
+    seq_len: int
+    """Tokens per sample."""
+    global_batch: int
+    """Samples per step over all hosts."""
+    steps: int
+    peak_lr: float
+    trainable: Literal["attention", "all"] = "all"
+    """"attention": only the attention blocks train (the preheat stage)."""
+    expanded: bool = True
+    """False: the stage trains the plain RWKV-7 that the first expanded stage expands."""
+    loss: Literal["ce", "longce"] = "ce"
+    longce: LongCEConfig = field(default_factory=LongCEConfig)
+    loss_average: Literal["token", "sample"] = "token"
+    """Mean over all valid tokens, or of the samples' own means."""
+    l2wrap: float = 0.5e-4
+    """Factor of max_logit^2 per token in the loss; 0 turns it off."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    final_lr: float = 0.0
+    """Rate at the end of a cosine or linear schedule."""
+    warmup_steps: int = 0
+    """Steps in which the rate climbs from 1 % of its peak."""
+    accumulation: int = 1
+    """Equal parts into which each batch is cut to save memory."""
+    source_weights: tuple[float, ...] = ()
+    """Weights of `data.sources` in this stage; empty: their own."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        owner = f"stage {self.name!r}"
+        require(bool(self.name), "a stage has an empty name")
+        require_positive(
+            owner,
+            seq_len=self.seq_len,
+            global_batch=self.global_batch,
+            steps=self.steps,
+            accumulation=self.accumulation,
+        )
+        require(self.peak_lr > 0, f"{owner}: peak_lr is {self.peak_lr}: it must be positive")
+        for name in ("final_lr", "l2wrap"):
+            value = getattr(self, name)
+            require(value >= 0, f"{owner}: {name} is {value}: it must not be negative")
+        require(
+            0 <= self.warmup_steps <= self.steps,
+            f"{owner}: warmup_steps {self.warmup_steps} does not fit into its {self.steps} steps",
+        )
+        require(
+            self.global_batch % self.accumulation == 0,
+            f"{owner}: accumulation {self.accumulation} does not divide global_batch "
+            f"{self.global_batch}",
+        )
+        require(
+            self.expanded or self.trainable == "all",
+            f'{owner}: trainable="attention" needs expanded=True (it has no attention blocks)',
+        )
+        if self.loss == "longce":
+            require(
+                self.longce.window + self.longce.stride < self.seq_len,
+                f"{owner}: longce.window {self.longce.window} + stride {self.longce.stride} leave "
+                f"no weighted position in {self.seq_len} tokens; their sum must be below seq_len",
+            )
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len * self.global_batch * self.steps
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    """A whole experiment."""
+
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(self.stages) > 0, "stages is empty: name at least one stage")
+        names = [stage.name for stage in self.stages]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        require(not repeated, f"stage names {repeated} occur twice: give each stage its own")
+        expanded = [stage.expanded for stage in self.stages]
+        require(
+            expanded == sorted(expanded),
+            "a stage with expanded=False follows an expanded one: blocks are never removed again",
+        )
+        for stage in self.stages:
+            require(
+                self.model.num_attention_blocks > 0 or stage.trainable == "all",
+                f'stage {stage.name!r}: trainable="attention", but the model has no attention '
+                "blocks; set model.num_attention_blocks",
+            )
+            weights, sources = stage.source_weights, self.data.sources
+            require(
+                len(weights) in (0, len(sources)),
+                f"stage {stage.name!r}: {len(weights)} source_weights for {len(sources)} sources",
+            )
+            require(
+                not weights or (min(weights) >= 0 and sum(weights) > 0),
+                f"stage {stage.name!r}: source_weights {weights} must be >= 0 with a positive sum",
+            )
+
+    def stage_model(self, stage: Stage) -> ModelConfig:
+        """The model that a stage trains."""
+        return self.model if stage.expanded else self.model.without_attention()

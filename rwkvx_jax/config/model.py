@@ -1,0 +1,146 @@
+"""The mathematics of a model: shapes and hyperparameters that determine every logit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from rwkvx_jax.config.values import Checked, require, require_positive
+
+LowRankRule = Literal["rwkvx", "rwkv_lm"]
+
+
+class LowRankWidths(NamedTuple):
+    """Widths R of the four low-rank pairs of a time mix."""
+
+    w: int  # decay
+    a: int  # in-context learning rate
+    v: int  # value residual
+    g: int  # output gate
+
+
+# (factor, exponent) of R = max(32, round(factor * D**exponent / 32) * 32), per pair (w, a, v, g).
+# "rwkvx": the RWKV-X repository and RWKV-LM before July 2025; "rwkv_lm": RWKV-LM since then.
+_LOW_RANK_RULES = {
+    "rwkvx": ((1.8, 0.5), (1.8, 0.5), (1.3, 0.5), (0.6, 0.8)),
+    "rwkv_lm": ((2.5, 0.5), (2.5, 0.5), (1.7, 0.5), (5.0, 0.5)),
+}
+
+
+def low_rank_widths(width: int, rule: LowRankRule) -> LowRankWidths:
+    """The low-rank widths that a rule gives at model width D."""
+    return LowRankWidths(
+        *(max(32, int(round(c * width**p / 32) * 32)) for c, p in _LOW_RANK_RULES[rule])
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """The mathematics of a model; with the parameters it determines every logit."""
+
+    vocab_size: int = 65536
+    """W: rows of the embedding and columns of the head."""
+    num_blocks: int = 12
+    """L: RWKV-7 blocks."""
+    num_attention_blocks: int = 4
+    """M: attention blocks, one after every L / M RWKV-7 blocks; 0 is plain RWKV-7."""
+    width: int = 768
+    """D: residual stream."""
+    head_size: int = 64
+    """K = V: channels of one head, in both block kinds."""
+    ffn_width: int = 0
+    """F: hidden width of the channel mix; 0 means 4 D."""
+    attention: Literal["sparse", "full"] = "sparse"
+    """Kind of the attention blocks; "full" is the full-attention hybrid (a baseline)."""
+    chunk_size: int = 2048
+    """Tokens of one chunk of the sparse attention."""
+    top_k: int = 3
+    """Chunks a query reads: its own and the top_k - 1 best past ones."""
+    low_rank: LowRankRule = "rwkvx"
+    """Formula of the low-rank widths."""
+    low_rank_override: tuple[int, int, int, int] | None = None
+    """Explicit low-rank widths (w, a, v, g) of a checkpoint that follows neither formula."""
+    init: Literal["rwkvx", "rwkv_lm"] = "rwkv_lm"
+    """Initialisation family: "rwkvx" (the older constants) or "rwkv_lm" (since May 2025)."""
+    attention_init: Literal["zero", "copy"] = "zero"
+    """New attention blocks at expansion: zero output projections (the paper) or copies of the
+    preceding RWKV-7 block's projections (the repository)."""
+    init_seed: int = 0
+    """Seed of every random initial value."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(
+            "model",
+            vocab_size=self.vocab_size,
+            num_blocks=self.num_blocks,
+            width=self.width,
+            head_size=self.head_size,
+            chunk_size=self.chunk_size,
+            top_k=self.top_k,
+        )
+        require(
+            self.num_attention_blocks >= 0,
+            f"model.num_attention_blocks is {self.num_attention_blocks}: use 0 for plain RWKV-7",
+        )
+        require(self.ffn_width >= 0, f"model.ffn_width is {self.ffn_width}: use 0 for 4 x width")
+        require(
+            self.width % self.head_size == 0,
+            f"model.width {self.width} is not divisible by model.head_size {self.head_size}",
+        )
+        require_positive("model.low_rank_override", **self.ranks._asdict())
+        blocks, attention = self.num_blocks, self.num_attention_blocks
+        if attention:
+            divisors = [m for m in range(1, blocks + 1) if blocks % m == 0]
+            require(
+                blocks % attention == 0,
+                f"model.num_attention_blocks {attention} does not divide model.num_blocks "
+                f"{blocks}: trailing RWKV-7 blocks would have no place; choose one of {divisors}",
+            )
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_size
+
+    @property
+    def hidden_width(self) -> int:
+        return self.ffn_width or 4 * self.width
+
+    @property
+    def ranks(self) -> LowRankWidths:
+        if self.low_rank_override is not None:
+            return LowRankWidths(*self.low_rank_override)
+        return low_rank_widths(self.width, self.low_rank)
+
+    @property
+    def blocks_per_group(self) -> int:
+        """RWKV-7 blocks before each attention block (all of them if there is none)."""
+        return self.num_blocks // max(1, self.num_attention_blocks)
+
+    def without_attention(self) -> ModelConfig:
+        """The plain RWKV-7 which block expansion turns into this model."""
+        return dataclasses.replace(self, num_attention_blocks=0)
+
+    @classmethod
+    def rwkvx_0b2(cls) -> ModelConfig:
+        """RWKV-X 0.22B: RWKV-7 World 0.1B with 4 attention blocks."""
+        return cls(num_blocks=12, num_attention_blocks=4, width=768)
+
+    @classmethod
+    def rwkvx_3b6(cls) -> ModelConfig:
+        """RWKV-X 3.6B: RWKV-7 World 2.9B with 8 attention blocks."""
+        return cls(num_blocks=32, num_attention_blocks=8, width=2560)
+
+    @classmethod
+    def tiny(cls) -> ModelConfig:
+        """A model of about 0.8 M parameters over bytes, trained in minutes on a CPU."""
+        return cls(
+            vocab_size=257,
+            num_blocks=2,
+            num_attention_blocks=1,
+            width=128,
+            head_size=64,
+            chunk_size=256,
+            top_k=4,
+        )
