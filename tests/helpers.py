@@ -34,3 +34,11 @@ def assert_close(actual, expected, *, rel: float, name: str = "value") -> None:
         f"{name}: max error {error.max():.3e} > {rel:g} x largest entry {scale:.3e} "
         f"(relative rms {rms:.3e})"
     )
+
+
+def assert_within(found, expected, bound):
+    """Largest absolute difference at most `bound`; shapes must be the same."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    error = np.abs(found.astype(np.float64) - expected).max()
+    assert error <= bound, f"largest difference {error:.2e}, allowed {bound:.0e}"

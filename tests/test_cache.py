@@ -13,7 +13,7 @@ from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.model import abstract_model, get_params, with_params
-from tests.helpers import assert_close, shared_path
+from tests.helpers import assert_close, assert_within, shared_path
 from tests.model_cases import (
     FLOAT32,
     TINY,
@@ -181,10 +181,24 @@ def sparse(reference):
 def test_official_decoding(reference, sparse):
     tokens = reference["tokens"][None].astype(np.int32)
     logits, _, _ = sparse.steps(tokens, sparse.model.init_cache(1, 120, gate="shared"))
-    assert_close(logits[0], reference["A_step120"], rel=1e-5)
+    assert_within(logits[0], reference["A_step120"], 2e-5)
+    assert_within(logits[0], reference["B_step120"], 2e-5)
     # The gate as trained reads other chunks, so this comparison can fail.
     logits, _, _ = sparse.steps(tokens[:, :80], sparse.model.init_cache(1, 120))
     assert np.abs(logits[0] - reference["A_step120"][:80]).max() > 1e-2
+
+
+def test_official_state_after_a_prefill(reference, sparse):
+    """Below chunk x top_k tokens every gate reads all: the original's states are ours."""
+    tokens = reference["tokens"][:40].astype(np.int32)
+    cache = sparse.model.init_cache(1, 120)
+    for piece in (tokens[:20], tokens[20:]):
+        out, cache = sparse.prefill([piece], cache)
+    assert_within(out[0], reference["A_seq40"][-1], 2e-5)
+    assert_within(out[0], reference["B_seq40"][-1], 2e-5)
+    assert_within(cache.blocks.time_mix.wkv[0, 0], reference["A_state40_wkv0"], 2e-5)
+    keys = rows_of(cache.pages.keys[0]).reshape(-1, sparse.model.config.width)[:40]
+    assert_within(keys, reference["A_state40_kcache0"], 2e-5)
 
 
 def policy_of(reference, name):
@@ -206,13 +220,13 @@ def test_official_cache_compression(reference, sparse, name):
     cache = sparse.model.init_cache(1, 120, gate="shared", policy=policy_of(reference, name))
     logits, rows, cache = sparse.steps(tokens, cache)
     assert (rows[0] == reference[f"B_step120_{name}_len"]).all()
-    assert_close(logits[0], reference[f"B_step120_{name}"], rel=1e-5)
+    assert_within(logits[0], reference[f"B_step120_{name}"], 2e-5)
     count = int(cache.length[0])
     finals = {f"B_{name}_final_k0": cache.pages.keys, f"B_{name}_final_v0": cache.pages.values}
     for key, pages in finals.items():
         if key in reference:  # the second policy has keys only
             found = rows_of(pages[0]).reshape(-1, sparse.model.config.width)[:count]
-            assert_close(found, reference[key], rel=1e-5)
+            assert_within(found, reference[key], 2e-5)
 
 
 def test_official_recurrent_state(reference):
@@ -220,5 +234,5 @@ def test_official_recurrent_state(reference):
     reader = Reader(model.config, get_params(model), piece=60)
     tokens = reference["tokens"][None, :60].astype(np.int32)
     out, cache = reader.prefill(list(tokens), model.init_cache(1, 60))
-    assert_close(out[0], reference["D_rwkv7_step60"][-1], rel=1e-5)
-    assert_close(cache.blocks.time_mix.wkv[0, 0], reference["D_rwkv7_state_wkv0"], rel=1e-5)
+    assert_within(out[0], reference["D_rwkv7_step60"][-1], 2e-5)
+    assert_within(cache.blocks.time_mix.wkv[0, 0], reference["D_rwkv7_state_wkv0"], 2e-5)

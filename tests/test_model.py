@@ -12,7 +12,7 @@ from rwkvx_jax.checkpoint import flat, load_checkpoint
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.layout import param_shapes
 from rwkvx_jax.model import abstract_model, create_model, get_params, param_axes, with_params
-from tests.helpers import assert_close, shared_path
+from tests.helpers import assert_close, assert_within, shared_path
 from tests.model_cases import (
     FLOAT32,
     TINY,
@@ -152,24 +152,24 @@ def test_official_rwkv7(reference):
     model = load_reference("tiny_rwkv7.pth", reference)
     tokens = reference["tokens"][None, :60].astype(np.int32)
     logits = apply(model.config, get_params(model), tokens)[0]
-    assert_close(logits, reference["D_rwkv7_seq60"], rel=1e-5)
-    assert_close(logits, reference["D_rwkv7_step60"], rel=1e-5)
+    assert_within(logits, reference["D_rwkv7_seq60"], 2e-5)
+    assert_within(logits, reference["D_rwkv7_step60"], 2e-5)
 
 
 def test_official_hybrid_with_full_attention(reference):
     model = load_reference("tiny_rwkvx.pth", reference, attention="full")
     tokens = reference["tokens"][None].astype(np.int32)
     logits = apply(model.config, get_params(model), tokens)[0]
-    assert_close(logits, reference["A_step120_full"], rel=1e-5)
-    assert_close(logits[:100], reference["B_seq100_full"], rel=1e-5)
-    assert_close(logits[:40], reference["A_seq40"], rel=1e-5)
+    assert_within(logits, reference["A_step120_full"], 2e-5)
+    assert_within(logits[:100], reference["B_seq100_full"], 2e-5)
+    assert_within(logits[:40], reference["A_seq40"], 2e-5)
 
 
 def test_sparse_attention_of_one_window_is_official_full_attention(reference):
     model = load_reference("tiny_rwkvx.pth", reference)
     tokens = reference["tokens"][None, :40].astype(np.int32)  # below chunk x top_k = 48
     logits = apply(model.config, get_params(model), tokens)[0]
-    assert_close(logits, reference["A_seq40"], rel=1e-5)
+    assert_within(logits, reference["A_seq40"], 2e-5)
 
 
 VOCABULARY = "0123456789,#"

@@ -212,7 +212,7 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         trainable, frozen = split_trainable(state.params, stage.trainable)
         (loss, cross_entropy), grads = gradients(trainable, frozen, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good, guard = state.guard.watch(loss, norm, config.run.spike_factor)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         rate = schedule(state.step)
