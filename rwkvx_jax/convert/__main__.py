@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkvx_jax.cli import friendly_errors
+from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
 from rwkvx_jax.convert.fla import is_fla
@@ -129,6 +129,7 @@ def _summary(dst: Path, target: str, config: ModelConfig) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = tyro.cli(Options, prog="python -m rwkvx_jax.convert", args=argv)
+    settle_platform()
     with friendly_errors(ConversionError, OSError):
         convert(options, Console(stderr=True))
 

@@ -12,7 +12,7 @@ import tyro
 
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import load_checkpoint
-from rwkvx_jax.cli import friendly_errors
+from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.generate.engine import Engine, Session, TextStream, generate
@@ -195,6 +195,7 @@ def _show(text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    settle_platform()
     with friendly_errors(ConversionError):
         run(
             tyro.cli(
