@@ -8,10 +8,12 @@ dimension that a mesh axis does not divide are errors.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,8 +39,48 @@ RULES: dict[str, Any] = {
     "head_size": None,
     # activations
     "batch": ("data", "fsdp"),
+    "replica": "data",  # rows, while the width lies over fsdp
     "time": "context",
 }
+
+# Activations of many short texts: rows take the context axis as well, and no text is cut.
+_WHOLE_SEQUENCES = RULES | {
+    "batch": ("data", "fsdp", "context"),
+    "replica": ("data", "context"),
+    "time": None,
+}
+_in_force: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "rules in force", default=None
+)
+
+
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+    """While code is traced inside, `context` spreads rows instead of cutting sequences.
+
+    For many short texts beside a long one (the windows of LongCE): they then need no
+    communication, and no length that the axis divides.
+    """
+    token = _in_force.set(_WHOLE_SEQUENCES)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+def rule(axis: str | None) -> Any:
+    """Mesh axis, axes or None of a logical axis."""
+    return None if axis is None else (_in_force.get() or RULES)[axis]
+
+
+def sequence_parts(length: int) -> int:
+    """Into how many parts the mesh in force cuts sequences of `length` tokens; 1: into none.
+
+    A length that the context axis does not divide stays whole.
+    """
+    mesh, axis = jax.sharding.get_abstract_mesh(), rule("time")
+    parts = 1 if mesh.empty or axis is None else mesh.shape[axis]
+    return parts if length % parts == 0 else 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -78,14 +120,20 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
         raise ConfigError(f"no sharding rule for logical axis {unknown}; known are {list(RULES)}")
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    return PartitionSpec(*map(rule, axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks for x to be sharded by its logical axes; a no-op where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Asks for x to be sharded by its logical axes; a no-op where no mesh is set.
+
+    A dimension that the mesh does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    sizes = dict(zip(axes, x.shape, strict=True))
+    spec = PartitionSpec(*(_fitting(mesh, axis, sizes) for axis in axes))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def named_sharding(
@@ -170,7 +218,7 @@ def per_device(
 
 def _fitting(mesh: Any, axis: str | None, sizes: dict[str | None, int]) -> Any:
     """Mesh axes of a logical axis, or None where they do not divide its size."""
-    mesh_axes = None if axis is None else RULES[axis]
+    mesh_axes = rule(axis)
     parts = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
     ways = math.prod(mesh.shape[part] for part in parts)
     return mesh_axes if sizes[axis] % ways == 0 else None
