@@ -1,6 +1,7 @@
 """Trains a model through the stages of its config: `python train.py --help`.
 
-Run again with the same workdir, it continues exactly where it stopped.
+Run again with the same workdir, it continues exactly where it stopped. On several hosts the same
+command runs on each of them; see docs/pods.md.
 """
 
 import argparse
@@ -8,7 +9,14 @@ import sys
 from pathlib import Path
 
 from rwkvx_jax.checkpoint import load_initial_params
-from rwkvx_jax.cli import friendly_errors, parse_with_overrides, settle_platform
+from rwkvx_jax.cli import (
+    accelerator_attached,
+    add_host_flags,
+    friendly_errors,
+    parse_with_overrides,
+    settle_platform,
+)
+from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.training.loop import TrainingStopped, fit
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
@@ -21,9 +29,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--init-from", help="start from these parameters: a workdir, .safetensors or .pth"
     )
+    add_host_flags(parser)
     settle_platform()
     with friendly_errors(TrainingStopped):
         flags, config = parse_with_overrides(parser, argv)
+        join_hosts(
+            flags.coordinator,
+            flags.num_processes,
+            flags.process_id,
+            detect=accelerator_attached(),
+        )
         workdir = Path(flags.workdir or Path("runs") / Path(flags.config).stem)
         params = load_initial_params(flags.init_from, config) if flags.init_from else None
         fit(config, workdir, params)

@@ -55,13 +55,14 @@ def received(text: str, parts: int) -> dict[str, int]:
 
 
 def compiled(fn, mesh, *arguments) -> str:
-    """HLO of fn on the mesh; each argument is (logical axes, shape, dtype)."""
-    abstract = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
-        for axes, shape, dtype in arguments
-    ]
+    """HLO of fn on the mesh."""
     with jax.set_mesh(mesh):
-        return jax.jit(fn).lower(*abstract).compile().as_text()
+        return jax.jit(fn).lower(*arguments).compile().as_text()
+
+
+def spread(mesh, axes, shape, dtype) -> jax.ShapeDtypeStruct:
+    """An argument with these logical axes."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
 
 
 def block_traffic(mesh, length: int, width: int = 256) -> dict[str, int]:
@@ -70,15 +71,16 @@ def block_traffic(mesh, length: int, width: int = 256) -> dict[str, int]:
         vocab_size=64, num_blocks=1, num_attention_blocks=0, width=width, head_size=64
     )
     model = abstract_model(config, RunConfig(compute_dtype="bfloat16", remat="none"))
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), get_params(model))
-    block = jax.tree.map(lambda p: p[0], with_params(model, zeros).blocks)
+    whole = lambda p: spread(mesh, (None,) * p.ndim, p.shape, p.dtype)
 
-    def loss(x):
+    def loss(x, params):
+        block = jax.tree.map(lambda p: p[0], with_params(model, params).blocks)
         y, _, _ = block(x, jnp.zeros_like(x), jnp.bool(True), model.run)
         return y.astype(jnp.float32).sum()
 
-    x = (("batch", "time", None), (1, length, width), jnp.bfloat16)
-    return received(compiled(jax.value_and_grad(loss), mesh, x), mesh.shape["context"])
+    x = spread(mesh, ("batch", "time", None), (1, length, width), jnp.bfloat16)
+    text = compiled(jax.grad(loss), mesh, x, jax.tree.map(whole, get_params(model)))
+    return received(text, mesh.shape["context"])
 
 
 def attention_traffic(mesh, length: int, heads: int, chunk_size: int = 2048) -> dict[str, int]:
@@ -88,8 +90,8 @@ def attention_traffic(mesh, length: int, heads: int, chunk_size: int = 2048) -> 
     def loss(q, k, v):
         return context.attention(op, q, k, v).astype(jnp.float32).sum()
 
-    axes, shape = ("batch", "time", "heads", None), (1, length, heads, 64)
-    text = compiled(jax.grad(loss, (0, 1, 2)), mesh, *[(axes, shape, jnp.bfloat16)] * 3)
+    x = spread(mesh, ("batch", "time", "heads", None), (1, length, heads, 64), jnp.bfloat16)
+    text = compiled(jax.grad(loss, (0, 1, 2)), mesh, x, x, x)
     return received(text, mesh.shape["context"])
 
 

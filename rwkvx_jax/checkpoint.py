@@ -252,7 +252,9 @@ def load_initial_params(path: str | Path, config: Config) -> Params:
     Raises:
       ConfigError: parameters of another shape than the config's; all differences are listed.
     """
-    params = get_params(load_checkpoint(path).model)
+    # In the memory of the host: a model that many chips share need not fit into one.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = get_params(load_checkpoint(path).model)
     hybrid = "attention_blocks" in params
     if hybrid and not config.stages[0].expanded:
         raise ConfigError(
@@ -312,7 +314,15 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
         step = steps[-1] if step is None else step
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
         progress = manager.restore(step, args=args)["progress"]
-        args = ocp.args.Composite(params=ocp.args.StandardRestore())
+        config = from_dict(Config, progress["config"], "checkpoint")
+        stage = config.stages[progress["stage"]]
+        # Onto one device, whatever devices wrote it.
+        device = jax.config.jax_default_device or jax.local_devices()[0]
+        here = jax.sharding.SingleDeviceSharding(device)
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            get_params(abstract_model(config.stage_model(stage))),
+        )
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
         params = manager.restore(step, args=args)["params"]
-    config = from_dict(Config, progress["config"], "checkpoint")
-    return config, config.stages[progress["stage"]], step, params
+    return config, stage, step, params

@@ -18,9 +18,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rwkvx_jax.config import ConfigError, MeshConfig
+from rwkvx_jax.config import Config, ConfigError, MeshConfig
 
 _log = logging.getLogger(__name__)
 
@@ -106,9 +107,53 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"devices, but there are {len(devices)}: change the sizes, or use -1 for one of them"
         )
     shape = tuple(fill if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES)
-    return Mesh(
-        np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    grid = _arrange(devices, shape, config.slice_axis)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slice_axis: str) -> np.ndarray:
+    """Devices as a grid of this shape: neighbours in it are neighbours on the network.
+
+    Chips of one TPU slice talk over their own links (ICI), slices over the data centre's network
+    (DCN), which is far slower. So slices lie one after the other along `slice_axis` alone.
+    """
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    slices = len({device.slice_index for device in devices})
+    across = tuple(slices if axis == slice_axis else 1 for axis in MESH_AXES)
+    if any(size % ways for size, ways in zip(shape, across, strict=True)):
+        raise ConfigError(
+            f"the devices are {slices} TPU slices, but mesh.{slice_axis} is "
+            f"{shape[MESH_AXES.index(slice_axis)]}: make it a multiple of {slices}, or let slices "
+            "lie along another axis with mesh.slice_axis"
+        )
+    within = tuple(size // ways for size, ways in zip(shape, across, strict=True))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
     )
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
+    heads, tensor, parts = config.model.num_heads, mesh.shape["tensor"], mesh.shape["context"]
+    if heads % tensor:
+        raise ConfigError(
+            f"the model has {heads} heads, which mesh.tensor {tensor} does not divide: use a "
+            "divisor of the number of heads"
+        )
+    for stage in config.stages:
+        batch_sharding(mesh, stage.global_batch)
+        model = config.stage_model(stage)
+        chunked = model.num_attention_blocks > 0 and model.attention == "sparse"
+        unit = model.chunk_size if chunked else 1
+        if parts > 1 and stage.seq_len % (parts * unit):
+            of_chunks = f" x model.chunk_size {unit}" if chunked else ""
+            raise ConfigError(
+                f"stage {stage.name!r}: sequences of {stage.seq_len} tokens can't be cut evenly; "
+                f"make seq_len a multiple of mesh.context {parts}{of_chunks} = {parts * unit}"
+            )
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -164,8 +209,9 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
     if jax.process_count() > 1:
         raise ConfigError(
-            f"a global batch of {rows} samples is not divisible by {ways}, the devices along mesh "
-            f"axes {list(RULES['batch'])}: change the batch, or give other mesh axes more devices"
+            f"a global batch of {rows} samples can't be shared out by {jax.process_count()} hosts: "
+            f"it is not divisible by {ways}, the devices along mesh axes {list(RULES['batch'])}; "
+            "change the batch, or give other mesh axes more devices"
         )
     _warn_uneven(rows, ways)
     return replicated(mesh)
