@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkvx_jax.checkpoint import load_initial_params
+from rwkvx_jax.checkpoint import load_initial_params, work_path
 from rwkvx_jax.cli import (
     accelerator_attached,
     add_host_flags,
@@ -25,7 +25,9 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment file")
-    parser.add_argument("--workdir", help="where everything is written (default: runs/CONFIG)")
+    parser.add_argument(
+        "--workdir", help="where everything is written, on a disk or gs:// (default: runs/CONFIG)"
+    )
     parser.add_argument(
         "--init-from", help="start from these parameters: a workdir, .safetensors or .pth"
     )
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
             flags.process_id,
             detect=accelerator_attached(),
         )
-        workdir = Path(flags.workdir or Path("runs") / Path(flags.config).stem)
+        workdir = work_path(flags.workdir or Path("runs") / Path(flags.config).stem)
         params = load_initial_params(flags.init_from, config) if flags.init_from else None
         fit(config, workdir, params)
 

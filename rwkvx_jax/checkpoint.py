@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from rwkvx_jax.config import (
@@ -39,6 +40,15 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written (full disk, permissions); earlier ones are untouched."""
 
 
+def work_path(path: str | Path) -> Path:
+    """A path as given: on a disk, or an `epath.Path` of a bucket (gs://)."""
+    return epath.Path(path) if "://" in str(path) else Path(path)
+
+
+def _absolute(path: Path) -> Path:
+    return path.absolute() if isinstance(path, Path) else path
+
+
 class Checkpoints:
     """The checkpoints of one work directory, numbered by steps over all stages."""
 
@@ -47,7 +57,7 @@ class Checkpoints:
         policy = preservation_policy.AnyPreservationPolicy(
             [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(keep_steps)]
         )
-        self._directory = (workdir / CHECKPOINTS).absolute()
+        self._directory = _absolute(workdir / CHECKPOINTS)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -209,7 +219,7 @@ def load_checkpoint(
     Raises:
       ConfigError, ConversionError: nothing readable there, or overrides that do not fit.
     """
-    path = Path(path)
+    path = work_path(path)
     if not path.exists():
         raise ConfigError(f"no checkpoint at {path}")
     if run is None:
@@ -306,7 +316,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
         raise ConfigError(f"{workdir} holds no run: no {CHECKPOINTS} directory in it")
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     names = ("params", "optimizer", "progress")
-    directory = (workdir / CHECKPOINTS).absolute()
+    directory = _absolute(workdir / CHECKPOINTS)
     with ocp.CheckpointManager(directory, options=options, item_names=names) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):

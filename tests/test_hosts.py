@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -91,7 +92,11 @@ class Job:
     def end(self, seconds: float = 300) -> list[tuple[int, str, str]]:
         """(return code, stdout, stderr) of each process."""
         outputs = [process.communicate(timeout=seconds) for process in self.processes]
-        return [(p.returncode, *o) for p, o in zip(self.processes, outputs, strict=True)]
+        gloo = re.compile(r"^\[Gloo\].*\n", re.MULTILINE)  # which talks on every process
+        return [
+            (process.returncode, gloo.sub("", out), error)
+            for process, (out, error) in zip(self.processes, outputs, strict=True)
+        ]
 
     def metrics(self) -> list[dict]:
         path = self.workdir / "metrics.jsonl"

@@ -82,6 +82,7 @@ class Run:
         record = progress_record(self.config, *position, self.data.fingerprint)
         optimizer = {"moments": state.opt_state, "guard": state.guard}
         self.checkpoints.save(position.total(self.config), state.params, optimizer, record)
+        self.writer.upload()
 
 
 def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> Params:
@@ -89,7 +90,8 @@ def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> 
 
     Args:
       config: the experiment.
-      workdir: where checkpoints, metrics and the data cache live; created if need be.
+      workdir: where checkpoints, metrics and the data cache live; created if need be. All hosts
+        see it; an `epath.Path` may lie in a bucket.
       initial_params: parameters to start from (a plain RWKV-7 is expanded where a stage wants
         the hybrid); None initialises them. Not used when a checkpoint is there.
 
@@ -108,6 +110,10 @@ def _fit(config: Config, workdir: Path, initial_params: Params | None) -> Params
     check_joined()
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
+    if config.run.profile_steps and not isinstance(workdir, Path):
+        raise ConfigError(
+            f"run.profile_steps: a trace can't be written to {workdir}; use a --workdir on a disk"
+        )
     first = jax.process_index() == 0
     reporter = Reporter(active=first)
     _prepare_workdir(workdir, active=first)
