@@ -117,9 +117,9 @@ def _arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slice_axis: 
     Chips of one TPU slice talk over their own links (ICI), slices over the data centre's network
     (DCN), which is far slower. So slices lie one after the other along `slice_axis` alone.
     """
-    if devices[0].platform != "tpu":
+    if devices[0].platform != "tpu" or not _fill_boxes(devices):
         return np.asarray(devices).reshape(shape)
-    slices = len({device.slice_index for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     across = tuple(slices if axis == slice_axis else 1 for axis in MESH_AXES)
     if any(size % ways for size, ways in zip(shape, across, strict=True)):
         raise ConfigError(
@@ -133,6 +133,15 @@ def _arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slice_axis: 
     return mesh_utils.create_hybrid_device_mesh(
         within, across, devices, allow_split_physical_axes=True
     )
+
+
+def _fill_boxes(devices: Sequence[jax.Device]) -> bool:
+    """Whether the chips of each slice are all those of a box, as a whole slice is."""
+    boxes: dict[int, list[Any]] = {}
+    for device in devices:
+        boxes.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    full = lambda box: math.prod(np.ptp([d.coords for d in box], axis=0) + 1)
+    return all(len({tuple(d.coords) for d in box}) == full(box) for box in boxes.values())
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:

@@ -15,6 +15,7 @@ from rwkvx_jax.config import ConfigError, LongCEConfig, MeshConfig, OptimizerCon
 from rwkvx_jax.sharding import (
     MESH_AXES,
     batch_sharding,
+    check_fits,
     constrain,
     make_mesh,
     named_sharding,
@@ -95,6 +96,66 @@ def test_meshes_that_do_not_fit_the_devices():
         make_mesh(MeshConfig(data=4))
     with pytest.raises(ConfigError, match="asks for tpu, but JAX found cpu"):
         make_mesh(MeshConfig(platform="tpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU v5e device as its place in a mesh depends on."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def pod(slices, columns, rows):
+    return [
+        Chip(number, (x, y, 0), part)
+        for number, (part, y, x) in enumerate(np.ndindex(slices, rows, columns))
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes, axis",
+    [({"data": 4, "tensor": 4}, "data"), ({"fsdp": -1, "data": 1}, "fsdp")],
+    ids=str,
+)
+def test_slices_lie_along_one_axis(sizes, axis):
+    """Only that axis crosses the slow network, once."""
+    grid = make_mesh(MeshConfig(**sizes, slice_axis=axis), pod(2, 2, 4)).devices
+    along = np.moveaxis(grid, MESH_AXES.index(axis), 0)
+    halves = along.reshape(2, -1)
+    assert [{chip.slice_index for chip in half} for half in halves] == [{0}, {1}]
+    assert len(set(grid.flat)) == 16
+
+
+def test_meshes_of_slices_that_do_not_fit():
+    with pytest.raises(ConfigError, match="2 TPU slices, but mesh.data is 1: .* multiple of 2"):
+        make_mesh(MeshConfig(data=1, fsdp=16), pod(2, 2, 4))
+    some = pod(1, 4, 4)[:6]  # fill no box: taken in their order
+    assert list(make_mesh(MeshConfig(), some).devices.flat) == some
+
+
+@pytest.mark.parametrize(
+    "sizes, changes, message",
+    [
+        ({"tensor": 8}, {}, "4 heads, which mesh.tensor 8 does not divide"),
+        ({"context": 4}, {"seq_len": 40}, r"40 tokens .*context 4 x model.chunk_size 8 = 32"),
+        ({"context": 8}, {"seq_len": 28, "expanded": False}, "multiple of mesh.context 8 = 8"),
+    ],
+    ids=str,
+)
+def test_configs_that_the_mesh_does_not_divide(sizes, changes, message):
+    stage = Stage(
+        "long", **{"seq_len": 64, "global_batch": 8, "steps": 1, "peak_lr": 1e-3, **changes}
+    )
+    config = dataclasses.replace(CURRICULUM, model=EVEN, stages=(stage,))
+    with pytest.raises(ConfigError, match=message):
+        check_fits(config, make_mesh(MeshConfig(**sizes)))
+    check_fits(config, make_mesh(MeshConfig()))
 
 
 def test_dimensions_and_axes_that_no_rule_covers():
