@@ -116,7 +116,7 @@ def main() -> None:
     for length in flags.lengths:
         _row(f"RWKV-7 block, width 256, {length} tokens", block_traffic(mesh, length))
     for length in flags.lengths:
-        for heads, way in ((PARTS, "heads traded"), (PARTS + 1, "keys and values collected")):
+        for heads, way in ((PARTS, "heads traded"), (1, "keys and values collected")):
             totals = attention_traffic(mesh, length, heads)
             per_head = {kind: size // heads for kind, size in totals.items()}
             _row(f"attention, a head, {way}, {length}", per_head)

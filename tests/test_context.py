@@ -121,29 +121,34 @@ def test_received_bytes_of_hlo():
 
 
 @pytest.mark.parametrize(
-    "kind, sizes",
+    "kind, heads, sizes, way",
     [
-        ("sparse", {"context": 4}),
-        ("sparse", {"context": 3}),
-        ("full", {"tensor": 2, "context": 2}),
-        ("full", {"context": 3}),
-        pytest.param("sparse", {"data": 2, "tensor": 2, "context": 2}, marks=pytest.mark.slow),
+        ("sparse", 4, {"context": 4}, "4 heads over 4 devices, 1 on each"),
+        ("sparse", 1, {"context": 3}, "3 devices collect"),
+        ("full", 5, {"context": 3}, "5 heads over 3 devices, 2 on each"),
+        ("full", 3, {"context": 2}, "2 devices collect"),
+        pytest.param(
+            "sparse",
+            6,
+            {"data": 2, "tensor": 2, "context": 2},
+            "2 devices collect",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
-def test_attention_over_parts_is_attention(kind, sizes, caplog):
-    """Heads that are shared out evenly (4 by 4, 2 by 2) and heads that are not (4 by 3)."""
+def test_attention_over_parts_is_attention(kind, heads, sizes, way, caplog):
+    """Heads shared out evenly, filled up with zeros, and too few to share out."""
     op = full_attention
     if kind == "sparse":
         op = functools.partial(sparse_attention, chunk_size=6, top_k=3, implementation="xla")
-    q, k, v = random_qkv(3, 2, 72, heads=4, values=24)
+    q, k, v = random_qkv(3, 2, 72, heads=heads, values=24)
     expected = value_and_gradients(op)(q, k, v)
-    context._log_exchange.cache_clear()
+    context._log_choice.cache_clear()
     with jax.set_mesh(mesh_of(**sizes)), caplog.at_level(logging.INFO):
         run = value_and_gradients(functools.partial(context.attention, op))
         compare(run(q, k, v), expected)
-    even = 4 // sizes.get("tensor", 1) % sizes["context"] == 0
-    assert ("heads a device" if even else "can't be shared out evenly") in caplog.text
+    assert way in caplog.text
 
 
 # ----------------------------------------------------------------------- token shift and windows

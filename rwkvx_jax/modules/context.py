@@ -68,8 +68,9 @@ def attention(op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.A
     """`op(q, k, v)` over sequences cut along time; arrays [B, T, H, K].
 
     Devices trade tokens for heads: each gets some heads of whole sequences, and gives their outputs
-    back. That sends 4 / parts of an array [B, T, H, K] to each device. Heads that can't be shared
-    out evenly stay, and each device collects the keys and values of all tokens instead: 2 arrays.
+    back. Of arrays [B, T, H, K] each device then receives 4 / parts (heads of zeros fill up where
+    parts does not divide H). Where that is more than 2, as with very few heads, each collects the
+    keys and values of all tokens instead.
 
     Args:
       op: attention of queries that begin at position `q_offset` (a keyword) to keys from 0 on.
@@ -80,33 +81,25 @@ def attention(op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.A
     axis, parts = rule("time"), sequence_parts(q.shape[1])
 
     def stretch(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        _log_exchange(q.shape[2], parts)
-        if q.shape[2] % parts == 0:
-            return _trade_heads(op, q, k, v, axis)
-        k, v = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
-        return op(q, k, v, q_offset=jax.lax.axis_index(axis) * q.shape[1])
+        heads = q.shape[2]
+        each = -(-heads // parts)
+        if 4 * each > 2 * heads:
+            _log_choice(f"{parts} devices collect the keys and values of all tokens")
+            k, v = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
+            return op(q, k, v, q_offset=jax.lax.axis_index(axis) * q.shape[1])
+        _log_choice(f"{heads} heads over {parts} devices, {each} on each")
+        trade = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+        fill = [(0, 0), (0, 0), (0, each * parts - heads), (0, 0)]
+        q, k, v = (trade(jnp.pad(x, fill), split_axis=2, concat_axis=1) for x in (q, k, v))
+        return trade(op(q, k, v), split_axis=1, concat_axis=2)[:, :, :heads]
 
     return per_device(stretch, (_TOKENS,) * 3, _TOKENS)(q, k, v)
 
 
-def _trade_heads(op: Callable[..., jax.Array], q, k, v, axis: str) -> jax.Array:
-    trade = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
-    q, k, v = (trade(x, split_axis=2, concat_axis=1) for x in (q, k, v))
-    return trade(op(q, k, v), split_axis=1, concat_axis=2)
-
-
 @cache
-def _log_exchange(heads: int, parts: int) -> None:
-    """Says once how attention reads across devices."""
-    if heads % parts == 0:
-        _log.info("attention over %d parts: %d heads a device", parts, heads // parts)
-    else:
-        _log.warning(
-            "attention over %d parts: %d heads can't be shared out evenly, so each device holds "
-            "all keys and values of a sequence; another mesh.context or mesh.tensor sends less",
-            parts,
-            heads,
-        )
+def _log_choice(choice: str) -> None:
+    """Logs a choice the first time it is made."""
+    _log.info("attention to cut sequences: %s", choice)
 
 
 def _state_before(m: jax.Array, g: jax.Array, axis: str, parts: int) -> jax.Array:
