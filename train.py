@@ -1,14 +1,22 @@
 """Trains a model through the stages of its config: `python train.py --help`.
 
-Run again with the same workdir, it continues exactly where it stopped.
+Run again with the same workdir, it continues exactly where it stopped. On several hosts the same
+command runs on each of them; see docs/pods.md.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from rwkvx_jax.checkpoint import load_initial_params
-from rwkvx_jax.cli import friendly_errors, parse_with_overrides, settle_platform
+from rwkvx_jax.checkpoint import load_initial_params, work_path
+from rwkvx_jax.cli import (
+    accelerator_attached,
+    add_host_flags,
+    friendly_errors,
+    parse_with_overrides,
+    settle_platform,
+)
+from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.training.loop import TrainingStopped, fit
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
@@ -17,14 +25,23 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment file")
-    parser.add_argument("--workdir", help="where everything is written (default: runs/CONFIG)")
+    parser.add_argument(
+        "--workdir", help="where everything is written, on a disk or gs:// (default: runs/CONFIG)"
+    )
     parser.add_argument(
         "--init-from", help="start from these parameters: a workdir, .safetensors or .pth"
     )
+    add_host_flags(parser)
     settle_platform()
     with friendly_errors(TrainingStopped):
         flags, config = parse_with_overrides(parser, argv)
-        workdir = Path(flags.workdir or Path("runs") / Path(flags.config).stem)
+        join_hosts(
+            flags.coordinator,
+            flags.num_processes,
+            flags.process_id,
+            detect=accelerator_attached(),
+        )
+        workdir = work_path(flags.workdir or Path("runs") / Path(flags.config).stem)
         params = load_initial_params(flags.init_from, config) if flags.init_from else None
         fit(config, workdir, params)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from rwkvx_jax.config import (
@@ -40,6 +41,15 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written (full disk, permissions); earlier ones are untouched."""
 
 
+def work_path(path: str | Path) -> Path:
+    """A path as given: on a disk, or an `epath.Path` of a bucket (gs://)."""
+    return epath.Path(path) if "://" in str(path) else Path(path)
+
+
+def _absolute(path: Path) -> Path:
+    return path.absolute() if isinstance(path, Path) else path
+
+
 class Checkpoints:
     """The checkpoints of one work directory, numbered by steps over all stages."""
 
@@ -48,7 +58,7 @@ class Checkpoints:
         policy = preservation_policy.AnyPreservationPolicy(
             [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(keep_steps)]
         )
-        self._directory = (workdir / CHECKPOINTS).absolute()
+        self._directory = _absolute(workdir / CHECKPOINTS)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -210,7 +220,7 @@ def load_checkpoint(
     Raises:
       ConfigError, ConversionError: nothing readable there, or overrides that do not fit.
     """
-    path = Path(path)
+    path = work_path(path)
     if not path.exists():
         raise ConfigError(f"no checkpoint at {path}")
     if run is None:
@@ -253,7 +263,9 @@ def load_initial_params(path: str | Path, config: Config) -> Params:
     Raises:
       ConfigError: parameters of another shape than the config's; all differences are listed.
     """
-    params = get_params(load_checkpoint(path).model)
+    # In the memory of the host: a model that many chips share need not fit into one.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = get_params(load_checkpoint(path).model)
     hybrid = "attention_blocks" in params
     if hybrid and not config.stages[0].expanded:
         raise ConfigError(
@@ -317,7 +329,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
         raise ConfigError(f"{workdir} holds no run: no {CHECKPOINTS} directory in it")
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     names = ("params", "optimizer", "progress")
-    directory = (workdir / CHECKPOINTS).absolute()
+    directory = _absolute(workdir / CHECKPOINTS)
     with (
         _without_message("Given directory is read only"),  # as asked for, not worth a warning
         ocp.CheckpointManager(directory, options=options, item_names=names) as manager,
@@ -328,7 +340,15 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
         step = steps[-1] if step is None else step
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
         progress = manager.restore(step, args=args)["progress"]
-        args = ocp.args.Composite(params=ocp.args.StandardRestore())
+        config = from_dict(Config, progress["config"], "checkpoint")
+        stage = config.stages[progress["stage"]]
+        # Onto one device, whatever devices wrote it.
+        device = jax.config.jax_default_device or jax.local_devices()[0]
+        here = jax.sharding.SingleDeviceSharding(device)
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            get_params(abstract_model(config.stage_model(stage))),
+        )
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
         params = manager.restore(step, args=args)["params"]
-    config = from_dict(Config, progress["config"], "checkpoint")
-    return config, config.stages[progress["stage"]], step, params
+    return config, stage, step, params

@@ -43,6 +43,14 @@ def accelerator_attached(root: Path = Path("/")) -> bool:
     return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)
 
 
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `hosts.join_hosts`, for hosts that find each other through no environment."""
+    group = parser.add_argument_group("several hosts (a TPU pod needs none of these)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num-processes", type=int, help="processes of the job")
+    group.add_argument("--process-id", type=int, help="number of this process, from 0")
+
+
 def load_config(path: Path) -> Config:
     """Runs an experiment file and returns what its `get_config()` returns.
 

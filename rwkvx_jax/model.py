@@ -71,7 +71,7 @@ class RWKVX(nnx.Module):
 
     def features(self, tokens: jax.Array) -> jax.Array:
         """Normalised outputs of the last block, [B, T, D] in the compute dtype."""
-        x = constrain(self.embed_tokens(tokens), "batch", "time", None)
+        x = self.embed_tokens(tokens)
         first = jnp.arange(self.config.num_blocks) == 0
 
         def rwkv(carry, scanned):
@@ -229,7 +229,10 @@ class RWKVX(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Normalised embeddings, [B, T, D]."""
-        return self.ln0(jnp.asarray(self.embed[...])[tokens])
+        # First as the table lies, its width over fsdp: the partitioner finds no way of its own from
+        # there to whole rows where other axes are in use too, and would copy everything everywhere.
+        x = constrain(jnp.asarray(self.embed[...])[tokens], "replica", "time", "embed")
+        return self.ln0(constrain(x, "batch", "time", None))
 
 
 def unstack(model: RWKVX) -> RWKVX:

@@ -8,17 +8,20 @@ dimension that a mesh axis does not divide are errors.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rwkvx_jax.config import ConfigError, MeshConfig
+from rwkvx_jax.config import Config, ConfigError, MeshConfig
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +40,48 @@ RULES: dict[str, Any] = {
     "head_size": None,
     # activations
     "batch": ("data", "fsdp"),
+    "replica": "data",  # rows, while the width lies over fsdp
     "time": "context",
 }
+
+# Activations of many short texts: rows take the context axis as well, and no text is cut.
+_WHOLE_SEQUENCES = RULES | {
+    "batch": ("data", "fsdp", "context"),
+    "replica": ("data", "context"),
+    "time": None,
+}
+_in_force: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "rules in force", default=None
+)
+
+
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+    """While code is traced inside, `context` spreads rows instead of cutting sequences.
+
+    For many short texts beside a long one (the windows of LongCE): they then need no
+    communication, and no length that the axis divides.
+    """
+    token = _in_force.set(_WHOLE_SEQUENCES)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+def rule(axis: str | None) -> Any:
+    """Mesh axis, axes or None of a logical axis."""
+    return None if axis is None else (_in_force.get() or RULES)[axis]
+
+
+def sequence_parts(length: int) -> int:
+    """Into how many parts the mesh in force cuts sequences of `length` tokens; 1: into none.
+
+    A length that the context axis does not divide stays whole.
+    """
+    mesh, axis = jax.sharding.get_abstract_mesh(), rule("time")
+    parts = 1 if mesh.empty or axis is None else mesh.shape[axis]
+    return parts if length % parts == 0 else 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -64,9 +107,62 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"devices, but there are {len(devices)}: change the sizes, or use -1 for one of them"
         )
     shape = tuple(fill if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES)
-    return Mesh(
-        np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    grid = _arrange(devices, shape, config.slice_axis)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slice_axis: str) -> np.ndarray:
+    """Devices as a grid of this shape: neighbours in it are neighbours on the network.
+
+    Chips of one TPU slice talk over their own links (ICI), slices over the data centre's network
+    (DCN), which is far slower. So slices lie one after the other along `slice_axis` alone.
+    """
+    if devices[0].platform != "tpu" or not _fill_boxes(devices):
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    across = tuple(slices if axis == slice_axis else 1 for axis in MESH_AXES)
+    if any(size % ways for size, ways in zip(shape, across, strict=True)):
+        raise ConfigError(
+            f"the devices are {slices} TPU slices, but mesh.{slice_axis} is "
+            f"{shape[MESH_AXES.index(slice_axis)]}: make it a multiple of {slices}, or let slices "
+            "lie along another axis with mesh.slice_axis"
+        )
+    within = tuple(size // ways for size, ways in zip(shape, across, strict=True))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
     )
+
+
+def _fill_boxes(devices: Sequence[jax.Device]) -> bool:
+    """Whether the chips of each slice are all those of a box, as a whole slice is."""
+    boxes: dict[int, list[Any]] = {}
+    for device in devices:
+        boxes.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    full = lambda box: math.prod(np.ptp([d.coords for d in box], axis=0) + 1)
+    return all(len({tuple(d.coords) for d in box}) == full(box) for box in boxes.values())
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
+    heads, tensor, parts = config.model.num_heads, mesh.shape["tensor"], mesh.shape["context"]
+    if heads % tensor:
+        raise ConfigError(
+            f"the model has {heads} heads, which mesh.tensor {tensor} does not divide: use a "
+            "divisor of the number of heads"
+        )
+    for stage in config.stages:
+        batch_sharding(mesh, stage.global_batch)
+        model = config.stage_model(stage)
+        chunked = model.num_attention_blocks > 0 and model.attention == "sparse"
+        unit = model.chunk_size if chunked else 1
+        if parts > 1 and stage.seq_len % (parts * unit):
+            of_chunks = f" x model.chunk_size {unit}" if chunked else ""
+            raise ConfigError(
+                f"stage {stage.name!r}: sequences of {stage.seq_len} tokens can't be cut evenly; "
+                f"make seq_len a multiple of mesh.context {parts}{of_chunks} = {parts * unit}"
+            )
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -78,14 +174,20 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
         raise ConfigError(f"no sharding rule for logical axis {unknown}; known are {list(RULES)}")
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    return PartitionSpec(*map(rule, axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks for x to be sharded by its logical axes; a no-op where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Asks for x to be sharded by its logical axes; a no-op where no mesh is set.
+
+    A dimension that the mesh does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    sizes = dict(zip(axes, x.shape, strict=True))
+    spec = PartitionSpec(*(_fitting(mesh, axis, sizes) for axis in axes))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def named_sharding(
@@ -116,8 +218,9 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
     if jax.process_count() > 1:
         raise ConfigError(
-            f"a global batch of {rows} samples is not divisible by {ways}, the devices along mesh "
-            f"axes {list(RULES['batch'])}: change the batch, or give other mesh axes more devices"
+            f"a global batch of {rows} samples can't be shared out by {jax.process_count()} hosts: "
+            f"it is not divisible by {ways}, the devices along mesh axes {list(RULES['batch'])}; "
+            "change the batch, or give other mesh axes more devices"
         )
     _warn_uneven(rows, ways)
     return replicated(mesh)
@@ -170,7 +273,7 @@ def per_device(
 
 def _fitting(mesh: Any, axis: str | None, sizes: dict[str | None, int]) -> Any:
     """Mesh axes of a logical axis, or None where they do not divide its size."""
-    mesh_axes = None if axis is None else RULES[axis]
+    mesh_axes = rule(axis)
     parts = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
     ways = math.prod(mesh.shape[part] for part in parts)
     return mesh_axes if sizes[axis] % ways == 0 else None

@@ -20,6 +20,7 @@ from rwkvx_jax.data.pipeline import open_data
 from rwkvx_jax.data.sources import FileCorpus, open_corpus
 from rwkvx_jax.data.token_cache import build, cached
 from rwkvx_jax.tokenizer import load_tokenizer
+from tests.buckets import bucket  # noqa: F401
 
 BYTES = load_tokenizer("byte")
 PROSE = "Call me Ishmael.\n\nSome years ago — never mind how long precisely 🙂 —\n  I sailed.\n"
@@ -288,28 +289,8 @@ def test_chat_masks_reach_the_samples(tmp_path):
                 assert text == " Hi!\n\n So long.\n\n"
 
 
-def test_bucket_paths(tmp_path, monkeypatch):
-    """The same code reads gs:// paths; an in-memory file system stands for the bucket."""
-    fsspec = pytest.importorskip("fsspec")
-    from etils.epath import backend
-
-    class Bucket(fsspec.get_filesystem_class("memory")):
-        protocol = "gs"
-        store = {}
-        pseudo_dirs = [""]
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return super()._strip_protocol(path.removeprefix("gs://"))
-
-        def glob(self, path, **options):
-            return [name.lstrip("/") for name in super().glob(path, **options)]
-
-        def info(self, path, **options):
-            return super().info(path, **options) | {"mtime": 0.0}
-
-    bucket = Bucket()
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda *_: bucket)
+def test_bucket_paths(tmp_path, bucket):  # noqa: F811
+    """The same code reads gs:// paths."""
     for name, text in (("a.txt", "first"), ("deep/b.txt", "second"), ("deep/c.md", "third")):
         bucket.pipe(f"bucket/set/{name}", text.encode())
     for path, expected in [

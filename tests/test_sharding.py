@@ -7,56 +7,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.checkpoint import flat
-from rwkvx_jax.config import ConfigError, MeshConfig, OptimizerConfig
+from rwkvx_jax.config import ConfigError, LongCEConfig, MeshConfig, OptimizerConfig, Stage
 from rwkvx_jax.sharding import (
     MESH_AXES,
     batch_sharding,
+    check_fits,
     constrain,
     make_mesh,
     named_sharding,
     partition_spec,
 )
-from rwkvx_jax.training.step import stage_program
+from rwkvx_jax.training.curriculum import next_stage
 from tests.helpers import assert_close
 from tests.model_cases import quick_compile, random_params  # noqa: F401
-from tests.training_cases import CURRICULUM, MODEL, STAGES, one_device_mesh, random_batch
+from tests.training_cases import CURRICULUM, MODEL, RUN, one_device_mesh, random_batch
 
-EVEN = dataclasses.replace(MODEL, vocab_size=258)  # the tensor axis divides it
-CONFIG = dataclasses.replace(CURRICULUM, model=EVEN, optimizer=OptimizerConfig(clip_norm=0.0))
+EVEN = dataclasses.replace(MODEL, vocab_size=258, width=32)  # four heads; tensor divides all
+# A stage switch, LongCE and windows that the context axis does not divide. Adam divides by the
+# size of the gradient: only with a large eps are parameters after a step as close as gradients.
+TRAINED = (
+    Stage("preheat", 40, 8, 1, 1e-2, trainable="attention"),
+    Stage("grow", 128, 8, 1, 1e-2, loss="longce", longce=LongCEConfig(window=10, stride=24)),
+)
+CONFIG = dataclasses.replace(
+    CURRICULUM,
+    model=EVEN,
+    stages=TRAINED,
+    optimizer=OptimizerConfig(clip_norm=0.0, eps=1e-2),
+    run=dataclasses.replace(RUN, loss_block=96),
+)
+MESHES = [
+    {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+    {"data": 1, "context": 8},
+    pytest.param({"data": 8}, marks=pytest.mark.slow),
+    pytest.param({"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
+    pytest.param({"data": 2, "context": 4}, marks=pytest.mark.slow),
+]
 
 
-def one_step(mesh):
-    """Metrics, gradients (ten times the first moment) and state after one step."""
-    program = stage_program(CONFIG, STAGES[2], mesh)
-    batch = random_batch(8, STAGES[2].seq_len)
+def train(mesh):
+    """Metrics and gradients (ten times the first moment) of a step of each stage; the last state"""
+    seen, params = [], random_params(EVEN)
     with jax.set_mesh(mesh):
-        state = program.start(random_params(EVEN), None)
-        batch = {name: jax.device_put(x, batch_sharding(mesh, 8)) for name, x in batch.items()}
-        state, metrics = program.train_step(state, batch)
-    moments = next(s for s in state.opt_state if hasattr(s, "mu"))
-    return metrics, moments.mu, state
+        for index, stage in enumerate(TRAINED):
+            program, state = next_stage(CONFIG, index, mesh, params, None)
+            batch = random_batch(8, stage.seq_len, seed=index)
+            batch = {name: jax.device_put(x, batch_sharding(mesh, 8)) for name, x in batch.items()}
+            state, metrics = program.train_step(state, batch)
+            moments = next(s for s in state.opt_state if hasattr(s, "mu"))
+            seen.append(jax.device_get((metrics, moments.mu)))
+            params = state.params
+    return seen, state
 
 
 @pytest.fixture(scope="module")
 def single():
-    metrics, gradients, _ = one_step(one_device_mesh())
-    return jax.device_get((metrics, gradients))
+    return train(one_device_mesh())[0]
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_sharded_step_is_the_single_device_step(single, sizes):
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_sharded_steps_are_those_of_one_device(single, sizes):
     mesh = make_mesh(MeshConfig(**sizes))
-    metrics, gradients, state = one_step(mesh)
-    for name in ("loss", "objective", "grad_norm"):
-        assert_close(metrics[name], single[0][name], rel=1e-5, name=name)
-    for (name, found), (_, expected) in zip(flat(gradients), flat(single[1]), strict=True):
-        assert_close(found, expected, rel=1e-5, name=name)
+    seen, state = train(mesh)
+    for stage, (metrics, gradients), expected in zip(TRAINED, seen, single, strict=True):
+        for name in ("loss", "objective", "grad_norm"):
+            assert_close(metrics[name], expected[0][name], rel=1e-5, name=f"{stage.name} {name}")
+        for (name, found), (_, wanted) in zip(flat(gradients), flat(expected[1]), strict=True):
+            assert_close(found, wanted, rel=1e-5, name=f"{stage.name} {name}")
     # Parameters and both moments lie where the rules say, not everywhere.
     matrix = state.params["blocks"]["time_mix"]["receptance"].sharding
-    assert matrix.spec == P(None, "fsdp", "tensor")
+    assert matrix.is_equivalent_to(NamedSharding(mesh, P(None, "fsdp", "tensor")), 3)
     moments = next(s for s in state.opt_state if hasattr(s, "mu"))
     for tree in (moments.mu, moments.nu):
         assert tree["blocks"]["time_mix"]["receptance"].sharding == matrix
@@ -72,6 +96,66 @@ def test_meshes_that_do_not_fit_the_devices():
         make_mesh(MeshConfig(data=4))
     with pytest.raises(ConfigError, match="asks for tpu, but JAX found cpu"):
         make_mesh(MeshConfig(platform="tpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU v5e device as its place in a mesh depends on."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def pod(slices, columns, rows):
+    return [
+        Chip(number, (x, y, 0), part)
+        for number, (part, y, x) in enumerate(np.ndindex(slices, rows, columns))
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes, axis",
+    [({"data": 4, "tensor": 4}, "data"), ({"fsdp": -1, "data": 1}, "fsdp")],
+    ids=str,
+)
+def test_slices_lie_along_one_axis(sizes, axis):
+    """Only that axis crosses the slow network, once."""
+    grid = make_mesh(MeshConfig(**sizes, slice_axis=axis), pod(2, 2, 4)).devices
+    along = np.moveaxis(grid, MESH_AXES.index(axis), 0)
+    halves = along.reshape(2, -1)
+    assert [{chip.slice_index for chip in half} for half in halves] == [{0}, {1}]
+    assert len(set(grid.flat)) == 16
+
+
+def test_meshes_of_slices_that_do_not_fit():
+    with pytest.raises(ConfigError, match="2 TPU slices, but mesh.data is 1: .* multiple of 2"):
+        make_mesh(MeshConfig(data=1, fsdp=16), pod(2, 2, 4))
+    some = pod(1, 4, 4)[:6]  # fill no box: taken in their order
+    assert list(make_mesh(MeshConfig(), some).devices.flat) == some
+
+
+@pytest.mark.parametrize(
+    "sizes, changes, message",
+    [
+        ({"tensor": 8}, {}, "4 heads, which mesh.tensor 8 does not divide"),
+        ({"context": 4}, {"seq_len": 40}, r"40 tokens .*context 4 x model.chunk_size 8 = 32"),
+        ({"context": 8}, {"seq_len": 28, "expanded": False}, "multiple of mesh.context 8 = 8"),
+    ],
+    ids=str,
+)
+def test_configs_that_the_mesh_does_not_divide(sizes, changes, message):
+    stage = Stage(
+        "long", **{"seq_len": 64, "global_batch": 8, "steps": 1, "peak_lr": 1e-3, **changes}
+    )
+    config = dataclasses.replace(CURRICULUM, model=EVEN, stages=(stage,))
+    with pytest.raises(ConfigError, match=message):
+        check_fits(config, make_mesh(MeshConfig(**sizes)))
+    check_fits(config, make_mesh(MeshConfig()))
 
 
 def test_dimensions_and_axes_that_no_rule_covers():

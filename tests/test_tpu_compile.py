@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rwkvx_jax.config import ModelConfig, RunConfig
-from rwkvx_jax.model import abstract_model, get_params, with_params
+from rwkvx_jax.config import Config, LongCEConfig, MeshConfig, ModelConfig, RunConfig, Stage
+from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.plan import topology
-from rwkvx_jax.sharding import batch_sharding
-from rwkvx_jax.training.step import param_shardings
+from rwkvx_jax.sharding import batch_sharding, make_mesh
+from rwkvx_jax.training.step import param_shardings, stage_program
 from tools import static_costs
 from tools.static_costs import Case
 
@@ -93,3 +93,38 @@ def test_a_model_on_a_mesh_takes_the_kernels():
     assert len(kernels) >= 2, "forward and backward of the recurrence should be Pallas kernels"
     # The kernels see half of the batch and half of the four heads.
     assert any("[2,256,128]" in kernel or "[2,256,2,64]" in kernel for kernel in kernels)
+
+
+@pytest.mark.slow
+def test_a_train_step_over_parts_of_sequences():
+    """The whole step with LongCE, and the making of its parameters, for eight chips."""
+    stage = Stage("long", 4096, 4, 1, 1e-4, loss="longce", longce=LongCEConfig(256, 768))
+    model = ModelConfig(
+        vocab_size=512, num_blocks=2, num_attention_blocks=1, width=256, head_size=64,
+        chunk_size=256,
+    )  # fmt: skip
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
+    config = Config(model, (stage,), mesh=MeshConfig(**sizes))
+    mesh = make_mesh(config.mesh, topology.topology_devices("v5e:2x4"))
+    program = stage_program(config, stage, mesh)
+    cut = batch_sharding(mesh, 4)
+    tokens = jax.ShapeDtypeStruct((4, 4097), jnp.int32, sharding=cut)
+    mask = jax.ShapeDtypeStruct((4, 4096), jnp.float32, sharding=cut)
+    batch = {"tokens": tokens, "mask": mask}
+    with jax.set_mesh(mesh):
+        step = program.train_step.lower(program.abstract_state(), batch).compile()
+        make = lambda: get_params(create_model(model))
+        jax.jit(make, out_shardings=param_shardings(abstract_model(model), mesh)).lower().compile()
+    text = step.as_text()
+    kernels = re.findall(r"%\S+ = .*custom-call\(.*tpu_custom_call", text)
+    # A device has half of the rows, heads and tokens; windows it has whole, half of each pair.
+    assert any("2048" in kernel for kernel in kernels) and any(
+        "1024" in kernel for kernel in kernels
+    )
+    sizes = {
+        int(size)
+        for shape in re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
+        for dims in re.findall(r"\[([\d,]+)\]", shape)
+        for size in dims.split(",")
+    }
+    assert 4096 not in sizes, "a sequence is gathered"

@@ -13,14 +13,15 @@ import jax
 import numpy as np
 import pytest
 
-from rwkvx_jax.checkpoint import CheckpointFailed, Checkpoints, read_workdir
+from rwkvx_jax.checkpoint import CheckpointFailed, Checkpoints, read_workdir, work_path
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.training import loop
 from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.loop import TrainingStopped, fit
-from rwkvx_jax.training.metrics import cut_back
+from rwkvx_jax.training.metrics import MetricsWriter, cut_back
+from tests.buckets import bucket  # noqa: F401
 from tests.model_cases import quick_compile, random_params  # noqa: F401
-from tests.training_cases import CURRICULUM, MODEL, STAGES, STEPS, same_bits
+from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, STEPS, same_bits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,6 +161,27 @@ def test_bad_surroundings_are_errors_before_any_work(config, tmp_path):
     mesh = dataclasses.replace(config.mesh, data=3)
     with pytest.raises(ConfigError, match="3 devices, but there are 8"):
         fit(dataclasses.replace(config, mesh=mesh), tmp_path / "mesh")
+
+
+def test_metrics_in_a_bucket(bucket):  # noqa: F811
+    """A file that can't be appended to holds the same lines, and goes on after a resume."""
+    workdir = work_path("gs://bucket/run")
+    writer = MetricsWriter(workdir, resume_step=0, active=True)
+    for step in (1, 2, 3):
+        writer.write(step, "grow", {"loss": 1.0 / step})
+    assert not (workdir / "metrics.jsonl").exists()
+    writer.upload()
+    writer.write(4, "grow", {"loss": 0.1})
+    writer = MetricsWriter(workdir, resume_step=2, active=True)  # as after a kill
+    writer.write(3, "grow", {"loss": 0.5})
+    writer.close()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [1.0, 0.5, 0.5]
+    config = dataclasses.replace(CURRICULUM, run=dataclasses.replace(RUN, profile_steps="1:2"))
+    with pytest.raises(ConfigError, match="can't be written to gs://bucket/run; use a --workdir"):
+        fit(config, workdir)
+    with pytest.raises(ConfigError, match="gs://bucket/run.* on a local disk"):
+        fit(CURRICULUM, workdir)
 
 
 def test_metrics_are_cut_back_to_a_step(tmp_path):

@@ -92,6 +92,8 @@ class MeshConfig(Checked):
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    slice_axis: Literal["data", "fsdp"] = "data"
+    """Axis along which several TPU slices lie: what it sends crosses the slow network between."""
     platform: Literal["any", "cpu", "gpu", "tpu"] = "any"
     """Kind of device that must be there; "any" takes what JAX finds."""
 

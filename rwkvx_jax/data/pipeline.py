@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,21 +185,19 @@ def _local(path: str, what: str) -> Path:
 
 @dataclass(frozen=True)
 class _HostShare:
-    """One host's samples of every global batch from `start` on: the p-th contiguous slice."""
+    """One host's samples of every global batch from `start` on: its rows in their order."""
 
     dataset: grain.MapDataset
     start: int
     global_batch: int
-    local_batch: int
-    process_index: int
+    rows: tuple[int, ...]
 
     def __len__(self) -> int:
-        return (len(self.dataset) - self.start) // self.global_batch * self.local_batch
+        return (len(self.dataset) - self.start) // self.global_batch * len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        batch, row = divmod(index, self.local_batch)
-        offset = self.process_index * self.local_batch + row
-        return self.dataset[self.start + batch * self.global_batch + offset]
+        batch, place = divmod(index, len(self.rows))
+        return self.dataset[self.start + batch * self.global_batch + self.rows[place]]
 
 
 def batches(
@@ -207,36 +205,34 @@ def batches(
     global_batch: int,
     *,
     start: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """This host's batches, prepared ahead of their use.
+    """This host's part of every batch, prepared ahead of its use.
 
     Args:
       dataset: samples of a stage.
       global_batch: samples of a step over all hosts.
       start: index of the first sample, steps done x global_batch.
-      process_index: this host's number.
-      process_count: number of hosts.
+      rows: which of the samples of a step this host reads; None: all.
       workers: processes that prepare batches; 0: threads of this process.
 
     Returns:
       An iterator with a `close()` that ends threads and workers; its items hold the samples'
-      arrays stacked, [global_batch / process_count, ...]. The batches of all hosts one above
-      the other are the same for any number of hosts. A worker that dies raises RuntimeError.
+      arrays stacked, [len(rows), ...]. Row r of a batch is the same sample on any number of hosts.
+      A worker that dies raises RuntimeError.
 
     Raises:
-      ConfigError: a number of hosts that does not divide the batch.
+      ConfigError: a row that the batch does not have, or no rows.
     """
-    if global_batch % process_count:
-        raise ConfigError(
-            f"global_batch {global_batch} can't be shared by {process_count} hosts evenly"
-        )
-    local = global_batch // process_count
-    share = _HostShare(dataset, start, global_batch, local, process_index)
+    rows = tuple(range(global_batch) if rows is None else rows)
+    if not rows or not 0 <= min(rows) <= max(rows) < global_batch:
+        raise ConfigError(f"rows {list(rows)} are not some of the {global_batch} of a global batch")
+    share = _HostShare(dataset, start, global_batch, rows)
     read = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
-    stream = grain.MapDataset.source(share).batch(local, drop_remainder=True).to_iter_dataset(read)
+    stream = (
+        grain.MapDataset.source(share).batch(len(rows), drop_remainder=True).to_iter_dataset(read)
+    )
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads flags when it starts workers
             flags.FLAGS.mark_as_parsed()

@@ -13,12 +13,13 @@ from flax import nnx
 
 from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
+from rwkvx_jax.modules import context
 from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece
 from rwkvx_jax.ops.selection import select_from_means
-from rwkvx_jax.sharding import constrain, per_device
+from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
 class Attention(nnx.Module):
@@ -56,8 +57,11 @@ class Attention(nnx.Module):
                 top_k=self.config.top_k,
                 implementation=run.sparse_attention,
             )
-        tokens = ("batch", None, "heads", None)
-        out = per_device(op, (tokens,) * 3, tokens)(q, k, v)
+        if sequence_parts(h.shape[1]) > 1:
+            out = context.attention(op, q, k, v)
+        else:
+            tokens = ("batch", None, "heads", None)
+            out = per_device(op, (tokens,) * 3, tokens)(q, k, v)
         return self.combine(out)
 
     def cached(

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.modules import context
 from rwkvx_jax.modules.parameters import LayerConstants, orthogonal, parameter, uniform
-from rwkvx_jax.sharding import constrain
+from rwkvx_jax.sharding import constrain, sequence_parts
 
 
 def previous_token(
@@ -16,6 +17,8 @@ def previous_token(
     shift: jax.Array | None,  # [B, D], the input before h, or None: zeros
 ) -> jax.Array:
     """h moved one step later in time: [B, T, D], beginning with `shift`."""
+    if shift is None and sequence_parts(h.shape[1]) > 1:
+        return context.previous_token(h)
     first = jnp.zeros_like(h[:, :1]) if shift is None else shift[:, None].astype(h.dtype)
     return jnp.concatenate([first, h[:, :-1]], axis=1)
 

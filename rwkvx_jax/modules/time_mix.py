@@ -10,6 +10,7 @@ from flax import nnx
 
 from rwkvx_jax.cache import TimeMixState
 from rwkvx_jax.config import ModelConfig, RunConfig
+from rwkvx_jax.modules import context
 from rwkvx_jax.modules.channel_mix import last_valid, previous_token
 from rwkvx_jax.modules.parameters import (
     LayerConstants,
@@ -19,7 +20,7 @@ from rwkvx_jax.modules.parameters import (
     uniform,
 )
 from rwkvx_jax.ops.recurrence import wkv7
-from rwkvx_jax.sharding import constrain, per_device
+from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 DECAY_BOUND = 0.6065306597126334  # exp(-1/2): log w lies in [-DECAY_BOUND, 0)
 GROUP_NORM_EPS = 64e-5
@@ -105,14 +106,7 @@ class TimeMix(nnx.Module):
             k, write = jnp.where(valid, k, 0), jnp.where(valid, write, 0)
         # A single token needs no chunks: one step of the recurrence as it is written.
         implementation = "sequential" if h.shape[1] == 1 else run.recurrence
-        arrays = (r, log_w, k, v, remove, write) + (() if state is None else (state.wkv,))
-        tokens, matrix = ("batch", None, "heads", None), ("batch", "heads", None, None)
-        recurrence = per_device(
-            partial(wkv7, implementation=implementation),
-            (tokens,) * 6 + (matrix,) * (len(arrays) - 6),
-            (tokens, matrix),
-        )
-        y, wkv = recurrence(*arrays)
+        y, wkv = _recurrence((r, log_w, k, v, remove, write), state, implementation)
         bonus = (r * k).astype(jnp.float32) * self.r_k[...][None, None]
         y = self.ln_x(y) + bonus.sum(-1, keepdims=True) * v.astype(jnp.float32)
         y = y.reshape(h.shape).astype(h.dtype) * g
@@ -140,6 +134,21 @@ class TimeMix(nnx.Module):
     def _vector(self, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """A per-channel parameter as [1, 1, D]."""
         return getattr(self, name)[...][None, None].astype(dtype)
+
+
+def _recurrence(
+    arrays: tuple[jax.Array, ...], state: TimeMixState | None, implementation: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """`wkv7` on the mesh in force, by each device for its rows, heads and part of the sequence."""
+    if state is None and sequence_parts(arrays[0].shape[1]) > 1:
+        return context.recurrence(*arrays, implementation=implementation)
+    arrays += () if state is None else (state.wkv,)
+    tokens, matrix = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    return per_device(
+        partial(wkv7, implementation=implementation),
+        (tokens,) * 6 + (matrix,) * (len(arrays) - 6),
+        (tokens, matrix),
+    )(*arrays)
 
 
 class GroupNorm(nnx.Module):

@@ -5,6 +5,7 @@ compute the same function in float32 inside; they differ in speed and in what th
 keeps. Mathematics: RWKV-7 "Goose" (arXiv 2503.14456), section 4.
 """
 
+import functools
 import importlib
 
 import jax
@@ -119,6 +120,43 @@ def wkv7_sequential(r, log_w, k, v, a, b, state) -> tuple[jax.Array, jax.Array]:
     return y.swapaxes(0, 1).astype(v.dtype), state
 
 
+def wkv7_affine(
+    r: jax.Array,  # [B, T, H, K]
+    log_w: jax.Array,  # [B, T, H, K]
+    k: jax.Array,  # [B, T, H, K]
+    v: jax.Array,  # [B, T, H, V]
+    a: jax.Array,  # [B, T, H, K]
+    b: jax.Array,  # [B, T, H, K]
+    *,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`wkv7` for a start state that is not known yet, in which it is affine.
+
+    From the state S_0 it would return y_t = y0_t + S_0 z_t and S_T = S_0 M + G. This is what
+    devices that hold stretches of one sequence work with: they exchange (M, G), where (M1, G1)
+    followed by (M2, G2) is (M1 M2, G1 M2 + G2). Differentiable; arguments as in `wkv7`.
+
+    Returns:
+      y0 [B, T, H, V] in v's dtype, z [B, T, H, K] in k's dtype; M [B, H, K, K] and G [B, H, V, K],
+      float32.
+    """
+    # The rows of the state do not mix. So rows that start as the identity and are written nothing
+    # end as M and read z, and rows that start as zeros end as G and read y0.
+    batch, _, heads, width = k.shape
+    identity = jnp.broadcast_to(jnp.eye(width, dtype=jnp.float32), (batch, heads, width, width))
+    chosen = resolve("wkv7", implementation, _candidates(r, v))
+    run = functools.partial(wkv7, implementation=chosen, chunk_size=chunk_size)
+    if chosen == "pallas":  # kernels take square states only
+        y0, g = run(r, log_w, k, v, a, b)
+        z, m = run(r, log_w, k, jnp.zeros_like(k), a, b, identity)
+        return y0, z, m, g
+    # The forms in XLA prepare each chunk once for all rows.
+    start = jnp.pad(identity, ((0, 0), (0, 0), (0, v.shape[-1]), (0, 0)))
+    both, end = run(r, log_w, k, jnp.concatenate([jnp.zeros_like(k), v], axis=-1), a, b, start)
+    return both[..., width:], both[..., :width], end[..., :width, :], end[..., width:, :]
+
+
 def segment_map(
     log_w: jax.Array,  # [B, T, H, K]
     k: jax.Array,  # [B, T, H, K]
@@ -129,32 +167,11 @@ def segment_map(
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What a stretch of tokens does to the state: S_T = S_0 M + G.
-
-    This is what devices that hold stretches of one sequence exchange: (M1, G1) followed by (M2, G2)
-    is (M1 M2, G1 M2 + G2). Differentiable; arguments as in `wkv7`.
-
-    Returns:
-      M [B, H, K, K] and G [B, H, V, K], float32.
-    """
-    # The rows of the state do not mix. So rows that start as the identity and are written nothing
-    # end as M, and rows that start as zeros end as G.
-    batch, _, heads, width = k.shape
-    values = jnp.concatenate([jnp.zeros_like(k), v], axis=-1)
-    rows = jnp.eye(width + v.shape[-1], width, dtype=jnp.float32)
-    start = jnp.broadcast_to(rows, (batch, heads, *rows.shape))
-    _, end = wkv7(
-        jnp.zeros_like(k),
-        log_w,
-        k,
-        values,
-        a,
-        b,
-        start,
-        implementation=implementation,
-        chunk_size=chunk_size,
-    )
-    return end[..., :width, :], end[..., width:, :]
+    """What a stretch of tokens does to the state: M and G of `wkv7_affine`."""
+    unread = jnp.zeros_like(k)
+    return wkv7_affine(
+        unread, log_w, k, v, a, b, implementation=implementation, chunk_size=chunk_size
+    )[2:]
 
 
 def _candidates(r: jax.Array, v: jax.Array) -> tuple[Candidate, ...]:

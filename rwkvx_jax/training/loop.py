@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ from rwkvx_jax.checkpoint import (
 )
 from rwkvx_jax.config import Config, ConfigError, RunConfig, Stage, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
-from rwkvx_jax.model import Params, create_model, get_params
-from rwkvx_jax.sharding import batch_sharding, make_mesh
+from rwkvx_jax.hosts import check_joined, global_batch, host_rows, stop_signal
+from rwkvx_jax.model import Params
+from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
 from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
 from rwkvx_jax.training.metrics import MetricsWriter, Reporter
 from rwkvx_jax.training.probe import make_probe
-from rwkvx_jax.training.step import StageProgram, TrainState, stage_program
+from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
 
 CONFIG_FILE = "config.json"
 
@@ -76,12 +76,13 @@ class Run:
     writer: MetricsWriter
     reporter: Reporter
     trace: Trace
-    interrupted: bool = False  # a SIGTERM came: save and stop
+    stopping: Callable[[int], bool]  # steps done -> whether to save and stop: SIGTERM came
 
     def save(self, position: Position, state: TrainState) -> None:
         record = progress_record(self.config, *position, self.data.fingerprint)
         optimizer = {"moments": state.opt_state, "guard": state.guard}
         self.checkpoints.save(position.total(self.config), state.params, optimizer, record)
+        self.writer.upload()
 
 
 def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> Params:
@@ -89,7 +90,8 @@ def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> 
 
     Args:
       config: the experiment.
-      workdir: where checkpoints, metrics and the data cache live; created if need be.
+      workdir: where checkpoints, metrics and the data cache live; created if need be. All hosts
+        see it; an `epath.Path` may lie in a bucket.
       initial_params: parameters to start from (a plain RWKV-7 is expanded where a stage wants
         the hybrid); None initialises them. Not used when a checkpoint is there.
 
@@ -105,7 +107,13 @@ def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> 
 
 
 def _fit(config: Config, workdir: Path, initial_params: Params | None) -> Params:
+    check_joined()
     mesh = make_mesh(config.mesh)
+    check_fits(config, mesh)
+    if config.run.profile_steps and not isinstance(workdir, Path):
+        raise ConfigError(
+            f"run.profile_steps: a trace can't be written to {workdir}; use a --workdir on a disk"
+        )
     first = jax.process_index() == 0
     reporter = Reporter(active=first)
     _prepare_workdir(workdir, active=first)
@@ -128,10 +136,11 @@ def _fit(config: Config, workdir: Path, initial_params: Params | None) -> Params
             (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
         writer = MetricsWriter(workdir, resume_step=latest or 0, active=first)
         trace = Trace(config.run, workdir)
-        run = Run(config, workdir, mesh, data, checkpoints, writer, reporter, trace)
-        devices = mesh.devices.flat
-        reporter.message(f"{mesh.size} {devices[0].device_kind} device(s), workdir {workdir}")
-        with closing(writer), closing(trace), _sigterm(run):
+        kind = mesh.devices.flat[0].device_kind
+        hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+        reporter.message(f"{mesh.size} {kind} device(s){hosts}, workdir {workdir}")
+        with closing(writer), closing(trace), stop_signal() as stopping:
+            run = Run(config, workdir, mesh, data, checkpoints, writer, reporter, trace, stopping)
             try:
                 return _run_stages(run, latest, initial_params)
             except (CheckpointFailed, OSError) as error:
@@ -160,7 +169,7 @@ def _run_stages(run: Run, latest: int | None, params: Params | None) -> Params:
             params, optimizer["moments"], step=position.stage_step, guard=optimizer["guard"]
         )
     elif params is None:
-        params = jax.jit(lambda: get_params(create_model(config.stage_model(config.stages[0]))))()
+        params = initial_params(config.stage_model(config.stages[0]), run.mesh)
     for index in range(position.stage, len(config.stages)):
         stage = config.stages[index]
         if index > position.stage or latest is None:
@@ -186,8 +195,7 @@ def _run_stage(
         run.data.dataset(stage, "train"),
         stage.global_batch,
         start=position.stage_step * stage.global_batch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=host_rows(batch_sharding(run.mesh, stage.global_batch), stage.global_batch),
         workers=config.run.data_workers,
     )
     evaluate = _evaluator(run, program, stage)
@@ -208,10 +216,11 @@ def _run_stage(
                     watch.drain()
                     evaluate(total + 1, state.params)
                 due = total + 1 == _due(total + 1, config.run.checkpoint_every)
-                if last or due or run.interrupted:
+                stopping = run.stopping(total + 1)
+                if last or due or stopping:
                     watch.drain()  # a bad step is found before it is saved
                     run.save(position, state)
-                if run.interrupted:
+                if stopping:
                     run.checkpoints.wait()
                     raise TrainingStopped(
                         f"stopped by SIGTERM after step {total + 1}; it is saved: the same "
@@ -241,10 +250,7 @@ class _Watch:
         start = time.perf_counter()
         batch = next(iterator)
         self._wait = time.perf_counter() - start
-        return {
-            name: jax.make_array_from_process_local_data(self._sharding, rows)
-            for name, rows in batch.items()
-        }
+        return global_batch(self._sharding, batch, self._stage.global_batch)
 
     def submit(self, position: Position, metrics: dict[str, jax.Array]) -> None:
         self.drain()
@@ -311,21 +317,17 @@ def _evaluator(run: Run, program: StageProgram, stage: Stage):
 
 def _held_out_loss(run: Run, program: StageProgram, stage: Stage, params: Params) -> float:
     """Mean loss over the first held-out batches, the same ones every time."""
+    sharding = batch_sharding(run.mesh, stage.global_batch)
     iterator = batches(
         run.data.dataset(stage, "valid"),
         stage.global_batch,
         start=0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=host_rows(sharding, stage.global_batch),
     )
     total = count = 0.0
-    sharding = batch_sharding(run.mesh, stage.global_batch)
     with closing(iterator):
-        for _, rows in zip(range(run.config.run.eval_batches), iterator, strict=False):
-            batch = {
-                name: jax.make_array_from_process_local_data(sharding, value)
-                for name, value in rows.items()
-            }
+        for _, local in zip(range(run.config.run.eval_batches), iterator, strict=False):
+            batch = global_batch(sharding, local, stage.global_batch)
             loss, valid = program.eval_step(params, batch)
             total, count = total + float(loss), count + float(valid)
     return total / max(count, 1.0)
@@ -357,22 +359,3 @@ def _compilation_cache(directory: str):
     finally:
         compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", before)
-
-
-@contextmanager
-def _sigterm(run: Run):
-    """Turns SIGTERM (preemption) into a saved checkpoint and an orderly end."""
-
-    def handler(*_) -> None:
-        run.interrupted = True
-        signal.signal(signal.SIGTERM, before)  # a second one ends the process at once
-
-    try:
-        before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread: the caller handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rwkvx_jax.config import LongCEConfig
 from rwkvx_jax.model import RWKVX
+from rwkvx_jax.sharding import constrain, sequence_parts, whole_sequences
 
 
 class TokenLosses(NamedTuple):
@@ -47,13 +49,21 @@ def token_losses(model: RWKVX, tokens: jax.Array, block_tokens: int) -> TokenLos
       block_tokens: tokens whose logits exist at once (rounded to whole time steps).
     """
     features, targets = model.features(tokens[:, :-1]), tokens[:, 1:]
-    batch, time = targets.shape
-    block = min(time, max(1, block_tokens // batch))
+    # A block takes as many time steps of each part of a sequence that lies on several devices.
+    batch, parts = len(targets), sequence_parts(targets.shape[1])
+    time = targets.shape[1] // parts
+    block = min(time, max(1, block_tokens // (batch * parts)))
     blocks = -(-time // block)
 
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, block, ...]
-        padding = [(0, 0), (0, blocks * block - time)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, padding).reshape(batch, blocks, block, *x.shape[2:]).swapaxes(0, 1)
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, parts, block, ...]
+        x = x.reshape(batch, parts, time, *x.shape[2:])
+        padding = [(0, 0), (0, 0), (0, blocks * block - time)] + [(0, 0)] * (x.ndim - 3)
+        x = jnp.pad(x, padding).reshape(batch, parts, blocks, block, *x.shape[3:])
+        return constrain(jnp.moveaxis(x, 2, 0), None, "batch", "time", *[None] * (x.ndim - 3))
+
+    def join(x: jax.Array) -> jax.Array:  # [blocks, B, parts, block] -> [B, T]
+        x = jnp.moveaxis(x, 0, 2).reshape(batch, parts, blocks * block)
+        return x[:, :, :time].reshape(batch, parts * time)
 
     @jax.checkpoint  # the backward pass makes the logits of a block again
     def one_block(features: jax.Array, targets: jax.Array) -> TokenLosses:
@@ -62,7 +72,7 @@ def token_losses(model: RWKVX, tokens: jax.Array, block_tokens: int) -> TokenLos
         return TokenLosses(losses, jnp.square(logits.max(-1)))
 
     losses = jax.lax.map(lambda xs: one_block(*xs), (split(features), split(targets)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :time], losses)
+    return jax.tree.map(join, losses)
 
 
 def longce_starts(length: int, config: LongCEConfig) -> list[int]:
@@ -87,13 +97,19 @@ def longce_weights(
     span = config.window + config.stride
     starts = longce_starts(time, config)
     padded = jnp.pad(tokens, ((0, 0), (0, max(0, starts[-1] + span - time))))
+    # Devices that share a sequence take windows of it each; the last round may run some twice.
+    batch, at_once = len(tokens), sequence_parts(time)
+    rounds = np.resize(starts, (-(-len(starts) // at_once), at_once))
 
-    def window(start: jax.Array) -> jax.Array:  # -> [B, stride]
-        part = jax.lax.dynamic_slice_in_dim(padded, start, span + 1, axis=1)
-        return short_losses(part)[:, config.window :]
+    def windows(starts: jax.Array) -> jax.Array:  # [at_once] -> [B, at_once * stride]
+        cut = lambda start: jax.lax.dynamic_slice_in_dim(padded, start, span + 1, axis=1)
+        parts = jax.vmap(cut, out_axes=1)(starts).reshape(batch * at_once, span + 1)
+        short = short_losses(constrain(parts, "batch", None))
+        return short[:, config.window :].reshape(batch, -1)
 
-    short = jax.lax.map(window, jnp.asarray(starts))  # [windows, B, stride]
-    short = short.swapaxes(0, 1).reshape(tokens.shape[0], -1)
+    with whole_sequences():
+        short = jax.lax.map(windows, jnp.asarray(rounds))
+    short = short.swapaxes(0, 1).reshape(batch, -1)[:, : len(starts) * config.stride]
     first = starts[0] + config.window
     short = short[:, : time - first]
     weights = jnp.minimum(jnp.exp(short - full_losses[:, first:]), config.cap)

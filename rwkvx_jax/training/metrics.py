@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS = 10.0
+UPLOAD_SECONDS = 60.0
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -36,20 +37,56 @@ def cut_back(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
+class _Lines:
+    """A jsonl file to append to. In a bucket nothing can be appended: there the whole file is
+    written again, now and then and in `upload`."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, None
+        if isinstance(path, Path):
+            self._file = path.open("a")
+            return
+        self._text = path.read_text() if path.exists() else ""
+        self._uploaded = time.monotonic()
+
+    def add(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.upload()
+
+    def upload(self) -> None:
+        if self._file is None:
+            self._path.write_text(self._text)
+            self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        self.upload()
+        if self._file is not None:
+            self._file.close()
+
+
 class MetricsWriter:
-    """Writes records of process 0; other processes get an inert one (`active=False`)."""
+    """Writes records of process 0; other processes get an inert one (`active=False`).
+
+    Files for TensorBoard are written on disks only, not into buckets.
+    """
 
     def __init__(self, workdir: Path, *, resume_step: int, active: bool):
-        self._active = active
+        self._active, self._board = active, None
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
         for path in paths:
             cut_back(path, resume_step)
-        self._metrics, self._timing = (path.open("a") for path in paths)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._metrics, self._timing = map(_Lines, paths)
+        if isinstance(workdir, Path):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, stage: str, values: dict[str, float]) -> None:
         """One record of metrics.jsonl, and its scalars for TensorBoard."""
@@ -62,17 +99,22 @@ class MetricsWriter:
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if not self._active:
             return
-        file = getattr(self, name)
-        file.write(json.dumps(record) + "\n")
-        file.flush()
+        getattr(self, name).add(json.dumps(record) + "\n")
         for key, value in record.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and self._board is not None:
                 self._board.add_scalar(key, value, record["step"])
+
+    def upload(self) -> None:
+        """To be called with each checkpoint: what it continues from has to be there as well."""
+        if self._active:
+            self._metrics.upload()
+            self._timing.upload()
 
     def close(self) -> None:
         if self._active:
             self._metrics.close()
             self._timing.close()
+        if self._board is not None:
             self._board.close()
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkvx_jax.model import RWKVX, Params, with_params
+from rwkvx_jax.sharding import constrain
 from rwkvx_jax.tasks.passkey import answer_tokens, eval_key, exact_prompt
 from rwkvx_jax.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ def make_probe(
         count = max(answers)
         bound = with_params(model, params)
         logits = bound.head(bound.features(tokens[None])[:, -count - 1 : -1])
-        return jnp.argmax(logits[0], -1) == tokens[-count:]
+        return constrain(jnp.argmax(logits[0], -1) == tokens[-count:], None)  # whole on all hosts
 
     def probe(params: Params) -> float:
         hits = [

@@ -16,8 +16,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rwkvx_jax.config import Config, Stage
-from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, param_axes, with_params
+from rwkvx_jax.config import Config, ModelConfig, Stage
+from rwkvx_jax.hosts import place
+from rwkvx_jax.model import (
+    RWKVX,
+    Params,
+    abstract_model,
+    create_model,
+    get_params,
+    param_axes,
+    with_params,
+)
 from rwkvx_jax.sharding import batch_sharding, named_sharding, replicated
 from rwkvx_jax.training.losses import longce_weights, token_losses, token_weights
 from rwkvx_jax.training.optimizer import (
@@ -109,11 +118,11 @@ class StageProgram:
         guard: Guard | None = None,
     ) -> TrainState:
         """The state after `step` steps of the stage; None makes fresh moments, or a fresh guard."""
-        params = jax.device_put(params, self.shardings.params)
+        params = place(params, self.shardings.params)
         if opt_state is None:
             opt_state = self.init_opt_state(split_trainable(params, self.trainable)[0])
-        opt_state = jax.device_put(opt_state, self.shardings.opt_state)
-        step, guard = jax.device_put(
+        opt_state = place(opt_state, self.shardings.opt_state)
+        step, guard = place(
             (jnp.int32(step), guard or Guard.start()), (self.shardings.step, self.shardings.guard)
         )
         return TrainState(step, params, opt_state, guard)
@@ -128,6 +137,18 @@ def param_shardings(model: RWKVX, mesh: Mesh) -> Params:
         return named_sharding(mesh, leaf_axes, leaf.shape, name)
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def initial_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """Freshly initialised parameters of a model, each device making its own part.
+
+    On CPUs every process makes them whole, on one device: matrix factorisations that run on
+    several simulated devices at once wait for each other's threads (see `modules/parameters.py`).
+    """
+    make = lambda: get_params(create_model(config))
+    if mesh.devices.flat[0].platform == "cpu":
+        return jax.jit(make)()
+    return jax.jit(make, out_shardings=param_shardings(abstract_model(config), mesh))()
 
 
 def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:

@@ -1,0 +1,134 @@
+"""One sequence on several devices: what crosses the borders of its parts.
+
+Where the mesh in force has a `context` axis, each device holds a stretch of every sequence, and
+the three operations that mix tokens exchange what the others need: the token shift one row, the
+recurrence its affine maps (a matrix per head, however long the stretches are), attention its heads
+for its tokens. Everything else in the model works token by token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rwkvx_jax.ops.recurrence import wkv7_affine
+from rwkvx_jax.sharding import per_device, rule, sequence_parts
+
+_log = logging.getLogger(__name__)
+
+_TOKENS = ("batch", "time", "heads", None)
+
+
+def previous_token(h: jax.Array) -> jax.Array:
+    """h [B, T, D] moved one step later in time, zeros first, across the parts of the sequence."""
+    axis = rule("time")
+
+    def shift(part: jax.Array) -> jax.Array:
+        before = _from_earlier(part[:, -1:], axis, 1)
+        return jnp.concatenate([before, part[:, :-1]], axis=1)
+
+    spec = PartitionSpec(None, axis, None)
+    # The other mesh axes stay with the partitioner.
+    return jax.shard_map(shift, in_specs=spec, out_specs=spec, axis_names={axis})(h)
+
+
+def recurrence(
+    *arrays: jax.Array,  # r, log_w, k, v, a, b: [B, T, H, K]
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`wkv7` from an empty state over sequences cut along time.
+
+    Every device runs its stretch once, as an affine function of the state at its start; that state
+    follows from the maps (M, G) of the stretches before, collected by doubling. What is sent does
+    not depend on the length of the sequence.
+
+    Returns:
+      y [B, T, H, V] in v's dtype, and the final state [B, H, V, K] in float32.
+    """
+    axis, parts = rule("time"), sequence_parts(arrays[0].shape[1])
+
+    def stretch(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, z, m, g = wkv7_affine(*arrays, implementation=implementation)
+        start = _state_before(m, g, axis, parts)
+        added = jnp.einsum("bhvk,bthk->bthv", start, z.astype(jnp.float32), precision="highest")
+        y = (y.astype(jnp.float32) + added).astype(y.dtype)
+        return y, (_product(start, m) + g)[None]
+
+    ends = ("time", "batch", "heads", None, None)  # of all stretches: only the last is read
+    y, states = per_device(stretch, (_TOKENS,) * 6, (_TOKENS, ends))(*arrays)
+    return y, states[-1]
+
+
+def attention(op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`op(q, k, v)` over sequences cut along time; arrays [B, T, H, K].
+
+    Devices trade tokens for heads: each gets some heads of whole sequences, and gives their outputs
+    back. Of arrays [B, T, H, K] each device then receives 4 / parts (heads of zeros fill up where
+    parts does not divide H). Where that is more than 2, as with very few heads, each collects the
+    keys and values of all tokens instead.
+
+    Args:
+      op: attention of queries that begin at position `q_offset` (a keyword) to keys from 0 on.
+      q: queries.
+      k: keys.
+      v: values.
+    """
+    axis, parts = rule("time"), sequence_parts(q.shape[1])
+
+    def stretch(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        heads = q.shape[2]
+        each = -(-heads // parts)
+        if 4 * each > 2 * heads:
+            _log_choice(f"{parts} devices collect the keys and values of all tokens")
+            k, v = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
+            return op(q, k, v, q_offset=jax.lax.axis_index(axis) * q.shape[1])
+        _log_choice(f"{heads} heads over {parts} devices, {each} on each")
+        trade = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+        fill = [(0, 0), (0, 0), (0, each * parts - heads), (0, 0)]
+        q, k, v = (trade(jnp.pad(x, fill), split_axis=2, concat_axis=1) for x in (q, k, v))
+        return trade(op(q, k, v), split_axis=1, concat_axis=2)[:, :, :heads]
+
+    return per_device(stretch, (_TOKENS,) * 3, _TOKENS)(q, k, v)
+
+
+@cache
+def _log_choice(choice: str) -> None:
+    """Logs a choice the first time it is made."""
+    _log.info("attention to cut sequences: %s", choice)
+
+
+def _state_before(m: jax.Array, g: jax.Array, axis: str, parts: int) -> jax.Array:
+    """State [B, H, V, K] at the start of this device's stretch, from the maps of all.
+
+    After the round that doubles to n, (M, G) is the map of the n stretches before this one.
+    """
+    m, g = _map_from_earlier(m, g, axis, 1)
+    reach = 1
+    while reach < parts - 1:
+        m1, g1 = _map_from_earlier(m, g, axis, reach)
+        m, g = _product(m1, m), _product(g1, m) + g
+        reach *= 2
+    return g
+
+
+def _map_from_earlier(m, g, axis: str, distance: int) -> tuple[jax.Array, jax.Array]:
+    """The map held `distance` devices earlier; the identity where there is no such device."""
+    exists = jax.lax.axis_index(axis) >= distance
+    identity = jnp.broadcast_to(jnp.eye(m.shape[-1], dtype=m.dtype), m.shape)
+    m = jnp.where(exists, _from_earlier(m, axis, distance), identity)
+    return m, _from_earlier(g, axis, distance)
+
+
+def _from_earlier(x: jax.Array, axis: str, distance: int) -> jax.Array:
+    """x of the device `distance` earlier along the axis; zeros where there is none."""
+    parts = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, i + distance) for i in range(parts - distance)])
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision="highest")
