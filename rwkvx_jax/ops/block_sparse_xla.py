@@ -226,7 +226,7 @@ def _tile_rows(pairs: int, chunk_size: int, chunks: int) -> int:
 
 
 def _most_tiles(pairs: int, tile_rows: int, chunks: int) -> float:
-    """Tiles of all chunks together, however the pairs fall: each chunk's last one may be partial."""
+    """Tiles of all chunks together, however the pairs fall; each chunk's last may be partial."""
     return pairs / tile_rows + chunks
 
 

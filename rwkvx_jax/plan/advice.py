@@ -68,7 +68,10 @@ def _more_fsdp(plan: Plan, sizes: Mapping[str, int]) -> str:
     share = ""
     if plan.memory is not None:
         share = f" (now {gib(plan.memory.arguments):.2f} GiB on each device)"
-    return f"mesh.fsdp is {sizes['fsdp']}: {2 * sizes['fsdp']}{moved} halves parameters and moments{share}"
+    return (
+        f"mesh.fsdp is {sizes['fsdp']}: {2 * sizes['fsdp']}{moved} halves parameters and "
+        f"moments{share}"
+    )
 
 
 def _smaller_reading(plan: Plan, sizes: Mapping[str, int]) -> Iterator[str]:
