@@ -149,7 +149,9 @@ KINDS = {
     "all-gather": lambda x: jax.lax.all_gather(x, "data"),
     "reduce-scatter": lambda x: jax.lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True),
     "all-to-all": lambda x: jax.lax.all_to_all(x, "data", 1, 1, tiled=True),
-    "collective-permute": lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)]),
+    "collective-permute": lambda x: jax.lax.ppermute(
+        x, "data", [(i, (i + 1) % 4) for i in range(4)]
+    ),
 }
 
 
