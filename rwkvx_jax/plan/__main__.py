@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
         programs = list(_programs(flags, config, mesh))
         records, fits = [], True
         title = report.header(config, flags.config, flags.topology, sizes)
-        if not flags.json:
+        talks = flags.json != "-"
+        if talks:
             print(title, flush=True)
         for number, program in enumerate(programs, 1):
             with _progress(f"compiling {program.kind} {program.name} ({number}/{len(programs)})"):
@@ -47,11 +49,14 @@ def main(argv: Sequence[str]) -> int:
             advice = advise(plan, config, sizes)
             fits &= plan.fits
             records.append(report.record(plan, advice))
-            if not flags.json:
+            if talks:
                 print("\n" + report.text(plan, advice), flush=True)
-        if flags.json:
-            about = {"config": flags.config, "topology": flags.topology, "mesh": sizes}
-            print(json.dumps({**about, "programs": records}, indent=1))
+        about = {"config": flags.config, "topology": flags.topology, "mesh": sizes}
+        text = json.dumps({**about, "programs": records}, indent=1)
+        if not talks:
+            print(text)
+        elif flags.json:
+            Path(flags.json).write_text(text + "\n")
         return 0 if fits else 1
 
 
@@ -72,7 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="texts of prefill and decode")
     parser.add_argument("--length", type=int, default=65536, help="rows of their cache")
     parser.add_argument("--piece", type=int, default=2048, help="tokens of one piece of prefill")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print JSON instead of text; with a FILE, write it there beside the text",
+    )
     return parser
 
 
