@@ -193,6 +193,7 @@ class Estimate:
       collectives: seconds and bytes by kind.
       kernels: Pallas kernels: how often each runs, and whether bundles are known.
       places: seconds by place in the source, collectives included, most first.
+      place_flops: flops by place in the source.
     """
 
     flops: float
@@ -207,6 +208,7 @@ class Estimate:
     collectives: dict[str, dict[str, float]]
     kernels: dict[str, dict[str, float | bool]]
     places: dict[str, float]
+    place_flops: dict[str, float]
 
     @property
     def floor(self) -> float:
@@ -232,6 +234,7 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
     kinds: dict[str, dict[str, float]] = {}
     kernels: dict[str, dict[str, float | bool]] = {}
     places: dict[str, float] = {}
+    place_flops: dict[str, float] = {}
     for one in work:
         seconds = max(one.passes / chip.flops, one.bytes / chip.hbm_bandwidth)
         if one.kernel:
@@ -260,6 +263,7 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
             total[name] += one.times * getattr(one, name)
         place = place_of(one.source)
         places[place] = places.get(place, 0.0) + one.times * (spent or seconds)
+        place_flops[place] = place_flops.get(place, 0.0) + one.times * one.flops
     by_seconds = lambda item: -item[1]
     return Estimate(
         flops=total["flops"],
@@ -274,6 +278,7 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
         collectives=dict(sorted(kinds.items(), key=lambda item: -item[1]["seconds"])),
         kernels=kernels,
         places=dict(sorted(places.items(), key=by_seconds)),
+        place_flops=place_flops,
     )
 
 
