@@ -273,6 +273,13 @@ def test_reading_programs(piece):
 
 
 @needs_compiler
+def test_devices_of_several_slices():
+    devices = topology.topology_devices("v5e:2x2", slices=2)
+    assert [device.slice_index for device in devices] == [0] * 4 + [1] * 4
+    assert Machine.of("v5e", devices).slices.tolist() == [0] * 4 + [1] * 4
+
+
+@needs_compiler
 def test_the_state_of_a_stage_is_described_under_an_absent_mesh():
     mesh = topology.topology_mesh("v5e:2x2", {"data": 2, "fsdp": 2, "tensor": 1, "context": 1})
     config = Config(model=MODEL, stages=(STAGE,))
@@ -348,6 +355,7 @@ def run_cli(tmp_path, *arguments):
         (["--topology", "h100"], "write GENERATION:SHAPE"),
         (["--topology", "tpu7x:2x2x1"], "no peaks are known for tpu7x: use one of"),
         (["--topology", "v5e:3x7"], "does not know topology 'v5e:3x7'"),
+        (["--topology", "v5e:2x2", "--slices", "0"], "0 slices of v5e:2x2"),
         (["--topology", "v5e:2x2", "--programs", "tran"], r"--programs names \['tran'\]"),
         (["--topology", "v5e:2x2", "--stage", "x"], r"no stage \['x'\] in"),
         (["--topology", "v5e:2x2", "--mesh.data", "3"], "asks for 3 devices, but there are 4"),

@@ -35,11 +35,12 @@ def main(argv: Sequence[str]) -> int:
         generation = topology.generation(flags.topology)
         if generation not in CHIPS:
             raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
-        mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology))
+        mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
         sizes = dict(mesh.shape)
         programs = list(_programs(flags, config, mesh))
         records, fits = [], True
-        title = report.header(config, flags.config, flags.topology, sizes)
+        place = flags.topology if flags.slices == 1 else f"{flags.slices} x {flags.topology}"
+        title = report.header(config, flags.config, place, sizes)
         talks = flags.json != "-"
         if talks:
             print(title, flush=True)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             records.append(report.record(plan, advice))
             if talks:
                 print("\n" + report.text(plan, advice), flush=True)
-        about = {"config": flags.config, "topology": flags.topology, "mesh": sizes}
+        about = {"config": flags.config, "topology": place, "mesh": sizes}
         text = json.dumps({**about, "programs": records}, indent=1)
         if not talks:
             print(text)
@@ -67,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="experiment file")
     parser.add_argument(
         "--topology", required=True, help="generation and shape in chips, such as v5p:4x4x8"
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, help="slices of that shape, on the data-centre network"
     )
     parser.add_argument(
         "--programs",

@@ -127,7 +127,7 @@ class Machine:
         its farthest pair.
         """
         if self.crosses_slices(collective):
-            return collective.wire_bytes / self.chip.dcn
+            return float(collective.wire_bytes / self.chip.dcn)
         places = self.coordinates[collective.groups[0]]
         distances = np.ptp(places, axis=0)
         if collective.kind == "collective-permute":
@@ -135,7 +135,7 @@ class Machine:
             hops = np.abs(pairs[:, 0] - pairs[:, 1])
             around = np.array([n if n >= self.chip.torus else 2 * n for n in self.sizes])
             hops = np.minimum(hops, around - hops).sum(axis=1).max()
-            return collective.wire_bytes * max(1, int(hops)) / self.chip.link
+            return float(collective.wire_bytes * max(1, int(hops)) / self.chip.link)
         bandwidth, longest = 0.0, 2
         for axis, distance in enumerate(distances):
             members = len(np.unique(places[:, axis]))
@@ -147,7 +147,7 @@ class Machine:
         if not bandwidth:  # two devices of one chip
             return 0.0
         hops = longest / 4 if "all-to-all" in collective.kind else 1.0
-        return collective.wire_bytes * max(1.0, hops) / bandwidth
+        return float(collective.wire_bytes * max(1.0, hops) / bandwidth)
 
 
 class KernelCosts:
