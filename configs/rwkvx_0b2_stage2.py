@@ -38,7 +38,8 @@ def get_config() -> Config:
             tokenizer="world", path="data/prolong64k", sources=(SourceConfig("binidx"),)
         ),
         optimizer=OptimizerConfig(weight_decay=0.0),
-        run=RunConfig(checkpoint_every=50, eval_every=200),
+        # Of the 16 samples read at once: the gradient of the head is added up once a block.
+        run=RunConfig(checkpoint_every=50, eval_every=200, loss_block=65536),
         stages=(
             Stage(
                 "long",

@@ -19,8 +19,8 @@ Where the sources contradict each other:
 Expected result, from the paper (not a run of ours): single-needle retrieval at 8K with and without
 LongCE: 99.8 against 67.0 (S-NIAH-2), 95.6 against 62.6 (S-NIAH-3).
 
-Parameters and samples are spread over all devices, up to 16; with more of them set mesh.tensor (up
-to 8) besides.
+Made for v5p 4x4x8 (`python -m rwkvx_jax.plan`, docs/plan.md): 16 samples and the parameters over 16
+devices, the heads of each over 8. Any multiple of 16 devices will do, up to 128.
 """
 
 from rwkvx_jax.config import (
@@ -42,8 +42,10 @@ def get_config() -> Config:
             tokenizer="world", path="data/prolong64k", sources=(SourceConfig("binidx"),)
         ),
         optimizer=OptimizerConfig(weight_decay=0.0),
-        run=RunConfig(checkpoint_every=50, eval_every=200, eval_batches=1),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        # 4096 tokens of each of 16 samples: the gradient of the head is summed over devices 16
+        # times a step, not 250 times.
+        run=RunConfig(checkpoint_every=50, eval_every=200, eval_batches=1, loss_block=65536),
+        mesh=MeshConfig(data=1, fsdp=16, tensor=-1),
         stages=(
             Stage(
                 "long",

@@ -150,6 +150,12 @@ def test_low_rank_widths_are_those_of_the_released_models(width, rwkvx, rwkv_lm)
         ("rwkvx_0b2_stage2", 20e9),
         ("rwkvx_3b6_stage1", 1.5e9),
         ("rwkvx_3b6_stage2", 1e9),
+        ("rwkvx_0b2_stage2_v5e256", 20e9),
+        ("rwkvx_0b2_stage2_v6e64", 20e9),
+        ("rwkvx_3b6_stage1_v5e256", 1.5e9),
+        ("rwkvx_3b6_stage1_v6e64", 1.5e9),
+        ("rwkvx_3b6_stage2_v5e256", 1e9),
+        ("rwkvx_3b6_stage2_v6e64", 1e9),
     ],
 )
 def test_recipes_train_the_tokens_of_their_sources(name, tokens):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import offset_of_rows
+from rwkvx_jax.ops.loop_bounds import at_most
 
 # Rows of a tile lie between these; float32 scores of a tile number at most MAX_SCORES.
 MIN_ROWS = 16
@@ -87,7 +88,8 @@ def _add_past(running, q, k, v, selection, offset, chunk_size, scale):
             return _add_rows(running, q, tile(chunk, t), k_chunk, v_chunk, scale)
 
         tiles = _tiles_of(pairs[1], chunk, tile_rows)
-        return jax.lax.fori_loop(0, tiles, add_tile, running), None
+        with at_most(_most_tiles(selection.size, tile_rows, chunks) / chunks):
+            return jax.lax.fori_loop(0, tiles, add_tile, running), None
 
     numbers = jnp.arange(chunks, dtype=jnp.int32)
     return jax.lax.scan(chunk_step, running, (numbers, *_complete(chunk_size, k, v)))[0]
@@ -118,7 +120,8 @@ def add_past(running, q, read_chunk, chunks, selection, offset, *, chunk_size, s
         first = jnp.where(chunk > 0, ends[chunk - 1], 0)
         return _add_rows(running, q, tile(chunk, t - first), *read_chunk(chunk), scale)
 
-    return jax.lax.fori_loop(0, ends[-1], add_tile, running)
+    with at_most(_most_tiles(selection.size, tile_rows, chunks)):
+        return jax.lax.fori_loop(0, ends[-1], add_tile, running)
 
 
 def _add_rows(running, q, rows, k_chunk, v_chunk, scale):
@@ -164,8 +167,9 @@ def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, sc
         dk_chunk = jnp.zeros((k.shape[1], chunk_size), jnp.float32)
         dv_chunk = jnp.zeros((v.shape[1], chunk_size), jnp.float32)
         tiles = _tiles_of(pairs[1], chunk, tile_rows)
-        carry = jax.lax.fori_loop(0, tiles, add_tile, (dq, dk_chunk, dv_chunk))
-        dq, dk_chunk, dv_chunk = carry
+        carry = dq, dk_chunk, dv_chunk
+        with at_most(_most_tiles(selection.size, tile_rows, chunks) / chunks):
+            dq, dk_chunk, dv_chunk = jax.lax.fori_loop(0, tiles, add_tile, carry)
         return dq, (dk_chunk.T * scale, dv_chunk.T)
 
     numbers = jnp.arange(chunks, dtype=jnp.int32)
@@ -219,6 +223,11 @@ def _tile_rows(pairs: int, chunk_size: int, chunks: int) -> int:
     rows = 1 << max(0, (pairs // chunks) // 2 - 1).bit_length()
     limit = 1 << max(0, MAX_SCORES // chunk_size).bit_length() >> 1
     return max(MIN_ROWS, min(rows, MAX_ROWS, limit))
+
+
+def _most_tiles(pairs: int, tile_rows: int, chunks: int) -> float:
+    """Tiles of all chunks together, however the pairs fall; each chunk's last may be partial."""
+    return pairs / tile_rows + chunks
 
 
 def _tiles_of(starts, chunk, tile_rows):

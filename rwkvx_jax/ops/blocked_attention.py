@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rwkvx_jax.ops.loop_bounds import at_most
+
 # A score that no real score can lie below; finite, so that differences stay finite.
 MASKED = -1e30
 
@@ -190,7 +192,8 @@ def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None):
         running = softmax_start(rows, blocks.value_size)
         ranges = _key_blocks(first, rows, cols, blocks.count, blocks.keys, chunk_size)
         for start, stop, masked in ranges:
-            running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
+            with at_most(_most_blocks(masked, rows, cols, blocks.count, chunk_size)):
+                running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
         return running
 
     running = jax.lax.map(query_block, (jnp.arange(q.shape[0], dtype=jnp.int32), q))
@@ -234,7 +237,8 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
         dv = jnp.zeros((v.shape[1], cols), jnp.float32)
         carry = dq, dk, dv
         for start, stop, masked in _query_blocks(first, cols, rows, q.shape[0], offset, chunk_size):
-            carry = jax.lax.fori_loop(start, stop, add_queries(masked), carry)
+            with at_most(_most_blocks(masked, cols, rows, q.shape[0], chunk_size)):
+                carry = jax.lax.fori_loop(start, stop, add_queries(masked), carry)
         dq, dk, dv = carry
         return dq, (dk.T * scale, dv.T)
 
@@ -288,6 +292,14 @@ def _query_blocks(key, cols, rows, blocks, offset, chunk_size):
     inner_stop = ((key // chunk_size + 1) * chunk_size - offset) // rows
     inner_stop = jnp.clip(inner_stop, inner_start, stop)
     return (start, inner_start, True), (inner_start, inner_stop, False), (inner_stop, stop, True)
+
+
+def _most_blocks(masked: bool, own: int, other: int, blocks: int, chunk_size: int | None) -> int:
+    """Most iterations of one of those ranges, for a block of `own` rows that meets `blocks` of
+    `other` rows: masked ones lie at the edges of what is visible."""
+    edge = own // other + 2
+    reach = blocks if chunk_size is None else chunk_size // other + edge
+    return min(blocks, edge if masked else reach)
 
 
 def fold_vmapped(function):

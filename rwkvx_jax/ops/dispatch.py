@@ -102,6 +102,11 @@ def _either(names: Sequence[str]) -> str:
     return " or ".join(map(repr, names)) if names else "another platform"
 
 
+def forget_choices() -> None:
+    """Has every choice logged anew, for programs that report what each of several models chose."""
+    _log_choice.cache_clear()
+
+
 @functools.cache
 def _log_choice(op: str, choice: str, platform: str, fall_back: str) -> None:
     """Logs a choice the first time it is made (the cache is what makes it once)."""

@@ -74,12 +74,14 @@ def is_available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def topology_devices(name: str) -> list:
+def topology_devices(name: str, slices: int = 1) -> list:
     """Compile-only devices of a topology.
 
     Args:
       name: generation and shape in chips, e.g. "v5e:2x2", "v5p:2x2x1", "v5p:4x4x8", "v6e:2x2"; or
         "h100", one GPU, which needs jax's CUDA plugin and `ptxas`.
+      slices: TPU slices of this shape, joined by the data-centre network; with more than one, each
+        device has a `slice_index`.
 
     Returns:
       The devices, in the topology's order. Their number is the product of the shape for every
@@ -92,6 +94,8 @@ def topology_devices(name: str) -> list:
     if name in _GPUS:
         return _gpu_devices(name)
     generation(name)
+    if slices < 1:
+        raise ValueError(f"{slices} slices of {name}: there must be at least 1")
     if not is_available():
         raise RuntimeError(
             f"compiling for {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU needed)"
@@ -99,7 +103,8 @@ def topology_devices(name: str) -> list:
     for key, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
-        description = topologies.get_topology_desc(name, "tpu")
+        several = {"num_slices": slices} if slices > 1 else {}
+        description = topologies.get_topology_desc(name, "tpu", **several)
     except Exception as error:  # jax raises its own runtime error types, depending on the version
         raise ValueError(f"the TPU compiler does not know topology {name!r}: {error}") from error
     return list(description.devices)

@@ -162,7 +162,8 @@ def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
     trainable, _ = split_trainable(shardings, stage.trainable)
     shapes, _ = split_trainable(get_params(model), stage.trainable)
     opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
+        # Abstractly: under a mesh of devices that are not here nothing can be computed.
+        lambda params: jax.eval_shape(optimizer.init, params),
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, shapes),
         trainable,

@@ -1,0 +1,126 @@
+"""Plans training and generation on TPUs that are not here: `python -m rwkvx_jax.plan --help`.
+
+python -m rwkvx_jax.plan --config configs/rwkvx_3b6_stage2.py --topology v5p:4x4x8
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from rwkvx_jax.cli import friendly_errors, parse_with_overrides
+from rwkvx_jax.config import Config, ConfigError
+from rwkvx_jax.plan import report, topology
+from rwkvx_jax.plan.advice import advise
+from rwkvx_jax.plan.planner import make_plan
+from rwkvx_jax.plan.programs import Program, read_program, train_program
+from rwkvx_jax.plan.roofline import CHIPS
+from rwkvx_jax.sharding import make_mesh
+
+_KINDS = ("train", "prefill", "decode")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = _parser()
+    topology.on_cpu()
+    with friendly_errors(ValueError, RuntimeError):
+        flags, config = parse_with_overrides(parser, argv)
+        generation = topology.generation(flags.topology)
+        if generation not in CHIPS:
+            raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
+        mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
+        sizes = dict(mesh.shape)
+        programs = list(_programs(flags, config, mesh))
+        records, fits = [], True
+        place = flags.topology if flags.slices == 1 else f"{flags.slices} x {flags.topology}"
+        title = report.header(config, flags.config, place, sizes)
+        talks = flags.json != "-"
+        if talks:
+            print(title, flush=True)
+        for number, program in enumerate(programs, 1):
+            with _progress(f"compiling {program.kind} {program.name} ({number}/{len(programs)})"):
+                plan = make_plan(program, mesh, generation)
+            advice = advise(plan, config, sizes)
+            fits &= plan.fits
+            records.append(report.record(plan, advice))
+            if talks:
+                print("\n" + report.text(plan, advice), flush=True)
+        about = {"config": flags.config, "topology": place, "mesh": sizes}
+        text = json.dumps({**about, "programs": records}, indent=1)
+        if not talks:
+            print(text)
+        elif flags.json:
+            Path(flags.json).write_text(text + "\n")
+        return 0 if fits else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkvx_jax.plan", description=__doc__.splitlines()[0], add_help=False
+    )
+    parser.add_argument("--config", required=True, help="experiment file")
+    parser.add_argument(
+        "--topology", required=True, help="generation and shape in chips, such as v5p:4x4x8"
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, help="slices of that shape, on the data-centre network"
+    )
+    parser.add_argument(
+        "--programs",
+        default="train",
+        help=f"what to compile, of {','.join(_KINDS)} (default: train)",
+    )
+    parser.add_argument("--stage", action="append", help="only the stage of this name (repeatable)")
+    parser.add_argument("--batch", type=int, default=1, help="texts of prefill and decode")
+    parser.add_argument("--length", type=int, default=65536, help="rows of their cache")
+    parser.add_argument("--piece", type=int, default=2048, help="tokens of one piece of prefill")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print JSON instead of text; with a FILE, write it there beside the text",
+    )
+    return parser
+
+
+def _programs(flags: argparse.Namespace, config: Config, mesh) -> Iterator[Program]:
+    kinds = flags.programs.split(",")
+    if unknown := [kind for kind in kinds if kind not in _KINDS]:
+        raise ConfigError(f"--programs names {unknown}: choose from {', '.join(_KINDS)}")
+    names = [stage.name for stage in config.stages]
+    if unknown := [name for name in flags.stage or () if name not in names]:
+        raise ConfigError(f"no stage {unknown} in {flags.config}; it has {names}")
+    if "train" in kinds:
+        for stage in config.stages:
+            if not flags.stage or stage.name in flags.stage:
+                yield train_program(config, stage, mesh)
+    if "prefill" in kinds:
+        yield read_program(config, mesh, flags.batch, flags.length, flags.piece)
+    if "decode" in kinds:
+        yield read_program(config, mesh, flags.batch, flags.length, 1)
+
+
+@contextlib.contextmanager
+def _progress(text: str) -> Iterator[None]:
+    """Says on stderr what is being compiled, and for how long already."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    if not console.is_terminal:
+        console.print(text, soft_wrap=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        bar.add_task(text, total=None)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""The products that a model's mathematics asks for, counted by hand: the numerator of MFU.
+
+Matrix products only, two flops a multiplication with addition. What an implementation adds (blocks
+recomputed in the backward pass, the chunked form of the recurrence, tiles half masked) is not in
+here, so that a better implementation shows as a better utilisation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rwkvx_jax.config import Config, ModelConfig, Stage
+from rwkvx_jax.training.losses import longce_starts
+
+
+def recurrence_flops(config: ModelConfig) -> float:
+    """Of one token in one RWKV-7 block: S a, (S a) b^T, v k^T and S r, each 2 K V a head."""
+    return 8.0 * config.width * config.head_size
+
+
+def rwkv_block_flops(config: ModelConfig) -> float:
+    """Forward products of one token in one RWKV-7 block."""
+    width, ranks = config.width, sum(config.ranks)
+    matrices = 4 * width**2 + 2 * width * ranks + 2 * width * config.hidden_width
+    return 2.0 * matrices + recurrence_flops(config)
+
+
+def visible_keys(config: ModelConfig, time: int) -> float:
+    """Keys that a query attends to, on average over the queries of a sequence."""
+    position = np.arange(time)
+    if config.attention == "full":
+        return float(np.mean(position + 1))
+    past = np.minimum(position // config.chunk_size, config.top_k - 1)
+    return float(np.mean(position % config.chunk_size + 1 + past * config.chunk_size))
+
+
+def attention_flops(config: ModelConfig, time: int) -> float:
+    """Forward products of one token's attention itself: scores, weighted values and gate."""
+    gate = 0.0
+    if config.attention == "sparse":
+        gate = 2.0 * config.width * float(np.mean(np.arange(time) // config.chunk_size))
+    return 4.0 * config.width * visible_keys(config, time) + gate
+
+
+def attention_block_flops(config: ModelConfig, time: int) -> float:
+    """Forward products of one token in one attention block of a sequence of `time` tokens."""
+    width = config.width
+    matrices = 4 * width**2 + 2 * width * config.hidden_width
+    return 2.0 * matrices + attention_flops(config, time)
+
+
+def forward_flops(config: ModelConfig, time: int) -> float:
+    """Forward products of one sequence of `time` tokens, logits of every token included."""
+    return time * (
+        config.num_blocks * rwkv_block_flops(config)
+        + config.num_attention_blocks * attention_block_flops(config, time)
+        + 2.0 * config.width * config.vocab_size
+    )
+
+
+def step_flops(config: Config, stage: Stage) -> float:
+    """Products of one training step of a stage, over all devices.
+
+    Forward once; backward twice that, of which frozen parts need the half that goes on to their
+    inputs; LongCE's windows forward once.
+    """
+    model, time = config.stage_model(stage), stage.seq_len
+    total = 3.0 * forward_flops(model, time)
+    if stage.trainable == "attention":
+        matrices = rwkv_block_flops(model) - recurrence_flops(model)
+        head = 2.0 * model.width * model.vocab_size
+        total -= time * (model.num_blocks * matrices + head)
+    if stage.loss == "longce":
+        span = stage.longce.window + stage.longce.stride
+        windows = len(longce_starts(time, stage.longce))
+        total += windows * forward_flops(model, span)
+    return stage.global_batch * total
+
+
+def prefill_flops(config: ModelConfig, batch: int, piece: int, before: int) -> float:
+    """Products of reading `piece` tokens after `before` others, in each of `batch` texts."""
+    whole, start = forward_flops(config, before + piece), forward_flops(config, before)
+    head = 2.0 * config.width * config.vocab_size
+    return batch * (whole - (start if before else 0.0) - (piece - 1) * head)

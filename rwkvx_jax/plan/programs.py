@@ -1,0 +1,137 @@
+"""The programs that the planner compiles: train steps of stages, prefill and decode steps.
+
+They are the very functions that training and generation run, over a mesh of devices that are not
+here, with shapes in place of arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from rwkvx_jax.cache import Cache
+from rwkvx_jax.config import Config, ConfigError, Stage
+from rwkvx_jax.model import abstract_model, get_params, with_params
+from rwkvx_jax.plan import model_flops
+from rwkvx_jax.sharding import batch_sharding, partition_spec
+from rwkvx_jax.training.step import param_shardings, stage_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program to compile.
+
+    Attributes:
+      kind: "train", "prefill" or "decode".
+      name: of the stage, or what is read, for people.
+      lower: traces it; to be called under the mesh.
+      tokens: that one run takes in, over all devices.
+      flops: that the mathematics asks for in one run, over all devices.
+      total_tokens: of the whole stage; None where there is none.
+      stage: that is trained; None otherwise.
+    """
+
+    kind: str
+    name: str
+    lower: Callable[[], Any]
+    tokens: int
+    flops: float
+    total_tokens: int | None = None
+    stage: Stage | None = None
+
+
+def train_program(config: Config, stage: Stage, mesh: Mesh) -> Program:
+    """The train step of a stage."""
+
+    def lower():
+        program = stage_program(config, stage, mesh)
+        sharding = batch_sharding(mesh, stage.global_batch)
+        array = lambda length, dtype: jax.ShapeDtypeStruct(
+            (stage.global_batch, length), dtype, sharding=sharding
+        )
+        batch = {
+            "tokens": array(stage.seq_len + 1, jnp.int32),
+            "mask": array(stage.seq_len, jnp.float32),
+        }
+        return program.train_step.lower(program.abstract_state(), batch)
+
+    return Program(
+        kind="train",
+        name=stage.name,
+        lower=lower,
+        tokens=stage.global_batch * stage.seq_len,
+        flops=model_flops.step_flops(config, stage),
+        total_tokens=stage.tokens,
+        stage=stage,
+    )
+
+
+def read_program(config: Config, mesh: Mesh, batch: int, length: int, piece: int) -> Program:
+    """Reading the next tokens of `batch` texts into a cache of `length` rows each.
+
+    Args:
+      config: the experiment; its last stage's model is used.
+      mesh: rows of the batch lie along its data axes, heads along `tensor`.
+      batch: texts.
+      length: rows of the cache.
+      piece: tokens of each text at once: 1 is a decode step, more a piece of prefill. The figures
+        are those of the last piece, which finds the cache full but for itself.
+
+    Raises:
+      ConfigError: a piece longer than the cache, or a size below 1.
+    """
+    if not 1 <= piece <= length or batch < 1:
+        raise ConfigError(
+            f"batch {batch}, length {length} and piece {piece}: batch must be at least 1, and the "
+            "piece between 1 and the length"
+        )
+    model = abstract_model(config.model, config.run)
+    decodes = piece == 1
+
+    def read(params, tokens, cache):
+        bound = with_params(model, params)
+        return bound.decode(tokens[:, 0], cache) if decodes else bound.prefill(tokens, cache)
+
+    def lower():
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        params = jax.tree.map(place, get_params(model), param_shardings(model, mesh))
+        cache = jax.eval_shape(lambda: model.init_cache(batch, length))
+        cache = jax.tree.map(place, cache, cache_shardings(cache, mesh))
+        tokens = place(jax.ShapeDtypeStruct((batch, piece), jnp.int32), batch_sharding(mesh, batch))
+        return jax.jit(read, donate_argnums=2).lower(params, tokens, cache)
+
+    return Program(
+        kind="decode" if decodes else "prefill",
+        name=f"{batch} x {piece:,} tokens, cache {length:,}",
+        lower=lower,
+        tokens=batch * piece,
+        flops=model_flops.prefill_flops(config.model, batch, piece, length - piece),
+    )
+
+
+def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
+    """Texts over the data axes, heads over `tensor`; a dimension that these do not divide is whole
+    everywhere."""
+    axes = {
+        1: ("batch",),
+        3: ("layers", "batch", None),
+        5: ("layers", "batch", "heads", None, None),
+    }
+    axes[6] = ("layers", "batch", "heads", None, None, None)
+
+    def one(leaf):
+        spec = []
+        for size, mesh_axes in zip(leaf.shape, partition_spec(axes[leaf.ndim]), strict=True):
+            names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+            ways = 1
+            for name in names:
+                ways *= mesh.shape[name]
+            spec.append(mesh_axes if size % ways == 0 else None)
+        return NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return jax.tree.map(one, cache)

@@ -1,0 +1,331 @@
+"""What a compiled program does: products, bytes, kernels and collectives of each operation.
+
+Operations are taken as the compiler left them: a fusion is one operation, which reads its operands
+and writes its results once. Arrays count as they lie in memory, tile padding included; what lies on
+the chip counts nothing. Products are counted by the entries that exist (a padded or dilated window
+meets zeros that are not multiplied), and again in passes of the matrix unit, of which a float32
+product at higher precision needs several. A Pallas kernel counts as its own cost estimate says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from rwkvx_jax.plan import collectives
+from rwkvx_jax.plan.collectives import Collective
+from rwkvx_jax.plan.hlo import Array, Computation, Instruction, Module
+from rwkvx_jax.plan.loops import Frame, Loops, Trips
+
+# bfloat16 passes of a float32 product, by its precision.
+_PASSES = {"highest": 6, "high": 3}
+# Moves nothing, or is the second half of something counted at its first.
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "add-dependency",
+    "partition-id",
+    "replica-id",
+    "optimization-barrier",
+    "domain",
+}
+_READS_PART = ("dynamic-slice", "slice", "gather")
+_RENAMES = ("bitcast", "reshape", "transpose", "copy", "convert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One operation of the program.
+
+    Attributes:
+      name: of the instruction.
+      times: how often it runs.
+      flops: of its matrix products, once; those of a kernel by the kernel's estimate.
+      passes: the same in flops of single bfloat16 passes.
+      bytes: read from and written to main memory, once.
+      kernel: name of the Pallas kernel, or None.
+      kernel_bytes: arguments and results of the kernel, wherever they lie.
+      collective: what it exchanges, or None.
+      source: (file, function) of the Python calls that made it, innermost first.
+    """
+
+    name: str
+    times: float
+    flops: float = 0.0
+    passes: float = 0.0
+    bytes: float = 0.0
+    kernel: str | None = None
+    kernel_bytes: float = 0.0
+    collective: Collective | None = None
+    source: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopNote:
+    """A loop whose number of iterations is not a constant of the program."""
+
+    name: str
+    trips: Trips
+    source: tuple[tuple[str, str], ...]
+
+
+def read_work(module: Module, devices: int) -> tuple[list[Work], list[LoopNote]]:
+    """All operations of a program for `devices` devices, each as one of them runs it."""
+    reader = _Reader(module, devices)
+    return list(reader.run(reader.loops.entry, 1.0)), reader.notes
+
+
+class _Reader:
+    def __init__(self, module: Module, devices: int):
+        self.module, self.devices = module, devices
+        self.loops = Loops(module)
+        self.notes: list[LoopNote] = []
+
+    def run(self, frame: Frame, times: float) -> Iterator[Work]:
+        """Operations of a computation that runs `times` times."""
+        for instruction in frame.computation.instructions.values():
+            yield from self._instruction(frame, instruction, times)
+
+    def _instruction(self, frame: Frame, instruction: Instruction, times: float):
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = self.loops.trips(frame, instruction)
+            if trips.basis != "constant":
+                source = tuple(self.module.source(instruction))
+                self.notes.append(LoopNote(instruction.name, trips, source))
+            yield from self.run(self.loops.body(frame, instruction), times * trips.mean)
+        elif opcode == "conditional":
+            yield from self._heaviest_branch(frame, instruction, times)
+        elif opcode in ("call", "call-start", "async-start"):
+            attribute = "calls" if instruction.called("calls") else "to_apply"
+            yield from self.run(self.loops.frame(frame, instruction, attribute), times)
+        elif opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+            yield self._operation(frame.computation, instruction, times)
+
+    def _heaviest_branch(self, frame: Frame, instruction: Instruction, times: float):
+        names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+        if names:
+            branches = [name.strip().lstrip("%") for name in names[1].split(",")]
+        else:
+            branches = [instruction.called(f"{x}_computation") for x in ("true", "false")]
+        found = [
+            list(self.run(Frame(self.module.computations[name], instruction, frame), times))
+            for name in branches
+        ]
+        yield from max(found, key=lambda works: sum(w.times * (w.bytes + w.passes) for w in works))
+
+    def _operation(self, computation: Computation, instruction: Instruction, times: float) -> Work:
+        flops, passes, collective, kernel, kernel_bytes = 0.0, 0.0, None, None, 0.0
+        if instruction.opcode == "custom-call":
+            flops = passes = _estimated_flops(instruction)
+            if '"tpu_custom_call"' in instruction.attributes:
+                kernel = re.sub(r"\.\d+$", "", instruction.name)
+                given = (a for x in computation.operands(instruction) for a in x.arrays)
+                kernel_bytes = sum(a.bytes for a in (*given, *instruction.arrays))
+        elif instruction.opcode == "fusion":
+            inner = self.module.computations[instruction.called("calls")]
+            flops, passes = self._products(inner)
+            collective = self._fused_collective(inner)
+        else:
+            flops, passes = _product(computation, instruction)
+            if collectives.kind_of(instruction):
+                collective = collectives.read(instruction, computation, self.devices)
+        return Work(
+            name=instruction.name,
+            times=times,
+            flops=flops,
+            passes=passes,
+            bytes=self._bytes(computation, instruction),
+            kernel=kernel,
+            kernel_bytes=kernel_bytes,
+            collective=collective,
+            source=tuple(self.module.source(instruction)),
+        )
+
+    def _products(self, computation: Computation) -> tuple[float, float]:
+        """Flops and passes of all products in a fused computation."""
+        total = np.zeros(2)
+        for instruction in computation.instructions.values():
+            if instruction.opcode == "fusion":
+                inner = self.module.computations[instruction.called("calls")]
+                total += self._products(inner)
+            else:
+                total += _product(computation, instruction)
+        return tuple(total)
+
+    def _fused_collective(self, computation: Computation) -> Collective | None:
+        """The collective inside a fusion: TPU programs fuse what follows an all-reduce into it."""
+        for instruction in computation.instructions.values():
+            if collectives.kind_of(instruction):
+                found = collectives.read(instruction, computation, self.devices)
+                if found and found.kind == "all-reduce" and "scatter" in computation.name:
+                    return collectives.scattered(found)
+                return found
+        return None
+
+    # What an operation reads and writes in main memory.
+
+    def _bytes(self, computation: Computation, instruction: Instruction) -> float:
+        opcode, operands = instruction.opcode, computation.operands(instruction)
+        if opcode in ("copy-start", "slice-start"):
+            moved = _moved(instruction)
+            source = operands[0].array
+            return moved.hbm_bytes + (0 if source.on_chip else moved.bytes)
+        if opcode == "custom-call" and "tpu_custom_call" not in instruction.attributes:
+            return 0.0  # the compiler's own markers: buffers, index checks
+        if opcode.endswith("-start"):
+            return sum(x.array.hbm_bytes for x in operands) * 2.0
+        if opcode == "fusion":
+            inner = self.module.computations[instruction.called("calls")]
+            reads = sum(
+                0.0 if operand.array.on_chip else self._read(inner, inner.parameters[number])
+                for number, operand in enumerate(operands)
+            )
+            return reads + self._written(inner, instruction)
+        if opcode == "dynamic-update-slice":
+            return operands[1].array.hbm_bytes + _smaller(instruction.array, operands[1].array)
+        if opcode == "scatter":
+            return sum(x.array.hbm_bytes for x in operands[1:]) + _smaller(
+                instruction.array, operands[-1].array
+            )
+        writes = sum(array.hbm_bytes for array in instruction.arrays)
+        if opcode in _READS_PART:
+            return writes + _smaller(operands[0].array, instruction.array)
+        return writes + sum(a.hbm_bytes for x in operands for a in x.arrays)
+
+    def _read(self, computation: Computation, value: Instruction) -> float:
+        """Bytes that a fused computation reads of one of its parameters."""
+        whole = float(sum(array.bytes for array in value.arrays))
+        total = 0.0
+        for user in computation.users[value.name]:
+            first = user.operands[0] == value.name
+            if user.opcode in _READS_PART and first:
+                total += user.array.bytes
+            elif user.opcode == "dynamic-update-slice" and first:
+                total += 0.0  # updated in place
+            elif user.opcode in _RENAMES and user is not computation.root:
+                total += self._read(computation, user)
+            elif user.opcode == "fusion":
+                inner = self.module.computations[user.called("calls")]
+                for number, name in enumerate(user.operands):
+                    if name == value.name:
+                        total += self._read(inner, inner.parameters[number])
+            else:
+                return whole
+        return min(whole, total)
+
+    def _written(self, computation: Computation, instruction: Instruction) -> float:
+        """Bytes that a fusion writes; one that updates a slice in place writes that slice."""
+        root = computation.root
+        roots = computation.operands(root) if root.opcode == "tuple" else [root]
+        if len(roots) != len(instruction.arrays):
+            return float(sum(array.hbm_bytes for array in instruction.arrays))
+        total = 0.0
+        for array, value in zip(instruction.arrays, roots, strict=True):
+            while value.opcode in ("bitcast", "reshape") and value.operands:
+                value = computation.instructions[value.operands[0]]
+            if value.opcode == "dynamic-update-slice":
+                total += _smaller(array, computation.operands(value)[1].array)
+            else:
+                total += array.hbm_bytes
+        return total
+
+
+def _moved(instruction: Instruction) -> Array:
+    """The array that a copy-start or slice-start makes: the first of a copy's tuple; the second of
+    a slice's, whose first is the input."""
+    first, *rest = instruction.arrays
+    if instruction.opcode == "copy-start" or not rest:
+        return first
+    return min((first, rest[0]), key=lambda array: array.bytes)
+
+
+def _smaller(place: Array, part: Array) -> float:
+    """Bytes of `part` of an array that lies where `place` does."""
+    return 0.0 if place.on_chip else float(min(place.bytes, part.bytes))
+
+
+def _estimated_flops(instruction: Instruction) -> float:
+    """Flops by the `pl.CostEstimate` of a kernel; 0 where it gives none."""
+    estimate = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
+    return float(estimate[1]) if estimate else 0.0
+
+
+def _product(computation: Computation, instruction: Instruction) -> tuple[float, float]:
+    """Flops and passes of a dot or convolution; zeros for anything else."""
+    if instruction.opcode == "dot":
+        flops = _dot_flops(computation, instruction)
+    elif instruction.opcode == "convolution":
+        flops = _convolution_flops(computation, instruction)
+    else:
+        return 0.0, 0.0
+    wide = all(x.array.dtype == "f32" for x in computation.operands(instruction))
+    precision = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
+    return flops, flops * (_PASSES.get(precision[1], 1) if wide and precision else 1)
+
+
+def _dot_flops(computation: Computation, instruction: Instruction) -> float:
+    left = computation.operands(instruction)[0].array
+    contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+    over = [left.dims[int(i)] for i in contracting[1].split(",") if i] if contracting else []
+    return 2.0 * instruction.array.elements * math.prod(over)
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    left, right = (x.array for x in computation.operands(instruction)[:2])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    window = _window(instruction.attributes)
+    size_of = lambda array, names, name: array.dims[names.index(name)]
+    pairs = 1
+    for axis in range(sum(name.isdigit() for name in labels[1])):
+        pairs *= _window_pairs(
+            size_of(left, labels[1], str(axis)),
+            size_of(instruction.array, labels[3], str(axis)),
+            {key: values[axis] for key, values in window.items()},
+        )
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    batch = size_of(instruction.array, labels[3], "b") // (int(groups[1]) if groups else 1)
+    features = size_of(right, labels[2], "i") * size_of(instruction.array, labels[3], "f")
+    return 2.0 * batch * features * pairs
+
+
+def _window(attributes: str) -> dict[str, list]:
+    """Window of a convolution: a list over its dimensions for each of its fields."""
+    text = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(part.split("=") for part in text[1].split()) if text else {}
+    if not fields:
+        return {}
+    sizes = [int(n) for n in fields["size"].split("x")]
+    listed = lambda name, default: (
+        [int(n) for n in fields[name].split("x")] if name in fields else [default] * len(sizes)
+    )
+    pads = [part.split("_") for part in fields["pad"].split("x")] if "pad" in fields else []
+    return {
+        "size": sizes,
+        "stride": listed("stride", 1),
+        "low": [int(pad[0]) for pad in pads] or [0] * len(sizes),
+        "input": listed("lhs_dilate", 1),
+        "kernel": listed("rhs_dilate", 1),
+    }
+
+
+def _window_pairs(inputs: int, outputs: int, window: dict[str, int]) -> int:
+    """Pairs (output, kernel entry) of one dimension that meet an input entry, not a padding."""
+    if not window:
+        return outputs
+    place = np.arange(outputs, dtype=np.int64)[:, None] * window["stride"] - window["low"]
+    total = 0
+    for start in range(0, window["size"], 1024):  # in parts, as windows may be large
+        entry = np.arange(start, min(start + 1024, window["size"]), dtype=np.int64)[None]
+        at = place + entry * window["kernel"]
+        meets = (at >= 0) & (at % window["input"] == 0) & (at // window["input"] < inputs)
+        total += int(meets.sum())
+    return total
