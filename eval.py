@@ -9,10 +9,11 @@ import tyro
 
 from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.convert.tensors import ConversionError
-from rwkvx_jax.evals import passkey, speed
+from rwkvx_jax.evals import niah, passkey, speed
 
 TASKS = {
     "passkey": (passkey.PasskeyOptions, passkey.run),
+    "niah": (niah.NiahOptions, niah.run),
     "speed": (speed.SpeedOptions, speed.run),
 }
 

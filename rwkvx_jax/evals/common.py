@@ -6,6 +6,7 @@ its models for answers trial by trial; trials go to a `Results` file (results.py
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.model import Params, get_params
@@ -28,6 +30,23 @@ PLAIN_LINE_SECONDS = 10.0
 
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a subject's description that decide its answers."""
+
+
+def _parse_policy(words: list[str]) -> CachePolicy | None:
+    return None if words == ["none"] else CachePolicy(*map(int, words[0].split(",")))
+
+
+Policy = Annotated[
+    CachePolicy | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TRIGGER,KEEP,WINDOW",
+        instance_from_str=_parse_policy,
+        is_instance=lambda x: x is None or isinstance(x, CachePolicy),
+        str_from_instance=lambda x: ["none" if x is None else ",".join(map(str, vars(x).values()))],
+    ),
+]
+"""Type of a flag such as --policy 20000,16000,2000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +69,9 @@ class EvalOptions:
     """Replaces the chunk size of the sparse attention that the checkpoint was trained with."""
     top_k: int | None = None
     """Replaces the number of chunks that a query reads."""
+    policy: Policy = None
+    """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
+    it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
     vocab_file: str = ""
     """Vocabulary of the World tokenizer, where pyrwkv-tokenizer is not installed."""
 
@@ -176,11 +198,22 @@ def _digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-def wilson(correct: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+@contextlib.contextmanager
+def until_interrupted(console: Console) -> Iterator[None]:
+    """On Ctrl-C says how to go on, and exits with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted: finished trials are saved, the same command goes on from there")
+        raise SystemExit(130) from None
+
+
+def wilson(correct: float, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a share: (low, high), 95 % at the default z.
 
     Unlike the normal approximation it stays within [0, 1] and keeps a width at 0 and 100 %.
-    Without any trial it is (0, 1).
+    Without any trial it is (0, 1). Trials scored between 0 and 1 count in part; they vary less than
+    right and wrong ones of the same mean, so the interval is then wide enough.
     """
     if trials == 0:
         return 0.0, 1.0
@@ -190,7 +223,7 @@ def wilson(correct: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def share_with_interval(correct: int, trials: int) -> dict[str, Any]:
+def share_with_interval(correct: float, trials: int) -> dict[str, Any]:
     """JSON form of a share; `accuracy` is None where nothing was tried."""
     low, high = wilson(correct, trials)
     accuracy = correct / trials if trials else None

@@ -37,7 +37,7 @@ class HeatMap(NamedTuple):
     note: str  # what the title adds, such as the checkpoint's step
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
-    correct: np.ndarray  # int [lengths, depths]
+    correct: np.ndarray  # [lengths, depths], sums of scores from 0 to 1
     trials: np.ndarray  # int [lengths, depths]
     trained_length: int | None
 
@@ -182,7 +182,7 @@ def print_table(console: Console, heat_map: HeatMap, *, length_header: str) -> N
     for header in (length_header, *_percentages(heat_map.depths), "all", " 95 % interval"):
         table.add_column(header, justify="right", no_wrap=True)
     for i, length in enumerate(heat_map.lengths):
-        correct, trials = int(heat_map.correct[i].sum()), int(heat_map.trials[i].sum())
+        correct, trials = float(heat_map.correct[i].sum()), int(heat_map.trials[i].sum())
         low, high = wilson(correct, trials)
         table.add_row(
             f"{length:,}",
@@ -204,12 +204,12 @@ def _cell(percent: float) -> Text:
 
 
 def _total(heat_map: HeatMap) -> str:
-    correct, trials = int(heat_map.correct.sum()), int(heat_map.trials.sum())
+    correct, trials = float(heat_map.correct.sum()), int(heat_map.trials.sum())
     if not trials:
         return "no trial finished"
     low, high = wilson(correct, trials)
     text = (
-        f"{correct} of {trials} right: {100 * correct / trials:.1f} % "
+        f"{correct:.6g} of {trials} right: {100 * correct / trials:.1f} % "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
     )
     if heat_map.trained_length is None:
