@@ -20,7 +20,6 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.model import Params, get_params
@@ -32,26 +31,9 @@ IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabul
 """Those fields of a subject's description that decide its answers."""
 
 
-def _parse_policy(words: list[str]) -> CachePolicy | None:
-    return None if words == ["none"] else CachePolicy(*map(int, words[0].split(",")))
-
-
-Policy = Annotated[
-    CachePolicy | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="TRIGGER,KEEP,WINDOW",
-        instance_from_str=_parse_policy,
-        is_instance=lambda x: x is None or isinstance(x, CachePolicy),
-        str_from_instance=lambda x: ["none" if x is None else ",".join(map(str, vars(x).values()))],
-    ),
-]
-"""Type of a flag such as --policy 20000,16000,2000."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Flags of every task that reads prompts."""
+    """Flags of every task that evaluates checkpoints."""
 
     checkpoint: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
     """Work directory, .safetensors or .pth; give it several times to compare models."""
@@ -69,9 +51,6 @@ class EvalOptions:
     """Replaces the chunk size of the sparse attention that the checkpoint was trained with."""
     top_k: int | None = None
     """Replaces the number of chunks that a query reads."""
-    policy: Policy = None
-    """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
-    it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
     vocab_file: str = ""
     """Vocabulary of the World tokenizer, where pyrwkv-tokenizer is not installed."""
 
@@ -196,6 +175,14 @@ def _digest(params: Params) -> str:
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf.view(np.uint8).data)
     return digest.hexdigest()
+
+
+def open_console() -> Console:
+    """The terminal; wide where it is a file, so that tables are never squeezed."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240
+    return console
 
 
 @contextlib.contextmanager

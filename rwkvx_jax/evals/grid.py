@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
@@ -45,6 +46,32 @@ Lengths = Annotated[
     ),
 ]
 """Type of a flag such as --lengths 1024,4096; "auto", the empty tuple, leaves it to the task."""
+
+
+def _parse_policy(words: list[str]) -> CachePolicy | None:
+    return None if words == ["none"] else CachePolicy(*map(int, words[0].split(",")))
+
+
+Policy = Annotated[
+    CachePolicy | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TRIGGER,KEEP,WINDOW",
+        instance_from_str=_parse_policy,
+        is_instance=lambda x: x is None or isinstance(x, CachePolicy),
+        str_from_instance=lambda x: ["none" if x is None else ",".join(map(str, vars(x).values()))],
+    ),
+]
+"""Type of a flag such as --policy 20000,16000,2000."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(EvalOptions):
+    """Flags of every grid."""
+
+    policy: Policy = None
+    """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
+    it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
 
 
 class Trial(NamedTuple):
@@ -129,7 +156,7 @@ def summarize(trials: Sequence[Record]) -> Record:
 
 def evaluate(
     grid: Grid,
-    options: EvalOptions,
+    options: GridOptions,
     panels: Sequence[Subject],
     console: Console,
     make_reader: Callable[..., Any] = GreedyReader,
@@ -185,14 +212,14 @@ def evaluate(
     return results
 
 
-def _policy_settings(options: EvalOptions) -> Record:
+def _policy_settings(options: GridOptions) -> Record:
     """The compression of the cache, on which answers depend; nothing where there is none."""
     return {} if options.policy is None else {"policy": asdict(options.policy)}
 
 
 def _run(
     grid: Grid,
-    options: EvalOptions,
+    options: GridOptions,
     panel: Subject,
     trials: Sequence[Trial],
     results: Results,

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid
-from rwkvx_jax.evals.common import EvalOptions, Subject, open_subjects, until_interrupted
-from rwkvx_jax.evals.grid import Grid, Lengths, Trial
+from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_interrupted
+from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.tasks.haystack import TextFolder, open_folder
@@ -62,7 +62,7 @@ _TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class NiahOptions(EvalOptions):
+class NiahOptions(GridOptions):
     """RULER's needles and variable tracking, and key-value recall, by length and depth."""
 
     tasks: tuple[TaskName, ...] = ("single_1", "single_2", "single_3")
@@ -218,9 +218,7 @@ def print_overview(console: Console, results: dict[TaskName, Results]) -> None:
 
 def run(options: NiahOptions) -> None:
     """The command: evaluates, writes the files of every task, prints tables."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # tables in a file are never squeezed
+    console = open_console()
     subjects = open_subjects(options)
     with until_interrupted(console):
         results = evaluate(options, subjects, console)

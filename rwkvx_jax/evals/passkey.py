@@ -18,8 +18,8 @@ from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid
-from rwkvx_jax.evals.common import EvalOptions, Subject, open_subjects, until_interrupted
-from rwkvx_jax.evals.grid import Grid, Lengths, Trial
+from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_interrupted
+from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.tasks.haystack import open_folder
@@ -44,7 +44,7 @@ _DEFAULT_LENGTHS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PasskeyOptions(EvalOptions):
+class PasskeyOptions(GridOptions):
     """Hides a number in filler text and asks for it; draws accuracy by length and depth."""
 
     lengths: Lengths = ()
@@ -215,9 +215,7 @@ def evaluate(
 
 def run(options: PasskeyOptions) -> None:
     """The command: evaluates, writes passkey.json and passkey.png, prints the tables."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # tables in a file are never squeezed
+    console = open_console()
     subjects = open_subjects(options)
     with until_interrupted(console):
         results = evaluate(options, subjects, console)

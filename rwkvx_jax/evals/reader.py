@@ -54,7 +54,11 @@ class GreedyReader:
         self._engine: Engine | None = None
 
     def __call__(
-        self, prompts: Sequence[np.ndarray], count: int, advance: Callable[[int], None]
+        self,
+        prompts: Sequence[np.ndarray],
+        count: int,
+        advance: Callable[[int], None],
+        ended: Callable[[np.ndarray], bool] = lambda answer: False,
     ) -> np.ndarray:
         """Continues each prompt.
 
@@ -62,6 +66,8 @@ class GreedyReader:
           prompts: at most `batch` arrays of int32 tokens, none empty.
           count: tokens of each answer.
           advance: told how many prompt tokens have been read, piece by piece.
+          ended: whether an answer so far, int32 [n], needs no further token; once all do, the rest
+            is filled with token 0.
 
         Returns:
           int32 [len(prompts), count].
@@ -79,8 +85,14 @@ class GreedyReader:
         for texts in further:
             engine.feed(session, texts)
             advance(sum(map(len, texts)))
-        answers = [engine.next_tokens(session) for _ in range(count)]
-        return np.stack(answers, axis=1)[: len(prompts)]
+        answers = np.zeros((len(prompts), count), np.int32)
+        open_rows = set(range(len(prompts)))
+        for i in range(count):
+            answers[:, i] = engine.next_tokens(session)[: len(prompts)]
+            open_rows -= {row for row in open_rows if ended(answers[row, : i + 1])}
+            if not open_rows:
+                break
+        return answers
 
     def _engine_for(self, rows: int) -> Engine:
         """The engine, made anew where its cache has fewer rows."""
