@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: install one, or set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[dev,tokenizer]"
+	$(RUN) -m pip install --quiet --editable ".[dev,tokenizer,eval]"
 	touch $@
 
 # Trains the small model through all stages, then draws its passkey heat map.

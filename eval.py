@@ -9,10 +9,14 @@ import tyro
 
 from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.convert.tensors import ConversionError
-from rwkvx_jax.evals import passkey, speed
+from rwkvx_jax.evals import long_loss, niah, passkey, report, short_context, speed
 
 TASKS = {
     "passkey": (passkey.PasskeyOptions, passkey.run),
+    "niah": (niah.NiahOptions, niah.run),
+    "short": (short_context.ShortOptions, short_context.run),
+    "long-loss": (long_loss.LongLossOptions, long_loss.run),
+    "report": (report.ReportOptions, report.run),
     "speed": (speed.SpeedOptions, speed.run),
 }
 

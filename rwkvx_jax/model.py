@@ -129,7 +129,8 @@ class RWKVX(nnx.Module):
         lengths = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
         check_room(cache, lengths)
         if cache.policy is None or not self.config.num_attention_blocks:
-            last, cache = self._read(tokens, cache, lengths)
+            features, cache = self.read(tokens, cache, lengths)
+            last = last_valid(features, None, lengths)
         else:
             last, cache = self._read_in_segments(tokens, cache, lengths)
         return self.head(last), cache
@@ -137,11 +138,13 @@ class RWKVX(nnx.Module):
     def decode(self, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads one token [B] of each text: float32 logits [B, W], and the new state."""
         check_room(cache, 1)
-        last, cache = self._read(token[:, None], cache, jnp.ones_like(token))
-        return self.head(last), cache
+        features, cache = self.read(token[:, None], cache, jnp.ones_like(token))
+        return self.head(features[:, 0]), cache
 
-    def _read(self, tokens: jax.Array, cache: Cache, lengths: jax.Array) -> tuple[jax.Array, Cache]:
-        """Features [B, D] after each row's last valid token, and the new state."""
+    def read(self, tokens: jax.Array, cache: Cache, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+        """Features [B, T, D] of a piece of text (as `features` gives them of a whole one) and the
+        new state; arguments as `prefill` takes them. A policy is applied before the first token
+        only."""
         config, start = self.config, cache.length
         x = self.embed_tokens(tokens)
         first = jnp.arange(config.num_blocks) == 0
@@ -180,12 +183,12 @@ class RWKVX(nnx.Module):
             attention_ffn_shift=cache.attention_ffn_shift if shifts is None else shifts,
             pages=pages,
         )
-        return last_valid(self.ln_out(x), None, lengths), cache
+        return self.ln_out(x), cache
 
     def _read_in_segments(
         self, tokens: jax.Array, cache: Cache, lengths: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """`_read` under a policy, as if token by token.
+        """`read` under a policy, as if token by token: the last features [B, D] and the new state.
 
         A compression falls due at the token that finds more rows than the trigger allows, and
         uses that token's query; so each row's text is cut before every such token, and a segment
@@ -206,8 +209,8 @@ class RWKVX(nnx.Module):
             part = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(
                 padded, done
             )
-            features, cache = self._read(part, cache, count)
-            last = jnp.where((count > 0)[:, None], features, last)
+            features, cache = self.read(part, cache, count)
+            last = jnp.where((count > 0)[:, None], last_valid(features, None, count), last)
             return done + count, last, cache
 
         nothing = jnp.zeros((tokens.shape[0], self.config.width), self.dtype)

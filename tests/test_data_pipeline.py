@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 from contextlib import closing
@@ -15,10 +16,11 @@ import pytest
 from rwkvx_jax.config import ConfigError, DataConfig, SourceConfig, Stage
 from rwkvx_jax.data.pipeline import batches, open_data
 from rwkvx_jax.data.samples import MagicOrder, Windows, magic_prime
-from rwkvx_jax.tasks.passkey import is_eval_key
+from rwkvx_jax.tasks.passkey import TASK, is_eval_key
 
 STAGE = Stage("first", seq_len=64, global_batch=8, steps=3, peak_lr=1e-3)
 PASSKEY_STAGE = dataclasses.replace(STAGE, seq_len=128)
+LONG_STAGE = dataclasses.replace(STAGE, seq_len=400)
 
 
 @pytest.fixture
@@ -158,6 +160,51 @@ def test_passkey_splits_use_disjoint_keys(tmp_path):
     with pytest.raises(ConfigError, match="too short"):
         opened.dataset(too_short)
     json.dumps(opened.fingerprint)
+
+
+def test_recall_documents(tmp_path):
+    config = DataConfig(sources=(SourceConfig("recall", pairs=5, questions=2),))
+    opened = open_data(config, workdir=tmp_path, vocab_size=257, process_index=0)
+    for split in ("train", "valid"):
+        dataset = opened.dataset(LONG_STAGE, split)
+        samples = [dataset[i] for i in range(20)]
+        assert all(len(s["tokens"]) == 401 and s["mask"].sum() == 400 for s in samples)
+        texts = [opened.tokenizer.decode(s["tokens"]) for s in samples]
+        numbers = [re.findall(r"^[a-z]{5}: (\d{5})$", text, re.M) for text in texts]
+        assert {len(found) for found in numbers} == {7} and len(set(texts)) == 20
+        assert all(is_eval_key(int(n)) == (split == "valid") for n in sum(numbers, []))
+    with pytest.raises(ConfigError, match="too short for 5 pairs"):
+        opened.dataset(dataclasses.replace(STAGE, seq_len=100))
+    json.dumps(opened.fingerprint)
+
+
+def test_passkeys_in_books_keep_to_their_part_of_the_text(numbers, tmp_path):
+    opened = open_numbers(numbers, tmp_path, sources=(SourceConfig("book-passkey"),), held_out=0.3)
+    source = opened.sources[0]
+    border = source.split(0.3)
+    whole = opened.tokenizer.decode(source.stream.read(0, len(source.stream)))
+    for split, part in (("train", whole[:border]), ("valid", whole[border - 1 :])):
+        dataset = opened.dataset(LONG_STAGE, split)
+        texts = [opened.tokenizer.decode(dataset[i]["tokens"]) for i in range(30)]
+        assert len(set(texts)) == 30
+        for text in texts:
+            hidden = re.search(r"\nThe pass key is (\d+)\. Remember it\. .*?\.\n", text)
+            assert is_eval_key(int(hidden[1])) == (split == "valid")
+            assert text.endswith(f"The pass key is {hidden[1]}.")
+            before = text[: hidden.start()].removeprefix(TASK + "\n")
+            after = text[hidden.end() :].rsplit("\nWhat is the pass key?")[0]
+            assert len(before + after) > 50 and before + after in part
+    long = dataclasses.replace(STAGE, seq_len=len(source.stream))
+    with pytest.raises(ConfigError, match="tokens of text in one piece, and there are"):
+        opened.dataset(long)
+
+
+@pytest.mark.parametrize(
+    "flags, message", [({"pairs": 0}, "pairs is 0"), ({"pairs": 3, "questions": 4}, "4 questions")]
+)
+def test_bad_recall_settings(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        SourceConfig("recall", **flags)
 
 
 def test_embedded_corpus_is_the_default(tmp_path):

@@ -3,8 +3,6 @@
 import io
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import jax
@@ -12,52 +10,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rwkvx_jax.checkpoint import flat
-from rwkvx_jax.config import ConfigError, RunConfig
-from rwkvx_jax.convert.own import write_own_safetensors
-from rwkvx_jax.evals import heatmap, passkey
-from rwkvx_jax.evals.common import Subject
+from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals import grid, heatmap, passkey
 from rwkvx_jax.evals.grid import Trial, heat_maps
 from rwkvx_jax.evals.passkey import PasskeyOptions, evaluate, key_of, passkey_grid, prompt_of
 from rwkvx_jax.tasks.passkey import is_eval_key
 from rwkvx_jax.tokenizer import load_tokenizer
-from tests.eval_models import TINY, random_params
-
-ROOT = Path(__file__).resolve().parents[1]
-QUIET = Console(file=io.StringIO())
+from tests.eval_models import (
+    QUIET,
+    FakeReader,
+    make_subject,
+    run_command,
+    write_checkpoint,
+)
 
 
 def make_options(output, **flags):
     flags = {"lengths": (128, 300), "depths": 3, "trials": 2, "batch": 2} | flags
     return PasskeyOptions(checkpoint=(Path("model"),), output=output, **flags)
-
-
-def make_subject(label="model", tokenizer="byte", scale=1.0, **facts):
-    params = {"embed": np.full(3, scale, np.float32), "attention_blocks": {"x": np.zeros(2)}}
-    facts = {"step": 70, "trained_length": 128} | facts
-    return Subject(
-        label, TINY, RunConfig(), params, load_tokenizer(tokenizer), "runs/model", **facts
-    )
-
-
-class FakeReader:
-    """A factory of readers that answer with what `solve` makes of the prompt's text."""
-
-    def __init__(self, solve, stop_after=None):
-        self.solve, self.stop_after, self.read = solve, stop_after, []
-
-    def __call__(self, subject, *, piece, batch, longest):
-        def answer(prompts, count, advance):
-            assert 0 < len(prompts) <= batch
-            if self.stop_after is not None and len(self.read) >= self.stop_after:
-                raise KeyboardInterrupt
-            texts = [subject.tokenizer.decode(prompt) for prompt in prompts]
-            self.read += [(subject.label, text) for text in texts]
-            advance(sum(map(len, prompts)))
-            rows = [subject.tokenizer.encode(self.solve(text)) for text in texts]
-            return np.stack([np.resize(row, count) for row in rows])
-
-        return answer
 
 
 def copy_key(text):
@@ -279,10 +250,10 @@ def test_heat_map_counts_and_training_mark(tmp_path):
 
 @pytest.mark.parametrize("count, lengths", [(1, 1), (2, 7), (3, 20)])
 def test_figure_of_any_shape_is_written(tmp_path, count, lengths):
-    grid = tuple(1000 * 2**i for i in range(lengths))
+    sizes = tuple(1000 * 2**i for i in range(lengths))
     zeros, ones = np.zeros((lengths, 4), int), np.ones((lengths, 4), int)
     maps = [
-        heatmap.HeatMap(f"m{i}", "", grid, (0.0, 0.1, 0.2, 0.3), i % 2 * ones, ones, trained)
+        heatmap.HeatMap(f"m{i}", "", sizes, (0.0, 0.1, 0.2, 0.3), i % 2 * ones, ones, trained)
         for i, trained in zip(range(count), (None, 500, 10**9), strict=False)
     ]
     maps[0] = maps[0]._replace(trials=zeros)
@@ -291,15 +262,9 @@ def test_figure_of_any_shape_is_written(tmp_path, count, lengths):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def run_command(monkeypatch, *flags):
-    """Runs eval.py as a command."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
-
-
 def test_command_from_checkpoint_to_figure(tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "tiny.safetensors"
-    write_own_safetensors(checkpoint, TINY, "byte", dict(flat(random_params(TINY))))
+    write_checkpoint(checkpoint)
     flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--lengths", "100,200"]
     flags += ["--depths", 2, "--trials", 2, "--piece", 64]
     run_command(monkeypatch, "passkey", *flags, "--limit", 6)
@@ -343,3 +308,68 @@ def test_command_errors(tmp_path, monkeypatch, capsys, flags, message):
     assert stopped.value.code not in (0, None)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_keys_hidden_in_a_book(tmp_path):
+    (tmp_path / "book.txt").write_text(" ".join(f"Line {i} of the book." for i in range(900)))
+    flags = {"depths": 2, "lengths": (300, 400)}
+    options = make_options(tmp_path / "out", haystack=tmp_path / "book.txt", **flags)
+    reader = FakeReader(copy_key)
+    results = evaluate(options, [make_subject()], QUIET, reader)
+    assert results.summary("model")["all"]["accuracy"] == 1.0
+    assert len(results.document["settings"]["haystack"]) == 16
+    texts = [text for _, text in reader.read]
+    assert all("of the book." in text and "The grass" not in text for text in texts)
+    assert len({re.search(r"Line (\d+)", text)[1] for text in texts}) == len(texts)  # other pieces
+    plain = make_options(tmp_path / "out", **flags)
+    with pytest.raises(ConfigError, match="haystack: '[0-9a-f]{16}' -> None"):
+        evaluate(plain, [make_subject()], QUIET, reader)
+
+
+def test_unseen_wording_and_key_lengths(tmp_path):
+    solve = lambda text: " " + re.search(r"secret code is (\d+), and", text)[1]
+    options = make_options(tmp_path, wording="other", digits=7, lengths=(200, 300))
+    results = evaluate(options, [make_subject()], QUIET, FakeReader(solve))
+    assert results.summary("model")["all"]["accuracy"] == 1.0
+    assert all(len(str(trial["key"])) == 7 for trial in results.trials("model"))
+    assert results.document["settings"] == {
+        "protocol": "exact",
+        "keys": "random",
+        "seed": 0,
+        "digits": 7,
+        "wording": "other",
+    }
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"digits": 2}, "--digits is 2"),
+        ({"digits": 7, "keys": "official"}, "--digits goes with --keys random"),
+        ({"protocol": "official", "wording": "other"}, "go with --protocol exact"),
+        ({"protocol": "official", "haystack": Path("x")}, "go with --protocol exact"),
+    ],
+)
+def test_flags_that_exclude_each_other(tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        make_options(tmp_path, **flags)
+
+
+def test_a_cache_too_large_for_memory_is_refused_unless_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "memory_left", lambda: 1_000_000)
+    options = make_options(tmp_path, lengths=(128, 8192), piece=64)
+    with pytest.raises(ConfigError, match=r"8,192 tokens needs .* GB .*--policy TRIGGER"):
+        evaluate(options, [make_subject()], QUIET, FakeReader(copy_key))
+    bounded = make_options(tmp_path, lengths=(128, 8192), piece=64, policy=CachePolicy(64, 32, 16))
+    results = evaluate(bounded, [make_subject()], QUIET, FakeReader(copy_key))
+    assert results.document["settings"]["policy"] == {"trigger": 64, "keep": 32, "window": 16}
+
+
+def test_command_with_a_policy(tmp_path, monkeypatch, capsys):
+    checkpoint = write_checkpoint(tmp_path / "tiny.safetensors")
+    flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--lengths", "200", "--depths", 1]
+    run_command(monkeypatch, "passkey", *flags, "--trials", 1, "--policy", "64,32,16")
+    assert "0 of 1 right" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "passkey", *flags, "--trials", 1)
+    assert "policy: {'trigger': 64, 'keep': 32, 'window': 16} -> None" in capsys.readouterr().err

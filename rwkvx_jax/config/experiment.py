@@ -15,9 +15,10 @@ from rwkvx_jax.config.values import Checked, require, require_positive
 class SourceConfig(Checked):
     """One ingredient of the training mixture."""
 
-    kind: Literal["text", "jsonl", "binidx", "passkey"] = "text"
+    kind: Literal["text", "jsonl", "binidx", "passkey", "book-passkey", "recall"] = "text"
     """"text": text files; "jsonl": a document or conversation a line; "binidx": token ids in the
-    RWKV/Megatron format; "passkey": synthetic documents made on the fly. See docs/data.md."""
+    RWKV/Megatron format; made on the fly: "passkey" (a number hidden in filler), "book-passkey" (in
+    pieces of text files), "recall" (many names with numbers). See docs/data.md."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources."""
     path: str = ""
@@ -25,9 +26,18 @@ class SourceConfig(Checked):
     samples: Literal["window", "document"] = "window"
     """"window": windows of the stream of all documents; "document": each document by itself, cut
     or padded to the length (for conversations)."""
+    pairs: int = 64
+    """"recall": names with numbers in a document."""
+    questions: int = 1
+    """"recall": how many of them are asked for at its end."""
 
     def __post_init__(self):
         super().__post_init__()
+        require_positive("data source", pairs=self.pairs, questions=self.questions)
+        require(
+            self.questions <= self.pairs,
+            f"data source: {self.questions} questions about {self.pairs} pairs; ask for fewer",
+        )
         require(
             math.isfinite(self.weight) and self.weight > 0,
             f"data source weight is {self.weight}: it must be positive",

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,12 @@ from absl import flags
 
 from rwkvx_jax.config import ConfigError, DataConfig, SourceConfig, Stage
 from rwkvx_jax.data.binidx import Binidx
-from rwkvx_jax.data.samples import Documents, MagicOrder, Passkeys, Windows
+from rwkvx_jax.data.samples import Documents, MagicOrder, Pieces, Synthetic, Windows
 from rwkvx_jax.data.sources import open_corpus
 from rwkvx_jax.data.token_cache import cached
 from rwkvx_jax.data.workers import follow_parent
+from rwkvx_jax.tasks.passkey import training_sample
+from rwkvx_jax.tasks.recall import recall_sample
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 Split = Literal["train", "valid"]
@@ -92,18 +95,32 @@ class OpenData:
 
     def _source_dataset(self, index: int, stage: Stage, split: Split) -> grain.MapDataset:
         source, seed = self.sources[index], _seed(self.config.seed, stage.name, index, split)
-        if source.stream is None:
-            samples = Passkeys(self.tokenizer, stage.seq_len, seed, held_out=split == "valid")
-            return grain.MapDataset.source(samples)
+        if source.config.kind in ("passkey", "book-passkey", "recall"):
+            make = self._synthetic(source, stage, split)
+            return grain.MapDataset.source(Synthetic(make, stage.seq_len, seed))
         samples = self._stream_samples(source, stage, split)
         if split == "train" and self.config.order != "shuffle":
             samples = MagicOrder(samples, self.config.order)
             return grain.MapDataset.source(samples).repeat(None)
         return grain.MapDataset.source(samples).shuffle(seed=seed).repeat(None)
 
-    def _stream_samples(self, source: OpenSource, stage: Stage, split: Split):
+    def _synthetic(self, source: OpenSource, stage: Stage, split: Split):
+        """The maker of documents of a source, a function of a generator."""
+        config, shared = source.config, {"held_out": split == "valid"}
+        if config.kind == "recall":
+            shared |= {"pairs": config.pairs, "questions": config.questions}
+            return partial(recall_sample, self.tokenizer, stage.seq_len, **shared)
+        text = None
+        if config.kind == "book-passkey":
+            text = Pieces(source.stream, *self._bounds(source, split))
+        return partial(training_sample, self.tokenizer, stage.seq_len, text=text, **shared)
+
+    def _bounds(self, source: OpenSource, split: Split) -> tuple[int, int]:
         border = source.split(self.config.held_out)
-        begin, end = (0, border) if split == "train" else (border, len(source.stream))
+        return (0, border) if split == "train" else (border, len(source.stream))
+
+    def _stream_samples(self, source: OpenSource, stage: Stage, split: Split):
+        begin, end = self._bounds(source, split)
         kind = Documents if source.config.samples == "document" else Windows
         samples = kind(source.stream, begin, end, stage.seq_len)
         if len(samples) == 0:
@@ -161,14 +178,14 @@ def _open_source(
     workdir: Path,
     writer: bool,
 ) -> tuple[OpenSource, dict[str, Any]]:
-    if config.kind == "passkey":
-        return OpenSource(config, "passkey"), {}
+    if config.kind in ("passkey", "recall"):
+        return OpenSource(config, config.kind), {}
     path = config.path or data.path
     if config.kind == "binidx":
         stream = Binidx(_local(path, "a binidx source"))
         stream.check_vocabulary(vocab_size)
         return OpenSource(config, str(path), stream), stream.fingerprint()
-    corpus = open_corpus(config.kind, path)
+    corpus = open_corpus("text" if config.kind == "book-passkey" else config.kind, path)
     cache_dir = _local(data.cache_dir or str(workdir), "data.cache_dir")
     cache_dir = cache_dir if data.cache_dir else cache_dir / "data-cache"
     stream, fingerprint = cached(corpus, tokenizer, cache_dir, writer=writer)

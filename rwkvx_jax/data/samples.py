@@ -7,6 +7,7 @@ function of i. They pickle small, since worker processes get copies of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,6 @@ import numpy as np
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.binidx import Binidx
-from rwkvx_jax.tasks.passkey import training_sample
 from rwkvx_jax.tokenizer import Tokenizer
 
 Sample = dict[str, np.ndarray]  # {"tokens": int32 [S + 1], "mask": float32 [S]}
@@ -79,13 +79,15 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Passkeys:
-    """Passkey documents made on the fly, one a window; keys of the two splits are disjoint."""
+class Synthetic:
+    """Documents made on the fly, one a window.
 
-    tokenizer: Tokenizer
+    make: generator -> tokens, int32 [seq_len + 1]; picklable.
+    """
+
+    make: Callable[[np.random.Generator], np.ndarray]
     seq_len: int
     seed: int
-    held_out: bool
 
     def __post_init__(self):
         self[0]  # a window that is too short fails here
@@ -94,9 +96,31 @@ class Passkeys:
         return 1 << 62
 
     def __getitem__(self, index: int) -> Sample:
-        rng = np.random.default_rng([self.seed, index])
-        tokens = training_sample(self.tokenizer, self.seq_len, rng, held_out=self.held_out)
+        tokens = self.make(np.random.default_rng([self.seed, index]))
         return {"tokens": tokens, "mask": np.ones(self.seq_len, np.float32)}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of begin..end of a token stream, starting anywhere; ends of documents stay in."""
+
+    stream: Binidx
+    begin: int
+    end: int
+
+    def __call__(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """A random piece of `count` tokens, int32 [count].
+
+        Raises:
+          ConfigError: fewer tokens than that.
+        """
+        if (room := self.end - self.begin - count) < 0:
+            raise ConfigError(
+                f"a book-passkey document needs {count} tokens of text in one piece, and there are "
+                f"{self.end - self.begin}: give it more text, raise data.held_out if the held-out "
+                "part is meant, or shorten the stage"
+            )
+        return self.stream.read(self.begin + int(rng.integers(room + 1)), count)
 
 
 class MagicOrder:

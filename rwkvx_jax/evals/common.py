@@ -6,6 +6,7 @@ its models for answers trial by trial; trials go to a `Results` file (results.py
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabul
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Flags of every task that reads prompts."""
+    """Flags of every task that evaluates checkpoints."""
 
     checkpoint: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
     """Work directory, .safetensors or .pth; give it several times to compare models."""
@@ -176,11 +177,30 @@ def _digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-def wilson(correct: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def open_console() -> Console:
+    """The terminal; wide where it is a file, so that tables are never squeezed."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240
+    return console
+
+
+@contextlib.contextmanager
+def until_interrupted(console: Console) -> Iterator[None]:
+    """On Ctrl-C says how to go on, and exits with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted: finished trials are saved, the same command goes on from there")
+        raise SystemExit(130) from None
+
+
+def wilson(correct: float, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a share: (low, high), 95 % at the default z.
 
     Unlike the normal approximation it stays within [0, 1] and keeps a width at 0 and 100 %.
-    Without any trial it is (0, 1).
+    Without any trial it is (0, 1). Trials scored between 0 and 1 count in part; they vary less than
+    right and wrong ones of the same mean, so the interval is then wide enough.
     """
     if trials == 0:
         return 0.0, 1.0
@@ -190,7 +210,7 @@ def wilson(correct: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def share_with_interval(correct: int, trials: int) -> dict[str, Any]:
+def share_with_interval(correct: float, trials: int) -> dict[str, Any]:
     """JSON form of a share; `accuracy` is None where nothing was tried."""
     low, high = wilson(correct, trials)
     accuracy = correct / trials if trials else None

@@ -7,7 +7,7 @@ trials, summing them up and showing them as heat maps is the same for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
@@ -25,7 +26,7 @@ from rwkvx_jax.evals.common import (
     share_with_interval,
 )
 from rwkvx_jax.evals.heatmap import HeatMap, draw, print_table
-from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
+from rwkvx_jax.evals.reader import GreedyReader, affordable_batch, check_memory, memory_left
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.tokenizer import Tokenizer
 
@@ -45,6 +46,32 @@ Lengths = Annotated[
     ),
 ]
 """Type of a flag such as --lengths 1024,4096; "auto", the empty tuple, leaves it to the task."""
+
+
+def _parse_policy(words: list[str]) -> CachePolicy | None:
+    return None if words == ["none"] else CachePolicy(*map(int, words[0].split(",")))
+
+
+Policy = Annotated[
+    CachePolicy | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TRIGGER,KEEP,WINDOW",
+        instance_from_str=_parse_policy,
+        is_instance=lambda x: x is None or isinstance(x, CachePolicy),
+        str_from_instance=lambda x: ["none" if x is None else ",".join(map(str, vars(x).values()))],
+    ),
+]
+"""Type of a flag such as --policy 20000,16000,2000."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(EvalOptions):
+    """Flags of every grid."""
+
+    policy: Policy = None
+    """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
+    it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
 
 
 class Trial(NamedTuple):
@@ -68,7 +95,7 @@ class Grid:
       prompt: tokens of a question, int32; (tokenizer, trial) alone determine it.
       answer_length: most tokens that any answer of the task may have.
       judge: (tokenizer, trial, tokens of the answer) -> fields of its record: what was asked and
-        answered, and "correct".
+        answered, and "correct", from 0 to 1.
     """
 
     task: str
@@ -129,7 +156,7 @@ def summarize(trials: Sequence[Record]) -> Record:
 
 def evaluate(
     grid: Grid,
-    options: EvalOptions,
+    options: GridOptions,
     panels: Sequence[Subject],
     console: Console,
     make_reader: Callable[..., Any] = GreedyReader,
@@ -141,7 +168,8 @@ def evaluate(
       options: the flags.
       panels: models with the same tokenizer.
       console: shows the progress.
-      make_reader: (subject, piece=, batch=, longest=) -> a function as `GreedyReader` is one.
+      make_reader: (subject, piece=, batch=, longest=, policy=) -> a function as `GreedyReader` is
+        one.
 
     Raises:
       ConfigError: lengths that can't hold a prompt, or a results file of another evaluation.
@@ -149,10 +177,13 @@ def evaluate(
     trials = grid.plan()
     for trial in trials[: len(trials) // len(grid.lengths)]:  # the shortest are the first to fail
         grid.prompt(panels[0].tokenizer, trial)
+    longest, free = max(grid.lengths), memory_left()
+    for panel in panels:
+        check_memory(panel, longest, min(options.piece, longest), options.policy, free)
     results = Results(
         options.output / f"{grid.task}.json",
         task=grid.task,
-        settings=grid.settings,
+        settings=grid.settings | _policy_settings(options),
         plan={
             "lengths": grid.lengths,
             "depths": grid.depths,
@@ -181,9 +212,14 @@ def evaluate(
     return results
 
 
+def _policy_settings(options: GridOptions) -> Record:
+    """The compression of the cache, on which answers depend; nothing where there is none."""
+    return {} if options.policy is None else {"policy": asdict(options.policy)}
+
+
 def _run(
     grid: Grid,
-    options: EvalOptions,
+    options: GridOptions,
     panel: Subject,
     trials: Sequence[Trial],
     results: Results,
@@ -193,12 +229,12 @@ def _run(
     """Runs the trials of one model in batches of equal length."""
     tokenizer, longest = panel.tokenizer, max(grid.lengths)
     piece = min(options.piece, longest)
-    count = grid.answer_length(tokenizer)
+    count, policy = grid.answer_length(tokenizer), options.policy
     by_length = [[t for t in trials if t.length == length] for length in grid.lengths]
     most = max(map(len, by_length))
-    batch = min(most, options.batch or affordable_batch(panel, longest + count, piece))
+    batch = min(most, options.batch or affordable_batch(panel, longest + count, piece, policy))
     batch = -(-most // -(-most // batch))  # as many batches, but the last one as full as the others
-    reader = make_reader(panel, piece=piece, batch=batch, longest=longest)
+    reader = make_reader(panel, piece=piece, batch=batch, longest=longest, policy=policy)
     batches = [chosen for same in by_length for chosen in even_batches(same, batch)]
     for i, chosen in enumerate(batches):
         tracker.describe(f"{panel.label}, length {chosen[0].length:,}")
@@ -223,7 +259,8 @@ def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
     columns = {depth: i for i, depth in enumerate(grid.depths)}
     maps = []
     for panel in results.document["panels"]:
-        correct, trials = np.zeros((2, len(rows), len(columns)), int)
+        shape = len(rows), len(columns)
+        correct, trials = np.zeros(shape), np.zeros(shape, int)
         for trial in panel["trials"]:
             cell = rows[trial["length"]], columns[trial["depth"]]
             trials[cell] += 1

@@ -13,21 +13,16 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rwkvx_jax.evals.common import wilson
+from rwkvx_jax.evals.figures import LINES, MARK, MARKERS, new_figure, save
 
 _COLORS = matplotlib.colormaps["cividis"]  # reads the same with any kind of colour vision
 _EMPTY = "0.92"
-# Okabe and Ito's colours: vermilion marks the training length, the others are lines, each with a
-# marker of its own; yellow is too pale on white.
-_MARK = {"color": "#D55E00", "linestyle": (0, (4, 2))}
-_LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-_MARKERS = "osD^vP"
 
 
 class HeatMap(NamedTuple):
@@ -37,7 +32,7 @@ class HeatMap(NamedTuple):
     note: str  # what the title adds, such as the checkpoint's step
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
-    correct: np.ndarray  # int [lengths, depths]
+    correct: np.ndarray  # [lengths, depths], sums of scores from 0 to 1
     trials: np.ndarray  # int [lengths, depths]
     trained_length: int | None
 
@@ -71,9 +66,8 @@ def draw(maps: Sequence[HeatMap], path: Path, *, title: str, x_label: str, y_lab
     map_width, map_height = max(4.6, 0.52 * lengths + 1.2), max(2.0, 0.3 * depths + 1.2)
     line_height = 2.4
     legend_height = 0.25 * (len(maps) // 2 + 1)
-    figure = Figure(
-        figsize=(columns * map_width + 1.2, rows * map_height + line_height + legend_height + 0.8),
-        layout="constrained",
+    figure = new_figure(
+        columns * map_width + 1.2, rows * map_height + line_height + legend_height + 0.8
     )
     figure.suptitle(title, fontsize=11)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[map_height] * rows, line_height])
@@ -89,8 +83,7 @@ def draw(maps: Sequence[HeatMap], path: Path, *, title: str, x_label: str, y_lab
     figure.legend(
         *lines.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _draw_map(axis: Axes, heat_map: HeatMap):
@@ -111,7 +104,7 @@ def _draw_map(axis: Axes, heat_map: HeatMap):
     if columns is not None:
         # White beneath, so that it shows on every colour of the map.
         axis.axvline(columns - 0.5, color="white", linewidth=3.5, clip_on=False)
-        axis.axvline(columns - 0.5, linewidth=2, clip_on=False, **_MARK)
+        axis.axvline(columns - 0.5, linewidth=2, clip_on=False, **MARK)
     return image
 
 
@@ -129,8 +122,8 @@ def _draw_lines(axis: Axes, maps: Sequence[HeatMap]) -> None:
             100 * share,
             # Rounding can put an end beyond the share itself by a hair.
             yerr=100 * np.maximum(0, [share - ends[:, 0], ends[:, 1] - share]),
-            color=_LINES[i % len(_LINES)],
-            marker=_MARKERS[i % len(_MARKERS)],
+            color=LINES[i % len(LINES)],
+            marker=MARKERS[i % len(MARKERS)],
             markersize=5,
             linewidth=1.2,
             capsize=3,
@@ -140,7 +133,7 @@ def _draw_lines(axis: Axes, maps: Sequence[HeatMap]) -> None:
     for i, (columns, _) in enumerate(sorted(marks)):
         lengths = " / ".join(f"{length:,}" for _, length in sorted(marks))
         label = f"longest training sequence ({lengths} tokens)" if i == 0 else None
-        axis.axvline(columns - 0.5, linewidth=1.5, label=label, **_MARK)
+        axis.axvline(columns - 0.5, linewidth=1.5, label=label, **MARK)
     axis.set_xlim(-0.6, len(maps[0].lengths) - 0.4)
     axis.set_ylim(-4, 104)
     axis.grid(axis="y", alpha=0.4)
@@ -182,7 +175,7 @@ def print_table(console: Console, heat_map: HeatMap, *, length_header: str) -> N
     for header in (length_header, *_percentages(heat_map.depths), "all", " 95 % interval"):
         table.add_column(header, justify="right", no_wrap=True)
     for i, length in enumerate(heat_map.lengths):
-        correct, trials = int(heat_map.correct[i].sum()), int(heat_map.trials[i].sum())
+        correct, trials = float(heat_map.correct[i].sum()), int(heat_map.trials[i].sum())
         low, high = wilson(correct, trials)
         table.add_row(
             f"{length:,}",
@@ -204,12 +197,12 @@ def _cell(percent: float) -> Text:
 
 
 def _total(heat_map: HeatMap) -> str:
-    correct, trials = int(heat_map.correct.sum()), int(heat_map.trials.sum())
+    correct, trials = float(heat_map.correct.sum()), int(heat_map.trials.sum())
     if not trials:
         return "no trial finished"
     low, high = wilson(correct, trials)
     text = (
-        f"{correct} of {trials} right: {100 * correct / trials:.1f} % "
+        f"{correct:.6g} of {trials} right: {100 * correct / trials:.1f} % "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
     )
     if heat_map.trained_length is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +18,15 @@ from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid
-from rwkvx_jax.evals.common import EvalOptions, Subject, open_subjects
-from rwkvx_jax.evals.grid import Grid, Lengths, Trial
+from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_interrupted
+from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.tasks.haystack import open_folder
 from rwkvx_jax.tasks.passkey import (
     OFFICIAL_TRIALS,
+    OFFICIAL_WORDING,
+    OTHER_WORDING,
     answer_tokens,
     eval_key,
     exact_prompt,
@@ -40,7 +44,7 @@ _DEFAULT_LENGTHS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PasskeyOptions(EvalOptions):
+class PasskeyOptions(GridOptions):
     """Hides a number in filler text and asks for it; draws accuracy by length and depth."""
 
     lengths: Lengths = ()
@@ -56,6 +60,13 @@ class PasskeyOptions(EvalOptions):
     protocol: Literal["exact", "official"] = "exact"
     """exact: prompts of exactly so many of the model's own tokens; official: the repository's
     length rule and answer length (World tokenizer only)."""
+    haystack: Path | None = None
+    """A .txt file or a folder of them: hides the key in a piece of this text, another one for each
+    trial, instead of in repeated sentences (protocol exact)."""
+    digits: int = 5
+    """Length of random keys; training documents have 5 digits."""
+    wording: Literal["official", "other"] = "official"
+    """other: lines around the key that no training document has (protocol exact)."""
     compare_without_attention: bool = False
     """Also shows each model with its attention blocks taken out."""
 
@@ -68,6 +79,12 @@ class PasskeyOptions(EvalOptions):
         for name, value in (("depths", self.depths), ("trials", self.trials)):
             if value < 1:
                 raise ConfigError(f"--{name} is {value}: it must be at least 1")
+        if not 3 <= self.digits <= 9:
+            raise ConfigError(f"--digits is {self.digits}: keys have 3 to 9")
+        if self.digits != 5 and self.keys == "official":
+            raise ConfigError("--digits goes with --keys random: the official keys are given")
+        if self.official and (self.haystack is not None or self.wording != "official"):
+            raise ConfigError("--haystack and --wording go with --protocol exact")
         if self.keys == "official":
             for trial in range(self.trials):
                 if not is_eval_key(official_key(trial)):
@@ -91,8 +108,12 @@ def key_of(options: PasskeyOptions, trial: Trial) -> int:
     """The number to hide; a random one depends on its trial alone, not on the others planned."""
     if options.keys == "official":
         return official_key(trial.trial)
+    return eval_key(_generator(options, trial), options.digits)
+
+
+def _generator(options: PasskeyOptions, trial: Trial) -> np.random.Generator:
     depth = round(trial.depth * 1e6)
-    return eval_key(np.random.default_rng([options.seed, trial.length, depth, trial.trial]))
+    return np.random.default_rng([options.seed, trial.length, depth, trial.trial])
 
 
 def prompt_of(options: PasskeyOptions, tokenizer: Tokenizer, trial: Trial) -> np.ndarray:
@@ -103,7 +124,9 @@ def prompt_of(options: PasskeyOptions, tokenizer: Tokenizer, trial: Trial) -> np
     """
     key = key_of(options, trial)
     if not options.official:
-        return exact_prompt(tokenizer, key, trial.length, trial.depth)
+        text = _text_of(options, tokenizer, trial) if options.haystack else None
+        wording = OFFICIAL_WORDING if options.wording == "official" else OTHER_WORDING
+        return exact_prompt(tokenizer, key, trial.length, trial.depth, text=text, wording=wording)
     characters = official_characters(trial.length)
     if characters == 0:
         raise ConfigError(
@@ -111,6 +134,16 @@ def prompt_of(options: PasskeyOptions, tokenizer: Tokenizer, trial: Trial) -> np
             "in thousands of characters; use at least 267 tokens"
         )
     return tokenizer.encode(official_prompt(key, characters, round(characters * trial.depth)))
+
+
+def _text_of(
+    options: PasskeyOptions, tokenizer: Tokenizer, trial: Trial
+) -> Callable[[int], np.ndarray]:
+    """count -> so many tokens of the haystack, from a place that depends on the trial alone."""
+    folder = open_folder(str(options.haystack))
+    rng = _generator(options, trial)
+    start = int(rng.spawn(1)[0].integers(len(folder.tokens(tokenizer))))
+    return lambda count: folder.window(tokenizer, start, count)
 
 
 def answer_length(options: PasskeyOptions, tokenizer: Tokenizer, key: int) -> int:
@@ -136,9 +169,16 @@ def passkey_grid(options: PasskeyOptions) -> Grid:
         keys = {key_of(options, trial) for trial in questions.plan()}
         return max(answer_length(options, tokenizer, key) for key in keys)
 
+    settings = {"protocol": options.protocol, "keys": options.keys, "seed": options.seed}
+    if options.haystack is not None:
+        settings["haystack"] = open_folder(str(options.haystack)).fingerprint
+    if options.digits != 5:
+        settings["digits"] = options.digits
+    if options.wording != "official":
+        settings["wording"] = options.wording
     questions = Grid(
         task="passkey",
-        settings={"protocol": options.protocol, "keys": options.keys, "seed": options.seed},
+        settings=settings,
         lengths=options.lengths,
         depths=options.depth_shares,
         trials=options.trials,
@@ -175,24 +215,27 @@ def evaluate(
 
 def run(options: PasskeyOptions) -> None:
     """The command: evaluates, writes passkey.json and passkey.png, prints the tables."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # tables in a file are never squeezed
+    console = open_console()
     subjects = open_subjects(options)
-    try:
+    with until_interrupted(console):
         results = evaluate(options, subjects, console)
-    except KeyboardInterrupt:
-        console.print("interrupted: finished trials are saved, the same command goes on from there")
-        raise SystemExit(130) from None
     tokenizer = subjects[0].tokenizer.name
     grid.show(
         passkey_grid(options),
         results,
         console,
-        title=(
-            f"Passkey retrieval by prompt length and depth\nprotocol {options.protocol}, "
-            f"{options.keys} keys, {options.trials} trials a cell, seed {options.seed}"
-        ),
+        title=_title(options),
         unit="World tokens, the repository's rule" if options.official else f"{tokenizer} tokens",
         depth_label="depth of the key (% of the filler)",
+    )
+
+
+def _title(options: PasskeyOptions) -> str:
+    where = "a book" if options.haystack is not None else "repeated filler"
+    keys = f"{options.keys} keys" + (f" of {options.digits} digits" if options.digits != 5 else "")
+    wording = ", unseen wording" if options.wording != "official" else ""
+    policy = f", cache policy {vars(options.policy)}" if options.policy else ""
+    return (
+        f"Passkey retrieval by prompt length and depth\nprotocol {options.protocol}, in {where}, "
+        f"{keys}{wording}, {options.trials} trials a cell, seed {options.seed}{policy}"
     )

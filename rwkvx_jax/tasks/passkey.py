@@ -3,18 +3,30 @@
 Training documents and evaluation prompts come from here, so that they can't drift apart. Two
 protocols: `official_prompt` is the text of the RWKV-X repository, measured in characters;
 `exact_prompt` has the same five lines with the filler cut at a given number of the model's own
-tokens. Keys are split by a hash into those seen in training and those kept for evaluation.
+tokens, or a piece of a book in its place. Keys are split by a hash into those seen in training and
+those kept for evaluation; `OTHER_WORDING` and keys of other lengths are never trained on at all.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.tokenizer import Tokenizer
+
+
+class Wording(NamedTuple):
+    """The fixed lines around a key; `line` has {key} in it."""
+
+    task: str
+    line: str
+    question: str
+
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -22,6 +34,16 @@ TASK = (
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 QUESTION = "What is the pass key? The pass key is"
+OFFICIAL_WORDING = Wording(
+    TASK, "The pass key is {key}. Remember it. {key} is the pass key.", QUESTION
+)
+OTHER_WORDING = Wording(
+    "Somewhere in the following pages a secret code is written down. Look out for it and keep it "
+    "in mind, you will need it at the end.",
+    "Write this down: the secret code is {key}, and nothing but {key} opens the door.",
+    "Which code opens the door? It is the secret code",
+)
+"""Lines that no training document has."""
 
 OFFICIAL_TRIALS = 5
 """Trials of the repository's protocol; it uses the same five keys at every length and depth."""
@@ -33,7 +55,7 @@ _RESERVED_TRIALS = 100  # official keys of these trials are never trained on
 
 def key_line(key: int) -> str:
     """The line that hides the key."""
-    return f"The pass key is {key}. Remember it. {key} is the pass key."
+    return OFFICIAL_WORDING.line.format(key=key)
 
 
 def official_prompt(key: int, characters: int, prefix_characters: int) -> str:
@@ -61,7 +83,15 @@ def answer_tokens(tokenizer: Tokenizer, key: int) -> np.ndarray:
     return tokenizer.encode(f" {key}")
 
 
-def exact_prompt(tokenizer: Tokenizer, key: int, length: int, depth: float) -> np.ndarray:
+def exact_prompt(
+    tokenizer: Tokenizer,
+    key: int,
+    length: int,
+    depth: float,
+    *,
+    text: Callable[[int], np.ndarray] | None = None,
+    wording: Wording = OFFICIAL_WORDING,
+) -> np.ndarray:
     """A prompt of exactly `length` tokens, int32 [length].
 
     Args:
@@ -69,6 +99,9 @@ def exact_prompt(tokenizer: Tokenizer, key: int, length: int, depth: float) -> n
       key: the hidden number.
       length: tokens of the prompt, the answer not counted.
       depth: place of the key, 0 (filler only behind it) to 1 (only before it).
+      text: count -> so many tokens of running text to hide the key in; None: the repeated filler,
+        which starts anew behind the key.
+      wording: of the other lines.
 
     A length that can't hold all five lines drops the first one.
 
@@ -77,8 +110,8 @@ def exact_prompt(tokenizer: Tokenizer, key: int, length: int, depth: float) -> n
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}: it must lie in [0, 1]")
-    task, question = _fixed_lines(tokenizer)
-    hidden = tokenizer.encode(f"\n{key_line(key)}\n")
+    task, question = _fixed_lines(tokenizer, wording)
+    hidden = tokenizer.encode(f"\n{wording.line.format(key=key)}\n")
     room = length - len(hidden) - len(question)
     if room < 0:
         raise ConfigError(
@@ -87,14 +120,23 @@ def exact_prompt(tokenizer: Tokenizer, key: int, length: int, depth: float) -> n
         )
     if room < len(task):
         task = task[:0]
-    filler = _filler(tokenizer, room - len(task))
-    before = round(depth * len(filler))
-    parts = [task, filler[:before], hidden, filler[: len(filler) - before], question]
-    return np.concatenate(parts)
+    room -= len(task)
+    before = round(depth * room)
+    if text is None:
+        filler = filler_tokens(tokenizer, room)
+        prefix, suffix = filler[:before], filler[: room - before]
+    else:
+        prefix, suffix = np.split(text(room), [before])
+    return np.concatenate([task, prefix, hidden, suffix, question])
 
 
 def training_sample(
-    tokenizer: Tokenizer, seq_len: int, rng: np.random.Generator, *, held_out: bool = False
+    tokenizer: Tokenizer,
+    seq_len: int,
+    rng: np.random.Generator,
+    *,
+    held_out: bool = False,
+    text: Callable[[int, np.random.Generator], np.ndarray] | None = None,
 ) -> np.ndarray:
     """One document that fills a training window: prompt, answer, full stop, end of document.
 
@@ -103,6 +145,8 @@ def training_sample(
       seq_len: tokens of a window, the last target not counted.
       rng: source of the key and its depth.
       held_out: take an evaluation key instead of a training key.
+      text: (count, rng) -> so many tokens of running text to hide the key in; None: the repeated
+        filler.
 
     Returns:
       Tokens, int32 [seq_len + 1].
@@ -113,8 +157,9 @@ def training_sample(
     key = eval_key(rng) if held_out else train_key(rng)
     ending = np.append(tokenizer.encode("."), np.int32(tokenizer.end_of_document))
     answer = np.concatenate([answer_tokens(tokenizer, key), ending])
-    prompt = exact_prompt(tokenizer, key, seq_len + 1 - len(answer), rng.random())
-    return np.concatenate([prompt, answer])
+    piece = None if text is None else lambda count: text(count, rng)
+    length, depth = seq_len + 1 - len(answer), rng.random()
+    return np.concatenate([exact_prompt(tokenizer, key, length, depth, text=piece), answer])
 
 
 def is_eval_key(key: int) -> bool:
@@ -130,9 +175,9 @@ def train_key(rng: np.random.Generator) -> int:
     return key
 
 
-def eval_key(rng: np.random.Generator) -> int:
-    """A random five-digit key that is never trained on."""
-    while not is_eval_key(key := int(rng.integers(*_KEYS))):
+def eval_key(rng: np.random.Generator, digits: int = 5) -> int:
+    """A random key of so many digits that is never trained on."""
+    while not is_eval_key(key := int(rng.integers(10 ** (digits - 1), 10**digits))):
         pass
     return key
 
@@ -142,16 +187,16 @@ def _official_keys() -> frozenset[int]:
     return frozenset(official_key(trial) for trial in range(_RESERVED_TRIALS))
 
 
-@functools.lru_cache(maxsize=8)
-def _fixed_lines(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The first line with its line break, and the last line after its own."""
-    return tokenizer.encode(TASK + "\n"), tokenizer.encode("\n" + QUESTION)
-
-
-def _filler(tokenizer: Tokenizer, count: int) -> np.ndarray:
-    """The first `count` tokens of the endlessly repeated filler."""
+def filler_tokens(tokenizer: Tokenizer, count: int) -> np.ndarray:
+    """The first `count` tokens of the endlessly repeated filler, int32 [count]."""
     first, again = _filler_period(tokenizer)
     return np.concatenate([first, np.resize(again, max(0, count - len(first)))])[:count]
+
+
+@functools.lru_cache(maxsize=8)
+def _fixed_lines(tokenizer: Tokenizer, wording: Wording) -> tuple[np.ndarray, np.ndarray]:
+    """The first line with its line break, and the last line after its own."""
+    return tokenizer.encode(wording.task + "\n"), tokenizer.encode("\n" + wording.question)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,170 @@
+"""Makes the files of `eval.py short --data-dir` of other layouts; the command is `__main__.py`."""
+
+from __future__ import annotations
+
+import bz2
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals.short_data import read_records
+
+Record = dict[str, Any]
+
+# A sentence that goes on in lower case where ActivityNet's second part begins.
+_SECOND_PART = re.compile(r"(?<=[.!?]) (?=[a-z][^.!?]*$)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Makes the files of `eval.py short --data-dir` of other layouts."""
+
+    output: Annotated[Path, tyro.conf.Positional]
+    """Folder of the new files."""
+    icl: Path | None = None
+    """Folder of MosaicML ICL files: those of lambada_openai, piqa, arc_easy, arc_challenge and
+    winogrande (.jsonl) that are there."""
+    hellaswag: Path | None = None
+    """HellaSwag as text, six lines a task; .bz2 or plain."""
+
+
+def convert(options: Options) -> dict[str, int]:
+    """Writes what the sources hold; returns the number of records of each task.
+
+    Raises:
+      ConfigError: no source, a source without any known file, or a malformed line.
+    """
+    if options.icl is None and options.hellaswag is None:
+        raise ConfigError("name a source: --icl DIR, --hellaswag FILE, or both")
+    written = {}
+    if options.icl is not None:
+        found = {
+            t: options.icl / f"{t}.jsonl" for t in _ICL if (options.icl / f"{t}.jsonl").is_file()
+        }
+        if not found:
+            raise ConfigError(f"--icl {options.icl} holds none of {', '.join(_ICL)} (.jsonl)")
+        for task, path in found.items():
+            written[task] = _write(options.output, task, _icl_records(path, _ICL[task]))
+    if options.hellaswag is not None:
+        records = hellaswag_records(options.hellaswag)
+        written["hellaswag"] = _write(options.output, "hellaswag", records)
+    return written
+
+
+def _icl_records(path: Path, make: Callable[[Record], Record]) -> list[Record]:
+    records = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    records.append(make(json.loads(line)))
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ConfigError(
+                    f"{path}, line {number}: no MosaicML ICL record ({error!r})"
+                ) from error
+    return records
+
+
+def _question(record: Record) -> str:
+    return record["query"].removeprefix("Question: ").rstrip("\n")
+
+
+def _lambada(record: Record) -> Record:
+    return {"text": f"{record['context']} {record['continuation']}"}
+
+
+def _piqa(record: Record) -> Record:
+    first, second = record["choices"]
+    return {
+        "goal": _question(record),
+        "sol1": first,
+        "sol2": second,
+        "label": int(record["gold"]),
+    }
+
+
+def _arc(record: Record) -> Record:
+    labels = [chr(ord("A") + i) for i in range(len(record["choices"]))]
+    return {
+        "question": _question(record),
+        "choices": {"text": record["choices"], "label": labels},
+        "answerKey": labels[record["gold"]],
+    }
+
+
+def _winogrande(record: Record) -> Record:
+    """The options are what differs at the end of the two contexts, from a word's beginning on."""
+    first, second = record["context_options"]
+    common = os.path.commonprefix([first, second])
+    start = common.rfind(" ") + 1
+    return {
+        "sentence": f"{first[:start]}_ {record['continuation']}",
+        "option1": first[start:],
+        "option2": second[start:],
+        "answer": str(int(record["gold"]) + 1),
+    }
+
+
+_ICL: dict[str, Callable[[Record], Record]] = {
+    "lambada_openai": _lambada,
+    "piqa": _piqa,
+    "arc_easy": _arc,
+    "arc_challenge": _arc,
+    "winogrande": _winogrande,
+}
+
+
+def hellaswag_records(path: Path) -> list[Record]:
+    """Records of the text layout: "label: context", number of the right ending, four endings.
+
+    The layout joins the two parts of a context. They are parted again where a last sentence begins
+    in lower case, which is how ActivityNet's second parts begin; WikiHow's are one part.
+
+    Raises:
+      ConfigError: no such file, a number of lines that six does not divide, or a malformed task
+        (with file and line).
+    """
+    if not path.is_file():
+        raise ConfigError(f"--hellaswag {path}: no such file")
+    data = bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
+    lines = data.decode("utf-8").removesuffix("\n").split("\n")
+    if len(lines) % 6:
+        raise ConfigError(f"{path} has {len(lines)} lines: expected six for each task")
+    records = []
+    for start in range(0, len(lines), 6):
+        head, label, *endings = lines[start : start + 6]
+        activity, separator, context = head.partition(": ")
+        if not separator or label.strip() not in ("0", "1", "2", "3"):
+            raise ConfigError(
+                f'{path}, line {start + 1}: expected "label: context" and a number from 0 to 3 '
+                "below it"
+            )
+        parts = _SECOND_PART.split(context.strip(), maxsplit=1)
+        records.append(
+            {
+                "activity_label": activity,
+                "ctx_a": parts[0],
+                "ctx_b": parts[1] if len(parts) > 1 else "",
+                "endings": endings,
+                "label": int(label),
+            }
+        )
+    return records
+
+
+def _write(folder: Path, task: str, records: list[Record]) -> int:
+    """Writes a file in one step, and reads it back through its checks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{task}.jsonl"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    read_records(temporary, task)
+    temporary.replace(path)
+    return len(records)

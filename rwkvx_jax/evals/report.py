@@ -1,0 +1,295 @@
+"""Results of several runs on one page: self-contained HTML with figures, and Markdown tables.
+
+Files of one task, settings and tokenizer share a table; what differs keeps its own, so that no row is
+compared with another that answered other questions.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from rich.console import Console
+
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals.short_context import MAIN_METRICS, SHORT_NAMES, main_score
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Collects results of several runs into report.html and report.md."""
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Results files (.json), or folders that hold some at any depth."""
+    output: Path
+    """Folder of the report."""
+    title: str = "Evaluation report"
+
+    def __post_init__(self):
+        if not self.inputs:
+            raise ConfigError("name at least one results file or a folder of them")
+
+
+class Table(NamedTuple):
+    """Text in rows and columns; the first column is left-aligned, the others are numbers."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Section(NamedTuple):
+    """What the page shows of runs that can be compared.
+
+    notes: facts on the settings. figures: (caption, path of a PNG).
+    """
+
+    title: str
+    notes: list[str]
+    table: Table
+    figures: list[tuple[str, Path]]
+    commands: list[str]
+
+
+class Run(NamedTuple):
+    """A results file."""
+
+    path: Path
+    document: Record
+
+
+def find_runs(inputs: Sequence[Path]) -> list[Run]:
+    """The results files at these paths; those named directly must be some, others are passed over.
+
+    Raises:
+      ConfigError: a path that does not exist, a named file that is none, or nothing found.
+    """
+    runs: list[Run] = []
+    for path in inputs:
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist")
+        files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+        for file in files:
+            document = _read(file)
+            if document is not None:
+                runs.append(Run(file, document))
+            elif file == path:
+                raise ConfigError(f"{path} is no results file of eval.py")
+    if not runs:
+        raise ConfigError(f"no results file of eval.py in {', '.join(map(str, inputs))}")
+    return runs
+
+
+def _read(file: Path) -> Record | None:
+    """The document of a results file, None for any other file."""
+    try:
+        document = json.loads(file.read_text())
+    except ValueError:
+        return None
+    known = isinstance(document, dict) and _maker(document.get("task", "")) is not None
+    return document if known else None
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """The page's sections, in the order in which their tasks first occur."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        document = run.document
+        tokenizers = sorted({panel["tokenizer"] for panel in document.get("panels", [])})
+        same = [document["task"], document.get("settings"), tokenizers]
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    return [_section(own) for own in groups.values()]
+
+
+def _section(runs: list[Run]) -> Section:
+    document = runs[0].document
+    task = document["task"]
+    panels = [panel for run in runs for panel in _labelled(run, runs)]
+    notes = [f"{name}: {value}" for name, value in (document.get("settings") or {}).items()]
+    tokenizers = sorted({panel["tokenizer"] for panel in panels if "tokenizer" in panel})
+    notes += [f"tokenizer: {', '.join(tokenizers)}"] if tokenizers else []
+    notes += [f"device: {', '.join(sorted({run.document['device'] for run in runs}))}"]
+    return Section(
+        title=_TITLES.get(task, task.replace("_", " ")),
+        notes=notes,
+        table=_maker(task)(panels),
+        figures=[
+            (str(run.path.parent), run.path.with_suffix(".png"))
+            for run in runs
+            if run.path.with_suffix(".png").exists()
+        ],
+        commands=[run.document["command"] for run in runs],
+    )
+
+
+def _labelled(run: Run, runs: list[Run]) -> list[Record]:
+    """The models of a run; labels that occur in several runs tell their folder too."""
+    if "panels" not in run.document:  # speed: rows of one model in several kinds
+        return [dict(run.document, label=str(run.path.parent))]
+    others = {
+        panel["label"] for other in runs if other is not run for panel in other.document["panels"]
+    }
+    mark = lambda label: f"{label} ({run.path.parent})" if label in others else label
+    return [dict(panel, label=mark(panel["label"])) for panel in run.document["panels"]]
+
+
+def _grid_table(panels: list[Record]) -> Table:
+    """A row a model: right answers in per cent at each length, with intervals."""
+    lengths = sorted({cell["length"] for p in panels for cell in p["summary"]["by_length"]})
+    rows = []
+    for panel in panels:
+        cells = {cell["length"]: cell for cell in panel["summary"]["by_length"]}
+        texts = [_share(cells[n]) if n in cells else "–" for n in lengths]
+        rows.append([panel["label"], *texts, _share(panel["summary"]["all"])])
+    columns = [f"{n:,}" for n in lengths]
+    return Table(["model (right answers, %, with 95 % interval)", *columns, "all"], rows)
+
+
+def _share(cell: Record) -> str:
+    if not cell["trials"]:
+        return "–"
+    low, high = 100 * cell["low"], 100 * cell["high"]
+    return f"{100 * cell['accuracy']:.1f} ({low:.0f} to {high:.0f})"
+
+
+def _short_table(panels: list[Record]) -> Table:
+    """The paper's table."""
+    found = {column for panel in panels for column in panel["summary"]["columns"]}
+    columns = [c for c in SHORT_NAMES if c in found] + sorted(found - set(SHORT_NAMES))
+    rows = []
+    for panel in panels:
+        texts = []
+        for column in columns:
+            if column not in panel["summary"]["columns"]:
+                texts.append("–")
+                continue
+            score, error = main_score(panel["summary"]["columns"], column)
+            texts.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
+        average = panel["summary"]["average"]
+        rows.append([panel["label"], *texts, "–" if average is None else f"{average:.1f}"])
+    names = [SHORT_NAMES.get(c, c) + (" n" if c in MAIN_METRICS else "") for c in columns]
+    return Table(["model (%, ± standard error)", *names, "avg"], rows)
+
+
+def _loss_table(panels: list[Record]) -> Table:
+    """A row a model: mean loss in each octave of positions."""
+    bins = {(b["begin"], b["end"]) for p in panels for b in p["summary"]["by_position"]}
+    octaves = sorted(bins)
+    rows = []
+    for panel in panels:
+        own = {(b["begin"], b["end"]): b for b in panel["summary"]["by_position"]}
+        whole = panel["summary"]["all"]
+        texts = [f"{own[o]['loss']:.3f}" if o in own else "–" for o in octaves]
+        rows.append([panel["label"], *texts, f"{whole['loss']:.4f}" if whole else "–"])
+    columns = [f"{begin:,}–{end:,}" for begin, end in octaves]
+    return Table(["model (nats per token at positions)", *columns, "all"], rows)
+
+
+def _speed_table(panels: list[Record]) -> Table:
+    """A row a model kind: milliseconds per token at each context."""
+    contexts = sorted({row["context"] for panel in panels for row in panel["rows"]})
+    rows = []
+    for panel in panels:
+        for kind in dict.fromkeys(row["kind"] for row in panel["rows"]):
+            own = {r["context"]: r["milliseconds"] for r in panel["rows"] if r["kind"] == kind}
+            texts = [f"{own[c]:.2f}" if c in own else "–" for c in contexts]
+            rows.append([f"{panel['label']}: {kind}", *texts])
+    return Table(["model (ms per token at context)", *[f"{c:,}" for c in contexts]], rows)
+
+
+def _maker(task: str) -> Callable[[list[Record]], Table] | None:
+    """What makes a task's table; None for what is no task."""
+    if task == "passkey" or task.startswith("niah_"):
+        return _grid_table
+    return {"short": _short_table, "long-loss": _loss_table, "speed": _speed_table}.get(task)
+
+
+_TITLES = {
+    "passkey": "Passkey retrieval",
+    "short": "Short-context benchmarks",
+    "long-loss": "Loss by position",
+    "speed": "Decoding speed",
+}
+
+
+def as_markdown(title: str, parts: Sequence[Section]) -> str:
+    """The tables as GitHub shows them."""
+    lines = [f"# {title}"]
+    for part in parts:
+        lines += ["", f"## {part.title}", "", "; ".join(part.notes), ""]
+        escape = lambda text: text.replace("|", "\\|")
+        lines.append("| " + " | ".join(map(escape, part.table.columns)) + " |")
+        lines.append("|---" + "|---:" * (len(part.table.columns) - 1) + "|")
+        lines += ["| " + " | ".join(map(escape, row)) + " |" for row in part.table.rows]
+        lines += ["", *[f"    {command}" for command in part.commands]]
+    return "\n".join(lines) + "\n"
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+       max-width: 76rem; margin: 2rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+nav a { margin-right: 1rem; }
+.notes { color: #555; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .75rem; border-bottom: 1px solid #ddd; text-align: right;
+         white-space: nowrap; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1.25rem 0; } img { max-width: 100%; height: auto; }
+figcaption, code { font-size: .85rem; color: #555; }
+code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+
+def as_html(title: str, parts: Sequence[Section]) -> str:
+    """One page that needs no other file: figures are inside it."""
+    links = " ".join(
+        f'<a href="#part{i}">{html.escape(part.title)}</a>' for i, part in enumerate(parts)
+    )
+    body = "".join(_html_section(i, part) for i, part in enumerate(parts))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1><nav>{links}</nav>{body}</body></html>\n"
+    )
+
+
+def _html_section(number: int, part: Section) -> str:
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
+    rows = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in part.table.rows)
+    figures = "".join(
+        f'<figure><img alt="{html.escape(part.title)}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, path in part.figures
+    )
+    commands = "".join(f"<code>{html.escape(command)}</code>" for command in part.commands)
+    return (
+        f'\n<section id="part{number}"><h2>{html.escape(part.title)}</h2>'
+        f'<p class="notes">{html.escape("; ".join(part.notes))}</p>'
+        f'<div class="wide"><table><thead><tr>{cells(part.table.columns, "th")}</tr></thead>\n'
+        f"<tbody>{rows}</tbody></table></div>{figures}{commands}</section>"
+    )
+
+
+def run(options: ReportOptions) -> None:
+    """The command: writes report.html and report.md."""
+    console = Console(highlight=False)
+    parts = sections(find_runs(options.inputs))
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("report.md", as_markdown(options.title, parts)),
+        ("report.html", as_html(options.title, parts)),
+    ):
+        (options.output / name).write_text(text)
+        console.print(f"wrote {options.output / name}", soft_wrap=True)

@@ -1,0 +1,415 @@
+"""Short-context benchmarks through lm-evaluation-harness, in the layout of the paper's table.
+
+The eight tasks of the paper run offline on local files (`--data-dir`, see short_data.py); every
+other lm_eval task runs by its name, with data from the Hugging Face hub. lm_eval is an optional
+extra, and never brings torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals import short_data
+from rwkvx_jax.evals.common import (
+    IDENTITY_FIELDS,
+    EvalOptions,
+    Subject,
+    Tracker,
+    open_console,
+    open_subjects,
+    until_interrupted,
+)
+from rwkvx_jax.evals.figures import LINES, new_figure, save
+from rwkvx_jax.evals.results import Record, Results
+
+SHORT_NAMES = {
+    "lambada_openai": "lmb",
+    "hellaswag": "hs",
+    "piqa": "piqa",
+    "arc_easy": "arcE",
+    "arc_challenge": "arcC",
+    "winogrande": "wino",
+    "sciq": "sciq",
+    "mmlu": "mmlu",
+}
+"""Columns of the paper's table, in its order."""
+MAIN_METRICS = {"hellaswag": "acc_norm"}  # the others: acc
+CHANCE = {
+    "hellaswag": 25,
+    "piqa": 50,
+    "arc_easy": 25,
+    "arc_challenge": 25,
+    "winogrande": 50,
+    "sciq": 25,
+    "mmlu": 25,
+}
+"""Scores (%) of guessing; LAMBADA's is near 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortOptions(EvalOptions):
+    """Short-context benchmarks through lm_eval; --limit is documents of each task."""
+
+    tasks: tuple[str, ...] = short_data.TASKS
+    """The paper's, or any of lm_eval by name."""
+    data_dir: Path | None = None
+    """Folder of local files for the paper's tasks; without it lm_eval fetches all data."""
+    fewshot: int | None = None
+    """Replaces the number of examples in a prompt (MMLU 5, the paper's others 0) where a task
+    allows it."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.tasks:
+            raise ConfigError("--tasks is empty: name some, such as piqa arc_easy")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"--tasks {' '.join(self.tasks)} names a task twice")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise ConfigError(f"--fewshot is {self.fewshot}: it must not be negative")
+        if self.data_dir is not None:
+            others = [name for name in self.tasks if name not in short_data.TASKS]
+            if others:
+                raise ConfigError(
+                    f"--data-dir holds the paper's tasks only, not {', '.join(others)}: run these "
+                    "without it, into another --output"
+                )
+            short_data.check_files(self.data_dir, self.tasks)
+
+
+def check_installed() -> None:
+    """Raises ConfigError where lm_eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "eval.py short needs lm-evaluation-harness: pip install 'rwkvx-jax[eval]' "
+            "(or pip install lm_eval)"
+        )
+
+
+def load_tasks(options: ShortOptions) -> dict[str, Any]:
+    """lm_eval's Task objects by name; MMLU becomes one a subject.
+
+    Raises:
+      ConfigError: a malformed file, or a task that lm_eval does not know or can't fetch.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read on import: its bars would tear ours
+    if options.data_dir is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # likewise
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    if options.data_dir is not None:
+        configs = [c for name in options.tasks for c in offline_configs(name, options.data_dir)]
+        tasks = {config["task"]: ConfigurableTask(config=config) for config in configs}
+    else:
+        try:
+            tasks = TaskManager().load(list(options.tasks))["tasks"]
+        except KeyError as error:
+            raise ConfigError(f"{error.args[0]}; `lm_eval ls tasks` lists them") from error
+        except (OSError, ConnectionError) as error:
+            raise ConfigError(
+                f"lm_eval can't fetch the data of {', '.join(options.tasks)} ({error}): the "
+                "paper's tasks also run on local files, see --data-dir"
+            ) from error
+    for task in tasks.values():
+        if options.fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=options.fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=options.seed)
+    return tasks
+
+
+def offline_configs(name: str, data_dir: Path) -> list[dict[str, Any]]:
+    """lm_eval task configs of one of the paper's tasks on local files."""
+    import datasets
+    import yaml
+
+    path = Path(__file__).parent / "short_tasks" / f"{name}.yaml"
+    config = yaml.safe_load(path.read_text())
+    records = short_data.read_records(data_dir / f"{name}.jsonl", name)
+    serve = lambda splits, **_: {k: datasets.Dataset.from_list(v) for k, v in splits.items()}
+    if name != "mmlu":
+        return [config | {"custom_dataset": partial(serve, {"test": records})}]
+    examples = short_data.read_records(data_dir / "mmlu_dev.jsonl", name)
+    configs = []
+    for subject in sorted({record["subject"] for record in records}):
+        of_subject = lambda rows, subject=subject: [r for r in rows if r["subject"] == subject]
+        if len(dev := of_subject(examples)) < config["num_fewshot"]:
+            raise ConfigError(
+                f"{data_dir / 'mmlu_dev.jsonl'} has {len(dev)} records of the subject {subject}: "
+                f"MMLU's prompts show {config['num_fewshot']}"
+            )
+        spoken = subject.replace("_", " ")
+        configs.append(
+            config
+            | {
+                "task": f"mmlu_{subject}",
+                "description": "The following are multiple choice questions (with answers) about "
+                f"{spoken}.\n\n",
+                "custom_dataset": partial(serve, {"test": of_subject(records), "dev": dev}),
+            }
+        )
+    return configs
+
+
+def family(task: str) -> str:
+    """The column of a task: all subjects of MMLU are one."""
+    return "mmlu" if task.startswith("mmlu_") else task
+
+
+def evaluate(options: ShortOptions, subjects: Sequence[Subject], console: Console) -> Results:
+    """Runs what is not answered yet, and writes short.json.
+
+    Raises:
+      ConfigError: lm_eval or data missing, malformed records, or a results file of another
+        evaluation.
+    """
+    check_installed()
+    tasks = load_tasks(options)
+    counts = {name: len(task.eval_docs) for name, task in tasks.items()}
+    data = {name: _fingerprint(task) for name, task in tasks.items()}
+    results = Results(
+        options.output / "short.json",
+        task="short",
+        settings={"seed": options.seed, "fewshot": options.fewshot},
+        plan={"tasks": options.tasks, "documents": counts, "limit": options.limit},
+        key_fields=("task", "document", "data"),
+        planned=[(name, i, data[name]) for name, count in counts.items() for i in range(count)],
+        panels=[subject.description for subject in subjects],
+        identity_fields=IDENTITY_FIELDS,
+        summarize=summarize,
+    )
+    wanted = {
+        (name, i, data[name])
+        for name, count in counts.items()
+        for i in range(min(count, options.limit or count))
+    }
+    for subject in subjects:
+        finished = results.finished(subject.label)
+        if wanted <= finished:
+            console.print(f"{subject.label}: all documents are finished", soft_wrap=True)
+            continue
+        trials = _run(options, subject, tasks, data, console)
+        results.add(subject.label, [t for t in trials if _key(t) not in finished])
+    results.save()
+    return results
+
+
+def _key(trial: Record) -> tuple:
+    return trial["task"], trial["document"], trial["data"]
+
+
+def _fingerprint(task: Any) -> str:
+    """Hash of a task's documents, so that answers on other data are never mixed in."""
+    digest = hashlib.blake2b(digest_size=6)
+    for doc in task.eval_docs:
+        digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _run(
+    options: ShortOptions,
+    subject: Subject,
+    tasks: dict[str, Any],
+    data: dict[str, str],
+    console: Console,
+) -> list[Record]:
+    """All trials of one model; answers that its file holds are not computed again."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from rwkvx_jax.evals.harness import AnswerFile, HarnessModel
+
+    description = subject.description
+    identity = json.dumps([description[field] for field in IDENTITY_FIELDS])
+    name = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    answers = AnswerFile(options.output / "short_answers" / f"{name}.jsonl")
+    with _Progress(console, subject.label) as progress:
+        model = HarnessModel(
+            subject, answers, piece=options.piece, batch=options.batch, start=progress.start
+        )
+        found = simple_evaluate(
+            model=model,
+            tasks=list(tasks.values()),
+            task_manager=TaskManager(include_defaults=False),
+            limit=options.limit,
+            bootstrap_iters=0,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
+    return [
+        _trial(task, data[task], sample)
+        for task, samples in found["samples"].items()
+        for sample in samples
+    ]
+
+
+def _trial(task: str, data: str, sample: Record) -> Record:
+    answers = [answer for (answer,) in sample["resps"]]
+    metrics = {name: _plain(sample[name]) for name in sample["metrics"]}
+    return {"task": task, "document": sample["doc_id"], "data": data, "answers": answers} | {
+        "metrics": metrics
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A metric of one document as JSON takes it."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class _Progress:
+    """A Tracker for each kind of request in turn."""
+
+    def __init__(self, console: Console, label: str):
+        self._console, self._label, self._tracker = console, label, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._tracker is not None:
+            self._tracker.__exit__(*error)
+
+    def start(self, what: str, total: int):
+        self.__exit__()
+        self._tracker = Tracker(self._console, "tokens", total).__enter__()
+        self._tracker.describe(f"{self._label}, {what}")
+        counted = 0
+
+        def advance(count: int) -> None:
+            nonlocal counted
+            self._tracker.advance(count)
+            if counted == 0:
+                self._tracker.start_clock()
+            counted += count
+
+        return advance
+
+
+def summarize(trials: Sequence[Record]) -> Record:
+    """Each column's metrics with standard errors over documents, in per cent where they are shares.
+
+    LAMBADA's perplexity is computed as lm_eval does: exp of minus the mean log-likelihood.
+    """
+    columns: dict[str, dict[str, list]] = {}
+    for trial in trials:
+        metrics = columns.setdefault(family(trial["task"]), {})
+        for metric, value in trial["metrics"].items():
+            if isinstance(value, int | float):
+                metrics.setdefault(metric, []).append(float(value))
+    summary = {}
+    for column, metrics in columns.items():
+        summary[column] = {name: _mean(name, values) for name, values in metrics.items()}
+    shown = [main_score(summary, column) for column in SHORT_NAMES if column in summary]
+    average = float(np.mean([score for score, _ in shown])) if shown else None
+    return {"columns": summary, "average": average, "averaged": len(shown)}
+
+
+def _mean(name: str, values: list[float]) -> Record:
+    if name == "perplexity":
+        return {"value": math.exp(-float(np.mean(values))), "error": None, "documents": len(values)}
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"value": float(np.mean(values)), "error": error, "documents": len(values)}
+
+
+def main_score(columns: Record, column: str) -> tuple[float, float | None]:
+    """The table's figure of a column and its standard error, in per cent."""
+    metric = columns[column].get(MAIN_METRICS.get(column, "acc"))
+    metric = metric or next(iter(columns[column].values()))
+    error = metric["error"]
+    return 100 * metric["value"], None if error is None else 100 * error
+
+
+def print_table(results: Results, console: Console) -> None:
+    """A row a model in the paper's layout, and a row of standard errors."""
+    panels = results.document["panels"]
+    known = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
+    others = sorted({c for p in panels for c in p["summary"]["columns"]} - set(known))
+    table = Table(title="scores (%) ± standard error over documents")
+    table.add_column("model")
+    for column in known + others:
+        metric = MAIN_METRICS.get(column, "acc")
+        mark = "" if metric == "acc" or column in others else " n"
+        table.add_column(f"{SHORT_NAMES.get(column, column)}{mark}", justify="right")
+    averaged = max(p["summary"]["averaged"] for p in panels)
+    table.add_column(
+        "avg" if averaged == len(SHORT_NAMES) else f"avg of {averaged}", justify="right"
+    )
+    for panel in panels:
+        cells = []
+        for column in known + others:
+            if column not in panel["summary"]["columns"]:
+                cells.append("–")
+                continue
+            score, error = main_score(panel["summary"]["columns"], column)
+            cells.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
+        average = panel["summary"]["average"]
+        table.add_row(panel["label"], *cells, "–" if average is None else f"{average:.1f}")
+    console.print(table)
+    console.print("n: normalised by the length of each choice (acc_norm)")
+
+
+def draw(results: Results, path: Path) -> None:
+    """Bars by task, one colour a model, with 95 % intervals; a tick marks the score of guessing."""
+    panels = results.document["panels"]
+    columns = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
+    columns += sorted({c for p in panels for c in p["summary"]["columns"]} - set(columns))
+    figure = new_figure(max(5.0, 0.9 * len(columns) * (1 + 0.3 * len(panels))), 4.2)
+    axes = figure.add_subplot()
+    width = 0.8 / len(panels)
+    for i, panel in enumerate(panels):
+        own = [(x, c) for x, c in enumerate(columns) if c in panel["summary"]["columns"]]
+        scores = [main_score(panel["summary"]["columns"], c) for _, c in own]
+        axes.bar(
+            [x + (i - (len(panels) - 1) / 2) * width for x, _ in own],
+            [score for score, _ in scores],
+            width * 0.9,
+            yerr=[1.96 * (error or 0) for _, error in scores],
+            capsize=3,
+            color=LINES[i % len(LINES)],
+            label=panel["label"],
+        )
+    for x, column in enumerate(columns):
+        if column in CHANCE:
+            label = "guessing" if column == next(c for c in columns if c in CHANCE) else None
+            axes.hlines(CHANCE[column], x - 0.45, x + 0.45, "black", "dashed", label=label)
+    axes.set_xticks(range(len(columns)), [SHORT_NAMES.get(c, c) for c in columns])
+    axes.set_ylabel("score (%)")
+    axes.set_ylim(0, 100)
+    axes.set_title("Short-context benchmarks, with 95 % intervals over documents", fontsize=10)
+    axes.grid(axis="y", alpha=0.4)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    save(figure, path)
+
+
+def run(options: ShortOptions) -> None:
+    """The command: evaluates, writes short.json and short.png, prints the paper's table."""
+    console = open_console()
+    check_installed()
+    subjects = open_subjects(options)
+    with until_interrupted(console):
+        results = evaluate(options, subjects, console)
+    path = results.path.with_suffix(".png")
+    draw(results, path)
+    print_table(results, console)
+    console.print(f"wrote {results.path} and {path}", soft_wrap=True)

@@ -1,0 +1,115 @@
+"""Key-value recall: lines "name: number" scattered in filler, some of them asked for at the end.
+
+With more pairs than a recurrent state holds, only attention can answer. Names are drawn anew for
+every document; numbers are the passkeys, split into those seen in training and those kept for
+evaluation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.tasks.passkey import answer_tokens, eval_key, filler_tokens, train_key
+from rwkvx_jax.tasks.words import draw_names
+from rwkvx_jax.tokenizer import Tokenizer
+
+_TASK = "Each name below has a number. Remember them all, I will ask for some.\n"
+
+
+def recall_prompt(
+    tokenizer: Tokenizer, length: int, pairs: int, depth: float, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """A question of exactly `length` tokens, and the number that answers it.
+
+    Args:
+      tokenizer: the model's own.
+      length: tokens of the prompt, the answer not counted.
+      pairs: names with numbers in it.
+      depth: place of the asked pair among all, 0 (the first) to 1 (the last).
+      rng: source of names, numbers and the amounts of filler between them.
+
+    Returns:
+      Tokens int32 [length]; the answer's are `answer_tokens` of the number.
+
+    Raises:
+      ConfigError: a length that can't hold all pairs and the question.
+    """
+    document = _Document(tokenizer, pairs, rng, held_out=True)
+    asked = round(depth * (pairs - 1))
+    question = document.question(asked)
+    return np.concatenate(
+        [document.body(length - len(question), length), question]
+    ), document.numbers[asked]
+
+
+def recall_sample(
+    tokenizer: Tokenizer,
+    seq_len: int,
+    rng: np.random.Generator,
+    *,
+    pairs: int,
+    questions: int = 1,
+    held_out: bool = False,
+) -> np.ndarray:
+    """One document that fills a training window: pairs in filler, questions with their answers, end
+    of document.
+
+    Args:
+      tokenizer: the model's own.
+      seq_len: tokens of a window, the last target not counted.
+      rng: source of everything random.
+      pairs: names with numbers in it.
+      questions: how many different ones are asked for, at most `pairs`.
+      held_out: take evaluation numbers instead of training numbers.
+
+    Returns:
+      Tokens, int32 [seq_len + 1].
+
+    Raises:
+      ConfigError: more questions than pairs, or a window that can't hold it all.
+    """
+    if questions > pairs:
+        raise ConfigError(f"recall: {questions} questions about {pairs} pairs; ask for fewer")
+    document = _Document(tokenizer, pairs, rng, held_out=held_out)
+    ending = []
+    for asked in rng.permutation(pairs)[:questions]:
+        answer = answer_tokens(tokenizer, document.numbers[asked])
+        ending += [document.question(asked), answer]
+    ending = np.append(np.concatenate(ending), np.int32(tokenizer.end_of_document))
+    return np.concatenate([document.body(seq_len + 1 - len(ending), seq_len), ending])
+
+
+class _Document:
+    """Names, their numbers, and the text that states them."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, pairs: int, rng: np.random.Generator, *, held_out: bool
+    ):
+        draw = eval_key if held_out else train_key
+        self._tokenizer, self._rng = tokenizer, rng
+        self.names = draw_names(pairs, rng)
+        self.numbers = [draw(rng) for _ in range(pairs)]
+
+    def question(self, asked: int) -> np.ndarray:
+        """Tokens of a question, up to where its number follows."""
+        name = self.names[asked]
+        return self._tokenizer.encode(f"\nWhich number has {name}?\n{name}:")
+
+    def body(self, length: int, whole: int) -> np.ndarray:
+        """Task line and all pairs with filler between them, int32 [length]; `whole` is the length
+        of the document, for the error."""
+        encode = self._tokenizer.encode
+        lines = [encode(f"\n{n}: {v}\n") for n, v in zip(self.names, self.numbers, strict=True)]
+        task = encode(_TASK)
+        room = length - len(task) - sum(map(len, lines))
+        if room < 0:
+            raise ConfigError(
+                f"a recall document of {whole} tokens is too short for {len(lines)} pairs: they "
+                f"and the questions take {whole - room} tokens of the {self._tokenizer.name} "
+                "tokenizer; use fewer pairs or a longer document"
+            )
+        cuts = np.sort(self._rng.integers(0, room + 1, len(lines)))
+        filler = np.split(filler_tokens(self._tokenizer, room), cuts)
+        parts = [part for pair in zip(filler, lines, strict=False) for part in pair]
+        return np.concatenate([task, *parts, filler[-1]])
