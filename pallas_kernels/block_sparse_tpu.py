@@ -670,7 +670,9 @@ def _segment(queries: int, block: int, tile: TileConfig, shape: _Shape) -> tuple
     return -(-blocks // segments) * block, segments
 
 
-def _past_call(plan: _Plan, kernel, routed, inputs, in_specs, outputs, scratch, cost, interpret, name):
+def _past_call(
+    plan: _Plan, kernel, routed, inputs, in_specs, outputs, scratch, cost, interpret, name
+):
     """Runs a kernel over all tiles of the past part.
 
     As many packs at once as scalar memory has room for their tables; the arrays in `outputs` are

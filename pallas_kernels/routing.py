@@ -66,7 +66,14 @@ class Plan:
 
 
 def make_plan(
-    *, queries: int, segment: int, rows: int, chunks: int, slots: int, chunk_size: int, first: int | None
+    *,
+    queries: int,
+    segment: int,
+    rows: int,
+    chunks: int,
+    slots: int,
+    chunk_size: int,
+    first: int | None,
 ) -> Plan:
     """Plan for `queries` queries, the worst case of tiles counted.
 
@@ -208,7 +215,9 @@ def _iota(dimension: int) -> jax.Array:
 
 def _exchange(x: jax.Array, distance: int) -> jax.Array:
     """Within a register [8, 128], row-major: the smaller of each pair `distance` apart first."""
-    axis, step, size = (1, distance, _LANES) if distance < _LANES else (0, distance // _LANES, _SUBLANES)
+    axis, step, size = (
+        (1, distance, _LANES) if distance < _LANES else (0, distance // _LANES, _SUBLANES)
+    )
     upper = (_iota(axis) & step) != 0
     below = pltpu.roll(x, step, axis)
     above = below if 2 * step == size else pltpu.roll(x, size - step, axis)
