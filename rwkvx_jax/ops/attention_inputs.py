@@ -92,6 +92,13 @@ def offset_of_rows(q_offset, batch: int) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
 
 
+def known_or_rows(q_offset, batch: int) -> int | jax.Array:
+    """q_offset as an int where it is one, which kernels make use of, else as int32 [B]."""
+    if isinstance(q_offset, numbers.Integral):
+        return int(q_offset)
+    return offset_of_rows(q_offset, batch)
+
+
 def query_positions(q_offset, batch: int, length: int) -> jax.Array:
     """Absolute positions of the queries, int32 [B, Tq]."""
     steps = jnp.arange(length, dtype=jnp.int32)

@@ -10,10 +10,12 @@ Source: RWKV-X (arXiv 2504.21463), training form, per-head selection.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import block_sparse_tpu
 from rwkvx_jax.ops.attention_inputs import (
     check_attention_inputs,
     check_chunking,
     check_scale,
+    known_or_rows,
     query_positions,
 )
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
@@ -63,7 +65,8 @@ def sparse_attention(
     if selection is None:
         selection = select_chunks(q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset)
     _check_selection(selection, q.shape, top_k)
-    run = _IMPLEMENTATIONS[resolve("sparse_attention", implementation, _CANDIDATES)]
+    candidates = _candidates(q, v, chunk_size)
+    run = _IMPLEMENTATIONS[resolve("sparse_attention", implementation, candidates)]
     return run(q, k, v, selection, chunk_size=chunk_size, scale=scale, q_offset=q_offset)
 
 
@@ -108,9 +111,29 @@ def _check_selection(selection, q_shape, top_k) -> None:
         )
 
 
-_IMPLEMENTATIONS = {"xla": sparse_attention_xla, "dense": sparse_attention_dense}
-_CANDIDATES = (
-    Candidate("pallas", ("tpu", "gpu"), lambda platform: f"it has no kernels for {platform} yet"),
-    Candidate("xla"),
-    Candidate("dense"),
-)
+def _candidates(q, v, chunk_size) -> tuple[Candidate, ...]:
+    def problem(platform: str) -> str | None:
+        if platform == "gpu":
+            return "it has no kernels for gpu yet"
+        return block_sparse_tpu.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+
+    return Candidate("pallas", ("tpu", "gpu"), problem), Candidate("xla"), Candidate("dense")
+
+
+def _sparse_attention_pallas(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+    return block_sparse_tpu.block_sparse_attention(
+        q,
+        k,
+        v,
+        selection,
+        chunk_size=chunk_size,
+        scale=scale,
+        q_offset=known_or_rows(q_offset, q.shape[0]),
+    )
+
+
+_IMPLEMENTATIONS = {
+    "pallas": _sparse_attention_pallas,
+    "xla": sparse_attention_xla,
+    "dense": sparse_attention_dense,
+}

@@ -10,7 +10,14 @@ queries at a time: [B, H, Tq, N] is never held. Source: RWKV-X (arXiv 2504.21463
 import jax
 import jax.numpy as jnp
 
-from rwkvx_jax.ops.attention_inputs import check_chunking, check_offset, query_positions
+from pallas_kernels import selection_tpu
+from rwkvx_jax.ops.attention_inputs import (
+    check_chunking,
+    check_offset,
+    known_or_rows,
+    query_positions,
+)
+from rwkvx_jax.ops.dispatch import Candidate, resolve
 
 # Scores held at once, over batch and heads. About a megabyte of scores keeps a block in cache.
 SCORES_PER_BLOCK = 1 << 20
@@ -115,7 +122,13 @@ def _best(scores, count):
 
 
 def select_chunks(
-    q: jax.Array, k: jax.Array, *, chunk_size: int, top_k: int, q_offset=0
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    chunk_size: int,
+    top_k: int,
+    q_offset=0,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Chooses the past chunks that each query and head attends to beside its own chunk.
 
@@ -125,17 +138,29 @@ def select_chunks(
       chunk_size: tokens in a chunk, counted from position 0.
       top_k: chunks a query attends to, its own included.
       q_offset: int, integer scalar or integer [B] (may be traced).
+      implementation: "pallas" (TPU), "xla", or None to choose by platform.
 
     Returns:
       int32 [B, Tq, H, top_k - 1], by descending score, ties to the lower index, padded with -1.
       The own chunk, later chunks and a trailing partial chunk are never chosen. No gradient.
 
     Raises:
-      ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1 or a negative q_offset.
+      ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1, a negative q_offset, or a
+        named implementation that cannot run here.
     """
     _check(q, k, chunk_size, top_k, q_offset)
-    positions = query_positions(q_offset, q.shape[0], q.shape[1])
     means = chunk_key_means(k, chunk_size)
+    problem = lambda platform: selection_tpu.unsupported_reason(q.shape[3], q.dtype)
+    candidates = Candidate("pallas", ("tpu",), problem), Candidate("xla")
+    chosen = resolve("select_chunks", implementation, candidates)
+    if chosen == "pallas" and means.shape[1] and top_k > 1:
+        return selection_tpu.select_from_means(
+            *jax.lax.stop_gradient((q, means)),
+            known_or_rows(q_offset, q.shape[0]),
+            chunk_size=chunk_size,
+            count=top_k - 1,
+        )
+    positions = query_positions(q_offset, q.shape[0], q.shape[1])
     return select_from_means(q, means, positions, chunk_size=chunk_size, count=top_k - 1)
 
 

@@ -1,0 +1,1085 @@
+"""Top-k chunk sparse attention for TPU: forward and one-pass backward as Pallas kernels.
+
+Each query attends causally to its own chunk and to the past chunks selected for it. Queries that
+share a chunk lie anywhere, so the past part is chunk-major: `routing` sorts the pairs by chunk and
+cuts them into tiles, and a tile's queries meet its chunk's keys in full matrix products. What makes
+this cheap is that nothing is gathered or scattered in HBM: a segment of queries lies in VMEM as
+float32 rows (one row of 128 lanes is one vector load), beside a row of running results a query:
+
+* forward: [accumulated values | sum | maximum] of an online softmax. A tile gathers its rows,
+  attends, and scatters them back; merging the chunks of a query costs no pass of its own.
+* backward: [dQ | log-sum-exp | delta]. dQ adds up in place; dK and dV add up in VMEM over the tiles
+  of a chunk.
+
+A second kernel then does the own chunk, a causal pass over the diagonal that starts from those rows
+and writes the final results. Arrays keep the layout of the projections, [B, T, H * K]: two heads of
+size 64 share the 128 lanes of a "pack". A product over all 128 lanes costs the matrix unit no more
+than one over 64; masking the lanes of the other head out of the queries separates the two.
+
+docs/kernels.md states the costs and what else was tried.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import routing
+
+_LANES = 128
+_SUBLANES = 8
+_GATHER = 32  # rows gathered by one pass of a loop: more would spill their addresses
+_TABLE_ENTRIES = 1 << 16  # tiles whose chunks are held in scalar memory by one call
+_LOG2_E = math.log2(math.e)
+_NO_SCORE = -1e30  # finite, so that differences of it are numbers
+_F32 = jnp.float32
+# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
+_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How much a grid step takes on.
+
+    Attributes:
+      rows: queries of a tile of the past part, a multiple of 128.
+      keys: keys met at once, in the past part; divides no chunk in particular.
+      diagonal: largest number of rows and of columns of a tile of the own chunk.
+      segment_bytes: VMEM for the rows of a segment of queries and their results.
+      vmem_limit_bytes: VMEM the compiler may use.
+    """
+
+    rows: int = 256
+    keys: int = 512
+    diagonal: int = 512
+    segment_bytes: int = 34 * 1024 * 1024
+    vmem_limit_bytes: int = 60 * 1024 * 1024
+
+    def __post_init__(self):
+        for name in ("rows", "keys", "diagonal"):
+            value = getattr(self, name)
+            if value < _LANES or value % _LANES:
+                raise ValueError(f"{name} must be a positive multiple of {_LANES}, got {value}")
+        if not 0 < self.segment_bytes <= self.vmem_limit_bytes:
+            raise ValueError(
+                f"segment_bytes must be positive and at most vmem_limit_bytes "
+                f"({self.vmem_limit_bytes}), got {self.segment_bytes}"
+            )
+
+
+def unsupported_reason(
+    head_size: int, value_size: int, chunk_size: int, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Why these kernels cannot take such inputs; None if they can."""
+    if head_size != value_size:
+        return f"key size {head_size} and value size {value_size} differ"
+    if head_size not in (64, 128):
+        return f"head size {head_size} is not 64 or 128"
+    if not 64 <= chunk_size <= 2048 or chunk_size % 64:
+        return f"chunk size {chunk_size} is not a multiple of 64 from 64 to 2048"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(_F32)):
+        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
+    return None
+
+
+# --------------------------------------------------------------------------------------------
+# Inside a kernel
+# --------------------------------------------------------------------------------------------
+
+
+def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
+    """Product with float32 accumulation: one pass for bfloat16 operands, full float32 otherwise."""
+    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
+    )
+
+
+def _lane(shape: tuple[int, ...]) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+
+
+def _column(x: jax.Array, lane) -> jax.Array:
+    """Lane number `lane` of x [R, 128], as [R, 1]."""
+    return jnp.sum(jnp.where(_lane(x.shape) == lane, x, 0.0), axis=1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static sizes of the kernels.
+
+    Attributes:
+      head: head size, 64 or 128.
+      dtype: of q, k, v; decides the precision of products.
+      chunk: tokens in a chunk.
+      scale: factor on q . k.
+    """
+
+    head: int
+    dtype: jnp.dtype
+    chunk: int
+    scale: float
+
+    @property
+    def heads(self) -> int:
+        """Heads of a pack."""
+        return _LANES // self.head
+
+    @property
+    def parts(self) -> int:
+        """128-lane rows that hold a query's running results."""
+        return 1 if self.heads > 1 else 2
+
+    @property
+    def log2_scale(self) -> float:
+        """Turns q . k into exponents of 2."""
+        return self.scale * _LOG2_E
+
+    def block(self, limit: int) -> int:
+        """Rows the diagonal is cut into: whole chunks, as many as fit the limit, at least one."""
+        return self.chunk * max(1, limit // self.chunk)
+
+    def side(self, limit: int) -> int:
+        """Rows (and columns) of a tile of the diagonal; divides `block`."""
+        block = self.block(limit)
+        if block <= limit:
+            return block
+        return max(x for x in range(64, limit + 1, 64) if block % x == 0)
+
+    def stat_lane(self, head):
+        """First of the lanes that hold a query's statistics, in the last part of its row."""
+        return (1 - head) * self.head if self.heads > 1 else 0
+
+    def own(self, x: jax.Array, head) -> jax.Array:
+        """x [R, 128] float32 with the lanes of the pack's other head cleared."""
+        if self.heads == 1:
+            return x
+        return jnp.where(_lane(x.shape) // self.head == head, x, 0.0)
+
+    def values_and_ones(self, v: jax.Array, head) -> jax.Array:
+        """Values [R, 128] of one head with a column of ones where the sum is kept, so that the
+        product with the weights also sums them."""
+        if self.heads == 1:
+            return v
+        packed = self.dtype == jnp.bfloat16
+        words = pltpu.bitcast(v, jnp.int32)  # masks cost half as much on packed pairs of rows
+        one = 0x3F803F80 if packed else 0x3F800000
+        lane = _lane(words.shape)
+        words = jnp.where(lane // self.head == head, words, 0)
+        words = jnp.where(lane == self.stat_lane(head), one, words)
+        return pltpu.bitcast(words, self.dtype)
+
+
+def _pieces(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _each_row(rows_ref, function) -> None:
+    """Calls function(first row of 8, their 8 query numbers) for all rows of a tile."""
+    number = rows_ref.shape[-1]
+
+    def step(i, carry):
+        for g in range(_GATHER // _SUBLANES):
+            first = pl.multiple_of(i * _GATHER + g * _SUBLANES, _SUBLANES)
+            function(first, [rows_ref[0, 0, 0, first + r] for r in range(_SUBLANES)])
+        return carry
+
+    lax.fori_loop(0, number // _GATHER, step, 0)
+
+
+def _gather(rows_ref, pairs) -> None:
+    """Copies rows of VMEM: for each (source [.., 8 + S + 8, 128], target [rows, 128]), float32.
+
+    Row number n stands at 8 + n. A load of 8 rows that begins r rows earlier brings row n to
+    sublane r, where a select puts it in place: one load and one select a row, no store.
+    """
+    sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
+
+    def copy(first, numbers):
+        for source, target in pairs:
+            x = source[pl.ds(numbers[0] + _SUBLANES, _SUBLANES), :]
+            for r in range(1, _SUBLANES):
+                row = source[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
+                x = jnp.where(sublane == r, row, x)
+            target[pl.ds(first, _SUBLANES), :] = x
+
+    _each_row(rows_ref, copy)
+
+
+def _scatter(rows_ref, pairs) -> None:
+    """The reverse of `_gather`: for each (source [rows, 128], target [8 + S + 8, 128])."""
+    sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
+
+    def copy(first, numbers):
+        for source, target in pairs:
+            x = source[pl.ds(first, _SUBLANES), :]
+            for r in range(_SUBLANES):
+                window = target.at[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
+                pltpu.store(window, x, mask=sublane == r)
+
+    _each_row(rows_ref, copy)
+
+
+def _copy(*pairs_and_sems) -> None:
+    """Runs DMAs side by side and waits for all."""
+    copies = [pltpu.make_async_copy(*x) for x in pairs_and_sems]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Where a grid step of a past kernel stands; scalars."""
+
+    pack: jax.Array
+    head: jax.Array
+    segment: jax.Array
+    chunk: jax.Array
+    used: jax.Array  # whether the tile has rows
+    first_of_segment: jax.Array
+    last_of_segment: jax.Array
+    first_of_chunk: jax.Array  # first tile of a run with one chunk; runs end with their segment
+    last_of_chunk: jax.Array
+
+    @classmethod
+    def read(cls, table_ref, segments_ref, first_ref) -> "_Tile":
+        """Reads the scalar tables.
+
+        Args:
+          table_ref: SMEM [groups, heads, tiles]: 2 * chunk + (1 if the tile has rows).
+          segments_ref: SMEM [tiles]: 4 * segment + 2 * (last of it) + (first of it).
+          first_ref: SMEM [1]: number of the first pack of this call.
+        """
+        group, head, number = (pl.program_id(axis) for axis in range(3))
+        entry = lambda n: table_ref[group, head, n]
+        here, place = entry(number), segments_ref[number]
+        before = entry(jnp.maximum(number - 1, 0)) // 2
+        after = entry(jnp.minimum(number + 1, pl.num_programs(2) - 1)) // 2
+        first, last, chunk = place % 2 == 1, place // 2 % 2 == 1, here // 2
+        return cls(
+            pack=first_ref[0] + group,
+            head=head,
+            segment=place // 4,
+            chunk=chunk,
+            used=here % 2 == 1,
+            first_of_segment=first,
+            last_of_segment=last,
+            first_of_chunk=first | (before != chunk),
+            last_of_chunk=last | (after != chunk),
+        )
+
+
+def _rows_of(segment, size: int):
+    return pl.ds(pl.multiple_of(segment * size, _SUBLANES), size)
+
+
+# --------------------------------------------------------------------------------------------
+# Past chunks, forward
+# --------------------------------------------------------------------------------------------
+
+
+def _past_forward_kernel(
+    table_ref, segments_ref, first_ref,  # see _Tile.read
+    rows_ref,  # SMEM [1, 1, 1, rows]: query of each row within the segment
+    q_ref,  # HBM [B, T, packs * 128] float32
+    k_ref, v_ref,  # [1, chunk, 128]
+    _,  # HBM, the same buffer as:
+    results_ref,  # HBM [packs, heads, parts, T, 128] float32
+    queries,  # VMEM [8 + S + 8, 128] float32
+    *refs,  # VMEM: results [8 + S + 8, 128] * parts; tile [rows, 128] * (1 + parts); semaphores
+    shape: _Shape,
+    keys: int,
+    packs: int,
+):  # fmt: skip
+    tile = _Tile.read(table_ref, segments_ref, first_ref)
+    parts, head = shape.parts, tile.head
+    running, q_tile, tiles, sems = refs[:parts], refs[parts], refs[parts + 1 : -1], refs[-1]
+    size = queries.shape[0] - 2 * _SUBLANES
+    body = pl.ds(_SUBLANES, size)
+    window = _rows_of(tile.segment, size)
+
+    @pl.when(tile.first_of_segment)
+    def _():
+        lane = pl.ds(pl.multiple_of(tile.pack % packs * _LANES, _LANES), _LANES)
+        _copy(
+            (q_ref.at[tile.pack // packs, window, lane], queries.at[body], sems.at[parts]),
+            *(
+                (results_ref.at[tile.pack, head, p, window], running[p].at[body], sems.at[p])
+                for p in range(parts)
+            ),
+        )
+
+    @pl.when(tile.used)
+    def _():
+        _gather(rows_ref, [(queries, q_tile), *zip(running, tiles, strict=True)])
+        q = shape.own(q_tile[...], head).astype(shape.dtype)
+        stat = shape.stat_lane(head)
+        acc, stats = tiles[0][...], tiles[-1][...]
+        largest = _column(stats, stat + 1)
+        total = _column(stats, stat) if parts > 1 else None
+        for piece in _pieces(shape.chunk, keys):
+            scores = _dot(q, k_ref[0, piece], _NT) * shape.log2_scale
+            new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
+            weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
+            values = shape.values_and_ones(v_ref[0, piece], head)
+            acc = acc * shrink + _dot(weights.astype(shape.dtype), values)
+            if parts > 1:
+                total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
+            largest = new
+        if parts > 1:
+            stats = jnp.where(_lane(stats.shape) == stat, total, stats)
+            tiles[0][...] = acc
+        else:
+            stats = acc
+        tiles[-1][...] = jnp.where(_lane(stats.shape) == stat + 1, largest, stats)
+        _scatter(rows_ref, list(zip(tiles, running, strict=True)))
+
+    @pl.when(tile.last_of_segment)
+    def _():
+        _copy(
+            *(
+                (running[p].at[body], results_ref.at[tile.pack, head, p, window], sems.at[p])
+                for p in range(parts)
+            )
+        )
+
+
+# --------------------------------------------------------------------------------------------
+# Own chunk, forward
+# --------------------------------------------------------------------------------------------
+
+
+def _visible(row, column, shape: _Shape, side: int) -> jax.Array:
+    """Which columns of tile (row, column) of a diagonal block its rows may see, [side, side]."""
+    query = row * side + lax.broadcasted_iota(jnp.int32, (side, side), 0)
+    key = column * side + lax.broadcasted_iota(jnp.int32, (side, side), 1)
+    seen = key <= query
+    if shape.chunk < side:  # a tile of several chunks
+        seen &= key // shape.chunk == query // shape.chunk
+    return seen
+
+
+def _own_forward_kernel(
+    rows_ref, columns_ref,  # SMEM [tiles]: row and column of each tile of a block
+    first_ref,  # SMEM [B]: block of keys of the first query (used by block specs)
+    q_ref, k_ref, v_ref,  # [1, side, 128]
+    results_ref,  # [1, heads, parts, side, 128] float32 of the past chunks
+    out_ref,  # [1, side, 128]
+    lse_ref,  # [1, heads, side]
+    *running,  # VMEM [heads, side, 128] * parts
+    shape: _Shape,
+):  # fmt: skip
+    del first_ref
+    step = pl.program_id(2)
+    row, column = rows_ref[step], columns_ref[step]
+    side, parts = q_ref.shape[1], shape.parts
+
+    @pl.when(column == 0)
+    def _():
+        for p in range(parts):
+            for h in range(shape.heads):
+                running[p][h] = results_ref[0, h, p]
+
+    seen = _visible(row, column, shape, side)
+    for h in range(shape.heads):
+        stat = shape.stat_lane(h)
+        q = shape.own(q_ref[0].astype(_F32), h).astype(shape.dtype)
+        scores = _dot(q, k_ref[0], _NT) * shape.log2_scale
+        scores = jnp.where(seen, scores, _NO_SCORE)
+        stats = running[-1][h]
+        largest = stats[:, stat + 1 : stat + 2]
+        new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
+        weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
+        acc = running[0][h] * shrink
+        acc = acc + _dot(weights.astype(shape.dtype), shape.values_and_ones(v_ref[0], h))
+        if parts > 1:
+            running[0][h] = acc
+            total = stats[:, stat : stat + 1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+            stats = jnp.where(_lane(stats.shape) == stat, total, stats)
+        else:
+            stats = acc
+        running[-1][h] = jnp.where(_lane(stats.shape) == stat + 1, new, stats)
+
+    @pl.when(column == row)
+    def _():
+        out = jnp.zeros(out_ref.shape[1:], _F32)
+        logs = jnp.zeros(out.shape, _F32)
+        for h in range(shape.heads):
+            stat = shape.stat_lane(h)
+            stats = running[-1][h]
+            total, largest = stats[:, stat : stat + 1], stats[:, stat + 1 : stat + 2]
+            out = out + shape.own(running[0][h], h) / total
+            logs = jnp.where(_lane(logs.shape) == h, largest + jnp.log2(total), logs)
+        out_ref[0] = out.astype(out_ref.dtype)
+        lse_ref[0] = logs.T[: shape.heads]
+
+
+# --------------------------------------------------------------------------------------------
+# Past chunks, backward
+# --------------------------------------------------------------------------------------------
+
+
+def _probabilities(q, k, do, v, lse, delta, shape: _Shape, seen=None):
+    """Weights and gradients of the scores (without the scale), [rows, keys], in the dtype."""
+    exponents = _dot(q, k, _NT) * shape.log2_scale - lse
+    if seen is not None:
+        exponents = jnp.where(seen, exponents, _NO_SCORE)
+    weights = jnp.exp2(exponents)
+    dscores = weights * (_dot(do, v, _NT) - delta)
+    return weights.astype(shape.dtype), dscores.astype(shape.dtype)
+
+
+def _unpack(tiles, shape: _Shape, head) -> tuple[jax.Array, jax.Array]:
+    """q and dO [rows, 128] of gathered rows, the pack's other head cleared."""
+    if shape.dtype == _F32:
+        q, do = tiles
+    else:  # one word holds both: q in the upper half
+        words = pltpu.bitcast(tiles[0], jnp.int32)
+        q = pltpu.bitcast(words & jnp.int32(-65536), _F32)
+        do = pltpu.bitcast(lax.shift_left(words, 16), _F32)
+    return tuple(shape.own(x, head).astype(shape.dtype) for x in (q, do))
+
+
+def _past_backward_kernel(
+    table_ref, segments_ref, first_ref,  # see _Tile.read
+    rows_ref,  # SMEM [1, 1, 1, rows]
+    *refs,
+    shape: _Shape,
+    keys: int,
+    packs: int,
+    sources: int,
+):  # fmt: skip
+    """The other references, `sources` being 1 for bfloat16 (q and dO share words), 2 for float32:
+
+    HBM sources [B, T, packs * 128]; k, v [1, chunk, 128]; HBM inputs that share buffers with the
+    outputs: results [packs, heads, parts, T, 128], dk, dv [B, T, packs * 128]; those outputs; VMEM:
+    sources [8 + S + 8, 128], results [8 + S + 8, 128] * parts, a tile [rows, 128] of each of those,
+    dk, dv [chunk, 128]; semaphores.
+    """
+    refs = list(refs)
+    take = lambda n: [refs.pop(0) for _ in range(n)]
+    parts = shape.parts
+    sources_ref, (k_ref, v_ref), _ = take(sources), take(2), take(3)
+    results_ref, dk_ref, dv_ref = take(3)
+    queries, running, tiles = take(sources), take(parts), take(sources + parts)
+    (dk, dv), (sems,) = take(2), take(1)
+    tile = _Tile.read(table_ref, segments_ref, first_ref)
+    head, stat = tile.head, shape.stat_lane(tile.head)
+    size = queries[0].shape[0] - 2 * _SUBLANES
+    body, window = pl.ds(_SUBLANES, size), _rows_of(tile.segment, size)
+    batch = tile.pack // packs
+    lane = pl.ds(pl.multiple_of(tile.pack % packs * _LANES, _LANES), _LANES)
+    chunk_rows = _rows_of(tile.chunk, shape.chunk)
+
+    @pl.when(tile.first_of_segment)
+    def _():
+        end = pl.ds(_SUBLANES + size, _SUBLANES)  # where rows without a query point
+        for x in (*queries, *running):
+            x[end, :] = jnp.zeros((_SUBLANES, _LANES), _F32)
+        lanes = _lane((_SUBLANES, _LANES))
+        running[-1][end, :] = jnp.where(lanes == stat, -_NO_SCORE, 0.0)
+        _copy(
+            *(
+                (ref.at[batch, window, lane], x.at[body], sems.at[parts + i])
+                for i, (ref, x) in enumerate(zip(sources_ref, queries, strict=True))
+            ),
+            *(
+                (results_ref.at[tile.pack, head, p, window], running[p].at[body], sems.at[p])
+                for p in range(parts)
+            ),
+        )
+
+    @pl.when(tile.first_of_chunk)
+    def _():
+        _copy(
+            (dk_ref.at[batch, chunk_rows, lane], dk, sems.at[0]),
+            (dv_ref.at[batch, chunk_rows, lane], dv, sems.at[1]),
+        )
+
+    @pl.when(tile.used)
+    def _():
+        _gather(rows_ref, list(zip([*queries, *running], tiles, strict=True)))
+        q, do = _unpack([x[...] for x in tiles[:sources]], shape, head)
+        stats = tiles[-1][...]
+        lse, delta = _column(stats, stat), _column(stats, stat + 1)
+        dq = jnp.zeros(stats.shape, _F32)
+        for piece in _pieces(shape.chunk, keys):
+            k, v = k_ref[0, piece], v_ref[0, piece]
+            weights, dscores = _probabilities(q, k, do, v, lse, delta, shape)
+            dq = dq + _dot(dscores, k)
+            dk[piece] += _dot(dscores, q, _TN)
+            dv[piece] += _dot(weights, do, _TN)
+        target = tiles[sources]
+        target[...] = target[...] + shape.own(dq, head)
+        _scatter(rows_ref, [(target, running[0])])
+
+    @pl.when(tile.last_of_chunk)
+    def _():
+        _copy(
+            (dk, dk_ref.at[batch, chunk_rows, lane], sems.at[0]),
+            (dv, dv_ref.at[batch, chunk_rows, lane], sems.at[1]),
+        )
+
+    @pl.when(tile.last_of_segment)
+    def _():
+        results = results_ref.at[tile.pack, head, 0, window]
+        _copy((running[0].at[body], results, sems.at[0]))
+
+
+# --------------------------------------------------------------------------------------------
+# Own chunk, backward
+# --------------------------------------------------------------------------------------------
+
+
+def _own_backward_kernel(
+    rows_ref, columns_ref, first_ref,  # SMEM, as in the forward
+    q_ref, k_ref, v_ref, do_ref,  # [1, block, 128]
+    results_ref,  # [1, heads, parts, block, 128] float32: dQ of the past chunks, statistics
+    dk_past_ref, dv_past_ref,  # [1, block, 128] float32, of queries in later chunks
+    dq_ref, dk_ref, dv_ref,  # [1, block, 128]
+    dq, dk, dv,  # VMEM [block, 128] float32
+    *,
+    shape: _Shape,
+    side: int,
+):  # fmt: skip
+    del first_ref
+    step = pl.program_id(2)
+    row, column = rows_ref[step], columns_ref[step]
+    last = step == pl.num_programs(2) - 1
+
+    @pl.when(step == 0)
+    def _():
+        parts = [shape.own(results_ref[0, h, 0], h) for h in range(shape.heads)]
+        dq[...] = functools.reduce(jnp.add, parts)
+        dk[...] = dk_past_ref[0]
+        dv[...] = dv_past_ref[0]
+
+    at_row, at_column = _rows_of(row, side), _rows_of(column, side)
+    seen = _visible(row, column, shape, side)
+    k, v = k_ref[0, at_column, :], v_ref[0, at_column, :]
+    for h in range(shape.heads):
+        stat = shape.stat_lane(h)
+        q, do = (
+            shape.own(ref[0, at_row, :].astype(_F32), h).astype(shape.dtype)
+            for ref in (q_ref, do_ref)
+        )
+        stats = results_ref[0, h, shape.parts - 1, at_row, :]
+        lse, delta = stats[:, stat : stat + 1], stats[:, stat + 1 : stat + 2]
+        weights, dscores = _probabilities(q, k, do, v, lse, delta, shape, seen)
+        dq[at_row, :] += shape.own(_dot(dscores, k), h)
+        dk[at_column, :] += _dot(dscores, q, _TN)
+        dv[at_column, :] += _dot(weights, do, _TN)
+
+    @pl.when(last)
+    def _():
+        dq_ref[0] = (dq[...] * shape.scale).astype(dq_ref.dtype)
+        dk_ref[0] = (dk[...] * shape.scale).astype(dk_ref.dtype)
+        dv_ref[0] = dv[...].astype(dv_ref.dtype)
+
+
+# --------------------------------------------------------------------------------------------
+# Calls
+# --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static sizes of a call. Arrays are packed: q [B, T, P * 128], k and v [B, Tk, P * 128].
+
+    Attributes:
+      batch, packs: B and P.
+      queries: T, whole segments and whole blocks.
+      keys: Tk, whole blocks.
+      shape, tile: see there.
+      routing: of the past part; None where no query can choose anything.
+    """
+
+    batch: int
+    packs: int
+    queries: int
+    keys: int
+    shape: _Shape
+    tile: TileConfig
+    routing: routing.Plan | None
+
+    @property
+    def all_packs(self) -> int:
+        return self.batch * self.packs
+
+    @property
+    def block(self) -> int:
+        return self.shape.block(self.tile.diagonal)
+
+    @property
+    def side(self) -> int:
+        return self.shape.side(self.tile.diagonal)
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """Shape of the rows of results: [packs, heads, parts, T, 128]."""
+        return self.all_packs, self.shape.heads, self.shape.parts, self.queries, _LANES
+
+    @property
+    def sources(self) -> int:
+        """Arrays whose rows the backward gathers beside the results."""
+        return 2 if self.shape.dtype == _F32 else 1
+
+    def compiler_params(self):
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=self.tile.vmem_limit_bytes,
+        )
+
+    def triangle(self) -> tuple[jax.Array, jax.Array]:
+        """Row and column of each tile of a diagonal block."""
+        pairs = [(i, j) for i in range(self.block // self.side) for j in range(i + 1)]
+        rows, columns = zip(*pairs, strict=True)
+        return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
+
+    def past_cost(self, products: int, arrays) -> pl.CostEstimate:
+        """Useful work: `products` products [pairs, K] x [K, chunk], every slot taken."""
+        pairs = self.all_packs * self.shape.heads * self.queries * self.routing.slots
+        return self._cost(pairs * self.shape.chunk, products, arrays)
+
+    def own_cost(self, products: int, arrays) -> pl.CostEstimate:
+        rows = self.all_packs * self.shape.heads * self.queries
+        return self._cost(rows * (self.shape.chunk + 1) // 2, products, arrays)
+
+    def _cost(self, scores: int, products: int, arrays) -> pl.CostEstimate:
+        return pl.CostEstimate(
+            flops=2 * products * scores * self.shape.head,
+            transcendentals=scores,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        )
+
+
+def _segment(queries: int, block: int, tile: TileConfig, shape: _Shape) -> tuple[int, int]:
+    """Queries a segment and segments: whole blocks, as few segments as VMEM allows."""
+    sources = 2 if shape.dtype == _F32 else 1
+    limit = tile.segment_bytes // ((sources + shape.parts) * _LANES * 4)
+    limit = max(block, limit // block * block)
+    segments = -(-queries // limit)
+    blocks = -(-queries // block)
+    return -(-blocks // segments) * block, segments
+
+
+def _past_call(
+    plan: _Plan, kernel, routed, inputs, in_specs, outputs, scratch, cost, interpret, name
+):
+    """Runs a kernel over all tiles of the past part.
+
+    As many packs at once as scalar memory has room for their tables; the arrays in `outputs` are
+    updated in place.
+    """
+    rows, chunk, count = routed
+    heads, tiles = plan.shape.heads, plan.routing.all_tiles
+    table = (2 * chunk + (count > 0)).reshape(plan.all_packs, heads, tiles)
+    number = plan.routing.segment_of_tile()
+    edge = [s != r for s, r in zip(number[1:], number[:-1], strict=True)]
+    segments = jnp.asarray(
+        [
+            4 * s + 2 * last + first
+            for s, first, last in zip(number, [True, *edge], [*edge, True], strict=True)
+        ],
+        jnp.int32,
+    )
+    together = max(1, min(plan.all_packs, _TABLE_ENTRIES // (heads * tiles)))
+    while plan.all_packs % together:
+        together -= 1
+    any_memory = pl.BlockSpec(memory_space=pl.ANY)
+    row_block = pl.BlockSpec(
+        (1, 1, 1, plan.tile.rows),
+        lambda g, h, t, table, segments, first: ((first[0] + g) * heads + h, t, 0, 0),
+        memory_space=pltpu.SMEM,
+    )
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(together, heads, tiles),
+            in_specs=[row_block, *in_specs, *[any_memory] * len(outputs)],
+            out_specs=[any_memory] * len(outputs),
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        input_output_aliases={4 + len(inputs) + i: i for i in range(len(outputs))},
+        compiler_params=plan.compiler_params(),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+    )
+    rows = rows.reshape(plan.all_packs * heads, tiles, 1, plan.tile.rows)
+
+    def run(first, outputs):
+        part = lax.dynamic_slice_in_dim(table, first, together)
+        return call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs)
+
+    if together == plan.all_packs:
+        return run(jnp.int32(0), outputs)
+    return lax.fori_loop(
+        0, plan.all_packs // together, lambda i, x: run(i * together, x), list(outputs)
+    )
+
+
+def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
+    """Blocks of k and v: the tile's chunk."""
+    packs = plan.packs
+
+    def index(g, h, t, table, segments, first):
+        pack = first[0] + g
+        return pack // packs, table[g, h, t] // 2, pack % packs
+
+    return [pl.BlockSpec((1, plan.shape.chunk, _LANES), index)] * 2
+
+
+def _segment_rows(plan: _Plan):
+    return pltpu.VMEM((plan.routing.segment + 2 * _SUBLANES, _LANES), _F32)
+
+
+def _tile_rows(plan: _Plan):
+    return pltpu.VMEM((plan.tile.rows, _LANES), _F32)
+
+
+def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
+    parts = plan.shape.parts
+    q = q.astype(_F32)
+    kernel = functools.partial(
+        _past_forward_kernel, shape=plan.shape, keys=plan.tile.keys, packs=plan.packs
+    )
+    scratch = [_segment_rows(plan)] * (1 + parts) + [_tile_rows(plan)] * (1 + parts)
+    (results,) = _past_call(
+        plan,
+        kernel,
+        routed,
+        [q, k, v],
+        [pl.BlockSpec(memory_space=pl.ANY), *_past_specs(plan)],
+        [results],
+        [*scratch, pltpu.SemaphoreType.DMA((parts + 1,))],
+        plan.past_cost(2, [q, k, v, results, results]),
+        interpret,
+        "block_sparse_past_forward",
+    )
+    return results
+
+
+def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
+    """Returns results with dQ, and dK, dV [B, Tk, P * 128] float32, dQ and dK without the scale."""
+    parts, sources = plan.shape.parts, plan.sources
+    if sources == 1:
+        upper, lower = (lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (q, do))
+        rows = [lax.bitcast_convert_type(upper << 16 | lower, _F32)]
+    else:
+        rows = [q, do]
+    zeros = [jnp.zeros(k.shape, _F32)] * 2
+    kernel = functools.partial(
+        _past_backward_kernel,
+        shape=plan.shape,
+        keys=plan.tile.keys,
+        packs=plan.packs,
+        sources=sources,
+    )
+    chunk = pltpu.VMEM((plan.shape.chunk, _LANES), _F32)
+    count = sources + parts
+    return _past_call(
+        plan,
+        kernel,
+        routed,
+        [*rows, k, v],
+        [*[pl.BlockSpec(memory_space=pl.ANY)] * sources, *_past_specs(plan)],
+        [results, *zeros],
+        [
+            *[_segment_rows(plan)] * count,
+            *[_tile_rows(plan)] * count,
+            *[chunk] * 2,
+            pltpu.SemaphoreType.DMA((count,)),
+        ],
+        plan.past_cost(5, [*rows, k, v, results, results, *zeros]),
+        interpret,
+        "block_sparse_past_backward",
+    )
+
+
+def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
+    """Returns out [B, T, P * 128] and the log-sum-exp in base 2, float32 [packs, heads, T]."""
+    shape, side, packs = plan.shape, plan.side, plan.packs
+    per_block = plan.block // side
+
+    def row(g, n, t, rows, columns, first):
+        return g // packs, n * per_block + rows[t], g % packs
+
+    def column(g, n, t, rows, columns, first):
+        return g // packs, (first[g // packs] + n) * per_block + columns[t], g % packs
+
+    tokens = lambda index: pl.BlockSpec((1, side, _LANES), index)
+    rows, columns = plan.triangle()
+    out_shape = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), _F32),
+    ]
+    return pl.pallas_call(
+        functools.partial(_own_forward_kernel, shape=shape),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(plan.all_packs, plan.queries // plan.block, rows.size),
+            in_specs=[
+                tokens(row),
+                tokens(column),
+                tokens(column),
+                pl.BlockSpec(
+                    (1, shape.heads, shape.parts, side, _LANES),
+                    lambda g, n, t, rows, columns, first: (g, 0, 0, n * per_block + rows[t], 0),
+                ),
+            ],
+            out_specs=[
+                tokens(row),
+                pl.BlockSpec(
+                    (1, shape.heads, side),
+                    lambda g, n, t, rows, columns, first: (g, 0, n * per_block + rows[t]),
+                ),
+            ],
+            scratch_shapes=[pltpu.VMEM((shape.heads, side, _LANES), _F32)] * shape.parts,
+        ),
+        out_shape=out_shape,
+        compiler_params=plan.compiler_params(),
+        cost_estimate=plan.own_cost(2, [q, k, v, results, *out_shape]),
+        interpret=interpret,
+        name="block_sparse_own_forward",
+    )(rows, columns, first, q, k, v, results)
+
+
+def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
+    shape, block, packs = plan.shape, plan.block, plan.packs
+    query = lambda g, n, t, *tables: (g // packs, n, g % packs)
+    key = lambda g, n, t, rows, columns, first: (g // packs, first[g // packs] + n, g % packs)
+    tokens = lambda index: pl.BlockSpec((1, block, _LANES), index)
+    rows, columns = plan.triangle()
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    return pl.pallas_call(
+        functools.partial(_own_backward_kernel, shape=shape, side=plan.side),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(plan.all_packs, plan.queries // block, rows.size),
+            in_specs=[
+                tokens(query),
+                tokens(key),
+                tokens(key),
+                tokens(query),
+                pl.BlockSpec(
+                    (1, shape.heads, shape.parts, block, _LANES),
+                    lambda g, n, t, *tables: (g, 0, 0, n, 0),
+                ),
+                tokens(key),
+                tokens(key),
+            ],
+            out_specs=[tokens(query), tokens(key), tokens(key)],
+            scratch_shapes=[pltpu.VMEM((block, _LANES), _F32)] * 3,
+        ),
+        out_shape=out_shape,
+        compiler_params=plan.compiler_params(),
+        cost_estimate=plan.own_cost(5, [q, k, v, do, results, dk, dv, *out_shape]),
+        interpret=interpret,
+        name="block_sparse_own_backward",
+    )(rows, columns, first, q, k, v, do, results, dk, dv)
+
+
+# --------------------------------------------------------------------------------------------
+# The op on packed arrays
+# --------------------------------------------------------------------------------------------
+
+
+def _stat_lanes(shape: _Shape, offset: int) -> jax.Array:
+    """True in lane `stat_lane + offset` of the last part, [1, heads, parts, 1, 128]."""
+    lanes = jnp.asarray([shape.stat_lane(h) + offset for h in range(shape.heads)], jnp.int32)
+    lanes = lanes[:, None, None, None]
+    size = (shape.heads, shape.parts, 1, _LANES)
+    last = lax.broadcasted_iota(jnp.int32, size, 1) == shape.parts - 1
+    return (last & (lax.broadcasted_iota(jnp.int32, size, 3) == lanes))[None]
+
+
+def _forward(plan: _Plan, interpret, q, k, v, selection, first):
+    start = jnp.where(_stat_lanes(plan.shape, 1), _NO_SCORE, 0.0)
+    results = jnp.broadcast_to(start, plan.results)
+    routed = None
+    if plan.routing is not None:
+        position = first[:, None] * plan.block + jnp.arange(plan.queries, dtype=jnp.int32)[None]
+        routed = routing.route(
+            selection, position // plan.shape.chunk, plan.routing, interpret=interpret
+        )
+        routed = routed.rows, routed.chunk, routed.count
+        results = _past_forward(plan, routed, q, k, v, results, interpret)
+    out, lse = _own_forward(plan, q, k, v, results, first, interpret)
+    return out, lse, routed
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, selection, first, plan, interpret):
+    return _forward(plan, interpret, q, k, v, selection, first)[0]
+
+
+def _attention_forward(q, k, v, selection, first, plan, interpret):
+    out, lse, routed = _forward(plan, interpret, q, k, v, selection, first)
+    return out, (q, k, v, first, out, lse, routed)
+
+
+def _attention_backward(plan, interpret, saved, do):
+    q, k, v, first, out, lse, routed = saved
+    shape = plan.shape
+    delta = (do.astype(_F32) * out.astype(_F32)).reshape(*q.shape[:2], -1, shape.head).sum(axis=-1)
+    delta = delta.transpose(0, 2, 1).reshape(lse.shape)
+    rows = lambda x: x[:, :, None, :, None]
+    results = jnp.where(_stat_lanes(shape, 1), rows(delta), 0.0)
+    results = jnp.where(_stat_lanes(shape, 0), rows(lse), results)
+    if plan.routing is None:
+        dk_past = dv_past = jnp.zeros(k.shape, _F32)
+    else:
+        results, dk_past, dv_past = _past_backward(plan, routed, q, k, v, do, results, interpret)
+    dq, dk, dv = _own_backward(plan, q, k, v, do, results, dk_past, dv_past, first, interpret)
+    if plan.queries < plan.keys:  # keys that are no query's own chunk have past gradients only
+        block = jnp.arange(plan.keys, dtype=jnp.int32)[None] // plan.block - first[:, None]
+        own = ((block >= 0) & (block < plan.queries // plan.block))[..., None]
+        dk = jnp.where(own, dk, (dk_past * shape.scale).astype(dk.dtype))
+        dv = jnp.where(own, dv, dv_past.astype(dv.dtype))
+    return dq, dk, dv, None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# --------------------------------------------------------------------------------------------
+# The op
+# --------------------------------------------------------------------------------------------
+
+
+def _pack(x: jax.Array, time: int, heads: int) -> jax.Array:
+    """[B, T, H, K] -> [B, time, heads * K], filled up with zeros."""
+    more = ((0, 0), (0, time - x.shape[1]), (0, heads - x.shape[2]), (0, 0))
+    x = jnp.pad(x, more) if any(m for _, m in more) else x
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _check(q, k, v, selection, chunk_size) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"q, k, v must be [B, T, H, K], got {q.shape}, {k.shape}, {v.shape}")
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"q {q.shape} and k {k.shape} differ in batch, heads or key size")
+    if q.shape[1] < 1 or k.shape[1] < 1:
+        raise ValueError(f"q {q.shape} and k {k.shape} need at least one token each")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if selection.ndim != 4 or selection.shape[:3] != q.shape[:3]:
+        raise ValueError(f"selection {selection.shape} must be [B, Tq, H, J] for q {q.shape}")
+    reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    if reason:
+        raise ValueError(f"block_sparse on TPU: {reason}")
+
+
+def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | None) -> _Plan:
+    """Sizes for queries that begin at block `first` of the keys (None: known when running)."""
+    batch, length, heads, _ = q.shape
+    slots, block = selection.shape[3], shape.block(tile.diagonal)
+    packs = -(-heads // shape.heads)
+    segment, segments = _segment(length, block, tile, shape)
+    queries = segment * segments
+    keys = -(-k.shape[1] // block) * block
+    keys = keys + queries if first is None else max(keys, first * block + queries)
+    chunks = k.shape[1] // shape.chunk
+    if first is not None:  # the own chunk of the last query is past to none
+        chunks = min(chunks, (first * block + length - 1) // shape.chunk)
+    routed = None
+    if slots and chunks:
+        routed = routing.make_plan(
+            queries=queries,
+            segment=segment,
+            rows=tile.rows,
+            chunks=chunks,
+            slots=slots,
+            chunk_size=shape.chunk,
+            first=None if first is None else first * block,
+        )
+    return _Plan(batch, packs, queries, keys, shape, tile, routed)
+
+
+def block_sparse_attention(
+    q: jax.Array,  # [B, Tq, H, K]
+    k: jax.Array,  # [B, Tk, H, K]
+    v: jax.Array,  # [B, Tk, H, K]
+    selection: jax.Array,  # [B, Tq, H, J]
+    *,
+    chunk_size: int,
+    scale: float,
+    q_offset=0,
+    tile: TileConfig | None = None,
+    interpret=False,
+) -> jax.Array:
+    """Causal attention to the own chunk and the selected past chunks on a TPU.
+
+    Differentiable in q, k and v.
+
+    Args:
+      q, k, v: bfloat16 or float32, all of one dtype, head size 64 or 128. The dtype decides the
+        products' precision: one bfloat16 pass or full float32; sums are float32 either way.
+      selection: int32, distinct chunks of each query; entries that are not complete chunks before
+        the query's own are ignored.
+      chunk_size: a multiple of 64 from 64 to 2048.
+      scale: factor on q . k.
+      q_offset: position of the first query among the keys: int, or int32 [B] (may be traced).
+      tile: see `TileConfig`.
+      interpret: True or `pltpu.InterpretParams` to run on a CPU, for tests.
+
+    Returns:
+      [B, Tq, H, K] in q's dtype.
+
+    Raises:
+      ValueError: unsupported sizes or dtypes, or shapes that disagree.
+    """
+    tile = TileConfig() if tile is None else tile
+    _check(q, k, v, selection, chunk_size)
+    batch, length, heads, head = q.shape
+    shape = _Shape(head, jnp.dtype(q.dtype), chunk_size, float(scale))
+    block = shape.block(tile.diagonal)
+    known = isinstance(q_offset, int)
+    if known:
+        before = [(0, 0), (q_offset % block, 0), (0, 0), (0, 0)]
+        q = jnp.pad(q, before)
+        selection = jnp.pad(selection, before, constant_values=-1)
+        first = jnp.full(batch, q_offset // block, jnp.int32)
+    else:  # queries begin anywhere in a block: shift them by that much
+        offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
+        shift = offset % block
+        q = _shifted(q, shift, block, 0)
+        selection = _shifted(selection, shift, block, -1)
+        first = jnp.minimum(offset // block, -(-k.shape[1] // block))
+    plan = _make_plan(q, k, selection, shape, tile, q_offset // block if known else None)
+    wide = plan.packs * shape.heads
+    selection = jnp.pad(
+        selection,
+        ((0, 0), (0, plan.queries - q.shape[1]), (0, wide - heads), (0, 0)),
+        constant_values=-1,
+    )
+    out = _attention(
+        _pack(q, plan.queries, wide),
+        *(_pack(x, plan.keys, wide) for x in (k, v)),
+        selection,
+        first,
+        plan,
+        interpret,
+    )
+    out = out.reshape(batch, plan.queries, wide, head)
+    if known:
+        return out[:, q_offset % block : q_offset % block + length, :heads]
+    cut = lambda x, start: lax.dynamic_slice_in_dim(x, start, length)
+    return jax.vmap(cut)(out, shift)[:, :, :heads]
+
+
+def _shifted(x: jax.Array, shift: jax.Array, room: int, fill) -> jax.Array:
+    """[B, T, ...] -> [B, room + T, ...]: row b moved down by shift[b] < room."""
+    target = jnp.full((x.shape[1] + room, *x.shape[2:]), fill, x.dtype)
+    move = lambda x, start: lax.dynamic_update_slice_in_dim(target, x, start, 0)
+    return jax.vmap(move)(x, shift)

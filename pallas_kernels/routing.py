@@ -1,0 +1,418 @@
+"""Routing for sparse attention: selected (query, chunk) pairs -> rows sorted by chunk, in tiles.
+
+Queries are taken a segment at a time, so that a kernel can hold a segment's queries on chip and
+gather from them row by row. Within a segment the pairs are sorted by chunk, and the pairs of one
+chunk are cut into tiles of a fixed number of rows; the last tile of a chunk is filled up with rows
+that point past the segment. How many tiles there are at most is known beforehand, whatever is
+chosen (all queries may choose the same chunk), and no pair is ever dropped.
+
+A pair is one integer, chunk << bits | query, so that sorting integers is all there is to do. On TPU
+a bitonic network sorts them in VMEM: log^2 steps, but no scatter and no table look-up, which cost
+a memory access an element there. Counts of pairs a chunk come from products of one-hot matrices.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES, _SUBLANES = 128, 8
+_REGISTER = _LANES * _SUBLANES
+_UNROLL = 8  # registers sorted side by side, to fill one another's waits
+_GROUP = 8  # tiles that one step of the emitting kernel writes
+_NO_PAIR = jnp.iinfo(jnp.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static sizes of a routing.
+
+    Attributes:
+      segment: queries a segment, S.
+      segments: number of segments; segment * segments queries in all.
+      rows: rows of a tile, a multiple of 128.
+      chunks: number of chunks that can be chosen, N.
+      slots: choices a query, J.
+      tiles: number of tiles of each segment, each a multiple of 8.
+    """
+
+    segment: int
+    segments: int
+    rows: int
+    chunks: int
+    slots: int
+    tiles: tuple[int, ...]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a pair's integer that hold the query."""
+        return max(1, (self.segment - 1).bit_length())
+
+    @property
+    def pairs(self) -> int:
+        """Integers sorted a segment: a power of two, whole registers."""
+        return max(_REGISTER, 1 << (self.segment * self.slots - 1).bit_length())
+
+    @property
+    def all_tiles(self) -> int:
+        return sum(self.tiles)
+
+    def segment_of_tile(self) -> list[int]:
+        return [s for s, count in enumerate(self.tiles) for _ in range(count)]
+
+
+def make_plan(
+    *,
+    queries: int,
+    segment: int,
+    rows: int,
+    chunks: int,
+    slots: int,
+    chunk_size: int,
+    first: int | None,
+) -> Plan:
+    """Plan for `queries` queries, the worst case of tiles counted.
+
+    Args:
+      queries: a multiple of `segment`.
+      segment, rows, chunks, slots: see `Plan`.
+      chunk_size: tokens in a chunk.
+      first: position of the first query if known; None if it is only known when running.
+
+    Raises:
+      ValueError: sizes that do not divide, or pairs that do not fit 31 bits.
+    """
+    if queries % segment:
+        raise ValueError(f"{queries} queries are not whole segments of {segment}")
+    if rows % _LANES:
+        raise ValueError(f"a tile's rows must be a multiple of {_LANES}, got {rows}")
+    tiles = []
+    for start in range(0, queries, segment):
+        pairs, groups = segment * slots, chunks
+        if first is not None:
+            pairs = sum(
+                min(slots, c) * _overlap(first + start, segment, c * chunk_size, chunk_size)
+                for c in range(
+                    (first + start) // chunk_size, (first + start + segment - 1) // chunk_size + 1
+                )
+            )
+            groups = min(chunks, (first + start + segment - 1) // chunk_size)
+        # Every chunk's last tile may hold a single row; no chunk gets a query twice.
+        worst = min((pairs + groups * (rows - 1)) // rows, groups * -(-segment // rows))
+        tiles.append(max(_GROUP, -(-worst // _GROUP) * _GROUP))
+    plan = Plan(segment, queries // segment, rows, chunks, slots, tuple(tiles))
+    if plan.chunks << plan.bits > 2**31 - 2:
+        raise ValueError(f"{chunks} chunks x {segment} queries a segment do not fit 31 bits")
+    return plan
+
+
+def _overlap(start: int, length: int, other: int, other_length: int) -> int:
+    return max(0, min(start + length, other + other_length) - max(start, other))
+
+
+def pair_keys(
+    selection: jax.Array,  # [B, T, H, J]
+    own: jax.Array,  # [B, T]
+    plan: Plan,
+) -> jax.Array:
+    """Integers of the pairs, int32 [B, H, segments, J * S].
+
+    Args:
+      selection: int32; entries that are not past chunks of their query are left out.
+      own: int32, the chunk each query stands in; 0 for a query that must not choose.
+      plan: see `Plan`; T = segments * S.
+    """
+    batch, _, heads, slots = selection.shape
+    limit = jnp.minimum(own, plan.chunks)[:, :, None, None]
+    chosen = (selection >= 0) & (selection < limit)
+    query = jnp.arange(selection.shape[1], dtype=jnp.int32) % plan.segment
+    keys = (selection << plan.bits) | query[None, :, None, None]
+    keys = jnp.where(chosen, keys, _NO_PAIR).transpose(0, 2, 3, 1)
+    keys = keys.reshape(batch, heads, slots, plan.segments, plan.segment).swapaxes(2, 3)
+    return keys.reshape(batch, heads, plan.segments, slots * plan.segment)
+
+
+def tile_tables(counts: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where each tile's rows lie among the sorted pairs of its segment.
+
+    Args:
+      counts: int32 [G, segments, N] pairs a chunk.
+
+    Returns:
+      chunk, start, count: int32 [G, tiles]. A tile beyond the last has count 0 and the chunk of
+      the last one (0 if there is none), so that it asks for no other keys.
+    """
+    tiles = -(-counts // plan.rows)
+    ends = jnp.cumsum(tiles, axis=-1)
+    starts = jnp.cumsum(counts, axis=-1) - counts
+    numbers = jnp.arange(plan.chunks, dtype=jnp.int32)
+    last = jnp.max(jnp.where(counts > 0, numbers[None, None], 0), axis=-1)
+    # Of a chunk, relative to tile 0 of the segment.
+    first_pair = starts - plan.rows * (ends - tiles)
+    pairs_end = starts + counts
+    parts = []
+    for s, number in enumerate(plan.tiles):
+        index = jnp.arange(number, dtype=jnp.int32)[None, :, None]
+        chunk = jnp.sum((ends[:, s, None] <= index).astype(jnp.int32), axis=-1)
+        chunk = jnp.minimum(chunk, last[:, s, None])
+        here = chunk[..., None] == numbers[None, None]
+        pick = lambda x, here=here, s=s: jnp.sum(jnp.where(here, x[:, s, None], 0), axis=-1)
+        start = pick(first_pair) + plan.rows * index[..., 0]
+        count = jnp.clip(pick(pairs_end) - start, 0, plan.rows)
+        parts.append((chunk, jnp.where(count > 0, start, 0), count))
+    return tuple(jnp.concatenate(x, axis=-1).astype(jnp.int32) for x in zip(*parts, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What a kernel needs of the pairs of G = B * H sequences and heads.
+
+    Attributes:
+      rows: int32 [G, tiles, rows] query of each row within its segment, S where there is none.
+      chunk: int32 [G, tiles] chunk of each tile.
+      count: int32 [G, tiles] rows in use.
+    """
+
+    rows: jax.Array
+    chunk: jax.Array
+    count: jax.Array
+
+
+def route(
+    selection: jax.Array,  # [B, T, H, J]
+    own: jax.Array,  # [B, T]
+    plan: Plan,
+    *,
+    interpret=False,
+) -> Routing:
+    """Sorts the selected pairs by chunk and cuts them into tiles, on a TPU.
+
+    Args:
+      selection, own: see `pair_keys`.
+      plan: see `make_plan`.
+      interpret: True or `pltpu.InterpretParams` to run on a CPU.
+    """
+    keys = pair_keys(selection, own, plan)
+    keys = keys.reshape(-1, plan.segments, keys.shape[-1])
+    ordered, counts = _sort_call(keys, plan, interpret)
+    chunk, start, count = tile_tables(counts, plan)
+    rows = _emit_call(ordered, start, count, plan, interpret)
+    return Routing(rows, chunk, count)
+
+
+# --------------------------------------------------------------------------------------------
+# Sorting
+# --------------------------------------------------------------------------------------------
+
+
+def _iota(dimension: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), dimension)
+
+
+def _exchange(x: jax.Array, distance: int) -> jax.Array:
+    """Within a register [8, 128], row-major: the smaller of each pair `distance` apart first."""
+    axis, step, size = (
+        (1, distance, _LANES) if distance < _LANES else (0, distance // _LANES, _SUBLANES)
+    )
+    upper = (_iota(axis) & step) != 0
+    below = pltpu.roll(x, step, axis)
+    above = below if 2 * step == size else pltpu.roll(x, size - step, axis)
+    return jnp.where(upper, jnp.maximum(x, below), jnp.minimum(x, above))
+
+
+def _merge_register(x: jax.Array, length: int) -> jax.Array:
+    """Sorts each bitonic run of `length` in a register, ascending."""
+    distance = length // 2
+    while distance:
+        x = _exchange(x, distance)
+        distance //= 2
+    return x
+
+
+def _sort_register(x: jax.Array, descending: jax.Array) -> jax.Array:
+    """Sorts a register; runs that must descend are complemented and sorted ascending."""
+    index = _iota(0) * _LANES + _iota(1)
+    length = 2
+    while length < _REGISTER:
+        flip = jnp.where((index & length) != 0, -1, 0)
+        x = _merge_register(x ^ flip, length) ^ flip
+        length *= 2
+    return _merge_register(x ^ descending, _REGISTER) ^ descending
+
+
+def _sort_kernel(
+    keys_ref,  # [1, 1, R, 128]
+    sorted_ref,  # [1, 1, R + 8, 128]
+    counts_ref,  # [1, 1, N / 128, 128]
+    *,
+    bits: int,
+):
+    registers = keys_ref.shape[2] // _SUBLANES
+    high = counts_ref.shape[2]
+
+    def at(register):
+        return 0, 0, pl.ds(pl.multiple_of(register * _SUBLANES, _SUBLANES), _SUBLANES)
+
+    def each(number: int, function) -> None:
+        """Runs function(i) for all i, several at a time; a generator's stages take turns."""
+        unroll = min(_UNROLL, number)
+
+        def step(i, carry):
+            for j in range(unroll):
+                function(i * unroll + j)
+            return carry
+
+        lax.fori_loop(0, number // unroll, step, 0)
+
+    def minus_if(register, length):  # -1 where a run of `length` registers must descend
+        return -((register // length) & 1)
+
+    def start(i):
+        sorted_ref[at(i)] = _sort_register(keys_ref[at(i)], minus_if(i, 1))
+
+    each(registers, start)
+    length = 2  # in registers
+    while length <= registers:
+        distance = length // 2
+        while distance:
+
+            def exchange(i, distance=distance, length=length):
+                a = i // distance * (2 * distance) + i % distance
+                x, y = sorted_ref[at(a)], sorted_ref[at(a + distance)]
+                small, large = jnp.minimum(x, y), jnp.maximum(x, y)
+                descending = minus_if(a, length) != 0
+                sorted_ref[at(a)] = jnp.where(descending, large, small)
+                sorted_ref[at(a + distance)] = jnp.where(descending, small, large)
+
+            each(registers // 2, exchange)
+            distance //= 2
+
+        def finish(i, length=length):
+            flip = minus_if(i, length)
+            sorted_ref[at(i)] = _merge_register(sorted_ref[at(i)] ^ flip, _REGISTER) ^ flip
+
+        each(registers, finish)
+        length *= 2
+    sorted_ref[at(registers)] = jnp.full((_SUBLANES, _LANES), _NO_PAIR, jnp.int32)
+
+    def count(i, total):
+        chunk = lax.shift_right_logical(sorted_ref[at(i)], bits)
+        for r in range(_SUBLANES):
+            row = chunk[r : r + 1]
+            number = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
+            low = jnp.where((row & (_LANES - 1)) == number, 1.0, 0.0).astype(jnp.bfloat16)
+            number = lax.broadcasted_iota(jnp.int32, (high, _LANES), 0)
+            top = jnp.where(row // _LANES == number, 1.0, 0.0).astype(jnp.bfloat16)
+            total = total + lax.dot_general(
+                top, low, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+        return total
+
+    total = lax.fori_loop(0, registers, count, jnp.zeros((high, _LANES), jnp.float32))
+    counts_ref[0, 0] = total.astype(jnp.int32)
+
+
+def _sort_call(keys: jax.Array, plan: Plan, interpret) -> tuple[jax.Array, jax.Array]:
+    """keys [G, segments, J * S] -> sorted [G, segments, R + 8, 128], counts [G, segments, N]."""
+    groups = keys.shape[0]
+    keys = jnp.pad(
+        keys, ((0, 0), (0, 0), (0, plan.pairs - keys.shape[-1])), constant_values=_NO_PAIR
+    )
+    rows = plan.pairs // _LANES
+    high = -(-plan.chunks // _REGISTER) * _SUBLANES
+    block = lambda rows: pl.BlockSpec((1, 1, rows, _LANES), lambda g, s: (g, s, 0, 0))
+    levels = plan.pairs.bit_length() - 1
+    lead = (groups, plan.segments)
+    ordered, counts = pl.pallas_call(
+        functools.partial(_sort_kernel, bits=plan.bits),
+        grid=lead,
+        in_specs=[block(rows)],
+        out_specs=[block(rows + _SUBLANES), block(high)],
+        out_shape=[
+            jax.ShapeDtypeStruct((*lead, rows + _SUBLANES, _LANES), jnp.int32),
+            jax.ShapeDtypeStruct((*lead, high, _LANES), jnp.int32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=groups * plan.segments * plan.pairs * levels * (levels + 1) // 2,
+            transcendentals=0,
+            bytes_accessed=2 * 4 * groups * plan.segments * plan.pairs,
+        ),
+        interpret=interpret,
+        name="routing_sort",
+    )(keys.reshape(*lead, rows, _LANES))
+    return ordered, counts.reshape(*lead, -1)[..., : plan.chunks]
+
+
+# --------------------------------------------------------------------------------------------
+# Tiles
+# --------------------------------------------------------------------------------------------
+
+
+def _emit_kernel(
+    segment_ref,  # SMEM [steps]: segment of each step, for the block specs
+    info_ref,  # SMEM [1, 1, 1, 2 * 8]: start and count of each tile
+    sorted_ref,  # [1, 1, R + 8, 128]
+    rows_ref,  # [1, 8 * rows / 128, 128]
+    *,
+    rows: int,
+    bits: int,
+    nothing: int,
+):
+    del segment_ref
+    height = rows // _LANES
+    lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
+    for tile in range(_GROUP):
+        start, count = info_ref[0, 0, 0, 2 * tile], info_ref[0, 0, 0, 2 * tile + 1]
+        row, shift = start // _LANES, start % _LANES
+        # Rotated left by `shift`; a lane beyond the end of its row comes from the next one.
+        parts = [
+            pltpu.roll(sorted_ref[0, 0, pl.ds(row + i, 1)], (_LANES - shift) % _LANES, 1)
+            for i in range(height + 1)
+        ]
+        for i in range(height):
+            pair = jnp.where(lane < _LANES - shift, parts[i], parts[i + 1])
+            used = lane < count - i * _LANES
+            query = jnp.where(used, pair & ((1 << bits) - 1), nothing)
+            rows_ref[0, tile * height + i : tile * height + i + 1] = query
+
+
+def _emit_call(ordered, start, count, plan: Plan, interpret) -> jax.Array:
+    """Rows of all tiles, int32 [G, tiles, rows]."""
+    groups = ordered.shape[0]
+    steps, height = plan.all_tiles // _GROUP, plan.rows // _LANES
+    info = jnp.stack([start, count], axis=-1).reshape(groups, steps, 1, 2 * _GROUP)
+    segments = jnp.asarray(plan.segment_of_tile()[::_GROUP], jnp.int32)
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(groups, steps),
+        in_specs=[
+            pl.BlockSpec(
+                (1, 1, 1, 2 * _GROUP), lambda g, i, seg: (g, i, 0, 0), memory_space=pltpu.SMEM
+            ),
+            pl.BlockSpec((1, 1, *ordered.shape[2:]), lambda g, i, seg: (g, seg[i], 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((1, _GROUP * height, _LANES), lambda g, i, seg: (g, i, 0)),
+    )
+    rows = pl.pallas_call(
+        functools.partial(_emit_kernel, rows=plan.rows, bits=plan.bits, nothing=plan.segment),
+        grid_spec=grid_spec,
+        out_shape=jax.ShapeDtypeStruct((groups, plan.all_tiles * height, _LANES), jnp.int32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=0,
+            transcendentals=0,
+            bytes_accessed=4 * groups * (ordered[0].size + plan.all_tiles * plan.rows),
+        ),
+        interpret=interpret,
+        name="routing_emit",
+    )(segments, info, ordered)
+    return rows.reshape(groups, plan.all_tiles, plan.rows)

@@ -1,0 +1,244 @@
+"""The block-sparse kernels for TPU, interpreted on a CPU, against the dense oracle.
+
+Same selection on both sides. The oracle runs in float32 on the very inputs the kernel gets (rounded
+to bfloat16 where those are). Lengths are deliberately unround: a ragged last chunk, an odd number
+of heads, several segments of queries. Tiles are small, so that every chunk fills several.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import block_sparse_tpu, selection_tpu
+from pallas_kernels.block_sparse_tpu import TileConfig, block_sparse_attention
+from rwkvx_jax.ops.block_sparse import sparse_attention_dense
+from rwkvx_jax.ops.selection import chunk_key_means, select_chunks_reference
+from tests.attention_cases import compare, random_qkv, random_selection, value_and_gradients
+from tests.helpers import assert_close
+
+# Tiles of 128 rows against 128 keys at once; some 200 queries a segment.
+SMALL = TileConfig(rows=128, keys=128, diagonal=128, segment_bytes=400 * 1024)
+
+
+@functools.cache
+def compiled(kernel, chunk_size, tile=SMALL, interpret=True, offset=None):
+    """(q, k, v, selection, q_offset) -> (out, dq, dk, dv), compiled once a shape.
+
+    Args:
+      kernel: whether the kernel or the oracle.
+      offset: q_offset as a Python int; None: the traced argument.
+    """
+
+    def attend(q, k, v, selection, q_offset):
+        settings = dict(chunk_size=chunk_size, scale=q.shape[-1] ** -0.5)
+        if not kernel:
+            return sparse_attention_dense(q, k, v, selection, q_offset=q_offset, **settings)
+        return block_sparse_attention(
+            q,
+            k,
+            v,
+            selection,
+            q_offset=q_offset if offset is None else offset,
+            tile=tile,
+            interpret=interpret,
+            **settings,
+        )
+
+    return value_and_gradients(attend)
+
+
+def check(qkv, selection, chunk_size, offset=0, **options):
+    """offset: a Python int for a known one, an array for a traced one."""
+    known = offset if isinstance(offset, int) else None
+    rows = jnp.asarray(offset, jnp.int32)
+    actual = compiled(True, chunk_size, offset=known, **options)(*qkv, selection, rows)
+    assert all(x.dtype == qkv[0].dtype for x in actual)
+    exact = [x.astype(jnp.float32) for x in qkv]
+    expected = compiled(False, chunk_size)(*exact, selection, rows)
+    tight = qkv[0].dtype == jnp.float32
+    forward, gradient = (1e-5, 1e-4) if tight else (5e-3, 2e-2)
+    actual = [x.astype(jnp.float32) for x in actual]
+    compare(actual, expected, forward=forward, gradient=gradient)
+
+
+def choose_one(length, heads, slots, chunk_size, target, batch=1):
+    """Every later query chooses chunk `target` and nothing else."""
+    own = np.arange(length) // chunk_size
+    chosen = np.full((batch, length, heads, slots), -1, np.int32)
+    chosen[..., slots - 1] = np.where(own > target, target, -1)[None, :, None]
+    return jnp.asarray(chosen)
+
+
+# One shape serves several selections: 4 whole chunks, and more slots than there are past chunks.
+LENGTH, HEADS, CHUNK, TOP_K = 300, 3, 64, 7
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "first chunk", "last chunk", "nobody", "skip", "future"]
+)
+def test_selections(kind):
+    qkv = random_qkv(0, 1, LENGTH, heads=HEADS, size=64)
+    chosen = random_selection(
+        1, 1, LENGTH, HEADS, CHUNK, TOP_K, skip=(1, 3) if kind == "skip" else ()
+    )
+    if kind == "first chunk":
+        chosen = choose_one(LENGTH, HEADS, TOP_K - 1, CHUNK, 0)
+    if kind == "last chunk":
+        chosen = choose_one(LENGTH, HEADS, TOP_K - 1, CHUNK, 3)
+    if kind == "nobody":
+        chosen = jnp.full_like(chosen, -1)
+    if kind == "future":  # own and later chunks are no past chunks: ignored
+        later = jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None] // CHUNK
+        chosen = chosen.at[..., -1].set(later + 1).at[..., -2].set(later)
+    check(qkv, chosen, CHUNK)
+
+
+def test_the_own_chunk_alone():
+    qkv = random_qkv(2, 2, 200, heads=1, size=64)
+    check(qkv, jnp.zeros((2, 200, 1, 0), jnp.int32), 64)
+
+
+def test_bfloat16():
+    qkv = random_qkv(3, 1, LENGTH, heads=2, size=64, dtype=jnp.bfloat16)
+    check(qkv, random_selection(4, 1, LENGTH, 2, CHUNK, 3), CHUNK)
+
+
+def test_head_size_128_with_queries_in_the_middle():
+    """Queries begin inside a chunk, one position a batch row, known only when running."""
+    offsets = np.array([40, 333])
+    qkv = random_qkv(5, 2, 150, 500, heads=1, size=128)
+    check(qkv, random_selection(6, 2, 150, 1, CHUNK, 3, offsets), CHUNK, jnp.asarray(offsets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [64, 233])
+def test_a_known_offset(offset):
+    """dK and dV of keys that are no query's own chunk come from the past part alone."""
+    qkv = random_qkv(7, 1, 200, 700, heads=2, size=64)
+    check(qkv, random_selection(8, 1, 200, 2, CHUNK, 4, offset), CHUNK, offset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    "length, chunk_size, top_k",
+    [(1, 64, 3), (64, 64, 2), (700, 64, 9), (1000, 128, 3), (777, 192, 4), (1500, 576, 2)],
+)
+def test_any_length_and_chunk(length, chunk_size, top_k, size, dtype):
+    qkv = random_qkv(length, 1, length, heads=2, size=size, dtype=dtype)
+    chosen = random_selection(length, 1, length, 2, chunk_size, top_k)
+    check(qkv, chosen, chunk_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length, chunk_size, top_k", [(4200, 2048, 3), (2100, 64, 32)])
+def test_default_tile(length, chunk_size, top_k):
+    qkv = random_qkv(9, 1, length, heads=2, size=64, dtype=jnp.bfloat16)
+    chosen = random_selection(10, 1, length, 2, chunk_size, top_k)
+    check(qkv, chosen, chunk_size, tile=TileConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [0, 4])
+@pytest.mark.parametrize("size", [64, 128])
+def test_skewed_over_segments(size, target):
+    """Chunks that many tiles of every segment add to, and chunks nobody chooses."""
+    qkv = random_qkv(11, 2, 900, heads=3, size=size)
+    check(qkv, choose_one(900, 3, 2, CHUNK, target, batch=2), CHUNK)
+
+
+@pytest.mark.slow
+def test_tables_in_several_calls(monkeypatch):
+    """More tiles than scalar memory has room for: packs are taken a few at a time."""
+    monkeypatch.setattr(block_sparse_tpu, "_TABLE_ENTRIES", 100)
+    qkv = random_qkv(12, 2, 310, heads=5, size=64)
+    check(qkv, random_selection(13, 2, 310, 5, CHUNK, 3), CHUNK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, size", [(jnp.float32, 128), (jnp.bfloat16, 64)])
+def test_tpu_semantics(dtype, size):
+    """DMA, semaphores, NaN in memory nobody wrote, and no two accesses that race."""
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    qkv = random_qkv(14, 1, 290, heads=1, size=size, dtype=dtype)
+    check(qkv, random_selection(15, 1, 290, 1, CHUNK, 3), CHUNK, interpret=interpret)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(size=32), "head size 32"),
+        (dict(dtype=jnp.float16), "dtype float16"),
+        (dict(chunk_size=100), "chunk size 100"),
+        (dict(slots_of=4), "selection"),
+    ],
+)
+def test_bad_inputs_are_named(change, message):
+    size, dtype = change.get("size", 64), change.get("dtype", jnp.float32)
+    q, k, v = random_qkv(0, 1, 70, heads=2, size=size, dtype=dtype)
+    chosen = jnp.full((1, change.get("slots_of", 70), 2, 2), -1, jnp.int32)
+    chunk_size = change.get("chunk_size", 64)
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(q, k, v, chosen, chunk_size=chunk_size, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "field", [{"rows": 100}, {"keys": 0}, {"diagonal": 64}, {"segment_bytes": 0}]
+)
+def test_bad_tiles_are_named(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        TileConfig(**field)
+
+
+# --------------------------------------------------------------------------------------------
+# The gate
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "length, keys, chunk_size, count, offset, size",
+    [
+        (300, 400, 4, 5, [0, 77], 64),
+        (140, 1100, 64, 3, 900, 64),
+        pytest.param(700, 700, 2, 17, 0, 128, marks=pytest.mark.slow),
+    ],
+)
+def test_the_gate_chooses_as_the_reference(length, keys, chunk_size, count, offset, size):
+    """Small integers: scores are exact, and ties are many. Blocks of chunks are merged."""
+    rng = np.random.default_rng(length)
+    batch, heads = np.size(offset), 3
+    q = jnp.asarray(rng.integers(-2, 3, (batch, length, heads, size)), jnp.float32)
+    k = jnp.asarray(rng.integers(-1, 2, (batch, keys, heads, size)), jnp.float32)
+    first = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
+    actual = selection_tpu.select_from_means(
+        q, chunk_key_means(k, chunk_size), first, chunk_size=chunk_size, count=count, interpret=True
+    )
+    expected = select_chunks_reference(q, k, chunk_size=chunk_size, top_k=count + 1, q_offset=first)
+    assert actual.dtype == jnp.int32
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_the_gate_reads_bfloat16_exactly():
+    q, k, _ = random_qkv(1, 1, 200, heads=2, size=64, dtype=jnp.bfloat16)
+    means = chunk_key_means(k, 32)
+    choose = functools.partial(
+        selection_tpu.select_from_means, chunk_size=32, count=3, interpret=True
+    )
+    chosen = choose(q, means, 0)
+    np.testing.assert_array_equal(chosen, choose(q.astype(jnp.float32), means, 0))
+    scores = np.einsum("bthk,bnhk->bthn", *(np.asarray(x, np.float64) for x in (q, means)))
+    best = np.take_along_axis(scores, np.maximum(chosen, 0), axis=-1)
+    assert_close(best[0, 192:, :, 0], scores[0, 192:, :, :6].max(axis=-1), rel=1e-6)
+
+
+def test_the_gate_refuses_other_head_sizes():
+    q, k, _ = random_qkv(1, 1, 20, heads=2, size=32)
+    with pytest.raises(ValueError, match="head size 32"):
+        selection_tpu.select_from_means(q, chunk_key_means(k, 4), 0, chunk_size=4, count=1)
