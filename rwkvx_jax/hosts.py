@@ -75,7 +75,11 @@ def join_hosts(
             raise
         _log.info("no cluster found around this machine (%s): running on it alone", error)
     except RuntimeError as error:
-        raise ConfigError(f"process {process_id} can't join {coordinator}: {error}") from error
+        where = "the cluster that its environment tells of" if missing else f"{coordinator}"
+        raise ConfigError(
+            f"this process can't join {where}: {error}\nTo run on this machine alone: "
+            "--coordinator localhost:8476 --num-processes 1 --process-id 0"
+        ) from error
     if jax.process_index() > 0:
         logging.getLogger("rwkvx_jax").setLevel(logging.ERROR)  # process 0 says it for all
 
