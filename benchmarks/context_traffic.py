@@ -4,12 +4,10 @@
 
 Compiles forward and backward of a time mix with its channel mix, and of sparse attention by both
 ways of reading across devices, for 8 devices along `context`; simulated CPU devices, or the chips
-of a TPU topology that need not be there. Counted is what one device receives, each operation once.
+of a TPU topology that need not be there. Counted is what one device sends, each operation once.
 """
 
 import argparse
-import math
-import re
 from functools import partial
 
 import jax
@@ -20,37 +18,21 @@ from rwkvx_jax.config import MeshConfig, ModelConfig, RunConfig
 from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.modules import context
 from rwkvx_jax.ops.block_sparse import sparse_attention
-from rwkvx_jax.plan import topology
+from rwkvx_jax.plan import collectives, hlo, topology
 from rwkvx_jax.sharding import make_mesh, partition_spec
 
 PARTS = 8
-_COLLECTIVE = re.compile(
-    r"= (?P<shape>\(.*?\)|\S+) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|"
-    r"collective-permute)(?:-start)?\("
-)
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
 
 
-def received(text: str, parts: int) -> dict[str, int]:
-    """Bytes that each kind of collective of an HLO text brings to one of `parts` devices."""
+def sent(text: str) -> dict[str, int]:
+    """Bytes that one of PARTS devices sends in each kind of collective of an HLO text."""
     totals: dict[str, int] = {}
-    for match in _COLLECTIVE.finditer(text):
-        arrays = [
-            _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
-            for dtype, dims in _ARRAY.findall(match["shape"])
-        ]
-        kind = match["kind"]
-        # An asynchronous start returns its operands beside its results.
-        whole = max(arrays) if "-start(" in match[0] else sum(arrays)
-        share = {
-            "all-gather": (parts - 1) / parts,
-            "all-to-all": (parts - 1) / parts,
-            "reduce-scatter": parts - 1,
-            "all-reduce": 2 * (parts - 1) / parts,
-            "collective-permute": 1,
-        }[kind]
-        totals[kind] = totals.get(kind, 0) + int(whole * share)
+    for computation in hlo.parse(text).computations.values():
+        for instruction in computation.instructions.values():
+            if collectives.kind_of(instruction) is None:
+                continue
+            one = collectives.read(instruction, computation, PARTS)
+            totals[one.kind] = totals.get(one.kind, 0) + round(one.wire_bytes)
     return totals
 
 
@@ -80,7 +62,7 @@ def block_traffic(mesh, length: int, width: int = 256) -> dict[str, int]:
 
     x = spread(mesh, ("batch", "time", None), (1, length, width), jnp.bfloat16)
     text = compiled(jax.grad(loss), mesh, x, jax.tree.map(whole, get_params(model)))
-    return received(text, mesh.shape["context"])
+    return sent(text)
 
 
 def attention_traffic(mesh, length: int, heads: int, chunk_size: int = 2048) -> dict[str, int]:
@@ -92,7 +74,7 @@ def attention_traffic(mesh, length: int, heads: int, chunk_size: int = 2048) -> 
 
     x = spread(mesh, ("batch", "time", "heads", None), (1, length, heads, 64), jnp.bfloat16)
     text = compiled(jax.grad(loss, (0, 1, 2)), mesh, x, x, x)
-    return received(text, mesh.shape["context"])
+    return sent(text)
 
 
 def _row(name: str, totals: dict[str, int]) -> None:
@@ -112,7 +94,7 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", PARTS)
         devices = jax.devices()
     mesh = make_mesh(MeshConfig(data=-1, context=PARTS), devices)
-    print(f"bytes received by one of {PARTS} devices, {flags.topology or 'simulated on the CPU'}")
+    print(f"bytes sent by one of {PARTS} devices, {flags.topology or 'simulated on the CPU'}")
     for length in flags.lengths:
         _row(f"RWKV-7 block, width 256, {length} tokens", block_traffic(mesh, length))
     for length in flags.lengths:

@@ -68,7 +68,7 @@ def attention(op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.A
     """`op(q, k, v)` over sequences cut along time; arrays [B, T, H, K].
 
     Devices trade tokens for heads: each gets some heads of whole sequences, and gives their outputs
-    back. Of arrays [B, T, H, K] each device then receives 4 / parts (heads of zeros fill up where
+    back. Of arrays [B, T, H, K] each device then sends 4 / parts (heads of zeros fill up where
     parts does not divide H). Where that is more than 2, as with very few heads, each collects the
     keys and values of all tokens instead.
 

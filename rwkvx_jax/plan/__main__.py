@@ -22,7 +22,7 @@ from rwkvx_jax.plan.advice import advise
 from rwkvx_jax.plan.planner import make_plan
 from rwkvx_jax.plan.programs import Program, read_program, train_program
 from rwkvx_jax.plan.roofline import CHIPS
-from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.sharding import check_fits, make_mesh
 
 _KINDS = ("train", "prefill", "decode")
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         if generation not in CHIPS:
             raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
         mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
+        check_fits(config, mesh)
         sizes = dict(mesh.shape)
         programs = list(_programs(flags, config, mesh))
         records, fits = [], True
