@@ -58,7 +58,7 @@ def block_traffic(mesh, length: int, width: int = 256) -> dict[str, int]:
     def loss(x, params):
         block = jax.tree.map(lambda p: p[0], with_params(model, params).blocks)
         y, _, _ = block(x, jnp.zeros_like(x), jnp.bool(True), model.run)
-        return y.astype(jnp.float32).sum()
+        return jnp.square(y.astype(jnp.float32)).sum()
 
     x = spread(mesh, ("batch", "time", None), (1, length, width), jnp.bfloat16)
     text = compiled(jax.grad(loss), mesh, x, jax.tree.map(whole, get_params(model)))
@@ -70,7 +70,7 @@ def attention_traffic(mesh, length: int, heads: int, chunk_size: int = 2048) -> 
     op = partial(sparse_attention, chunk_size=chunk_size, top_k=3)
 
     def loss(q, k, v):
-        return context.attention(op, q, k, v).astype(jnp.float32).sum()
+        return jnp.square(context.attention(op, q, k, v).astype(jnp.float32)).sum()
 
     x = spread(mesh, ("batch", "time", "heads", None), (1, length, heads, 64), jnp.bfloat16)
     text = compiled(jax.grad(loss, (0, 1, 2)), mesh, x, x, x)
