@@ -120,6 +120,36 @@ def test_products_inside_fusions_and_of_batches():
     assert flops == 2 * 3 * (8 * 4 * 16 + 8 * 4 * 5)
 
 
+NESTED = """HloModule nested
+
+%inner (a: f32[4,8], b: f32[8,2]) -> f32[4,2] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  ROOT %dot = f32[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+operand_precision={highest,highest}
+}
+
+%outer (c: f32[4,8], d: f32[8,2]) -> f32[4,2] {
+  %c = f32[4,8]{1,0} parameter(0)
+  %d = f32[8,2]{1,0} parameter(1)
+  ROOT %product = f32[4,2]{1,0} fusion(%c, %d), kind=kOutput, calls=%inner
+}
+
+ENTRY %main (x: f32[4,8], y: f32[8,2]) -> f32[4,2] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[8,2]{1,0:S(1)} parameter(1)
+  ROOT %fusion = f32[4,2]{1,0} fusion(%x, %y), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_fusions_inside_fusions():
+    """As TPU programs have them; float32 products at the highest precision take six passes."""
+    (work,), _ = read_work(hlo.parse(NESTED), 1)
+    assert (work.flops, work.passes) == (2 * 4 * 8 * 2, 6 * 2 * 4 * 8 * 2)
+    assert work.bytes == 4 * (4 * 8 + 4 * 2)  # y lies on the chip
+
+
 def test_a_convolution_meets_no_padding():
     conv = lambda x, w: jax.lax.conv_general_dilated(
         x, w, (2,), [(3, 3)], dimension_numbers=("NHC", "HIO", "NHC")
@@ -199,6 +229,7 @@ def test_collectives(kind):
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
     ],
 )
