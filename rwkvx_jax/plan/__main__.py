@@ -22,7 +22,7 @@ from rwkvx_jax.plan.advice import advise
 from rwkvx_jax.plan.planner import make_plan
 from rwkvx_jax.plan.programs import Program, read_program, train_program
 from rwkvx_jax.plan.roofline import CHIPS
-from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.sharding import check_fits, make_mesh
 
 _KINDS = ("train", "prefill", "decode")
 
@@ -99,6 +99,7 @@ def _programs(flags: argparse.Namespace, config: Config, mesh) -> Iterator[Progr
     if unknown := [name for name in flags.stage or () if name not in names]:
         raise ConfigError(f"no stage {unknown} in {flags.config}; it has {names}")
     if "train" in kinds:
+        check_fits(config, mesh)
         for stage in config.stages:
             if not flags.stage or stage.name in flags.stage:
                 yield train_program(config, stage, mesh)
