@@ -1,6 +1,8 @@
 """Plans training and generation on TPUs that are not here: `python -m rwkvx_jax.plan --help`.
 
-python -m rwkvx_jax.plan --config configs/rwkvx_3b6_stage2.py --topology v5p:4x4x8
+    python -m rwkvx_jax.plan --config configs/rwkvx_3b6_stage2.py --topology v5p:4x4x8
+
+docs/plan.md says what it prints, and what the figures mean.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class _Reader:
         if instruction.opcode == "custom-call":
             flops = passes = _estimated_flops(instruction)
             if '"tpu_custom_call"' in instruction.attributes:
-                kernel = re.sub(r"\.\d+$", "", instruction.name)
+                kernel = instruction.name.split(".")[0]
                 given = (a for x in computation.operands(instruction) for a in x.arrays)
                 kernel_bytes = sum(a.bytes for a in (*given, *instruction.arrays))
         elif instruction.opcode == "fusion":
