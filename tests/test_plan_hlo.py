@@ -99,6 +99,19 @@ def test_a_bound_that_depends_on_the_enclosing_loop_is_averaged():
     assert [note.trips.basis for note in notes] == ["average"]
 
 
+def test_of_branches_the_heaviest_counts():
+    """Loops inside see the operands of their own branch."""
+
+    def row(x, i):
+        often = lambda x: jax.lax.fori_loop(0, i + 2, lambda _, x: jnp.tanh(x @ W), x)
+        return jax.lax.cond(x[0, 0] > 0, often, lambda x: x - 1, x), None
+
+    fn = lambda x: jax.lax.scan(row, x, jnp.arange(4))[0]
+    assert "conditional(" in jax.jit(fn).lower(X).compile().as_text()
+    flops, _ = total_flops(fn, X)
+    assert flops == (2 + 3 + 4 + 5) * PRODUCT
+
+
 def test_loops_that_depend_on_data_count_once_or_as_stated():
     once = lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ W), x)
     flops, notes = total_flops(once, X, jnp.int32(3))

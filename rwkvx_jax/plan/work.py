@@ -111,15 +111,8 @@ class _Reader:
             yield self._operation(frame.computation, instruction, times)
 
     def _heaviest_branch(self, frame: Frame, instruction: Instruction, times: float):
-        names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-        if names:
-            branches = [name.strip().lstrip("%") for name in names[1].split(",")]
-        else:
-            branches = [instruction.called(f"{x}_computation") for x in ("true", "false")]
-        found = [
-            list(self.run(Frame(self.module.computations[name], instruction, frame), times))
-            for name in branches
-        ]
+        branches = self.loops.branches(frame, instruction)
+        found = [list(self.run(branch, times)) for branch in branches]
         yield from max(found, key=lambda works: sum(w.times * (w.bytes + w.passes) for w in works))
 
     def _operation(self, computation: Computation, instruction: Instruction, times: float) -> Work:
