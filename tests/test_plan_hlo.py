@@ -124,6 +124,8 @@ def test_loops_that_depend_on_data_count_once_or_as_stated():
     flops, notes = total_flops(stated, X, jnp.int32(3))
     assert (flops, notes[0].trips.basis) == (5 * PRODUCT, "stated")
     assert any(file.endswith("test_plan_hlo.py") for file, _ in notes[0].source)
+    both = lambda x, n: jax.jvp(lambda x: stated(x, n), (x,), (x,))
+    assert {note.trips.basis for note in total_flops(both, X, jnp.int32(3))[1]} == {"stated"}
 
 
 def test_products_inside_fusions_and_of_batches():

@@ -22,7 +22,7 @@ from rwkvx_jax.plan.hlo import Computation, Instruction, Module
 # Iterations of an enclosing loop that are evaluated for an average, evenly spaced.
 SAMPLES = 128
 
-_STATED = re.compile(r"\bat_most_(\d+)_times/while$")
+_STATED = re.compile(r"\bat_most_(\d+)_times\)*/while$")  # in brackets of transformations
 _SAME = ("copy", "bitcast", "convert", "reshape", "broadcast", "copy-done", "copy-start")
 _COMPARE: Mapping[str, Callable[[int, int], bool]] = {
     "LT": lambda x, y: x < y,
@@ -141,6 +141,8 @@ class _Counter:
 
     @property
     def count(self) -> int:
+        if self.step == 0:
+            raise Unknown
         if self.direction == "NE":
             steps, rest = divmod(self.bound - self.start, self.step)
             if rest or steps < 0:
