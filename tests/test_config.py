@@ -155,6 +155,7 @@ def test_low_rank_widths_are_those_of_the_released_models(width, rwkvx, rwkv_lm)
         ("rwkvx_3b6_stage1_v5e256", 1.5e9),
         ("rwkvx_3b6_stage1_v6e64", 1.5e9),
         ("rwkvx_3b6_stage2_v5e256", 1e9),
+        ("rwkvx_3b6_stage2_v5p128", 1e9),
         ("rwkvx_3b6_stage2_v6e64", 1e9),
     ],
 )

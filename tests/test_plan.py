@@ -362,7 +362,20 @@ def run_cli(tmp_path, *arguments):
         (["--topology", "v5e:2x2", "--mesh.platform", "cpu"], "asks for cpu, but JAX found tpu"),
         (
             ["--topology", "v5e:4x4", "--mesh.data", "1", "--mesh.tensor", "16"],
-            "is not divisible by 16|does not divide",
+            "has 4 heads, which mesh.tensor 16 does not divide",
+        ),
+        (
+            [
+                "--topology",
+                "v5e:2x2",
+                "--mesh.data",
+                "1",
+                "--mesh.context",
+                "4",
+                "--stages.0.seq-len",
+                "510",
+            ],
+            "seq_len a multiple of mesh.context 4 = 4",
         ),
         (
             ["--topology", "v5e:2x2", "--programs", "prefill", "--piece", "99", "--length", "9"],

@@ -99,6 +99,19 @@ def test_a_bound_that_depends_on_the_enclosing_loop_is_averaged():
     assert [note.trips.basis for note in notes] == ["average"]
 
 
+def test_of_branches_the_heaviest_counts():
+    """Loops inside see the operands of their own branch."""
+
+    def row(x, i):
+        often = lambda x: jax.lax.fori_loop(0, i + 2, lambda _, x: jnp.tanh(x @ W), x)
+        return jax.lax.cond(x[0, 0] > 0, often, lambda x: x - 1, x), None
+
+    fn = lambda x: jax.lax.scan(row, x, jnp.arange(4))[0]
+    assert "conditional(" in jax.jit(fn).lower(X).compile().as_text()
+    flops, _ = total_flops(fn, X)
+    assert flops == (2 + 3 + 4 + 5) * PRODUCT
+
+
 def test_loops_that_depend_on_data_count_once_or_as_stated():
     once = lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ W), x)
     flops, notes = total_flops(once, X, jnp.int32(3))
@@ -111,6 +124,8 @@ def test_loops_that_depend_on_data_count_once_or_as_stated():
     flops, notes = total_flops(stated, X, jnp.int32(3))
     assert (flops, notes[0].trips.basis) == (5 * PRODUCT, "stated")
     assert any(file.endswith("test_plan_hlo.py") for file, _ in notes[0].source)
+    both = lambda x, n: jax.jvp(lambda x: stated(x, n), (x,), (x,))
+    assert {note.trips.basis for note in total_flops(both, X, jnp.int32(3))[1]} == {"stated"}
 
 
 def test_products_inside_fusions_and_of_batches():
@@ -118,6 +133,36 @@ def test_products_inside_fusions_and_of_batches():
     fn = lambda x, y, w: jnp.einsum("bik,bjk->bij", jnp.exp(x), y + 1) @ w
     flops, _ = total_flops(fn, batch, jnp.ones((3, 4, 16)), jnp.ones((4, 5)))
     assert flops == 2 * 3 * (8 * 4 * 16 + 8 * 4 * 5)
+
+
+NESTED = """HloModule nested
+
+%inner (a: f32[4,8], b: f32[8,2]) -> f32[4,2] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  ROOT %dot = f32[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+operand_precision={highest,highest}
+}
+
+%outer (c: f32[4,8], d: f32[8,2]) -> f32[4,2] {
+  %c = f32[4,8]{1,0} parameter(0)
+  %d = f32[8,2]{1,0} parameter(1)
+  ROOT %product = f32[4,2]{1,0} fusion(%c, %d), kind=kOutput, calls=%inner
+}
+
+ENTRY %main (x: f32[4,8], y: f32[8,2]) -> f32[4,2] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[8,2]{1,0:S(1)} parameter(1)
+  ROOT %fusion = f32[4,2]{1,0} fusion(%x, %y), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_fusions_inside_fusions():
+    """As TPU programs have them; float32 products at the highest precision take six passes."""
+    (work,), _ = read_work(hlo.parse(NESTED), 1)
+    assert (work.flops, work.passes) == (2 * 4 * 8 * 2, 6 * 2 * 4 * 8 * 2)
+    assert work.bytes == 4 * (4 * 8 + 4 * 2)  # y lies on the chip
 
 
 def test_a_convolution_meets_no_padding():
@@ -199,6 +244,7 @@ def test_collectives(kind):
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
     ],
 )

@@ -1,6 +1,8 @@
 """Plans training and generation on TPUs that are not here: `python -m rwkvx_jax.plan --help`.
 
-python -m rwkvx_jax.plan --config configs/rwkvx_3b6_stage2.py --topology v5p:4x4x8
+    python -m rwkvx_jax.plan --config configs/rwkvx_3b6_stage2.py --topology v5p:4x4x8
+
+docs/plan.md says what it prints, and what the figures mean.
 """
 
 from __future__ import annotations
@@ -100,6 +102,7 @@ def _programs(flags: argparse.Namespace, config: Config, mesh) -> Iterator[Progr
     if unknown := [name for name in flags.stage or () if name not in names]:
         raise ConfigError(f"no stage {unknown} in {flags.config}; it has {names}")
     if "train" in kinds:
+        check_fits(config, mesh)
         for stage in config.stages:
             if not flags.stage or stage.name in flags.stage:
                 yield train_program(config, stage, mesh)

@@ -22,7 +22,7 @@ from rwkvx_jax.plan.hlo import Computation, Instruction, Module
 # Iterations of an enclosing loop that are evaluated for an average, evenly spaced.
 SAMPLES = 128
 
-_STATED = re.compile(r"\bat_most_(\d+)_times/while$")
+_STATED = re.compile(r"\bat_most_(\d+)_times\)*/while$")  # in brackets of transformations
 _SAME = ("copy", "bitcast", "convert", "reshape", "broadcast", "copy-done", "copy-start")
 _COMPARE: Mapping[str, Callable[[int, int], bool]] = {
     "LT": lambda x, y: x < y,
@@ -76,11 +76,13 @@ class Frame:
       computation: what runs.
       caller: the instruction that runs it; None for the entry.
       parent: frame of the caller.
+      first: which operand of the caller is parameter 0.
     """
 
     computation: Computation
     caller: Instruction | None = None
     parent: Frame | None = None
+    first: int = 0
 
     @property
     def is_loop(self) -> bool:
@@ -139,6 +141,8 @@ class _Counter:
 
     @property
     def count(self) -> int:
+        if self.step == 0:
+            raise Unknown
         if self.direction == "NE":
             steps, rest = divmod(self.bound - self.start, self.step)
             if rest or steps < 0:
@@ -167,6 +171,18 @@ class Loops:
             computation = self.module.computations[caller.called(attribute)]
             self._frames[key] = Frame(computation, caller, parent)
         return self._frames[key]
+
+    def branches(self, parent: Frame, conditional: Instruction) -> list[Frame]:
+        """The frames of a conditional's branches; operand 0 says which of them runs."""
+        names = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
+        if names:
+            called = [name.strip().lstrip("%") for name in names[1].split(",")]
+        else:
+            called = [conditional.called(f"{x}_computation") for x in ("true", "false")]
+        return [
+            Frame(self.module.computations[name], conditional, parent, first=1 + number)
+            for number, name in enumerate(called)
+        ]
 
     def body(self, frame: Frame, loop: Instruction) -> Frame:
         return self.frame(frame, loop, "body")
@@ -269,7 +285,7 @@ class Loops:
             if instruction.opcode in _SAME:
                 instruction = self._operand(frame, instruction, 0)
             elif instruction.opcode == "parameter" and frame.parent and not frame.is_loop:
-                number = int(instruction.literal)
+                number = frame.first + int(instruction.literal)
                 instruction = self._operand(frame.parent, frame.caller, number)
                 frame = frame.parent
             else:
@@ -324,6 +340,8 @@ class Loops:
             return self.element(frame, self._operand(frame, source, 0), index, env)
         if source.opcode == "parameter" and frame.is_loop:
             return self._carried(frame, index, env)
+        if source.opcode == "parameter" and frame.parent:
+            return self.element(*self._source(frame, source), index, env)
         raise Unknown
 
     def _carried(self, frame: Frame, index: int, env: Env) -> int:

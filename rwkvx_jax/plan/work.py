@@ -111,15 +111,8 @@ class _Reader:
             yield self._operation(frame.computation, instruction, times)
 
     def _heaviest_branch(self, frame: Frame, instruction: Instruction, times: float):
-        names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-        if names:
-            branches = [name.strip().lstrip("%") for name in names[1].split(",")]
-        else:
-            branches = [instruction.called(f"{x}_computation") for x in ("true", "false")]
-        found = [
-            list(self.run(Frame(self.module.computations[name], instruction, frame), times))
-            for name in branches
-        ]
+        branches = self.loops.branches(frame, instruction)
+        found = [list(self.run(branch, times)) for branch in branches]
         yield from max(found, key=lambda works: sum(w.times * (w.bytes + w.passes) for w in works))
 
     def _operation(self, computation: Computation, instruction: Instruction, times: float) -> Work:
@@ -127,7 +120,7 @@ class _Reader:
         if instruction.opcode == "custom-call":
             flops = passes = _estimated_flops(instruction)
             if '"tpu_custom_call"' in instruction.attributes:
-                kernel = re.sub(r"\.\d+$", "", instruction.name)
+                kernel = instruction.name.split(".")[0]
                 given = (a for x in computation.operands(instruction) for a in x.arrays)
                 kernel_bytes = sum(a.bytes for a in (*given, *instruction.arrays))
         elif instruction.opcode == "fusion":
