@@ -1,7 +1,7 @@
 """Results of several runs on one page: self-contained HTML with figures, and Markdown tables.
 
-Files of one task, settings and tokenizer share a table; what differs keeps its own, so that no row is
-compared with another that answered other questions.
+Files of one task, settings and tokenizer share a table; what differs keeps its own, so that no row
+is compared with another that answered other questions.
 """
 
 from __future__ import annotations
