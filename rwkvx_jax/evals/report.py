@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.short_context import MAIN_METRICS, SHORT_NAMES, main_score
+from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
 
 Record = dict[str, Any]
 
@@ -204,17 +204,36 @@ def _speed_table(panels: list[Record]) -> Table:
     return Table(["model (ms per token at context)", *[f"{c:,}" for c in contexts]], rows)
 
 
+def _selection_table(panels: list[Record]) -> Table:
+    """A row a model and selector."""
+    rows = [
+        [f"{panel['label']}: {name}", *[f"{100 * found[m]['mean']:.1f}" for m in measures]]
+        for measures in [("share", "past", "recall")]
+        for panel in panels
+        for name, found in panel["summary"]["selectors"].items()
+    ]
+    columns = ["model: selector (%)", "all mass held", "past mass held", "recall of the oracle"]
+    return Table(columns, rows)
+
+
 def _maker(task: str) -> Callable[[list[Record]], Table] | None:
     """What makes a task's table; None for what is no task."""
     if task == "passkey" or task.startswith("niah_"):
         return _grid_table
-    return {"short": _short_table, "long-loss": _loss_table, "speed": _speed_table}.get(task)
+    makers = {
+        "short": _short_table,
+        "long-loss": _loss_table,
+        "selection": _selection_table,
+        "speed": _speed_table,
+    }
+    return makers.get(task)
 
 
 _TITLES = {
     "passkey": "Passkey retrieval",
     "short": "Short-context benchmarks",
     "long-loss": "Loss by position",
+    "selection": "Selection of chunks",
     "speed": "Decoding speed",
 }
 
