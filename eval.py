@@ -9,7 +9,16 @@ import tyro
 
 from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.convert.tensors import ConversionError
-from rwkvx_jax.evals import long_loss, niah, passkey, report, short_context, speed
+from rwkvx_jax.evals import (
+    long_loss,
+    niah,
+    passkey,
+    prefill_speed,
+    report,
+    selection,
+    short_context,
+    speed,
+)
 
 TASKS = {
     "passkey": (passkey.PasskeyOptions, passkey.run),
@@ -17,6 +26,8 @@ TASKS = {
     "short": (short_context.ShortOptions, short_context.run),
     "long-loss": (long_loss.LongLossOptions, long_loss.run),
     "report": (report.ReportOptions, report.run),
+    "selection": (selection.SelectionOptions, selection.run),
+    "prefill": (prefill_speed.PrefillOptions, prefill_speed.run),
     "speed": (speed.SpeedOptions, speed.run),
 }
 

@@ -2,8 +2,8 @@
 
 Everything has a static shape, so one compilation serves a whole generation. Keys and values of an
 attention block lie in pages of one chunk each, [M, B, H, N, C, K], so that reading a chosen chunk
-reads contiguous memory; running sums of each page's keys serve the gate. Rows are written in
-place: pages travel through the layer scan as a carry.
+reads contiguous memory; R running rows of each page (its sum of keys, or what else the selector
+keeps) serve the gate. Rows are written in place: pages travel through the layer scan as a carry.
 
 `CachePolicy` bounds the pages (the paper's K/V compression, spec section 4).
 """
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from rwkvx_jax.config import ConfigError, ModelConfig
+from rwkvx_jax.ops.selection import MEAN, Selector
 
 Gate = Literal["per_head", "shared"]
 
@@ -41,7 +42,7 @@ class Pages(NamedTuple):
 
     keys: jax.Array  # [M, B, H, N, C, K]
     values: jax.Array  # [M, B, H, N, C, K]
-    key_sums: jax.Array  # [M, B, H, N, K] float32, over the rows written so far
+    key_sums: jax.Array  # [M, B, H, N R, K] float32: what the selector keeps of each page's keys
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class CachePolicy:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("length", "blocks", "attention_ffn_shift", "pages"),
+    data_fields=("length", "blocks", "attention_ffn_shift", "key_tail", "pages"),
     meta_fields=("gate", "policy"),
 )
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Cache:
     length: jax.Array  # [B] int32, rows in the pages: tokens read, less what a policy dropped
     blocks: BlockState  # stacked [L, ...]
     attention_ffn_shift: jax.Array  # [M, B, D]
+    key_tail: jax.Array  # [M, B, key_conv - 1, D], keys that the convolution still needs
     pages: Pages
     gate: Gate
     policy: CachePolicy | None
@@ -138,10 +140,15 @@ def init_cache(
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
     if gate not in ("per_head", "shared"):
         raise ConfigError(f'gate is {gate!r}: choose "per_head" or "shared"')
+    if gate == "shared" and config.selector != "mean":
+        raise ConfigError(
+            f'gate "shared" is the original package\'s, whose selector is "mean", not '
+            f'{config.selector!r}: use gate="per_head"'
+        )
     layers, attention = config.num_blocks, config.num_attention_blocks
     heads, size, width = config.num_heads, config.head_size, config.width
     rows = max_length if policy is None else min(max_length, policy.trigger + 1)
-    chunk = config.chunk_size
+    chunk, selector = config.chunk_size, selector_of(config)
     pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
@@ -153,13 +160,21 @@ def init_cache(
             jnp.zeros((layers, batch, width), dtype),
         ),
         attention_ffn_shift=jnp.zeros((attention, batch, width), dtype),
+        key_tail=jnp.zeros((attention, batch, max(0, config.key_conv - 1), width), dtype),
         pages=Pages(
             jnp.zeros(pages, dtype),
             jnp.zeros(pages, dtype),
-            jnp.zeros((*pages[:4], size), jnp.float32),
+            selector.start((*pages[:3], pages[3] * selector.rows, size)),
         ),
         gate=gate,
         policy=policy,
+    )
+
+
+def selector_of(config: ModelConfig) -> Selector:
+    """The selector that a configuration names."""
+    return Selector(
+        config.selector, config.selector_blocks if config.selector in ("max", "pooled") else 1
     )
 
 
@@ -170,6 +185,7 @@ def write_rows(
     v: jax.Array,  # [B, T, H, K]
     start: jax.Array,  # [B], row of the first token
     lengths: jax.Array,  # [B], valid tokens
+    selector: Selector = MEAN,
 ) -> Pages:
     """Appends the valid rows of k and v to the pages of one attention block."""
     chunk = pages.keys.shape[4]
@@ -180,7 +196,13 @@ def write_rows(
     where = (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None], page)
     slot = (row % chunk)[:, :, None]
     put = partial(_put, index=(*where, slot))
-    sums = pages.key_sums.at[where].add(k.astype(jnp.float32), mode="drop")
+    k32, parts = k.astype(jnp.float32), pages.key_sums.shape[3] // pages.keys.shape[3]
+    at = lambda part: pages.key_sums.at[(*where[:3], page * parts + part)]
+    if selector.kind == "bounds":
+        low = at(0).max(-k32, mode="drop")
+        sums = low.at[(*where[:3], page * parts + 1)].max(k32, mode="drop")
+    else:
+        sums = at(slot // (chunk // parts)).add(k32, mode="drop")
     return Pages(put(pages.keys, k), put(pages.values, v), sums)
 
 
@@ -195,6 +217,7 @@ def compress(
     length: jax.Array,  # [B]
     due: jax.Array,  # [B] bool
     policy: CachePolicy,
+    selector: Selector = MEAN,
 ) -> Pages:
     """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
@@ -216,7 +239,10 @@ def compress(
         return jnp.where(due[:, None, None, None, None], rows.reshape(old.shape), old)
 
     new_keys, new_values = repack(keys, old_keys), repack(values, old_values)
-    sums = new_keys.astype(jnp.float32).sum(3)
+    kept_keys = new_keys.reshape(batch, heads, -1, size)[:, :, : policy.keep].swapaxes(1, 2)
+    sums = selector.rows_of(kept_keys, chunk).swapaxes(1, 2)  # of the first pages, others are empty
+    empty = selector.start((batch, heads, old_sums.shape[2] - sums.shape[2], size))
+    sums = jnp.concatenate([sums, empty], axis=2)
     new_sums = jnp.where(due[:, None, None, None], sums, old_sums)
     put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)
     return Pages(

@@ -8,6 +8,7 @@ blocks, so that compile time does not grow with depth.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from flax import nnx
 
 from rwkvx_jax.cache import Cache, CachePolicy, Gate, check_room, init_cache
 from rwkvx_jax.config import ModelConfig, RunConfig
+from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
 from rwkvx_jax.modules.channel_mix import last_valid
 from rwkvx_jax.modules.parameters import layer_norm, orthogonal, parameter, uniform
@@ -71,6 +73,13 @@ class RWKVX(nnx.Module):
 
     def features(self, tokens: jax.Array) -> jax.Array:
         """Normalised outputs of the last block, [B, T, D] in the compute dtype."""
+        return self.observe(tokens, lambda attention, h: None)[0]
+
+    def observe(
+        self, tokens: jax.Array, look: Callable[[Attention, jax.Array], Any]
+    ) -> tuple[jax.Array, Any]:
+        """`features`, and what `look` returns for each attention module and its input [B, T, D],
+        stacked [M, ...] (None without attention blocks)."""
         x = self.embed_tokens(tokens)
         first = jnp.arange(self.config.num_blocks) == 0
 
@@ -80,7 +89,9 @@ class RWKVX(nnx.Module):
             return (x, v_first), None
 
         def attention(x, block):
-            return block(x, lambda attention, h: (attention(h, self.run), None))[0]
+            attend = lambda attention, h: (attention(h, self.run), look(attention, h))
+            x, _, seen = block(x, attend)
+            return x, seen
 
         if self.run.remat == "block":
             rwkv = jax.checkpoint(rwkv, prevent_cse=False)
@@ -89,10 +100,12 @@ class RWKVX(nnx.Module):
         def group(carry, scanned):
             blocks, attention_block = scanned
             (x, v_first), _ = jax.lax.scan(rwkv, carry, blocks)
-            return (x if attention_block is None else attention(x, attention_block), v_first), None
+            x, seen = (x, None) if attention_block is None else attention(x, attention_block)
+            return (x, v_first), seen
 
-        (x, _), _ = jax.lax.scan(group, (x, jnp.zeros_like(x)), self.grouped((self.blocks, first)))
-        return self.ln_out(x)
+        carry = (x, jnp.zeros_like(x))
+        (x, _), seen = jax.lax.scan(group, carry, self.grouped((self.blocks, first)))
+        return self.ln_out(x), seen
 
     def init_cache(
         self,
@@ -156,22 +169,23 @@ class RWKVX(nnx.Module):
 
         def group(carry, scanned):
             x, v_first, pages = carry
-            stacked, (layer, block, shift) = scanned
+            stacked, (layer, block, shift, tail) = scanned
             (x, v_first), states = _scan(rwkv, (x, v_first), stacked)
             if block is not None:
                 attend = lambda attention, h: attention.cached(
-                    h, pages, layer, start, lengths, cache.gate, cache.policy
+                    h, pages, layer, start, lengths, cache.gate, cache.policy, tail
                 )
-                x, shift, pages = block(x, attend, shift, lengths)
-            return (x, v_first, pages), (states, shift)
+                x, shift, (pages, tail) = block(x, attend, shift, lengths)
+            return (x, v_first, pages), (states, shift, tail)
 
         stacked, attention_blocks = self.grouped((self.blocks, first, cache.blocks))
         layers = jnp.arange(max(1, config.num_attention_blocks))
-        shifts = cache.attention_ffn_shift if config.num_attention_blocks else None
-        (x, _, pages), (states, shifts) = _scan(
+        kept = (cache.attention_ffn_shift, cache.key_tail)
+        kept = kept if config.num_attention_blocks else (None, None)
+        (x, _, pages), (states, *kept) = _scan(
             group,
             (x, jnp.zeros_like(x), cache.pages),
-            (stacked, (layers, attention_blocks, shifts)),
+            (stacked, (layers, attention_blocks, *kept)),
         )
         flat = lambda p: p.reshape(config.num_blocks, *p.shape[2:])
         rows = start if cache.policy is None else cache.policy.rows_after(start)
@@ -180,7 +194,8 @@ class RWKVX(nnx.Module):
             cache,
             length=rows + lengths,
             blocks=jax.tree.map(flat, states),
-            attention_ffn_shift=cache.attention_ffn_shift if shifts is None else shifts,
+            attention_ffn_shift=cache.attention_ffn_shift if kept[0] is None else kept[0],
+            key_tail=cache.key_tail if kept[1] is None else kept[1],
             pages=pages,
         )
         return self.ln_out(x), cache

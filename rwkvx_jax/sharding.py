@@ -38,6 +38,7 @@ RULES: dict[str, Any] = {
     "rank": None,
     "vector": None,  # per-channel vectors and norms: small
     "head_size": None,
+    "taps": None,  # of a convolution over time
     # activations
     "batch": ("data", "fsdp"),
     "replica": "data",  # rows, while the width lies over fsdp

@@ -127,9 +127,23 @@ def _time_mix(p, config, h, v_first):
     return (out * g) @ p["output"], v_first
 
 
+def _chunk_score(q, keys, config):
+    if config.selector == "mean":
+        return q @ keys.mean(0)
+    if config.selector == "bounds":
+        return np.maximum(q * keys.min(0), q * keys.max(0)).sum()
+    parts = np.array([q @ part.mean(0) for part in np.split(keys, config.selector_blocks)])
+    if config.selector == "max":
+        return parts.max()
+    return np.log(np.exp(parts / np.sqrt(len(q))).sum())
+
+
 def _attention(p, config, h):
     size, chunk = config.head_size, config.chunk_size
     q, k, v = (h @ p[name] for name in ("receptance", "key", "value"))
+    for tap in range(config.key_conv):
+        before = np.concatenate([np.zeros((tap, k.shape[1])), (h @ p["key"])[: len(h) - tap]])
+        k = k + p["key_conv"][tap] * before
     out, margins = np.zeros_like(h), np.full(len(h), np.inf)
     for head in range(config.num_heads):
         at = slice(head * size, (head + 1) * size)
@@ -138,8 +152,8 @@ def _attention(p, config, h):
             if config.attention == "full":
                 chosen = range(own)
             else:
-                means = [k[c * chunk : (c + 1) * chunk, at].mean(0) for c in range(own)]
-                scores = np.array([q[t, at] @ mean for mean in means])
+                chunks = [k[c * chunk : (c + 1) * chunk, at] for c in range(own)]
+                scores = np.array([_chunk_score(q[t, at], keys, config) for keys in chunks])
                 order = np.argsort(-scores, kind="stable")
                 chosen, left = order[: config.top_k - 1], order[config.top_k - 1 :]
                 if len(chosen) and len(left):

@@ -97,6 +97,61 @@ def test_step_by_step_of_the_baselines(changes, tokens):
         assert_close(out, logits[:, start + PIECE - 1], rel=2e-5)
 
 
+SELECTED = dataclasses.replace(TINY, num_blocks=1, num_attention_blocks=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selector": "bounds", "key_conv": 3},
+        {"selector": "max", "selector_blocks": 4},
+        pytest.param({"selector": "pooled", "selector_blocks": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"selector": "max", "selector_blocks": 8, "key_conv": 1}, marks=pytest.mark.slow
+        ),
+        pytest.param({"key_conv": 4}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_other_selectors_and_key_convolution(changes, tokens):
+    """The equations, the parallel pass, decoding, ragged prefill, and a compressed cache agree."""
+    config = dataclasses.replace(SELECTED, **changes)
+    reader = Reader(config, random_params(config))
+    parallel = reader.forward(tokens)
+    for row, own in zip(tokens, parallel, strict=True):
+        expected, margins = numpy_logits(reader.params, config, row)
+        assert margins.min() >= 1e-5
+        assert_close(own, expected, rel=2e-5)
+    plain = dataclasses.replace(config, selector="mean", key_conv=0)
+    params = jax.tree.map(lambda p: p, reader.params)
+    params["attention_blocks"]["attention"].pop("key_conv", None)
+    assert np.abs(Reader(plain, params).forward(tokens) - parallel).max() > 1e-2  # it matters
+    logits, _, _ = reader.steps(tokens, reader.model.init_cache(2, TIME))
+    assert_close(logits, parallel, rel=2e-5)
+    cache, done = reader.model.init_cache(2, TIME), [0, 0]
+    for counts in ([20, 1], [0, 2], [20, 20], [20, 18], [1, 20]):
+        pieces = [row[at : at + n] for row, at, n in zip(tokens, done, counts, strict=True)]
+        out, cache = reader.prefill(pieces, cache)
+        done = [at + n for at, n in zip(done, counts, strict=True)]
+        for row in range(2):
+            if counts[row]:
+                assert_close(out[row], parallel[row, done[row] - 1], rel=2e-5)
+    policy = CachePolicy(trigger=24, keep=12, window=5)
+    make = lambda: reader.model.init_cache(2, TIME, policy=policy)
+    logits, rows, _ = reader.steps(tokens, make())
+    assert (np.diff(rows) < 0).any()
+    cache = make()
+    for start in range(0, 60, PIECE):
+        out, cache = reader.prefill(list(tokens[:, start : start + PIECE]), cache)
+        assert_close(out, logits[:, start + PIECE - 1], rel=2e-5)
+
+
+def test_the_shared_gate_has_the_mean_selector_only():
+    model = abstract_model(dataclasses.replace(TINY, selector="bounds"), FLOAT32)
+    with pytest.raises(ConfigError, match="gate \"shared\" .* not 'bounds'"):
+        model.init_cache(1, 8, gate="shared")
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_split_of_ragged_rows_is_the_parallel_pass(reader, tokens, parallel, data):

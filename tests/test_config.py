@@ -39,6 +39,8 @@ CONFIG = Config(ModelConfig.tiny(), (STAGE,))
         (lambda: ModelConfig(attention="spars"), ["'spars'", "['sparse', 'full']"]),
         (lambda: ModelConfig(width="64"), ["ModelConfig.width is '64'", "int"]),
         (lambda: ModelConfig(low_rank_override=(1, 2, 3)), ["(1, 2, 3)", "4 values"]),
+        (lambda: ModelConfig(key_conv=-1), ["key_conv is -1"]),
+        (lambda: ModelConfig(selector="max", selector_blocks=3), ["3", "divide", "2048", "max"]),
         (lambda: ModelConfig(low_rank_override=(1, 2, 3, 0)), ["low_rank_override.g is 0"]),
         (lambda: RunConfig(profile_steps="13:10"), ["13:10", "10:13"]),
         (lambda: RunConfig(bad_step="ignore"), ["'ignore'", "['stop', 'skip']"]),

@@ -88,6 +88,8 @@ def test_both_low_rank_formulas_are_recognised(width, rule, ranks):
     [
         {},
         {"num_attention_blocks": 0},
+        {"key_conv": 3},
+        {"num_attention_blocks": 0, "key_conv": 3},
         {"head_size": 16, "ffn_width": 96, "low_rank_override": (3, 4, 5, 6)},
     ],
 )
@@ -279,3 +281,12 @@ def test_values_too_large_for_a_dtype_are_named():
     with pytest.raises(ConversionError, match="rwkv.ln_out.weight holds values.*float16"):
         half["rwkv.ln_out.weight"].read()
     half["rwkv.head.weight"].read()
+
+
+def test_a_key_convolution_has_no_official_form():
+    config = ModelConfig(
+        vocab_size=300, num_blocks=2, num_attention_blocks=1, width=128, key_conv=3
+    )
+    params = {n: np.zeros(shape, np.float32) for n, shape in param_shapes(config).items()}
+    with pytest.raises(ConversionError, match="key_conv=3 has no official form"):
+        params_to_official(config, params)

@@ -10,11 +10,11 @@ import pytest
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import scoring
 from rwkvx_jax.evals.common import Subject
+from rwkvx_jax.evals.documents import read_documents
 from rwkvx_jax.evals.long_loss import (
     LongLossOptions,
     bin_edges,
     evaluate,
-    read_documents,
     summarize,
 )
 from rwkvx_jax.evals.scoring import TextScorer

@@ -18,7 +18,8 @@ from rwkvx_jax.evals import batching, short_context  # noqa: E402
 from rwkvx_jax.evals.batching import group_rows, plan_batches, size_classes  # noqa: E402
 from rwkvx_jax.evals.common import Subject  # noqa: E402
 from rwkvx_jax.evals.harness import AnswerFile, HarnessModel  # noqa: E402
-from rwkvx_jax.evals.short_context import ShortOptions, evaluate, summarize  # noqa: E402
+from rwkvx_jax.evals.short_context import ShortOptions, evaluate  # noqa: E402
+from rwkvx_jax.evals.short_table import SHORT_NAMES, summarize  # noqa: E402
 from rwkvx_jax.model import abstract_model, with_params  # noqa: E402
 from rwkvx_jax.tokenizer import load_tokenizer  # noqa: E402
 from tests.eval_models import (  # noqa: E402
@@ -249,7 +250,7 @@ def test_all_tasks_from_local_files(subject, data, tmp_path):
     (panel,) = document["panels"]
     assert len(panel["trials"]) == 24 and document["plan"]["documents"]["mmlu_b"] == 2
     columns = panel["summary"]["columns"]
-    assert set(columns) == set(short_context.SHORT_NAMES)
+    assert set(columns) == set(SHORT_NAMES)
     assert {c["acc"]["documents"] for c in columns.values()} == {3}
     piqa = [t for t in panel["trials"] if t["task"] == "piqa"]
     first, second = piqa[0]["answers"]

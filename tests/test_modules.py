@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.model import create_model, get_params
+from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.channel_mix import last_valid, previous_token
 from rwkvx_jax.training.expand import expand
 from tests.helpers import assert_close
@@ -166,3 +168,23 @@ def test_expanding_twice_or_to_nothing_is_refused():
         expand(random_params(TINY), TINY)
     with pytest.raises(ConfigError, match="num_attention_blocks is 0"):
         expand({}, TINY.without_attention())
+
+
+def test_key_convolution_is_the_identity_at_first_and_learns():
+    config = dataclasses.replace(TINY, num_blocks=1, num_attention_blocks=1)
+    h = jnp.asarray(np.random.default_rng(0).standard_normal((1, 12, config.width)), jnp.float32)
+
+    def project(width):
+        attention = Attention(dataclasses.replace(config, key_conv=width), nnx.Rngs(0))
+        return attention, attention.project(h)
+
+    (_, plain), (attention, convolved) = project(0), project(3)
+    assert attention.key_conv.shape == (3, config.width)
+    for without, with_it in zip(plain[:3], convolved[:3], strict=True):
+        np.testing.assert_array_equal(without, with_it)
+    graphdef, state = nnx.split(attention)
+    loss = lambda state: nnx.merge(graphdef, state).project(h)[1].sum()
+    grads = jax.grad(loss)(state)["key_conv"][...]
+    keys = np.asarray(plain[1]).reshape(12, -1)
+    expected = [keys[: 12 - j].sum(0) for j in range(3)]
+    assert_close(grads, expected, rel=1e-5)

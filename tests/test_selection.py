@@ -8,11 +8,11 @@ import pytest
 from rwkvx_jax.ops import selection
 from rwkvx_jax.ops.attention_inputs import query_positions
 from rwkvx_jax.ops.selection import (
-    chunk_key_means,
+    Selector,
     chunk_key_sums,
     select_chunks,
     select_chunks_reference,
-    select_from_means,
+    select_from_rows,
 )
 from tests.attention_cases import jaxpr_shapes
 from tests.helpers import assert_close
@@ -132,11 +132,64 @@ def test_running_sums_select_like_keys():
     sums = chunk_key_sums(k, 8)
     assert sums.shape == (2, 7, 2, 16) and sums.dtype == jnp.float32
     assert_close(sums[:, 6], np.asarray(k)[:, 48:].sum(1), rel=1e-6)
-    means = chunk_key_means(k, 8)
-    assert means.shape == (2, 6, 2, 16)
-    stale = jnp.concatenate([means, jnp.full((2, 4, 2, 16), jnp.nan)], axis=1)
-    actual = select_from_means(q, stale, query_positions(0, 2, 50), chunk_size=8, count=2)
+    stale = jnp.concatenate([sums[:, :6], jnp.full((2, 4, 2, 16), jnp.nan)], axis=1)
+    actual = select_from_rows(q, stale, query_positions(0, 2, 50), chunk_size=8, count=2)
     np.testing.assert_array_equal(actual, select_chunks(q, k, chunk_size=8, top_k=3))
+
+
+OTHERS = [Selector("max", 4), Selector("pooled", 2), Selector("bounds"), Selector("max", 8)]
+
+
+@pytest.mark.parametrize("selector", OTHERS, ids=str)
+@pytest.mark.parametrize("length, blocks_of_queries", [(61, 1), (1, 1), (8, 1), (61, 5)])
+def test_other_selectors_equal_their_oracle(selector, length, blocks_of_queries, monkeypatch):
+    monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 1 << 20 if blocks_of_queries == 1 else 64)
+    q, k = random_qk(11, 2, length, 77)
+    options = {"chunk_size": 8, "top_k": 4, "q_offset": jnp.asarray([3, 16]), "selector": selector}
+    actual = jax.jit(lambda q, k: select_chunks(q, k, **options))(q, k)
+    np.testing.assert_array_equal(actual, select_chunks_reference(q, k, **options))
+    if length == 61:  # it is another choice than by means
+        assert (actual != select_chunks(q, k, **options | {"selector": selection.MEAN})).any()
+
+
+@pytest.mark.parametrize("selector", OTHERS, ids=str)
+def test_ties_of_other_selectors_go_to_the_lower_index(selector):
+    q, k = random_qk(3, 1, 48, 48)
+    actual = select_chunks(q, jnp.ones_like(k), chunk_size=8, top_k=3, selector=selector)
+    for position, chosen in enumerate(np.asarray(actual)[0]):
+        past = list(range(position // 8))[:2]
+        assert (chosen == [*past, *[-1] * (2 - len(past))]).all()
+
+
+@pytest.mark.parametrize("selector", [selection.MEAN, *OTHERS], ids=str)
+def test_rows_of_garbage_behind_are_ignored(selector):
+    q, k = random_qk(5, 2, 50, 50)
+    rows = selector.rows_of(k, 8)
+    assert rows.shape == (2, 7 * selector.rows, 2, 16) and rows.dtype == jnp.float32
+    garbage = jnp.full((2, 4 * selector.rows, 2, 16), jnp.nan)
+    stale = jnp.concatenate([rows[:, : 6 * selector.rows], garbage], axis=1)
+    options = {"chunk_size": 8, "selector": selector}
+    actual = select_from_rows(q, stale, query_positions(0, 2, 50), count=2, **options)
+    np.testing.assert_array_equal(actual, select_chunks(q, k, top_k=3, **options))
+
+
+def test_bounds_are_never_below_any_score():
+    q, k = random_qk(12, 1, 10, 40)
+    scores = Selector("bounds").scores(q, Selector("bounds").rows_of(k, 8), 8)
+    best = jnp.einsum("bthk,bshk->bths", q, k).reshape(1, 10, 2, 5, 8).max(-1)
+    assert (np.asarray(scores - best) >= -1e-5).all()
+
+
+def test_one_block_is_the_mean_and_single_keys_the_best_key():
+    q, k = random_qk(13, 1, 64, 64)
+    options = {"chunk_size": 8, "top_k": 3}
+    by_mean = select_chunks(q, k, **options)
+    for kind in ("max", "pooled"):
+        other = select_chunks(q, k, **options, selector=Selector(kind, 1))
+        np.testing.assert_array_equal(other, by_mean)
+    best = jnp.einsum("bthk,bshk->bths", q, k).reshape(1, 64, 2, 8, 8).max(-1)
+    scores = Selector("max", 8).scores(q, Selector("max", 8).rows_of(k, 8), 8)
+    assert_close(scores, best, rel=1e-6)
 
 
 def test_no_gradient_flows():
@@ -161,6 +214,8 @@ def test_scores_are_never_held_in_full():
 @pytest.mark.parametrize(
     "change, message",
     [
+        (dict(selector=Selector("best")), "selector 'best' is unknown"),
+        (dict(selector=Selector("max", 3)), "4 tokens can't be cut into 3 equal blocks"),
         (dict(chunk_size=0), "chunk_size is 0"),
         (dict(top_k=0), "top_k is 0"),
         (dict(chunk_size=2.0), "chunk_size is 2.0"),

@@ -57,6 +57,14 @@ class ModelConfig(Checked):
     """Tokens of one chunk of the sparse attention."""
     top_k: int = 3
     """Chunks a query reads: its own and the top_k - 1 best past ones."""
+    selector: Literal["mean", "max", "pooled", "bounds"] = "mean"
+    """How a query scores a past chunk: by its mean key (the paper), by the best or the pooled mean
+    keys of parts of it, or by bounds of its keys; see ops/selection.py."""
+    selector_blocks: int = 8
+    """Parts of a chunk for the selectors "max" and "pooled"; divides chunk_size."""
+    key_conv: int = 0
+    """Width of a causal convolution over time on each channel of the attention keys (FlashMoBA,
+    arXiv 2511.11571), the identity at first; 0 for none."""
     low_rank: LowRankRule = "rwkvx"
     """Formula of the low-rank widths."""
     low_rank_override: tuple[int, int, int, int] | None = None
@@ -83,6 +91,13 @@ class ModelConfig(Checked):
         require(
             self.num_attention_blocks >= 0,
             f"model.num_attention_blocks is {self.num_attention_blocks}: use 0 for plain RWKV-7",
+        )
+        require(self.key_conv >= 0, f"model.key_conv is {self.key_conv}: use 0 for none")
+        require(
+            self.selector not in ("max", "pooled")
+            or (self.selector_blocks >= 1 and self.chunk_size % self.selector_blocks == 0),
+            f"model.selector_blocks {self.selector_blocks} does not divide model.chunk_size "
+            f"{self.chunk_size}, as the selector {self.selector!r} needs it to",
         )
         require(self.ffn_width >= 0, f"model.ffn_width is {self.ffn_width}: use 0 for 4 x width")
         require(

@@ -105,6 +105,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     *_norm("attention_blocks.ln1", "ln1", None),
     *_norm("attention_blocks.ln2", "ln2", None),
     *(_linear(f"attention_blocks.attention.{name}", "DD", f"att.{name}") for name in _PROJECTIONS),
+    Parameter("attention_blocks.attention.key_conv", "CD", None, None),
     *_channel_mix("attention_blocks.channel_mix", None),
     *_norm("ln_out", "ln_out", "model.norm"),
     _linear("head.weight", "DW", "head", "lm_head"),
@@ -121,6 +122,7 @@ def _dim_sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.num_heads,
         "K": config.head_size,
         "F": config.hidden_width,
+        "C": config.key_conv,
         **config.ranks._asdict(),
     }
 
@@ -140,9 +142,10 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for parameter in PARAMETERS:
         layers = _stack_size(parameter, config)
-        if layers != 0:
-            stack = () if layers is None else (layers,)
-            shapes[parameter.name] = stack + tuple(sizes[d] for d in parameter.dims)
+        stack = () if layers is None else (layers,)
+        shape = stack + tuple(sizes[d] for d in parameter.dims)
+        if 0 not in shape:
+            shapes[parameter.name] = shape
     return shapes
 
 

@@ -27,7 +27,7 @@ from rwkvx_jax.convert.layout import (
     slots,
     to_params,
 )
-from rwkvx_jax.convert.tensors import DTYPES, LazyTensor, as_lazy
+from rwkvx_jax.convert.tensors import DTYPES, ConversionError, LazyTensor, as_lazy
 
 _PREFIX = "rwkv."
 _ATTENTION_PREFIX = "moba."
@@ -123,10 +123,16 @@ def params_to_official(
       dtype: of all tensors; None: that of `info`, without one the parameters' own.
 
     Raises:
-      ConversionError: parameters that do not fit `config`, all of them listed.
+      ConversionError: parameters that do not fit `config`, all of them listed; a model with parts
+        that the official layout does not have.
     """
     params = as_lazy(params)
     check_params(config, params)
+    if config.key_conv and config.num_attention_blocks:
+        raise ConversionError(
+            f"a model with key_conv={config.key_conv} has no official form: the original knows no "
+            "convolution on keys; keep it as our own .safetensors"
+        )
     hybrid = config.num_attention_blocks > 0
     naming = _naming(
         info.prefix if info else (_PREFIX if hybrid else ""),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,8 @@ class EvalOptions:
     """Replaces the chunk size of the sparse attention that the checkpoint was trained with."""
     top_k: int | None = None
     """Replaces the number of chunks that a query reads."""
+    selector: Literal["mean", "max", "pooled", "bounds"] | None = None
+    """Replaces the way in which a query scores chunks; see docs/attention.md."""
     vocab_file: str = ""
     """Vocabulary of the World tokenizer, where pyrwkv-tokenizer is not installed."""
 
@@ -115,7 +117,12 @@ def open_subjects(options: EvalOptions) -> list[Subject]:
     names = [path.resolve().name for path in options.checkpoint]
     subjects: list[Subject] = []
     for path, name in zip(options.checkpoint, names, strict=True):
-        loaded = load_checkpoint(path, chunk_size=options.chunk_size, top_k=options.top_k)
+        loaded = load_checkpoint(
+            path,
+            chunk_size=options.chunk_size,
+            top_k=options.top_k,
+            overrides={"selector": options.selector} if options.selector else None,
+        )
         label = name if names.count(name) == 1 else str(path)
         subjects.append(as_subject(loaded, path, label, options.vocab_file))
         first, last = subjects[0], subjects[-1]

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
-    EvalOptions,
     Subject,
     Tracker,
     even_batches,
@@ -27,42 +25,18 @@ from rwkvx_jax.evals.common import (
     open_subjects,
     until_interrupted,
 )
+from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
 from rwkvx_jax.evals.figures import MARK, new_figure, save, style
 from rwkvx_jax.evals.reader import affordable_batch, check_memory, memory_left
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.evals.scoring import TextScorer
-from rwkvx_jax.tokenizer import Tokenizer
 
 _FIRST_BIN = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongLossOptions(EvalOptions):
+class LongLossOptions(TextOptions):
     """Loss by position in long documents; draws one line for each checkpoint."""
-
-    text: Path
-    """A .txt file, or a folder of them: each is cut into documents."""
-    length: int = 32768
-    """Predicted tokens of a document."""
-    skip: int = 2048
-    """Tokens left out at the beginning of every file (title pages, contents)."""
-    documents: int = 10
-    """Most documents, taken from the files in turn."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("length", "documents"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"--{name} is {value}: it must be at least 1")
-        if self.skip < 0:
-            raise ConfigError(f"--skip is {self.skip}: it must not be negative")
-
-
-class Document(NamedTuple):
-    """A piece of a file: its name, and where it starts in the file's tokens."""
-
-    file: str
-    start: int
 
 
 def bin_edges(length: int) -> list[int]:
@@ -75,34 +49,6 @@ def bin_edges(length: int) -> list[int]:
         edges += [size, size + size // 2]
         size *= 2
     return [edge for edge in edges if edge < length] + [length]
-
-
-def read_documents(options: LongLossOptions, tokenizer: Tokenizer) -> dict[Document, np.ndarray]:
-    """The documents, each with its length + 1 tokens.
-
-    Raises:
-      ConfigError: no text there, or no file with enough tokens for a single document.
-    """
-    files = [options.text] if options.text.is_file() else sorted(options.text.rglob("*.txt"))
-    if not files:
-        raise ConfigError(f"--text {options.text}: no such .txt file, nor a folder with any")
-    pieces: list[list[tuple[Document, np.ndarray]]] = []
-    sizes = {}
-    for file in files:
-        name = file.name if options.text.is_file() else str(file.relative_to(options.text))
-        tokens = tokenizer.encode_bytes(file.read_bytes())
-        sizes[name] = len(tokens)
-        starts = range(options.skip, len(tokens) - options.length, options.length)
-        pieces.append([(Document(name, s), tokens[s : s + options.length + 1]) for s in starts])
-    longest = max(map(len, pieces))
-    in_turn = [own[i] for i in range(longest) for own in pieces if i < len(own)]
-    if not in_turn:
-        largest = max(sizes, key=sizes.get)
-        raise ConfigError(
-            f"no file has {options.skip} + {options.length} + 1 tokens of the {tokenizer.name} "
-            f"tokenizer: the longest, {largest}, has {sizes[largest]}; lower --length or --skip"
-        )
-    return dict(in_turn[: options.documents])
 
 
 def summarize(trials: Sequence[Record]) -> Record:

@@ -1,7 +1,7 @@
 """Results of several runs on one page: self-contained HTML with figures, and Markdown tables.
 
-Files of one task, settings and tokenizer share a table; what differs keeps its own, so that no row is
-compared with another that answered other questions.
+Files of one task, settings and tokenizer share a table; what differs keeps its own, so that no row
+is compared with another that answered other questions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.short_context import MAIN_METRICS, SHORT_NAMES, main_score
+from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
 
 Record = dict[str, Any]
 
@@ -112,7 +112,8 @@ def _section(runs: list[Run]) -> Section:
     document = runs[0].document
     task = document["task"]
     panels = [panel for run in runs for panel in _labelled(run, runs)]
-    notes = [f"{name}: {value}" for name, value in (document.get("settings") or {}).items()]
+    settings = (document.get("settings") or {}).items()
+    notes = [f"{name}: {value}" for name, value in settings if not isinstance(value, dict)]
     tokenizers = sorted({panel["tokenizer"] for panel in panels if "tokenizer" in panel})
     notes += [f"tokenizer: {', '.join(tokenizers)}"] if tokenizers else []
     notes += [f"device: {', '.join(sorted({run.document['device'] for run in runs}))}"]
@@ -131,7 +132,7 @@ def _section(runs: list[Run]) -> Section:
 
 def _labelled(run: Run, runs: list[Run]) -> list[Record]:
     """The models of a run; labels that occur in several runs tell their folder too."""
-    if "panels" not in run.document:  # speed: rows of one model in several kinds
+    if "panels" not in run.document:  # times: rows of one model in several kinds
         return [dict(run.document, label=str(run.path.parent))]
     others = {
         panel["label"] for other in runs if other is not run for panel in other.document["panels"]
@@ -204,18 +205,54 @@ def _speed_table(panels: list[Record]) -> Table:
     return Table(["model (ms per token at context)", *[f"{c:,}" for c in contexts]], rows)
 
 
+def _prefill_table(panels: list[Record]) -> Table:
+    """A row a model kind: milliseconds per prompt token at each length, and the crossover."""
+    lengths = sorted({row["length"] for panel in panels for row in panel["rows"]})
+    rows = []
+    for panel in panels:
+        for kind in dict.fromkeys(row["kind"] for row in panel["rows"]):
+            own = {r["length"]: r["seconds"] for r in panel["rows"] if r["kind"] == kind}
+            texts = [f"{1e3 * own[n] / n:.3f}" if n in own else "–" for n in lengths]
+            crossing = panel["crossover"] if kind == "sparse" else None
+            texts.append("–" if crossing is None else f"{crossing:,.0f}")
+            rows.append([f"{panel['label']}: {kind}", *texts])
+    columns = [f"{n:,}" for n in lengths]
+    return Table(["model (ms per prompt token at length)", *columns, "faster than full from"], rows)
+
+
+def _selection_table(panels: list[Record]) -> Table:
+    """A row a model and selector."""
+    rows = [
+        [f"{panel['label']}: {name}", *[f"{100 * found[m]['mean']:.1f}" for m in measures]]
+        for measures in [("share", "past", "recall")]
+        for panel in panels
+        for name, found in panel["summary"]["selectors"].items()
+    ]
+    columns = ["model: selector (%)", "all mass held", "past mass held", "recall of the oracle"]
+    return Table(columns, rows)
+
+
 def _maker(task: str) -> Callable[[list[Record]], Table] | None:
     """What makes a task's table; None for what is no task."""
     if task == "passkey" or task.startswith("niah_"):
         return _grid_table
-    return {"short": _short_table, "long-loss": _loss_table, "speed": _speed_table}.get(task)
+    makers = {
+        "short": _short_table,
+        "long-loss": _loss_table,
+        "selection": _selection_table,
+        "speed": _speed_table,
+        "prefill": _prefill_table,
+    }
+    return makers.get(task)
 
 
 _TITLES = {
     "passkey": "Passkey retrieval",
     "short": "Short-context benchmarks",
     "long-loss": "Loss by position",
+    "selection": "Selection of chunks",
     "speed": "Decoding speed",
+    "prefill": "Reading a prompt",
 }
 
 

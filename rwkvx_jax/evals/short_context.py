@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import short_data
@@ -34,31 +32,8 @@ from rwkvx_jax.evals.common import (
     open_subjects,
     until_interrupted,
 )
-from rwkvx_jax.evals.figures import LINES, new_figure, save
 from rwkvx_jax.evals.results import Record, Results
-
-SHORT_NAMES = {
-    "lambada_openai": "lmb",
-    "hellaswag": "hs",
-    "piqa": "piqa",
-    "arc_easy": "arcE",
-    "arc_challenge": "arcC",
-    "winogrande": "wino",
-    "sciq": "sciq",
-    "mmlu": "mmlu",
-}
-"""Columns of the paper's table, in its order."""
-MAIN_METRICS = {"hellaswag": "acc_norm"}  # the others: acc
-CHANCE = {
-    "hellaswag": 25,
-    "piqa": 50,
-    "arc_easy": 25,
-    "arc_challenge": 25,
-    "winogrande": 50,
-    "sciq": 25,
-    "mmlu": 25,
-}
-"""Scores (%) of guessing; LAMBADA's is near 0."""
+from rwkvx_jax.evals.short_table import draw, print_table, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +141,6 @@ def offline_configs(name: str, data_dir: Path) -> list[dict[str, Any]]:
             }
         )
     return configs
-
-
-def family(task: str) -> str:
-    """The column of a task: all subjects of MMLU are one."""
-    return "mmlu" if task.startswith("mmlu_") else task
 
 
 def evaluate(options: ShortOptions, subjects: Sequence[Subject], console: Console) -> Results:
@@ -303,103 +273,6 @@ class _Progress:
             counted += count
 
         return advance
-
-
-def summarize(trials: Sequence[Record]) -> Record:
-    """Each column's metrics with standard errors over documents, in per cent where they are shares.
-
-    LAMBADA's perplexity is computed as lm_eval does: exp of minus the mean log-likelihood.
-    """
-    columns: dict[str, dict[str, list]] = {}
-    for trial in trials:
-        metrics = columns.setdefault(family(trial["task"]), {})
-        for metric, value in trial["metrics"].items():
-            if isinstance(value, int | float):
-                metrics.setdefault(metric, []).append(float(value))
-    summary = {}
-    for column, metrics in columns.items():
-        summary[column] = {name: _mean(name, values) for name, values in metrics.items()}
-    shown = [main_score(summary, column) for column in SHORT_NAMES if column in summary]
-    average = float(np.mean([score for score, _ in shown])) if shown else None
-    return {"columns": summary, "average": average, "averaged": len(shown)}
-
-
-def _mean(name: str, values: list[float]) -> Record:
-    if name == "perplexity":
-        return {"value": math.exp(-float(np.mean(values))), "error": None, "documents": len(values)}
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"value": float(np.mean(values)), "error": error, "documents": len(values)}
-
-
-def main_score(columns: Record, column: str) -> tuple[float, float | None]:
-    """The table's figure of a column and its standard error, in per cent."""
-    metric = columns[column].get(MAIN_METRICS.get(column, "acc"))
-    metric = metric or next(iter(columns[column].values()))
-    error = metric["error"]
-    return 100 * metric["value"], None if error is None else 100 * error
-
-
-def print_table(results: Results, console: Console) -> None:
-    """A row a model in the paper's layout, and a row of standard errors."""
-    panels = results.document["panels"]
-    known = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
-    others = sorted({c for p in panels for c in p["summary"]["columns"]} - set(known))
-    table = Table(title="scores (%) ± standard error over documents")
-    table.add_column("model")
-    for column in known + others:
-        metric = MAIN_METRICS.get(column, "acc")
-        mark = "" if metric == "acc" or column in others else " n"
-        table.add_column(f"{SHORT_NAMES.get(column, column)}{mark}", justify="right")
-    averaged = max(p["summary"]["averaged"] for p in panels)
-    table.add_column(
-        "avg" if averaged == len(SHORT_NAMES) else f"avg of {averaged}", justify="right"
-    )
-    for panel in panels:
-        cells = []
-        for column in known + others:
-            if column not in panel["summary"]["columns"]:
-                cells.append("–")
-                continue
-            score, error = main_score(panel["summary"]["columns"], column)
-            cells.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
-        average = panel["summary"]["average"]
-        table.add_row(panel["label"], *cells, "–" if average is None else f"{average:.1f}")
-    console.print(table)
-    console.print("n: normalised by the length of each choice (acc_norm)")
-
-
-def draw(results: Results, path: Path) -> None:
-    """Bars by task, one colour a model, with 95 % intervals; a tick marks the score of guessing."""
-    panels = results.document["panels"]
-    columns = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
-    columns += sorted({c for p in panels for c in p["summary"]["columns"]} - set(columns))
-    figure = new_figure(max(5.0, 0.9 * len(columns) * (1 + 0.3 * len(panels))), 4.2)
-    axes = figure.add_subplot()
-    width = 0.8 / len(panels)
-    for i, panel in enumerate(panels):
-        own = [(x, c) for x, c in enumerate(columns) if c in panel["summary"]["columns"]]
-        scores = [main_score(panel["summary"]["columns"], c) for _, c in own]
-        axes.bar(
-            [x + (i - (len(panels) - 1) / 2) * width for x, _ in own],
-            [score for score, _ in scores],
-            width * 0.9,
-            yerr=[1.96 * (error or 0) for _, error in scores],
-            capsize=3,
-            color=LINES[i % len(LINES)],
-            label=panel["label"],
-        )
-    for x, column in enumerate(columns):
-        if column in CHANCE:
-            label = "guessing" if column == next(c for c in columns if c in CHANCE) else None
-            axes.hlines(CHANCE[column], x - 0.45, x + 0.45, "black", "dashed", label=label)
-    axes.set_xticks(range(len(columns)), [SHORT_NAMES.get(c, c) for c in columns])
-    axes.set_ylabel("score (%)")
-    axes.set_ylim(0, 100)
-    axes.set_title("Short-context benchmarks, with 95 % intervals over documents", fontsize=10)
-    axes.grid(axis="y", alpha=0.4)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    save(figure, path)
 
 
 def run(options: ShortOptions) -> None:

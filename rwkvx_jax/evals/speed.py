@@ -46,8 +46,8 @@ def _numbers(words: list[str]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedOptions:
-    """Times decode steps at several context lengths; draws milliseconds by context."""
+class ModelOptions:
+    """Flags of every measurement of time: which models."""
 
     output: Path
     """Directory of the results."""
@@ -59,6 +59,24 @@ class SpeedOptions:
     vocab_size: int = 65536
     chunk_size: int = 2048
     top_k: int = 3
+    kinds: tuple[Literal["sparse", "rwkv", "full"], ...] = ("sparse", "rwkv", "full")
+    """Models to time."""
+    full_limit: int = 65536
+    """Longest context of the full-attention hybrid."""
+
+    def __post_init__(self):
+        for name in ("full_limit", *(() if self.checkpoint else ("num_blocks",))):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {getattr(self, name)}: it must be at least 1")
+        if not self.kinds:
+            raise ConfigError("--kinds is empty: name at least one of sparse, rwkv, full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions(ModelOptions):
+    """Times decode steps at several context lengths; draws milliseconds by context."""
+
     contexts: Annotated[
         tuple[int, ...],
         tyro.constructors.PrimitiveConstructorSpec(
@@ -70,24 +88,17 @@ class SpeedOptions:
         ),
     ] = (1024, 8192, 65536, 262144, 1048576)
     """Tokens in the cache, to which half a chunk is added."""
-    kinds: tuple[Literal["sparse", "rwkv", "full"], ...] = ("sparse", "rwkv", "full")
-    """Models to time."""
     steps: int = 15
     """Steps of each model and context, after two of warm-up."""
     memory_gb: float = 8.0
     """Contexts whose cache is larger than this are left out."""
-    full_limit: int = 65536
-    """Longest context of the full-attention hybrid."""
 
     def __post_init__(self):
-        for name in ("steps", "full_limit", *(() if self.checkpoint else ("num_blocks",))):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} is {getattr(self, name)}: it must be at least 1")
+        super().__post_init__()
+        if self.steps < 1:
+            raise ConfigError(f"--steps is {self.steps}: it must be at least 1")
         if not self.contexts or min(self.contexts) < 1:
             raise ConfigError(f"--contexts is {self.contexts}: give positive numbers")
-        if not self.kinds:
-            raise ConfigError("--kinds is empty: name at least one of sparse, rwkv, full")
 
 
 class Runner(NamedTuple):
@@ -101,7 +112,7 @@ class Runner(NamedTuple):
 def run(options: SpeedOptions) -> None:
     """Times, prints a table, writes `speed.json` and `speed.png`."""
     console = Console()
-    run_config, config, params = _subject(options)
+    run_config, config, params = load_subject(options)
     runners = _runners(options, config, run_config, params)
     data = np.ones(_READ_BYTES // 8, np.int64)
     document: dict[str, Any] = {
@@ -128,7 +139,7 @@ def run(options: SpeedOptions) -> None:
     _draw(options.output / "speed.png", document)
 
 
-def _subject(options: SpeedOptions) -> tuple[RunConfig, ModelConfig, Params]:
+def load_subject(options: ModelOptions) -> tuple[RunConfig, ModelConfig, Params]:
     """The hybrid's parameters, one array a layer."""
     if options.checkpoint is not None:
         loaded = load_checkpoint(options.checkpoint)
@@ -149,34 +160,36 @@ def _subject(options: SpeedOptions) -> tuple[RunConfig, ModelConfig, Params]:
 def random_params(config: ModelConfig, run_config: RunConfig) -> Params:
     """Parameters of an unstacked model, drawn fast; good for nothing but timing."""
     rng = np.random.default_rng(0)
-    shapes = get_params(_layered(config, run_config))
+    shapes = get_params(layered_model(config, run_config))
     draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02)
     return jax.tree.map(draw, shapes)
 
 
-def _layered(config: ModelConfig, run_config: RunConfig):
+def layered_model(config: ModelConfig, run_config: RunConfig):
+    """The model with shapes in place of arrays, one array a layer."""
     return jax.eval_shape(lambda: unstack(create_model(config, run_config)))
 
 
 def _runners(
     options: SpeedOptions, config: ModelConfig, run_config: RunConfig, params: Params
 ) -> dict[str, Runner]:
-    configs = {
-        "sparse": config,
-        "rwkv": replace(
-            config,
-            num_blocks=config.num_blocks + config.num_attention_blocks,
-            num_attention_blocks=0,
-        ),
-        "full": replace(config, attention="full"),
-    }
-    runners = {}
+    configs, runners = make_configs(config), {}
     for kind in options.kinds:
-        abstract = _layered(configs[kind], run_config)
+        abstract = layered_model(configs[kind], run_config)
         weights = random_params(configs[kind], run_config) if kind == "rwkv" else params
         decode = lambda p, token, cache, m=abstract: with_params(m, p).decode(token, cache)
         runners[kind] = Runner(jax.jit(decode, donate_argnums=2), weights, configs[kind])
     return runners
+
+
+def make_configs(config: ModelConfig) -> dict[str, ModelConfig]:
+    """The models that are compared, by kind."""
+    blocks = config.num_blocks + config.num_attention_blocks
+    return {
+        "sparse": config,
+        "rwkv": replace(config, num_blocks=blocks, num_attention_blocks=0),
+        "full": replace(config, attention="full"),
+    }
 
 
 def _time_context(

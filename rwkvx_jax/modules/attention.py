@@ -1,6 +1,7 @@
 """Attention of the hybrid's second block kind: sparse (own chunk and the best past chunks) or full.
 
-No position encoding, no bias, no token shift (spec 1.3).
+No position encoding, no bias, no token shift (spec 1.3); as an option a short convolution over time
+on the keys, which makes a chunk's mean key say more of what follows what (arXiv 2511.11571).
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
+from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, selector_of, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
+from rwkvx_jax.modules.channel_mix import previous_token
 from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece
-from rwkvx_jax.ops.selection import select_from_means
+from rwkvx_jax.ops.selection import select_from_rows
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
 class Attention(nnx.Module):
-    """receptance (the query), key, value, output: D x D matrices, stored [in, out]."""
+    """receptance (the query), key, value, output: D x D matrices, stored [in, out]; key_conv
+    [config.key_conv, D], if that is not 0: what earlier keys add to each key, the latest first."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -40,6 +43,8 @@ class Attention(nnx.Module):
                 matrix = uniform(rngs.params(), shape, bound * width**-0.5)
             setattr(self, name, parameter(matrix, "embed", "heads"))
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
+        if config.key_conv:
+            self.key_conv = parameter(jnp.zeros((config.key_conv, width)), "taps", "vector")
 
     def __call__(
         self,
@@ -47,7 +52,7 @@ class Attention(nnx.Module):
         run: RunConfig,
     ) -> jax.Array:
         """Attention of a whole sequence to itself, [B, T, D]."""
-        q, k, v = self.project(h)
+        q, k, v, _ = self.project(h)
         if self.config.attention == "full":
             op = full_attention
         else:
@@ -56,6 +61,7 @@ class Attention(nnx.Module):
                 chunk_size=self.config.chunk_size,
                 top_k=self.config.top_k,
                 implementation=run.sparse_attention,
+                selector=selector_of(self.config),
             )
         if sequence_parts(h.shape[1]) > 1:
             out = context.attention(op, q, k, v)
@@ -73,24 +79,27 @@ class Attention(nnx.Module):
         lengths: jax.Array,  # [B], valid tokens of the piece
         gate: Gate,
         policy: CachePolicy | None,
-    ) -> tuple[jax.Array, Pages]:
+        tail: jax.Array,  # [B, key_conv - 1, D], keys before the convolution of the last tokens
+    ) -> tuple[jax.Array, tuple[Pages, jax.Array]]:
         """Attention of a piece to itself and to everything in the pages.
 
         With a policy, rows that are due are compressed first, by the query of the first token.
 
         Returns:
-          The output [B, T, D]; pages with the piece appended.
+          The output [B, T, D]; pages with the piece appended, and the new tail.
         """
-        q, k, v = self.project(h)
+        q, k, v, tail = self.project(h, tail, lengths)
+        selector = selector_of(self.config)
         if policy is not None:
             due = policy.due(start) & (lengths > 0)
-            squeeze = lambda pages: compress(pages, layer, q[:, 0], start, due, policy)
+            squeeze = lambda pages: compress(pages, layer, q[:, 0], start, due, policy, selector)
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
-        pages = write_rows(pages, layer, k, v, start, lengths)
+        pages = write_rows(pages, layer, k, v, start, lengths, selector)
         chosen = self._choose(q, pages, layer, start, gate)
         read = self._read_one if h.shape[1] == 1 else self._read_piece
-        return self.combine(read(q, pages, layer, start, chosen).astype(h.dtype)), pages
+        out = self.combine(read(q, pages, layer, start, chosen).astype(h.dtype))
+        return out, (pages, tail)
 
     def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
         """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
@@ -98,15 +107,17 @@ class Attention(nnx.Module):
             return None
         batch, time, heads, size = q.shape
         chunk, top_k = self.config.chunk_size, self.config.top_k
-        means = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False) / chunk
-        means = means.swapaxes(1, 2)  # [B, N, H, K]
+        rows = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
+        rows = rows.swapaxes(1, 2)  # [B, N R, H, K]
         positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
         if gate == "per_head":
-            return select_from_means(q, means, positions, chunk_size=chunk, count=top_k - 1)
+            options = {"chunk_size": chunk, "count": top_k - 1}
+            selector = selector_of(self.config)
+            return select_from_rows(q, rows, positions, **options, selector=selector)
         # One score over all channels, and top_k past chunks beside the own one.
-        chosen = select_from_means(
+        chosen = select_from_rows(
             q.reshape(batch, time, 1, heads * size),
-            means.reshape(*means.shape[:2], 1, heads * size),
+            rows.reshape(*rows.shape[:2], 1, heads * size),
             positions,
             chunk_size=chunk,
             count=top_k,
@@ -152,19 +163,45 @@ class Attention(nnx.Module):
             scale=size**-0.5,
         )
 
-    def project(self, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, each [B, T, H, K] in h's dtype."""
-        heads = self.config.num_heads
-        return tuple(
-            constrain(
-                (h @ getattr(self, name)[...].astype(h.dtype)).reshape(*h.shape[:2], heads, -1),
-                "batch",
-                "time",
-                "heads",
-                None,
-            )
-            for name in ("receptance", "key", "value")
+    def project(
+        self,
+        h: jax.Array,  # [B, T, D]
+        tail: jax.Array | None = None,  # [B, key_conv - 1, D]
+        lengths: jax.Array | None = None,  # [B]
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Queries, keys and values, each [B, T, H, K] in h's dtype, and the new tail.
+
+        Args:
+          h: input.
+          tail: keys of the tokens before, oldest first; None: h begins a sequence.
+          lengths: valid tokens of each row, where there is a tail.
+        """
+        q, k, v = (
+            h @ getattr(self, n)[...].astype(h.dtype) for n in ("receptance", "key", "value")
         )
+        if self.config.key_conv:
+            k, tail = self._convolve(k, tail, lengths)
+        heads = self.config.num_heads
+        split = lambda x: constrain(
+            x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None
+        )
+        return split(q), split(k), split(v), tail
+
+    def _convolve(self, k, tail, lengths) -> tuple[jax.Array, jax.Array | None]:
+        """k + sum over j of key_conv[j] * k moved j steps later, [B, T, D], and the new tail."""
+        taps = self.key_conv[...].astype(k.dtype)[:, None, None]
+        width, time = len(taps), k.shape[1]
+        if tail is None:
+            moved, out = k, k + taps[0] * k
+            for tap in taps[1:]:
+                moved = previous_token(moved, None)
+                out += tap * moved
+            return out, None
+        all_keys = jnp.concatenate([tail.astype(k.dtype), k], axis=1)
+        earlier = lambda j: all_keys[:, width - 1 - j : width - 1 - j + time]
+        out = k + sum(taps[j] * earlier(j) for j in range(width))
+        cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, width - 1)
+        return out, jax.vmap(cut)(all_keys, lengths)
 
     def combine(self, out: jax.Array) -> jax.Array:
         """Output projection: [B, T, H, K] -> [B, T, D]."""

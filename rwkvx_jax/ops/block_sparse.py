@@ -20,7 +20,7 @@ from rwkvx_jax.ops.attention_inputs import (
 )
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
 from rwkvx_jax.ops.dispatch import Candidate, resolve
-from rwkvx_jax.ops.selection import select_chunks
+from rwkvx_jax.ops.selection import MEAN, Selector, select_chunks
 
 
 def sparse_attention(
@@ -34,6 +34,7 @@ def sparse_attention(
     q_offset=0,
     scale: float | None = None,
     implementation: str | None = None,
+    selector: Selector = MEAN,
 ) -> jax.Array:
     """Causal attention to the query's own chunk and its selected past chunks.
 
@@ -50,6 +51,7 @@ def sparse_attention(
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
       implementation: "dense" (float32 oracle, quadratic memory), "xla", "pallas", or None to choose
         by platform.
+      selector: how `select_chunks` scores a chunk, where no selection is given.
 
     Returns:
       [B, Tq, H, V] in q's dtype. Scores and sums are float32. Differentiable in q, k, v; no
@@ -63,7 +65,8 @@ def sparse_attention(
     check_attention_inputs(q, k, v, q_offset)
     scale = check_scale(scale, q.shape[-1])
     if selection is None:
-        selection = select_chunks(q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset)
+        chunking = {"chunk_size": chunk_size, "top_k": top_k, "q_offset": q_offset}
+        selection = select_chunks(q, k, **chunking, selector=selector)
     _check_selection(selection, q.shape, top_k)
     candidates = _candidates(q, v, chunk_size)
     run = _IMPLEMENTATIONS[resolve("sparse_attention", implementation, candidates)]

@@ -1,11 +1,14 @@
-"""Which past chunks a query reads: top-k by the dot product with a chunk's mean key.
+"""Which past chunks a query reads: top-k by a score of each chunk's keys, the mean key by default.
 
 Selection stands apart from attention so that all implementations of attention agree on it, ties
-included, and other selectors can be tried: the paper names this mean-key rule as its first
-limitation. The pieces (key sums of chunks, choice among given means) serve decoding as well, where
-the sums are kept running in the cache. Everything is float32, and the scores exist for one block of
-queries at a time: [B, H, Tq, N] is never held. Source: RWKV-X (arXiv 2504.21463), per-head gate.
+included, and other selectors can be tried: the paper names its mean-key rule as its first
+limitation. A `Selector` says what is kept of a chunk's keys (rows: sums or bounds) and how a query
+scores them; the rows serve decoding as well, where the cache keeps them running. Everything is
+float32, and the scores exist for one block of queries at a time: [B, H, Tq, N] is never held.
+Source: RWKV-X (arXiv 2504.21463), per-head gate.
 """
+
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,76 @@ SCORES_PER_BLOCK = 1 << 20
 # Up to this many chunks are chosen by as many passes for the maximum, which on CPU take half the
 # time of `top_k`'s sorting; more by `top_k`. Both give ties to the lower index.
 MAX_PASSES = 4
+
+
+class Selector(NamedTuple):
+    """How a query q scores a chunk.
+
+    kind:
+      "mean": q . mean key (the paper's).
+      "max": the largest q . mean key over `blocks` equal parts of the chunk.
+      "pooled": log-sum-exp of q . mean key / sqrt(K) over the parts, so what the chunk would weigh
+        in the softmax if every key were its part's mean.
+      "bounds": sum over channels of the larger of q * smallest key and q * largest key, an upper
+        bound of q . k over the chunk (Quest, arXiv 2406.10774).
+    blocks: parts of a chunk, for "max" and "pooled".
+    """
+
+    kind: Literal["mean", "max", "pooled", "bounds"] = "mean"
+    blocks: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows kept of each chunk."""
+        return {"mean": 1, "bounds": 2}.get(self.kind, self.blocks)
+
+    def rows_of(self, k: jax.Array, chunk_size: int) -> jax.Array:
+        """What is kept of keys [B, T, H, K] in chunks: float32 [B, ceil(T / chunk_size) * rows, H,
+        K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k; a
+        trailing partial chunk as far as it goes.
+        """
+        if self.kind != "bounds":
+            sums = chunk_key_sums(k, chunk_size // self.rows)
+            missing = -(-k.shape[1] // chunk_size) * self.rows - sums.shape[1]
+            return jnp.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        batch, length, heads, size = k.shape
+        chunks = -(-length // chunk_size)
+        padding = ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0))
+        split = lambda x: jnp.pad(x, padding, constant_values=-jnp.inf).reshape(
+            batch, chunks, chunk_size, heads, size
+        )
+        k = k.astype(jnp.float32)
+        bounds = jnp.stack([split(-k).max(2), split(k).max(2)], axis=2)
+        return bounds.reshape(batch, chunks * 2, heads, size)
+
+    def start(self, shape: tuple[int, ...]) -> jax.Array:
+        """Rows of chunks without any key, float32."""
+        return jnp.full(shape, -jnp.inf if self.kind == "bounds" else 0.0, jnp.float32)
+
+    def scores(self, q: jax.Array, rows: jax.Array, chunk_size: int) -> jax.Array:
+        """Scores of queries float32 [B, T, H, K] for N chunks with rows [B, N * rows, H, K].
+
+        Returns:
+          float32 [B, T, H, N]; anything, NaN included, for chunks that are not complete.
+        """
+
+        def product(q, rows):
+            high = jax.lax.Precision.HIGHEST
+            return jnp.einsum("bthk,bnhk->bthn", q, rows, precision=high)
+
+        if self.kind == "bounds":
+            return product(jax.nn.relu(-q), rows[:, ::2]) + product(jax.nn.relu(q), rows[:, 1::2])
+        found = product(q, rows / (chunk_size // self.rows))
+        if self.kind == "mean":
+            return found
+        found = found.reshape(*found.shape[:3], -1, self.rows)
+        if self.kind == "max":
+            return found.max(-1)
+        return jax.nn.logsumexp(found * q.shape[-1] ** -0.5, axis=-1)
+
+
+MEAN = Selector()
+"""The paper's selector."""
 
 
 def chunk_key_sums(k: jax.Array, chunk_size: int) -> jax.Array:
@@ -49,49 +122,46 @@ def chunk_key_means(k: jax.Array, chunk_size: int) -> jax.Array:
     return chunk_key_sums(k[:, : complete * chunk_size], chunk_size) / chunk_size
 
 
-def select_from_means(
+def select_from_rows(
     q: jax.Array,
-    means: jax.Array,
+    rows: jax.Array,
     positions: jax.Array,
     *,
     chunk_size: int,
     count: int,
+    selector: Selector = MEAN,
 ) -> jax.Array:
-    """The `count` past chunks with the highest q . mean, for queries at given positions.
+    """The `count` past chunks with the highest scores, for queries at given positions.
 
     A chunk is past for a query when it ends at or before the start of the query's own chunk.
 
     Args:
       q: [B, Tq, H, K] queries.
-      means: [B, N, H, K] float32 mean keys of chunks 0..N-1; those that are not past for a query
-        (not complete, in a cache) may hold anything.
+      rows: [B, N * selector.rows, H, K] float32, what the selector keeps of chunks 0..N-1; those
+        of chunks that are not past for a query (not complete, in a cache) may hold anything.
       positions: int32 [B, Tq] absolute positions of the queries.
       chunk_size: tokens in a chunk.
       count: how many chunks to choose.
+      selector: how a chunk is scored.
 
     Returns:
       int32 [B, Tq, H, count], by descending score, ties to the lower index, padded with -1.
       No gradient flows through it.
     """
     batch, length, heads, size = q.shape
-    chunks = means.shape[1]
+    chunks = rows.shape[1] // selector.rows
     taken = min(count, chunks)
     if taken == 0:
         return jnp.full((batch, length, heads, count), -1, jnp.int32)
-    q, means = jax.lax.stop_gradient((q, means.astype(jnp.float32)))
+    q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
 
     def select_block(block):
         block_q, block_positions = block  # [B, block, H, K], [B, block]
-        scores = jnp.einsum(
-            "bthk,bnhk->bthn",
-            block_q.astype(jnp.float32),
-            means,
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        scores = selector.scores(block_q.astype(jnp.float32), rows, chunk_size)
         past = jnp.arange(chunks)[None, None, :] < (block_positions // chunk_size)[:, :, None]
         return _best(jnp.where(past[:, :, None, :], scores, -jnp.inf), taken)
 
-    block = min(length, max(8, SCORES_PER_BLOCK // (batch * heads * chunks)))
+    block = min(length, max(8, SCORES_PER_BLOCK // (batch * heads * rows.shape[1])))
     blocks = -(-length // block)
     if blocks == 1:
         chosen = select_block((q, positions))
@@ -129,6 +199,7 @@ def select_chunks(
     top_k: int,
     q_offset=0,
     implementation: str | None = None,
+    selector: Selector = MEAN,
 ) -> jax.Array:
     """Chooses the past chunks that each query and head attends to beside its own chunk.
 
@@ -138,7 +209,8 @@ def select_chunks(
       chunk_size: tokens in a chunk, counted from position 0.
       top_k: chunks a query attends to, its own included.
       q_offset: int, integer scalar or integer [B] (may be traced).
-      implementation: "pallas" (TPU), "xla", or None to choose by platform.
+      implementation: "pallas" (TPU, selector "mean"), "xla", or None to choose by platform.
+      selector: how a query scores a chunk.
 
     Returns:
       int32 [B, Tq, H, top_k - 1], by descending score, ties to the lower index, padded with -1.
@@ -146,37 +218,49 @@ def select_chunks(
 
     Raises:
       ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1, a negative q_offset, or a
-        named implementation that cannot run here.
+        chunk that can't be cut into the selector's blocks, or a named implementation that cannot
+        run here.
     """
-    _check(q, k, chunk_size, top_k, q_offset)
-    means = chunk_key_means(k, chunk_size)
-    problem = lambda platform: selection_tpu.unsupported_reason(q.shape[3], q.dtype)
+    _check(q, k, chunk_size, top_k, q_offset, selector)
+    complete = k.shape[1] // chunk_size
+
+    def problem(platform: str) -> str | None:
+        if selector.kind != "mean":
+            return f"the selector is {selector.kind!r} and the kernel scores mean keys"
+        return selection_tpu.unsupported_reason(q.shape[3], q.dtype)
+
     candidates = Candidate("pallas", ("tpu",), problem), Candidate("xla")
     chosen = resolve("select_chunks", implementation, candidates)
-    if chosen == "pallas" and means.shape[1] and top_k > 1:
+    if chosen == "pallas" and complete and top_k > 1:
         return selection_tpu.select_from_means(
-            *jax.lax.stop_gradient((q, means)),
+            *jax.lax.stop_gradient((q, chunk_key_means(k, chunk_size))),
             known_or_rows(q_offset, q.shape[0]),
             chunk_size=chunk_size,
             count=top_k - 1,
         )
     positions = query_positions(q_offset, q.shape[0], q.shape[1])
-    return select_from_means(q, means, positions, chunk_size=chunk_size, count=top_k - 1)
+    rows = selector.rows_of(k[:, : complete * chunk_size], chunk_size)
+    return select_from_rows(
+        q, rows, positions, chunk_size=chunk_size, count=top_k - 1, selector=selector
+    )
 
 
 def select_chunks_reference(
-    q: jax.Array, k: jax.Array, *, chunk_size: int, top_k: int, q_offset=0
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    chunk_size: int,
+    top_k: int,
+    q_offset=0,
+    selector: Selector = MEAN,
 ) -> jax.Array:
     """Oracle of `select_chunks`: the whole score matrix, sorted stably. Same arguments, result."""
-    _check(q, k, chunk_size, top_k, q_offset)
+    _check(q, k, chunk_size, top_k, q_offset, selector)
     batch, length, heads, _ = q.shape
     chunks = k.shape[1] // chunk_size
-    q = q.astype(jnp.float32)
-    means = [
-        jnp.mean(k[:, c * chunk_size : (c + 1) * chunk_size].astype(jnp.float32), axis=1)
-        for c in range(chunks)
-    ]
-    score = [jnp.sum(q * mean[:, None], axis=-1) for mean in means]  # N times [B, Tq, H]
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    chunk = lambda c: k[:, c * chunk_size : (c + 1) * chunk_size]
+    score = [_score_reference(q, chunk(c), selector) for c in range(chunks)]
     columns = chunks + top_k - 1
     absent = [jnp.full((batch, length, heads), -jnp.inf)] * (top_k - 1)
     scores = jnp.stack(score + absent, axis=-1) if columns else jnp.zeros((batch, length, heads, 0))
@@ -188,8 +272,32 @@ def select_chunks_reference(
     return jnp.where(chosen > -jnp.inf, order, -1).astype(jnp.int32)
 
 
-def _check(q, k, chunk_size, top_k, q_offset) -> None:
+def _score_reference(q, chunk, selector: Selector) -> jax.Array:
+    """Scores [B, Tq, H] of one chunk's keys [B, C, H, K]."""
+    dot = lambda key: jnp.sum(q * key[:, None], axis=-1)
+    if selector.kind == "mean":
+        return dot(jnp.mean(chunk, axis=1))
+    if selector.kind == "bounds":
+        low, high = chunk.min(1)[:, None], chunk.max(1)[:, None]
+        return jnp.sum(jnp.maximum(q * low, q * high), axis=-1)
+    parts = jnp.split(chunk, selector.blocks, axis=1)
+    scores = jnp.stack([dot(jnp.mean(part, axis=1)) for part in parts])
+    if selector.kind == "max":
+        return scores.max(0)
+    return jnp.log(jnp.sum(jnp.exp(scores * q.shape[-1] ** -0.5), axis=0))
+
+
+def _check(q, k, chunk_size, top_k, q_offset, selector) -> None:
     check_chunking(chunk_size, top_k)
+    if selector.kind not in ("mean", "max", "pooled", "bounds"):
+        raise ValueError(
+            f"selector {selector.kind!r} is unknown: choose mean, max, pooled or bounds"
+        )
+    if selector.blocks < 1 or chunk_size % selector.blocks:
+        raise ValueError(
+            f"a chunk of {chunk_size} tokens can't be cut into {selector.blocks} equal blocks: "
+            "choose a divisor"
+        )
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
             f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch, heads and "

@@ -1,0 +1,70 @@
+"""Long documents for evaluations of running text: pieces of text files, all of one length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals.common import EvalOptions
+from rwkvx_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(EvalOptions):
+    """Flags of every task that reads documents."""
+
+    text: Path
+    """A .txt file, or a folder of them: each is cut into documents."""
+    length: int = 32768
+    """Tokens of a document."""
+    skip: int = 2048
+    """Tokens left out at the beginning of every file (title pages, contents)."""
+    documents: int = 10
+    """Most documents, taken from the files in turn."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("length", "documents"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"--{name} is {value}: it must be at least 1")
+        if self.skip < 0:
+            raise ConfigError(f"--skip is {self.skip}: it must not be negative")
+
+
+class Document(NamedTuple):
+    """A piece of a file: its name, and where it starts in the file's tokens."""
+
+    file: str
+    start: int
+
+
+def read_documents(options: TextOptions, tokenizer: Tokenizer) -> dict[Document, np.ndarray]:
+    """The documents, each with length + 1 tokens (the last one is only predicted).
+
+    Raises:
+      ConfigError: no text there, or no file with enough tokens for a single document.
+    """
+    files = [options.text] if options.text.is_file() else sorted(options.text.rglob("*.txt"))
+    if not files:
+        raise ConfigError(f"--text {options.text}: no such .txt file, nor a folder with any")
+    pieces: list[list[tuple[Document, np.ndarray]]] = []
+    sizes = {}
+    for file in files:
+        name = file.name if options.text.is_file() else str(file.relative_to(options.text))
+        tokens = tokenizer.encode_bytes(file.read_bytes())
+        sizes[name] = len(tokens)
+        starts = range(options.skip, len(tokens) - options.length, options.length)
+        pieces.append([(Document(name, s), tokens[s : s + options.length + 1]) for s in starts])
+    longest = max(map(len, pieces))
+    in_turn = [own[i] for i in range(longest) for own in pieces if i < len(own)]
+    if not in_turn:
+        largest = max(sizes, key=sizes.get)
+        raise ConfigError(
+            f"no file has {options.skip} + {options.length} + 1 tokens of the {tokenizer.name} "
+            f"tokenizer: the longest, {largest}, has {sizes[largest]}; lower --length or --skip"
+        )
+    return dict(in_turn[: options.documents])

@@ -1,0 +1,259 @@
+"""Time to read a prompt against its length: the hybrid, its full-attention twin, RWKV-7.
+
+Prompts are read piece by piece through the decode cache, as generation and evaluation do; all
+lengths share one cache and so one compilation a model. Full attention is faster on short prompts
+and slower on long ones: where the two lines cross is what the figure is for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
+from rwkvx_jax.evals.common import Tracker, until_interrupted
+from rwkvx_jax.evals.figures import new_figure, save, style
+from rwkvx_jax.evals.grid import Lengths
+from rwkvx_jax.evals.speed import (
+    LABELS,
+    ModelOptions,
+    layered_model,
+    load_subject,
+    make_configs,
+    random_params,
+)
+from rwkvx_jax.model import Params, with_params
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillOptions(ModelOptions):
+    """Times the reading of prompts; draws milliseconds per token by length, and the crossover."""
+
+    lengths: Lengths = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    """Tokens of the prompts."""
+    piece: int = 2048
+    """Tokens of a prompt read at once."""
+    repeats: int = 3
+    """Readings of each model and length, of which the median counts."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("piece", "repeats"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"--{name} is {value}: it must be at least 1")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ConfigError(f"--lengths is {self.lengths}: give positive numbers")
+
+
+class Reader:
+    """Reads prompts with one model."""
+
+    def __init__(
+        self, config: ModelConfig, run: RunConfig, params: Params, piece: int, longest: int
+    ):
+        self._piece, self._rows = piece, -(-longest // piece) * piece
+        self._model, self._params = layered_model(config, run), params
+        step = lambda p, tokens, cache, n: with_params(self._model, p).prefill(tokens, cache, n)
+        self._step = jax.jit(step, donate_argnums=2)
+
+    def __call__(self, tokens: np.ndarray) -> float:
+        """Seconds in which a prompt [T] is read, from an empty cache to its last logits."""
+        padded = np.pad(tokens, (0, -len(tokens) % self._piece))[None]
+        cache = jax.block_until_ready(self._model.init_cache(1, self._rows))
+        begin = time.perf_counter()
+        for start in range(0, len(tokens), self._piece):
+            count = jnp.full(1, min(self._piece, len(tokens) - start), jnp.int32)
+            part = padded[:, start : start + self._piece]
+            logits, cache = self._step(self._params, part, cache, count)
+        logits.block_until_ready()
+        return time.perf_counter() - begin
+
+
+def run(options: PrefillOptions) -> None:
+    """Times what an earlier run has not, prints a table, writes prefill.json and prefill.png."""
+    console = Console()
+    run_config, config, params = load_subject(options)
+    document = _document(options, run_config, config)
+    path = options.output / "prefill.json"
+    _take_over(document, path)
+    with until_interrupted(console):
+        measure(options, config, run_config, params, document, path, console)
+    document["crossover"] = crossover(document["rows"])
+    _save(path, document)
+    print_table(document, console)
+    draw(document, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}", soft_wrap=True)
+
+
+def _document(options: PrefillOptions, run_config: RunConfig, config: ModelConfig) -> Record:
+    return {
+        "task": "prefill",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "settings": {
+            "model": to_dict(config),
+            "compute_dtype": run_config.compute_dtype,
+            "weights": str(options.checkpoint or "random"),
+            "piece": options.piece,
+            "repeats": options.repeats,
+        },
+        "rows": [],
+    }
+
+
+def _take_over(document: Record, path: Path) -> None:
+    """Keeps the rows of an earlier run of the same settings.
+
+    Raises:
+      ConfigError: the file holds another measurement.
+    """
+    if not path.exists():
+        return
+    old = json.loads(path.read_text())
+    settings = json.loads(json.dumps(document["settings"]))
+    if old.get("task") != "prefill" or old["settings"] != settings:
+        raise ConfigError(
+            f"{path} holds another measurement (model, dtype, piece or repeats differ): use "
+            "another --output, or remove the file"
+        )
+    document["rows"] = old["rows"]
+
+
+def measure(
+    options: PrefillOptions,
+    config: ModelConfig,
+    run_config: RunConfig,
+    params: Params,
+    document: Record,
+    path: Path,
+    console: Console,
+    make_reader: Callable[..., Callable[[np.ndarray], float]] = Reader,
+) -> None:
+    """Adds the missing rows to the document, and writes it after each."""
+    lengths = sorted(set(options.lengths))
+    done = {(row["kind"], row["length"]) for row in document["rows"]}
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, max(lengths)).astype(np.int32)
+    todo = [
+        (kind, length)
+        for kind in options.kinds
+        for length in lengths
+        if (kind, length) not in done and (kind != "full" or length <= options.full_limit)
+    ]
+    total = sum(length for _, length in todo) * options.repeats
+    reader, current = None, None
+    with Tracker(console, "tokens", total) as tracker:
+        for kind, length in todo:
+            tracker.describe(f"{LABELS[kind]}, length {length:,}")
+            if kind != current:
+                reader, current = None, kind  # frees its parameters first
+                own = make_configs(config)[kind]
+                weights = random_params(own, run_config) if kind == "rwkv" else params
+                reader = make_reader(own, run_config, weights, options.piece, max(lengths))
+                reader(tokens[: min(lengths)])  # compiles
+                tracker.start_clock()
+            seconds = []
+            for _ in range(options.repeats):
+                seconds.append(reader(tokens[:length]))
+                tracker.advance(length)
+            document["rows"].append(
+                {
+                    "kind": kind,
+                    "length": length,
+                    "seconds": statistics.median(seconds),
+                    "samples": seconds,
+                }
+            )
+            _save(path, document)
+
+
+def crossover(rows: list[Record]) -> float | None:
+    """The length from which on the sparse hybrid reads faster than the full one, on straight lines
+    between logarithms; the shortest length if it is always faster, None if it never is."""
+    times = {
+        kind: {row["length"]: row["seconds"] for row in rows if row["kind"] == kind}
+        for kind in ("sparse", "full")
+    }
+    lengths = sorted(times["sparse"].keys() & times["full"].keys())
+    gain = [float(np.log(times["full"][n] / times["sparse"][n])) for n in lengths]
+    slower = [i for i, value in enumerate(gain) if value <= 0]
+    if not lengths or (slower and slower[-1] == len(lengths) - 1):
+        return None
+    if not slower:
+        return float(lengths[0])
+    i = slower[-1]
+    share = -gain[i] / (gain[i + 1] - gain[i])
+    return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** share)
+
+
+def print_table(document: Record, console: Console) -> None:
+    """A row a length: seconds and tokens per second of each model, and the hybrids' ratio."""
+    kinds = [k for k in LABELS if any(row["kind"] == k for row in document["rows"])]
+    table = Table("length", *[f"{LABELS[k]}\ns (tokens/s)" for k in kinds], "full / sparse")
+    times = {(row["kind"], row["length"]): row["seconds"] for row in document["rows"]}
+    for length in sorted({length for _, length in times}):
+        own = [times.get((kind, length)) for kind in kinds]
+        cells = [f"{s:.2f} ({length / s:,.0f})" if s else "–" for s in own]
+        pair = times.get(("full", length)), times.get(("sparse", length))
+        table.add_row(f"{length:,}", *cells, f"{pair[0] / pair[1]:.2f}" if all(pair) else "–")
+    console.print(table)
+    console.print(_verdict(document["crossover"]))
+
+
+def _verdict(length: float | None) -> str:
+    if length is None:
+        return "no crossover: sparse attention is never faster at these lengths"
+    return f"sparse attention is faster from about {length:,.0f} tokens on"
+
+
+def draw(document: Record, path: Path) -> None:
+    """Milliseconds per prompt token by length, one line a model; a mark at the crossover."""
+    figure = new_figure(6.8, 4.4)
+    axes = figure.add_subplot()
+    for i, (kind, label) in enumerate(LABELS.items()):
+        rows = sorted(
+            (row for row in document["rows"] if row["kind"] == kind), key=lambda row: row["length"]
+        )
+        if rows:
+            x = [row["length"] for row in rows]
+            each = [1e3 * row["seconds"] / row["length"] for row in rows]
+            axes.plot(x, each, label=label, markersize=5, **style(i))
+    if document["crossover"] is not None:
+        label = f"crossover, about {document['crossover']:,.0f} tokens"
+        axes.axvline(document["crossover"], color="black", linestyle=":", label=label)
+    axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="ms per prompt token")
+    model = document["settings"]["model"]
+    axes.set_title(
+        f"Reading a prompt, L{model['num_blocks']} M{model['num_attention_blocks']} "
+        f"D{model['width']}, chunk {model['chunk_size']}, top-k {model['top_k']}, "
+        f"{document['device']}, {document['cores']} cores",
+        fontsize=9,
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.4)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def _save(path: Path, document: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.replace(path)
