@@ -719,12 +719,12 @@ def _past_call(
 
     def run(first, outputs):
         part = lax.dynamic_slice_in_dim(table, first, together)
-        return call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs)
+        return tuple(call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs))
 
     if together == plan.all_packs:
         return run(jnp.int32(0), outputs)
     return lax.fori_loop(
-        0, plan.all_packs // together, lambda i, x: run(i * together, x), list(outputs)
+        0, plan.all_packs // together, lambda i, x: run(i * together, x), tuple(outputs)
     )
 
 
