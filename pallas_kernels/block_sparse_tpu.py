@@ -34,7 +34,7 @@ from pallas_kernels import routing
 _LANES = 128
 _SUBLANES = 8
 _GATHER = 32  # rows gathered by one pass of a loop: more would spill their addresses
-_TABLE_ENTRIES = 1 << 16  # tiles whose chunks are held in scalar memory by one call
+_TABLE_ENTRIES = 1 << 17  # tiles whose chunks are held in scalar memory by one call: half of it
 _LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
 _F32 = jnp.float32
@@ -631,6 +631,15 @@ class _Plan:
         """Arrays whose rows the backward gathers beside the results."""
         return 2 if self.shape.dtype == _F32 else 1
 
+    @property
+    def packs_together(self) -> int:
+        """Packs that one call of a past kernel takes: as many as scalar memory has room for."""
+        together = _TABLE_ENTRIES // (self.shape.heads * self.routing.all_tiles)
+        together = max(1, min(self.all_packs, together))
+        while self.all_packs % together:
+            together -= 1
+        return together
+
     def compiler_params(self):
         return pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -690,9 +699,7 @@ def _past_call(
         ],
         jnp.int32,
     )
-    together = max(1, min(plan.all_packs, _TABLE_ENTRIES // (heads * tiles)))
-    while plan.all_packs % together:
-        together -= 1
+    together = plan.packs_together
     any_memory = pl.BlockSpec(memory_space=pl.ANY)
     row_block = pl.BlockSpec(
         (1, 1, 1, plan.tile.rows),

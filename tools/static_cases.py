@@ -100,19 +100,30 @@ def _wkv7(case: Case, struct):
     return function, arguments, minimum, case.time * packs
 
 
+def block_sparse_plan(case: Case, struct):
+    """The kernels' plan for heads of 64, bfloat16."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import block_sparse_tpu as kernels
+
+    heads = case.width // 64
+    shape = kernels._Shape(64, jnp.dtype(jnp.bfloat16), case.chunk, 0.125)
+    x = struct((1, case.time, heads, 64), jnp.bfloat16)
+    selection = struct((1, case.time, heads, case.top_k - 1), jnp.int32)
+    return kernels._make_plan(x, x, selection, shape, kernels.TileConfig(), 0)
+
+
 def block_sparse_calls(case: Case, struct) -> dict:
-    """Function and arguments of each kernel of sparse attention, heads of 64, bfloat16."""
+    """Function and arguments of each kernel of sparse attention."""
     import jax.numpy as jnp
 
     from pallas_kernels import block_sparse_tpu as kernels
     from pallas_kernels import routing, selection_tpu
 
     heads, chunk = case.width // 64, case.chunk
-    shape = kernels._Shape(64, jnp.dtype(jnp.bfloat16), chunk, 0.125)
+    plan = block_sparse_plan(case, struct)
+    shape, routes = plan.shape, plan.routing
     x = struct((1, case.time, heads, 64), jnp.bfloat16)
-    selection = struct((1, case.time, heads, case.top_k - 1), jnp.int32)
-    plan = kernels._make_plan(x, x, selection, shape, kernels.TileConfig(), 0)
-    routes = plan.routing
     packed = struct((1, plan.queries, case.width), jnp.bfloat16)
     wide = struct(packed.shape, jnp.float32)
     results, first = struct(plan.results, jnp.float32), struct((1,), jnp.int32)
@@ -154,14 +165,17 @@ def block_sparse_calls(case: Case, struct) -> dict:
 
 def _block_sparse(case: Case, struct):
     """As for WKV-7. The contract: every argument once and every result once; what the past part
-    updates in place is both. Units: (token, head pair)."""
+    updates in place is both. Units: (token, head pair), of those that one call takes."""
     import jax
 
     function, arguments = block_sparse_calls(case, struct)[case.kernel]
     results = jax.eval_shape(function, *arguments)
     arrays = jax.tree.leaves((arguments, results))
     minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-    return function, arguments, minimum, case.time * case.width // 128
+    packs = case.width // 128
+    if "past" in case.kernel:
+        packs = block_sparse_plan(case, struct).packs_together
+    return function, arguments, minimum, case.time * packs
 
 
 WKV7 = ("wkv7_forward", "wkv7_backward")
