@@ -36,4 +36,4 @@ lint: venv
 	$(RUN) -m ruff format --check .
 
 static-costs: venv
-	$(RUN) tools/static_costs.py
+	$(RUN) -m tools.static_costs

@@ -29,12 +29,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import routing
+from pallas_kernels import alignment, routing
 
 _LANES = 128
 _SUBLANES = 8
 _GATHER = 32  # rows gathered by one pass of a loop: more would spill their addresses
-_TABLE_ENTRIES = 1 << 16  # tiles whose chunks are held in scalar memory by one call
+_TABLE_ENTRIES = 1 << 17  # tiles a call: their chunks fill half of scalar memory
 _LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
 _F32 = jnp.float32
@@ -631,6 +631,15 @@ class _Plan:
         """Arrays whose rows the backward gathers beside the results."""
         return 2 if self.shape.dtype == _F32 else 1
 
+    @property
+    def packs_together(self) -> int:
+        """Packs that one call of a past kernel takes: as many as scalar memory has room for."""
+        together = _TABLE_ENTRIES // (self.shape.heads * self.routing.all_tiles)
+        together = max(1, min(self.all_packs, together))
+        while self.all_packs % together:
+            together -= 1
+        return together
+
     def compiler_params(self):
         return pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -690,9 +699,7 @@ def _past_call(
         ],
         jnp.int32,
     )
-    together = max(1, min(plan.all_packs, _TABLE_ENTRIES // (heads * tiles)))
-    while plan.all_packs % together:
-        together -= 1
+    together = plan.packs_together
     any_memory = pl.BlockSpec(memory_space=pl.ANY)
     row_block = pl.BlockSpec(
         (1, 1, 1, plan.tile.rows),
@@ -719,12 +726,12 @@ def _past_call(
 
     def run(first, outputs):
         part = lax.dynamic_slice_in_dim(table, first, together)
-        return call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs)
+        return tuple(call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs))
 
     if together == plan.all_packs:
         return run(jnp.int32(0), outputs)
     return lax.fori_loop(
-        0, plan.all_packs // together, lambda i, x: run(i * together, x), list(outputs)
+        0, plan.all_packs // together, lambda i, x: run(i * together, x), tuple(outputs)
     )
 
 
@@ -964,22 +971,6 @@ def _pack(x: jax.Array, time: int, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _check(q, k, v, selection, chunk_size) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"q, k, v must be [B, T, H, K], got {q.shape}, {k.shape}, {v.shape}")
-    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"q {q.shape} and k {k.shape} differ in batch, heads or key size")
-    if q.shape[1] < 1 or k.shape[1] < 1:
-        raise ValueError(f"q {q.shape} and k {k.shape} need at least one token each")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if selection.ndim != 4 or selection.shape[:3] != q.shape[:3]:
-        raise ValueError(f"selection {selection.shape} must be [B, Tq, H, J] for q {q.shape}")
-    reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
-    if reason:
-        raise ValueError(f"block_sparse on TPU: {reason}")
-
-
 def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | None) -> _Plan:
     """Sizes for queries that begin at block `first` of the keys (None: known when running)."""
     batch, length, heads, _ = q.shape
@@ -1040,22 +1031,17 @@ def block_sparse_attention(
       ValueError: unsupported sizes or dtypes, or shapes that disagree.
     """
     tile = TileConfig() if tile is None else tile
-    _check(q, k, v, selection, chunk_size)
+    alignment.check(q, k, v, selection)
+    reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    if reason:
+        raise ValueError(f"block_sparse on TPU: {reason}")
     batch, length, heads, head = q.shape
     shape = _Shape(head, jnp.dtype(q.dtype), chunk_size, float(scale))
     block = shape.block(tile.diagonal)
     known = isinstance(q_offset, int)
-    if known:
-        before = [(0, 0), (q_offset % block, 0), (0, 0), (0, 0)]
-        q = jnp.pad(q, before)
-        selection = jnp.pad(selection, before, constant_values=-1)
-        first = jnp.full(batch, q_offset // block, jnp.int32)
-    else:  # queries begin anywhere in a block: shift them by that much
-        offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
-        shift = offset % block
-        q = _shifted(q, shift, block, 0)
-        selection = _shifted(selection, shift, block, -1)
-        first = jnp.minimum(offset // block, -(-k.shape[1] // block))
+    q, shift = alignment.align(q, q_offset, block)
+    selection, _ = alignment.align(selection, q_offset, block, fill=-1)
+    first = alignment.first_block(q_offset, batch, block, k.shape[1])
     plan = _make_plan(q, k, selection, shape, tile, q_offset // block if known else None)
     wide = plan.packs * shape.heads
     selection = jnp.pad(
@@ -1072,14 +1058,4 @@ def block_sparse_attention(
         interpret,
     )
     out = out.reshape(batch, plan.queries, wide, head)
-    if known:
-        return out[:, q_offset % block : q_offset % block + length, :heads]
-    cut = lambda x, start: lax.dynamic_slice_in_dim(x, start, length)
-    return jax.vmap(cut)(out, shift)[:, :, :heads]
-
-
-def _shifted(x: jax.Array, shift: jax.Array, room: int, fill) -> jax.Array:
-    """[B, T, ...] -> [B, room + T, ...]: row b moved down by shift[b] < room."""
-    target = jnp.full((x.shape[1] + room, *x.shape[2:]), fill, x.dtype)
-    move = lambda x, start: lax.dynamic_update_slice_in_dim(target, x, start, 0)
-    return jax.vmap(move)(x, shift)
+    return alignment.cut(out, shift, length)[:, :, :heads]

@@ -34,10 +34,12 @@ class Plan:
     Attributes:
       segment: queries a segment, S.
       segments: number of segments; segment * segments queries in all.
-      rows: rows of a tile, a multiple of 128.
+      rows: rows of a tile; for `route`, a multiple of 128.
       chunks: number of chunks that can be chosen, N.
       slots: choices a query, J.
       tiles: number of tiles of each segment, each a multiple of 8.
+      numbered: whether a pair's integer holds its slot too (slot * S + query), so that a kernel can
+        write a result of its own for each pair.
     """
 
     segment: int
@@ -46,11 +48,13 @@ class Plan:
     chunks: int
     slots: int
     tiles: tuple[int, ...]
+    numbered: bool = False
 
     @property
     def bits(self) -> int:
-        """Bits of a pair's integer that hold the query."""
-        return max(1, (self.segment - 1).bit_length())
+        """Bits of a pair's integer below the chunk."""
+        numbers = self.segment * (self.slots if self.numbered else 1)
+        return max(1, (numbers - 1).bit_length())
 
     @property
     def pairs(self) -> int:
@@ -74,12 +78,13 @@ def make_plan(
     slots: int,
     chunk_size: int,
     first: int | None,
+    numbered: bool = False,
 ) -> Plan:
     """Plan for `queries` queries, the worst case of tiles counted.
 
     Args:
       queries: a multiple of `segment`.
-      segment, rows, chunks, slots: see `Plan`.
+      segment, rows, chunks, slots, numbered: see `Plan`.
       chunk_size: tokens in a chunk.
       first: position of the first query if known; None if it is only known when running.
 
@@ -88,7 +93,7 @@ def make_plan(
     """
     if queries % segment:
         raise ValueError(f"{queries} queries are not whole segments of {segment}")
-    if rows % _LANES:
+    if rows < 1 or (rows % _LANES and not numbered):
         raise ValueError(f"a tile's rows must be a multiple of {_LANES}, got {rows}")
     tiles = []
     for start in range(0, queries, segment):
@@ -104,9 +109,11 @@ def make_plan(
         # Every chunk's last tile may hold a single row; no chunk gets a query twice.
         worst = min((pairs + groups * (rows - 1)) // rows, groups * -(-segment // rows))
         tiles.append(max(_GROUP, -(-worst // _GROUP) * _GROUP))
-    plan = Plan(segment, queries // segment, rows, chunks, slots, tuple(tiles))
+    plan = Plan(segment, queries // segment, rows, chunks, slots, tuple(tiles), numbered)
     if plan.chunks << plan.bits > 2**31 - 2:
-        raise ValueError(f"{chunks} chunks x {segment} queries a segment do not fit 31 bits")
+        raise ValueError(
+            f"{chunks} chunks and {plan.bits} bits of a pair do not fit 31 bits: smaller segments"
+        )
     return plan
 
 
@@ -130,7 +137,10 @@ def pair_keys(
     limit = jnp.minimum(own, plan.chunks)[:, :, None, None]
     chosen = (selection >= 0) & (selection < limit)
     query = jnp.arange(selection.shape[1], dtype=jnp.int32) % plan.segment
-    keys = (selection << plan.bits) | query[None, :, None, None]
+    number = query[None, :, None, None]
+    if plan.numbered:
+        number = number + jnp.arange(slots, dtype=jnp.int32)[None, None, None] * plan.segment
+    keys = (selection << plan.bits) | number
     keys = jnp.where(chosen, keys, _NO_PAIR).transpose(0, 2, 3, 1)
     keys = keys.reshape(batch, heads, slots, plan.segments, plan.segment).swapaxes(2, 3)
     return keys.reshape(batch, heads, plan.segments, slots * plan.segment)
@@ -202,6 +212,28 @@ def route(
     chunk, start, count = tile_tables(counts, plan)
     rows = _emit_call(ordered, start, count, plan, interpret)
     return Routing(rows, chunk, count)
+
+
+def sort_pairs(
+    selection: jax.Array,  # [B, T, H, J]
+    own: jax.Array,  # [B, T]
+    plan: Plan,
+) -> tuple[jax.Array, jax.Array]:
+    """The same in plain XLA, for platforms that sort well: sorted pairs and their bounds.
+
+    Args:
+      selection, own: see `pair_keys`.
+      plan: see `make_plan`.
+
+    Returns:
+      numbers: int32 [G, segments, J * S], the pairs' integers without the chunk, sorted by chunk.
+      starts: int32 [G, segments, N + 1], where each chunk's pairs begin, and the last ends.
+    """
+    keys = jnp.sort(pair_keys(selection, own, plan), axis=-1)
+    keys = keys.reshape(-1, plan.segments, keys.shape[-1])
+    bounds = jnp.arange(plan.chunks + 1, dtype=jnp.int32) << plan.bits
+    find = jax.vmap(jax.vmap(lambda row: jnp.searchsorted(row, bounds)))
+    return keys & ((1 << plan.bits) - 1), find(keys).astype(jnp.int32)
 
 
 # --------------------------------------------------------------------------------------------

@@ -80,7 +80,10 @@ def _kernel(
                 preferred_element_type=_F32,
             )
             scores = jnp.where(past, scores, -jnp.inf)
-            _merge(scores_ref.at[h], chunks_ref.at[h], scores, number, slots)
+            for start in range(0, queries, _LANES):  # one register wide: more would spill
+                lanes = slice(start, start + _LANES)
+                best = scores_ref.at[h, :, lanes], chunks_ref.at[h, :, lanes]
+                _merge(*best, scores[:, lanes], number[:, lanes], slots)
 
     @pl.when(last)
     def _():

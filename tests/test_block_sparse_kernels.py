@@ -1,4 +1,4 @@
-"""The block-sparse kernels for TPU, interpreted on a CPU, against the dense oracle.
+"""The block-sparse kernels for TPU and GPU, interpreted on a CPU, against the dense oracle.
 
 Same selection on both sides. The oracle runs in float32 on the very inputs the kernel gets (rounded
 to bfloat16 where those are). Lengths are deliberately unround: a ragged last chunk, an odd number
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import block_sparse_tpu, selection_tpu
-from pallas_kernels.block_sparse_tpu import TileConfig, block_sparse_attention
+from pallas_kernels import block_sparse_gpu, block_sparse_tpu, selection_tpu
+from pallas_kernels.block_sparse_tpu import TileConfig
 from rwkvx_jax.ops.block_sparse import sparse_attention_dense
 from rwkvx_jax.ops.selection import chunk_key_means, select_chunks_reference
 from tests.attention_cases import compare, random_qkv, random_selection, value_and_gradients
@@ -21,6 +21,7 @@ from tests.helpers import assert_close
 
 # Tiles of 128 rows against 128 keys at once; some 200 queries a segment.
 SMALL = TileConfig(rows=128, keys=128, diagonal=128, segment_bytes=400 * 1024)
+GPU = block_sparse_gpu.TileConfig(segment=192)
 
 
 @functools.cache
@@ -36,7 +37,9 @@ def compiled(kernel, chunk_size, tile=SMALL, interpret=True, offset=None):
         settings = dict(chunk_size=chunk_size, scale=q.shape[-1] ** -0.5)
         if not kernel:
             return sparse_attention_dense(q, k, v, selection, q_offset=q_offset, **settings)
-        return block_sparse_attention(
+        on_gpu = isinstance(tile, block_sparse_gpu.TileConfig)
+        module = block_sparse_gpu if on_gpu else block_sparse_tpu
+        return module.block_sparse_attention(
             q,
             k,
             v,
@@ -93,7 +96,7 @@ def test_selections(kind):
     if kind == "future":  # own and later chunks are no past chunks: ignored
         later = jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None] // CHUNK
         chosen = chosen.at[..., -1].set(later + 1).at[..., -2].set(later)
-    check(qkv, chosen, CHUNK)
+    check(qkv, chosen, CHUNK, tile=tile)
 
 
 def test_the_own_chunk_alone():
@@ -114,24 +117,28 @@ def test_head_size_128_with_queries_in_the_middle():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offset", [64, 233])
-def test_a_known_offset(offset):
+@pytest.mark.parametrize("tile", [SMALL, GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("offset", [64, 233, [40, 233]])
+def test_an_offset(offset, tile):
     """dK and dV of keys that are no query's own chunk come from the past part alone."""
-    qkv = random_qkv(7, 1, 200, 700, heads=2, size=64)
-    check(qkv, random_selection(8, 1, 200, 2, CHUNK, 4, offset), CHUNK, offset)
+    batch = np.size(offset)
+    qkv = random_qkv(7, batch, 200, 700, heads=2, size=64)
+    chosen = random_selection(8, batch, 200, 2, CHUNK, 4, offset)
+    check(qkv, chosen, CHUNK, offset, tile=tile)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tile", [SMALL, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize(
     "length, chunk_size, top_k",
     [(1, 64, 3), (64, 64, 2), (700, 64, 9), (1000, 128, 3), (777, 192, 4), (1500, 576, 2)],
 )
-def test_any_length_and_chunk(length, chunk_size, top_k, size, dtype):
+def test_any_length_and_chunk(length, chunk_size, top_k, size, dtype, tile):
     qkv = random_qkv(length, 1, length, heads=2, size=size, dtype=dtype)
     chosen = random_selection(length, 1, length, 2, chunk_size, top_k)
-    check(qkv, chosen, chunk_size)
+    check(qkv, chosen, chunk_size, tile=tile)
 
 
 @pytest.mark.slow
@@ -185,8 +192,9 @@ def test_bad_inputs_are_named(change, message):
     q, k, v = random_qkv(0, 1, 70, heads=2, size=size, dtype=dtype)
     chosen = jnp.full((1, change.get("slots_of", 70), 2, 2), -1, jnp.int32)
     chunk_size = change.get("chunk_size", 64)
-    with pytest.raises(ValueError, match=message):
-        block_sparse_attention(q, k, v, chosen, chunk_size=chunk_size, scale=1.0)
+    for module in (block_sparse_tpu, block_sparse_gpu):
+        with pytest.raises(ValueError, match=message):
+            module.block_sparse_attention(q, k, v, chosen, chunk_size=chunk_size, scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,12 @@ def test_bad_inputs_are_named(change, message):
 def test_bad_tiles_are_named(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         TileConfig(**field)
+
+
+@pytest.mark.parametrize("field", [{"rows": 128}, {"keys": 8}, {"segment": 100}, {"warps": 3}])
+def test_bad_gpu_tiles_are_named(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        block_sparse_gpu.TileConfig(**field)
 
 
 # --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels import wkv7_gpu
+from pallas_kernels import block_sparse_gpu, wkv7_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = "__gpu$xla.gpu.triton"
@@ -33,15 +33,36 @@ def gradients(*x):
     return jax.vjp(wkv7_gpu.wkv7, *x[:7])[1](x[7:])
 
 
+def attention_arguments(head, dtype, struct=jax.ShapeDtypeStruct):
+    """q, k, v, a selection and the cotangent of the result."""
+    x = struct((1, 1000, 2, head), dtype)
+    return [x, x, x, struct((1, 1000, 2, 2), jnp.int32), x]
+
+
+def attention_gradients(q, k, v, selection, cotangent):
+    """Runs all five kernels of sparse attention."""
+
+    def attend(q, k, v):
+        return block_sparse_gpu.block_sparse_attention(
+            q, k, v, selection, chunk_size=128, scale=0.1
+        )
+
+    return jax.vjp(attend, q, k, v)[1](cotangent)
+
+
 @pytest.mark.parametrize("head", [64, 128])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_lowers_for_cuda(head, dtype):
+@pytest.mark.parametrize(
+    "function, struct, kernels",
+    [(gradients, arguments, 2), (attention_gradients, attention_arguments, 5)],
+)
+def test_lowers_for_cuda(function, struct, kernels, head, dtype):
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(gradients).trace(*arguments(head, dtype))
+        traced = jax.jit(function).trace(*struct(head, dtype))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count(TRITON) == 2
+    assert text.count(TRITON) == kernels
 
 
 COMPILE = """
@@ -49,12 +70,14 @@ import sys
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from rwkvx_jax.plan import topology
-from tests.test_gpu_lowering import arguments, gradients
+from tests import test_gpu_lowering as cases
 topology.on_cpu()
 everywhere = NamedSharding(topology.topology_mesh("h100"), PartitionSpec())
 def struct(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-jax.jit(gradients).lower(*arguments(int(sys.argv[1]), "bfloat16", struct)).compile()
+prefix = sys.argv[2]
+arguments = getattr(cases, prefix + "arguments")(int(sys.argv[1]), "bfloat16", struct)
+jax.jit(getattr(cases, prefix + "gradients")).lower(*arguments).compile()
 """
 
 
@@ -62,20 +85,36 @@ jax.jit(gradients).lower(*arguments(int(sys.argv[1]), "bfloat16", struct)).compi
 @pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="needs jax's CUDA plugin")
 @pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas, of the CUDA toolkit")
 @pytest.mark.parametrize("head", [64, 128])
-def test_h100_does_not_spill(head, tmp_path):
+@pytest.mark.parametrize(
+    "prefix, names",
+    [
+        ("", ("wkv7_forward", "wkv7_backward")),
+        (
+            "attention_",
+            tuple(
+                f"block_sparse_{x}"
+                for x in ("past_forward", "own_forward", "past_dq", "own_dq", "dkv")
+            ),
+        ),
+    ],
+)
+def test_h100_does_not_spill(prefix, names, head, tmp_path):
     flags = f"--xla_dump_to={tmp_path}"
     subprocess.run(
-        [sys.executable, "-c", COMPILE, str(head)],
+        [sys.executable, "-c", COMPILE, str(head), prefix],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags},
         check=True,
         timeout=600,
     )
     report = ""
-    for ptx in (path for path in tmp_path.glob("*.ptx") if ".entry wkv7" in path.read_text()):
+    for ptx in (
+        x for x in tmp_path.glob("*.ptx") if re.search(r"entry (wkv7|block)", x.read_text())
+    ):
         command = ["ptxas", "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
         report += subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = re.findall(r"entry function '(wkv7_\w+)'.*?(\d+) bytes spill stores", report, re.S)
-    assert {name for name, _ in kernels} == {"wkv7_forward", "wkv7_backward"}
+    found = r"entry function '((?:wkv7|block)_\w+)'.*?(\d+) bytes spill stores"
+    kernels = re.findall(found, report, re.S)
+    assert {name for name, _ in kernels} == set(names)
     for name, spilled in kernels:
         assert int(spilled) <= 64, f"{name} at head size {head} spills {spilled} bytes:\n{report}"

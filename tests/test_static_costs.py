@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from tools import static_costs
-from tools.static_costs import Case, Chip, Stage, UnknownTripCount, read_schedule
+from tools import estimate, schedule, static_cases, static_costs
+from tools.estimate import Chip, Stage
+from tools.schedule import UnknownTripCount, read_schedule
+from tools.static_cases import Case
 
 # The compiler's own format, cut down: a grid loop of 5 steps whose counter is spilled, an outer
 # loop of 11 with an inner one of 6 (their exit tests share predicates and delay slots), one copy in
@@ -82,7 +84,7 @@ def test_something_else_is_refused():
 
 def test_utilization():
     text = "== CAPACITY:\nMXU, VALU\n    4     2\n== UTILIZATION:\n4 0\n0 1\n2 1\n2 0\n"
-    assert static_costs.read_utilization(text) == {"MXU": 0.5, "VALU": 0.25}
+    assert schedule.read_utilization(text) == {"MXU": 0.5, "VALU": 0.25}
 
 
 CHIP = Chip(clock=1e9, flops=1e12, bandwidth=1e11, copy_seconds=1e-6)
@@ -103,7 +105,7 @@ def test_a_stage_is_its_slowest_resource(stage, expected):
 
 def test_stages_add():
     stages = [Stage("kernel", bytes=0, bundles=1000), Stage("xla", bytes=10**5)]
-    assert static_costs.seconds(stages, CHIP) == pytest.approx(2e-6)
+    assert estimate.seconds(stages, CHIP) == pytest.approx(2e-6)
 
 
 def test_a_body_is_counted_per_grid_step():
@@ -118,8 +120,8 @@ def test_a_body_is_counted_per_grid_step():
 
 
 def test_names_round_trip_and_the_table_holds_every_case():
-    cases = static_costs.all_cases()
-    assert [static_costs.case_named(case.name) for case in cases] == cases
+    cases = static_cases.all_cases()
+    assert [static_cases.case_named(case.name) for case in cases] == cases
     assert set(static_costs.read_table()) == {case.name for case in cases}
 
 

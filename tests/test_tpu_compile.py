@@ -15,7 +15,7 @@ from rwkvx_jax.plan import topology
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.training.step import param_shardings, stage_program
 from tools import static_costs
-from tools.static_costs import Case
+from tools.static_cases import Case, all_cases
 
 pytestmark = pytest.mark.skipif(
     not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
@@ -33,7 +33,7 @@ FAST = {Case(kernel, "v5e", 768, 4096) for kernel in BARS}
     "case",
     [
         pytest.param(case, id=case.name, marks=[] if case in FAST else pytest.mark.slow)
-        for case in static_costs.all_cases()
+        for case in all_cases()
     ],
 )
 def test_schedule(case):

@@ -2,277 +2,35 @@
 
 A TPU core is a statically scheduled machine: how many instruction bundles a kernel issues is known
 when it is compiled. Each case is compiled in a process of its own (the compiler reads its dump
-flags once, before jax is imported); the dumped schedule is cut into loops, and every loop's bundles
-are multiplied by the trip counts around it. A loop whose trip count is not in the dump is refused,
-not guessed. Bundles are not time: waiting for memory is not in them. `seconds` turns them into an
-estimate, and calls it that.
+flags once, before jax is imported), and `schedule` reads the dump. Bundles are not time: waiting
+for memory is not in them. `estimate` turns them into an estimate, and calls it that.
 
-    python tools/static_costs.py               compile all cases, rewrite the table, print old/new
-    python tools/static_costs.py --only v5e    cases whose name contains a text; prints, no rewrite
+    python -m tools.static_costs               compile all cases, rewrite the table, print old/new
+    python -m tools.static_costs --only v5e    cases whose name contains a text; prints, no rewrite
+    python -m tools.static_costs --only v5e --write    the same; their results enter the table
 """
 
 import argparse
-import dataclasses
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from tools.estimate import CHIPS, Stage
+from tools.schedule import Loop, read_schedule, read_utilization
+from tools.static_cases import BUILDERS, Case, all_cases, case_named
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "pallas_kernels" / "static_costs.json"
-_GRANULE_BYTES = 32  # unit of a DMA's size in the dump
 _PIPELINE_PASSES = 2  # extra passes of a grid loop, which fill and drain its copies
 _TIME_LIMIT = 600  # seconds a compilation may take
 
 # --------------------------------------------------------------------------------------------
-# Reading a schedule
+# Measuring
 # --------------------------------------------------------------------------------------------
-
-_BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{(.*)$")
-_LOOP_START = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+LB\s*:\s*(>+)\s*\{")
-_REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
-_EXIT_TEST = re.compile(
-    r"%(p\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%p\w+\), )?%(s\w+), (-?\d+) /\* loop exit test \*/"
-)
-_BRANCH_BACK = re.compile(r"sbr\.rel \(!%(p\w+)\) target = \$region(\d+)")
-
-
-class UnknownTripCount(ValueError):
-    """A loop's trip count cannot be read from the schedule."""
-
-
-@dataclasses.dataclass
-class Loop:
-    """One loop of a schedule; the outermost "loop" is the program itself.
-
-    Attributes:
-      depth: nesting, 0 for the program.
-      trips: iterations each time it is entered.
-      bundles: bundles of the body outside inner loops.
-      copies: DMA descriptors issued by the body outside inner loops.
-      copied_bytes: their bytes, tile padding included.
-      inner: loops directly inside.
-    """
-
-    depth: int
-    trips: int
-    bundles: int = 0
-    copies: int = 0
-    copied_bytes: int = 0
-    inner: list["Loop"] = dataclasses.field(default_factory=list)
-
-    def total(self, field: str) -> int:
-        """`field` summed over the loop and all inside it, times the trip counts."""
-        return self.trips * (getattr(self, field) + sum(x.total(field) for x in self.inner))
-
-
-def read_schedule(text: str) -> Loop:
-    """Parses a final-bundles dump.
-
-    Raises:
-      UnknownTripCount: a loop is not a counted loop with constant bounds.
-    """
-    program = Loop(depth=0, trips=1)
-    open_loops = [program]
-    for line in text.splitlines():
-        bundle = _BUNDLE.match(line)
-        if bundle is None:
-            continue
-        depth = len(bundle[1])
-        if _LOOP_START.match(line):
-            open_loops = [x for x in open_loops if x.depth < depth]
-            loop = Loop(depth=depth, trips=_trip_count(line, text))
-            open_loops[-1].inner.append(loop)
-            open_loops.append(loop)
-        # A bundle in a branch's delay slots may belong to an outer loop: go by its own depth.
-        owners = [x for x in open_loops if x.depth <= depth]
-        owners[-1].bundles += 1
-        sizes = re.findall(r"= dma\.(?:hbm_to_vmem|vmem_to_hbm)[^;]*?granules=\*/(\d+)", bundle[2])
-        sizes = [] if "shalt.err" in bundle[2] else sizes  # the bounds check repeats the copy
-        owners[-1].copies += len(sizes)
-        owners[-1].copied_bytes += _GRANULE_BYTES * sum(map(int, sizes))
-    if not program.bundles and not program.inner:
-        raise ValueError("no bundles found: not a final-bundles dump?")
-    return program
-
-
-def _trip_count(start_line: str, text: str) -> int:
-    tests = {predicate: (index, int(n)) for predicate, index, n in _EXIT_TEST.findall(text)}
-    regions = set(_REGION.findall(start_line))
-    exits = [tests.get(p) for p, region in _BRANCH_BACK.findall(text) if region in regions]
-    where = start_line.split("{")[0].strip()
-    if len(exits) != 1 or exits[0] is None:
-        raise UnknownTripCount(f"the loop at bundle {where} has no exit test against a constant")
-    index, stop = exits[0]
-    found = re.search(rf"%(s\w+) = sphi %(s\w+), %{index}\b", start_line)
-    first = found and re.search(rf"%{found[2]} = smov (?:\(!?%p\w+\), )?(-?\d+)\b", text)
-    step = re.search(rf"%{index} = sadd\.s32 (?:\(!?%p\w+\), )?(\d+), %(s\w+)", text)
-    if not first or not step or not _same_scalar(step[2], found[1], text):
-        raise UnknownTripCount(f"the counter of the loop at bundle {where} is not a constant range")
-    return max(1, math.ceil((stop - int(first[1])) / int(step[1])))
-
-
-def _same_scalar(name: str, original: str, text: str) -> bool:
-    """Whether `name` is `original`, or was loaded from the slot `original` was spilled to."""
-    if name == original:
-        return True
-    slot = re.search(rf"%{name} = sld \[smem:\[(#\w+_spill)\]\]", text)
-    return bool(slot) and f"sst [smem:[{slot[1]}]] %{original}" in text
-
-
-def read_utilization(text: str) -> dict[str, float]:
-    """Share of each unit's issue slots in use over the whole program, from the dump of it."""
-    header, body = text.split("== UTILIZATION:\n")
-    names_line, capacity_line = header.strip().splitlines()[-2:]
-    names = [x.strip() for x in names_line.split(",")]
-    capacity = [int(x) for x in capacity_line.split()]
-    rows = [[int(x) for x in line.split()] for line in body.splitlines() if line.strip()]
-    return {
-        name: round(sum(row[i] for row in rows) / (len(rows) * capacity[i]), 3)
-        for i, name in enumerate(names)
-    }
-
-
-# --------------------------------------------------------------------------------------------
-# From bundles to an estimate
-# --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Of one core: clock (Hz) and matrix peak (bfloat16 flop/s); memory bandwidth (bytes/s).
-
-    Peaks and bandwidths are the vendor's; clocks are inferred from peak / (matrix units * their
-    size^2 * 2). A DMA is charged at least `copy_seconds`, an assumption on the safe side.
-    """
-
-    clock: float
-    flops: float
-    bandwidth: float
-    copy_seconds: float = 2e-7
-
-
-CHIPS = {
-    "v5e": Chip(clock=1.5e9, flops=197e12, bandwidth=819e9),
-    "v5p": Chip(clock=1.75e9, flops=459e12 / 2, bandwidth=2765e9 / 2),
-    "v6e": Chip(clock=1.75e9, flops=918e12, bandwidth=1640e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A piece of work that must end before the next begins.
-
-    A kernel has bundles (times trip counts), bytes moved (padding included) and DMA descriptors; a
-    stage of plain XLA has flops and bytes.
-    """
-
-    name: str
-    bytes: int
-    bundles: int = 0
-    copies: int = 0
-    flops: int = 0
-
-    def seconds(self, chip: Chip) -> float:
-        """Estimated time: the slowest of issuing, computing and moving, all overlapped."""
-        moving = max(self.bytes / chip.bandwidth, self.copies * chip.copy_seconds)
-        return max(self.bundles / chip.clock, self.flops / chip.flops, moving)
-
-
-def seconds(stages: Iterable[Stage], chip: Chip) -> float:
-    """Estimated time of stages one after the other."""
-    return sum(stage.seconds(chip) for stage in stages)
-
-
-# --------------------------------------------------------------------------------------------
-# Cases
-# --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A kernel at one size on one chip.
-
-    Attributes:
-      kernel: name of the pallas_call, as in the dump's file names.
-      chip: key of `CHIPS`.
-      width, time: D and T; the batch is 1.
-    """
-
-    kernel: str
-    chip: str
-    width: int
-    time: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}"
-
-    @property
-    def topology(self) -> str:
-        return "v5p:2x2x1" if self.chip == "v5p" else f"{self.chip}:2x2"
-
-
-def all_cases() -> list[Case]:
-    """Every case in the checked-in table."""
-    return [
-        Case(kernel, chip, width, time)
-        for kernel in BUILDERS
-        for chip in CHIPS
-        for width in (768, 2560)
-        for time in (4096, 65536)
-    ]
-
-
-def case_named(name: str) -> Case:
-    """The case of a name such as "wkv7_forward/v5e/D768/T4096"."""
-    kernel, chip, width, time = name.split("/")
-    return Case(kernel, chip, int(width[1:]), int(time[1:]))
-
-
-def _wkv7(case: Case, struct):
-    """Function, arguments, bytes of the contract (every input and output once, chunk states once),
-    and units of work: (token, head pair)."""
-    import jax.numpy as jnp
-
-    from pallas_kernels import wkv7_tpu as kernels
-
-    head, tile = 64, kernels.TILES[case.chip]
-    packs, chunks = case.width // 128, case.time // tile.chunk
-    tokens = struct((1, case.time, case.width), jnp.bfloat16)
-    log_w = struct((1, case.time, case.width), jnp.float32)
-    state = struct((1, packs, head, 128), jnp.float32)
-    states = struct((1, chunks, packs, head, 128), jnp.float32)
-    inputs = (tokens, log_w, tokens, tokens, tokens, tokens)
-    contract = [*inputs, state, state, states, tokens]
-    if case.kernel == "wkv7_forward":
-
-        def function(*x):
-            return kernels._forward_call(
-                x[:6], x[6], head=head, tile=tile, residuals=True, interpret=False
-            )
-
-        arguments = (*inputs, state)
-    else:
-        inverse = struct((1, chunks, packs, tile.chunk, 2 * tile.chunk), jnp.bfloat16)
-
-        def function(*x):
-            return kernels._backward_call(
-                x[:6], x[6:10], x[10], x[11], head=head, tile=tile, interpret=False
-            )
-
-        arguments = (*inputs, states, state, inverse, tokens, tokens, state)
-        contract += [*inputs, state]  # and the gradients
-    minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in contract)
-    return function, arguments, minimum, case.time * packs
-
-
-BUILDERS = {"wkv7_forward": _wkv7, "wkv7_backward": _wkv7}
 
 
 def _compile(case: Case) -> dict:
@@ -392,6 +150,7 @@ def _write_table(cases: dict) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this; no rewrite")
+    parser.add_argument("--write", action="store_true", help="with --only: rewrite those cases")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -401,17 +160,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not cases:
         raise SystemExit(f"no case contains {options.only!r}; e.g. {all_cases()[0].name}")
     old, new = read_table(), {}
-    print(f"{'case':40} {'per unit':>9} {'was':>9} {'traffic':>8} {'estimate':>10} {'compile':>8}")
+    print(f"{'case':58} {'per unit':>9} {'was':>9} {'traffic':>8} {'estimate':>10} {'compile':>8}")
     for case in cases:
         result = measure(case)
         was = old.get(case.name, {}).get("bundles_per_unit", "-")
         print(
-            f"{case.name:40} {result['bundles_per_unit']:9} {was:>9} {result['traffic']:8} "
+            f"{case.name:58} {result['bundles_per_unit']:9} {was:>9} {result['traffic']:8} "
             f"{1e3 * result['estimated_seconds']:8.3f}ms {result.pop('compile_seconds'):7}s",
             flush=True,
         )
         new[case.name] = result
-        if not options.only:
+        if options.write or not options.only:
             _write_table(old | new)  # what is measured stays, should a later case fail
     if not options.only:
         _write_table(new)
@@ -419,5 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

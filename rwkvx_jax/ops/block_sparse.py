@@ -10,7 +10,7 @@ Source: RWKV-X (arXiv 2504.21463), training form, per-head selection.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import block_sparse_tpu
+from pallas_kernels import block_sparse_gpu, block_sparse_tpu
 from rwkvx_jax.ops.attention_inputs import (
     check_attention_inputs,
     check_chunking,
@@ -19,7 +19,7 @@ from rwkvx_jax.ops.attention_inputs import (
     query_positions,
 )
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
-from rwkvx_jax.ops.dispatch import Candidate, resolve
+from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
 from rwkvx_jax.ops.selection import MEAN, Selector, select_chunks
 
 
@@ -116,15 +116,18 @@ def _check_selection(selection, q_shape, top_k) -> None:
 
 def _candidates(q, v, chunk_size) -> tuple[Candidate, ...]:
     def problem(platform: str) -> str | None:
-        if platform == "gpu":
-            return "it has no kernels for gpu yet"
-        return block_sparse_tpu.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+        kernels = _kernels(platform)
+        return kernels.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
 
     return Candidate("pallas", ("tpu", "gpu"), problem), Candidate("xla"), Candidate("dense")
 
 
+def _kernels(platform: str):
+    return block_sparse_gpu if platform == "gpu" else block_sparse_tpu
+
+
 def _sparse_attention_pallas(q, k, v, selection, *, chunk_size, scale, q_offset=0):
-    return block_sparse_tpu.block_sparse_attention(
+    return _kernels(current_platform()).block_sparse_attention(
         q,
         k,
         v,

@@ -1,0 +1,614 @@
+"""Top-k chunk sparse attention for NVIDIA GPUs, through Pallas' Triton backend.
+
+Same contract as block_sparse_tpu.py, laid out for a GPU, where rows are gathered by address and
+programs run in any order. Pairs of a query and a chunk are sorted by chunk (`routing`):
+
+* past forward: a program a tile of pairs of one chunk; writes a partial result a pair;
+* own forward: a program a block of queries; the causal pass over the own chunk, then the merge with
+  the partial results of the block's pairs, which lie slot by slot, so that it reads whole blocks;
+* past dQ and own dQ: the same two shapes; dQ of a pair is written, then added to its query's;
+* dK and dV: a program a block of keys, which walks the later queries of its own chunk and the pairs
+  that chose it: no atomic additions.
+
+Everything that names Triton is in this file and wkv7_gpu.py: the backend is deprecated from jax
+0.11 on, but still what runs on Ampere and Hopper alike.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels import alignment, routing
+
+_LOG2_E = math.log2(math.e)
+_NO_SCORE = -1e30  # finite, so that differences of it are numbers
+_BLOCK = 64  # queries begin on a multiple of this; it divides every chunk
+_F32 = jnp.float32
+# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
+_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How a program works.
+
+    Attributes:
+      rows: queries a program, 64 at most: a power of two from 16 that divides every chunk.
+      keys: keys met at once, of the same kind.
+      segment: largest number of queries whose pairs are sorted together.
+      warps: warps a program.
+    """
+
+    rows: int = 64
+    keys: int = 64
+    segment: int = 16384
+    warps: int = 4
+
+    def __post_init__(self):
+        for name in ("rows", "keys"):
+            if getattr(self, name) not in (16, 32, 64):
+                raise ValueError(f"{name} must be 16, 32 or 64, got {getattr(self, name)}")
+        if self.segment < 64 or self.segment % 64:
+            raise ValueError(f"segment must be a positive multiple of 64, got {self.segment}")
+        if self.warps not in (1, 2, 4, 8):
+            raise ValueError(f"warps must be 1, 2, 4 or 8, got {self.warps}")
+
+
+def unsupported_reason(
+    head_size: int, value_size: int, chunk_size: int, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Why these kernels cannot take such inputs; None if they can."""
+    if head_size != value_size:
+        return f"key size {head_size} and value size {value_size} differ"
+    if head_size not in (64, 128):
+        return f"head size {head_size} is not 64 or 128"
+    if not 64 <= chunk_size <= 2048 or chunk_size % 64:
+        return f"chunk size {chunk_size} is not a multiple of 64 from 64 to 2048"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(_F32)):
+        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
+    return None
+
+
+# --------------------------------------------------------------------------------------------
+# Inside a kernel
+# --------------------------------------------------------------------------------------------
+
+
+def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
+    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
+    )
+
+
+def _iota(size: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static sizes of a call: q [B, T, H, K], k and v [B, Tk, H, K].
+
+    Attributes:
+      queries, keys: T and Tk, multiples of 64; T whole segments.
+      chunk: tokens in a chunk.
+      scale: factor on q . k.
+      tile: see there.
+      routing: of the past part; None where no query can choose anything.
+    """
+
+    queries: int
+    keys: int
+    chunk: int
+    scale: float
+    tile: TileConfig
+    routing: routing.Plan | None
+
+    @property
+    def log2_scale(self) -> float:
+        return self.scale * _LOG2_E
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a sequence and head."""
+        return self.queries * self.routing.slots
+
+    @property
+    def places(self) -> int:
+        """Results that the past part writes: one a pair, and a tile's worth that nobody reads."""
+        return self.pairs + self.tile.rows
+
+
+def _softmax_add(carry, scores, v):
+    """Takes scores [R, C] (exponents of 2) of values [C, K] into (maximum, sum, values)."""
+    largest, total, acc = carry
+    new = jnp.maximum(largest, jnp.max(scores, axis=1))
+    weights, shrink = jnp.exp2(scores - new[:, None]), jnp.exp2(largest - new)
+    acc = acc * shrink[:, None] + _dot(weights.astype(v.dtype), v)
+    return new, total * shrink + jnp.sum(weights, axis=1), acc
+
+
+def _start(rows: int, head: int):
+    return (
+        jnp.full((rows,), _NO_SCORE, _F32),
+        jnp.zeros((rows,), _F32),
+        jnp.zeros((rows, head), _F32),
+    )
+
+
+def _score_gradients(q, k, do, v, lse, delta, log2_scale, seen=None):
+    """Weights and gradients of the scores, without the scale, [R, C] in the inputs' dtype."""
+    exponents = _dot(q, k, _NT) * log2_scale - lse[:, None]
+    if seen is not None:
+        exponents = jnp.where(seen, exponents, _NO_SCORE)
+    weights = jnp.exp2(exponents)
+    gradient = weights * (_dot(do, v, _NT) - delta[:, None])
+    return weights.astype(q.dtype), gradient.astype(q.dtype)
+
+
+def _pairs_of_tile(tables, plan: _Plan):
+    """Of this program's tile: its chunk; of each pair the place of its results, its query, and
+    whether there is one, [R]; and the blocks of keys to meet."""
+    pairs_ref, segment_ref, chunk_ref, start_ref, count_ref = tables
+    tile, rows, sorted_ = pl.program_id(2), plan.tile.rows, plan.routing
+    segment = segment_ref[tile]
+    used = _iota(rows) < count_ref[tile]
+    index = segment * sorted_.slots * sorted_.segment + start_ref[tile] + _iota(rows)
+    number = triton.load(pairs_ref.at[index], mask=used, other=0)
+    query = segment * sorted_.segment + number % sorted_.segment
+    # Results of a pair lie at slot * T + query; of no pair, behind them all.
+    target = number // sorted_.segment * plan.queries + query
+    target = jnp.where(used, target, plan.pairs + _iota(rows))
+    blocks = jnp.where(count_ref[tile] > 0, plan.chunk // plan.tile.keys, 0)
+    return chunk_ref[tile], target, query, used, blocks
+
+
+def _rows_at(ref, rows, mask):
+    shape = rows.shape[0], ref.shape[1]
+    mask = jnp.broadcast_to(mask[:, None], shape)
+    return triton.load(ref.at[_elements(rows, shape)], mask=mask, other=0)
+
+
+def _elements(rows, shape):
+    """Indices of all elements of some rows, [R, K] each."""
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jnp.broadcast_to(rows[:, None], shape), column
+
+
+# --------------------------------------------------------------------------------------------
+# Kernels
+# --------------------------------------------------------------------------------------------
+
+
+def _past_forward_kernel(
+    pairs_ref,  # [segments * J * S]
+    segment_ref, chunk_ref, start_ref, count_ref,  # [tiles]
+    q_ref, k_ref, v_ref,  # [T, K], [Tk, K]
+    out_ref,  # [places, K] normalized result of each pair
+    lse_ref,  # [places] its log-sum-exp, base 2
+    *,
+    plan: _Plan,
+):  # fmt: skip
+    tables = pairs_ref, segment_ref, chunk_ref, start_ref, count_ref
+    chunk, target, query, used, blocks = _pairs_of_tile(tables, plan)
+    q, keys = _rows_at(q_ref, query, used), plan.tile.keys
+
+    def step(i, carry):
+        at = pl.ds(chunk * plan.chunk + i * keys, keys)
+        scores = _dot(q, k_ref[at, :], _NT) * plan.log2_scale
+        return _softmax_add(carry, scores, v_ref[at, :])
+
+    largest, total, acc = lax.fori_loop(0, blocks, step, _start(plan.tile.rows, q.shape[1]))
+    out = (acc / total[:, None]).astype(out_ref.dtype)
+    triton.store(out_ref.at[_elements(target, out.shape)], out)
+    triton.store(lse_ref.at[target], largest + jnp.log2(total))
+
+
+def _own_blocks(first_ref, plan: _Plan):
+    """Of this program's block of queries: the first; its own chunk; positions; blocks of keys."""
+    rows, keys = plan.tile.rows, plan.tile.keys
+    index = pl.program_id(2) * rows
+    position = first_ref[0] * _BLOCK + index
+    own = position // plan.chunk
+    # From the chunk's beginning to the block's own diagonal.
+    blocks = (position + rows - own * plan.chunk + keys - 1) // keys
+    return index, own, position + _iota(rows), blocks
+
+
+def _own_keys(own, i, position, plan: _Plan):
+    """Rows of block i of keys of the own chunk, and which of them each query may see."""
+    first = own * plan.chunk + i * plan.tile.keys
+    seen = (first + _iota(plan.tile.keys))[None, :] <= position[:, None]
+    return pl.ds(first, plan.tile.keys), seen
+
+
+def _slot(selection_ref, j, index, own, plan: _Plan):
+    """Where the results of the block's pairs in slot j lie, and which pairs there are."""
+    chosen = selection_ref[pl.ds(index, plan.tile.rows), j]
+    chosen = (chosen >= 0) & (chosen < jnp.minimum(own, plan.routing.chunks))
+    return j * plan.queries + index + _iota(plan.tile.rows), chosen
+
+
+def _own_forward_kernel(
+    first_ref,  # [1] block of keys that the first query stands at
+    q_ref, k_ref, v_ref,  # [T, K], [Tk, K]
+    *refs,  # if there are pairs: selection [T, J], their out [places, K], lse [places]; out, lse
+    plan: _Plan,
+):  # fmt: skip
+    *pair_refs, out_ref, lse_ref = refs
+    index, own, position, blocks = _own_blocks(first_ref, plan)
+    rows = pl.ds(index, plan.tile.rows)
+    q = q_ref[rows, :]
+
+    def step(i, carry):
+        at, seen = _own_keys(own, i, position, plan)
+        scores = _dot(q, k_ref[at, :], _NT) * plan.log2_scale
+        return _softmax_add(carry, jnp.where(seen, scores, _NO_SCORE), v_ref[at, :])
+
+    def merge(j, carry):
+        selection_ref, out_pairs_ref, lse_pairs_ref = pair_refs
+        at, chosen = _slot(selection_ref, j, index, own, plan)
+        lse = triton.load(lse_pairs_ref.at[at], mask=chosen, other=_NO_SCORE)
+        largest, total, acc = carry
+        new = jnp.maximum(largest, lse)
+        weight, shrink = jnp.exp2(lse - new), jnp.exp2(largest - new)
+        pair = _rows_at(out_pairs_ref, at, chosen).astype(_F32)
+        return new, total * shrink + weight, acc * shrink[:, None] + weight[:, None] * pair
+
+    carry = lax.fori_loop(0, blocks, step, _start(plan.tile.rows, q.shape[1]))
+    if pair_refs:
+        carry = lax.fori_loop(0, plan.routing.slots, merge, carry)
+    largest, total, acc = carry
+    out_ref[rows, :] = (acc / total[:, None]).astype(out_ref.dtype)
+    lse_ref[rows] = largest + jnp.log2(total)
+
+
+def _past_dq_kernel(
+    pairs_ref,  # [segments * J * S]
+    segment_ref, chunk_ref, start_ref, count_ref,  # [tiles]
+    q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
+    lse_ref, delta_ref,  # [T]
+    dq_ref,  # [places, K] of each pair, without the scale
+    *,
+    plan: _Plan,
+):  # fmt: skip
+    tables = pairs_ref, segment_ref, chunk_ref, start_ref, count_ref
+    chunk, target, query, used, blocks = _pairs_of_tile(tables, plan)
+    q, do, lse, delta = _queries(q_ref, do_ref, lse_ref, delta_ref, query, used)
+    keys = plan.tile.keys
+
+    def step(i, dq):
+        at = pl.ds(chunk * plan.chunk + i * keys, keys)
+        k = k_ref[at, :]
+        _, gradient = _score_gradients(q, k, do, v_ref[at, :], lse, delta, plan.log2_scale)
+        return dq + _dot(gradient, k)
+
+    dq = lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, _F32))
+    triton.store(dq_ref.at[_elements(target, dq.shape)], dq.astype(dq_ref.dtype))
+
+
+def _queries(q_ref, do_ref, lse_ref, delta_ref, at, mask):
+    """q, dO and the statistics of some queries; those masked out contribute nothing."""
+    lse = triton.load(lse_ref.at[at], mask=mask, other=-_NO_SCORE)
+    delta = triton.load(delta_ref.at[at], mask=mask, other=0.0)
+    return _rows_at(q_ref, at, mask), _rows_at(do_ref, at, mask), lse, delta
+
+
+def _own_dq_kernel(
+    first_ref,  # [1]
+    q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
+    lse_ref, delta_ref,  # [T]
+    *refs,  # if there are pairs: selection [T, J], their dQ [places, K]; dQ [T, K]
+    plan: _Plan,
+):  # fmt: skip
+    *pair_refs, dq_ref = refs
+    index, own, position, blocks = _own_blocks(first_ref, plan)
+    rows = pl.ds(index, plan.tile.rows)
+    q, do, lse, delta = q_ref[rows, :], do_ref[rows, :], lse_ref[rows], delta_ref[rows]
+
+    def step(i, dq):
+        at, seen = _own_keys(own, i, position, plan)
+        k = k_ref[at, :]
+        _, gradient = _score_gradients(q, k, do, v_ref[at, :], lse, delta, plan.log2_scale, seen)
+        return dq + _dot(gradient, k)
+
+    def add(j, dq):
+        selection_ref, dq_pairs_ref = pair_refs
+        return dq + _rows_at(dq_pairs_ref, *_slot(selection_ref, j, index, own, plan)).astype(_F32)
+
+    dq = lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, _F32))
+    if pair_refs:
+        dq = lax.fori_loop(0, plan.routing.slots, add, dq)
+    dq_ref[rows, :] = (dq * plan.scale).astype(dq_ref.dtype)
+
+
+def _dkv_kernel(
+    first_ref,  # [1]
+    q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
+    lse_ref, delta_ref,  # [T]
+    *refs,  # if there are pairs: pairs [segments * J * S], starts [segments * (N + 1)]; dK, dV
+    plan: _Plan,
+):  # fmt: skip
+    *pair_refs, dk_ref, dv_ref = refs
+    rows, keys = plan.tile.rows, plan.tile.keys
+    first_key = pl.program_id(2) * keys
+    at = pl.ds(first_key, keys)
+    k, v = k_ref[at, :], v_ref[at, :]
+    chunk = first_key // plan.chunk
+    position = first_ref[0] * _BLOCK
+
+    def add(carry, query, mask, seen=None):
+        dk, dv = carry
+        q, do, lse, delta = _queries(q_ref, do_ref, lse_ref, delta_ref, query, mask)
+        weights, gradient = _score_gradients(q, k, do, v, lse, delta, plan.log2_scale, seen)
+        return dk + _dot(gradient, q, _TN), dv + _dot(weights, do, _TN)
+
+    def own(i, carry):
+        query = first_key // rows * rows + i * rows + _iota(rows)
+        seen = (first_key + _iota(keys))[None, :] <= query[:, None]
+        query = query - position
+        return add(carry, query, (query >= 0) & (query < plan.queries), seen)
+
+    blocks = (chunk + 1) * plan.chunk // rows - first_key // rows
+    zeros = jnp.zeros(k.shape, _F32)
+    carry = lax.fori_loop(0, blocks, own, (zeros, zeros))
+    if pair_refs:
+        pairs_ref, starts_ref = pair_refs
+        sorted_ = plan.routing
+        exists = chunk < sorted_.chunks
+        place = jnp.minimum(chunk, sorted_.chunks - 1)
+
+        def segment(s, carry):
+            start = starts_ref[s * (sorted_.chunks + 1) + place]
+            end = starts_ref[s * (sorted_.chunks + 1) + place + 1]
+            end = jnp.where(exists, end, start)
+
+            def past(i, carry):
+                index = start + i * rows + _iota(rows)
+                used = index < end
+                base = s * sorted_.slots * sorted_.segment
+                number = triton.load(pairs_ref.at[base + index], mask=used, other=0)
+                return add(carry, s * sorted_.segment + number % sorted_.segment, used)
+
+            return lax.fori_loop(0, (end - start + rows - 1) // rows, past, carry)
+
+        carry = lax.fori_loop(0, sorted_.segments, segment, carry)
+    dk, dv = carry
+    dk_ref[at, :] = (dk * plan.scale).astype(dk_ref.dtype)
+    dv_ref[at, :] = dv.astype(dv_ref.dtype)
+
+
+# --------------------------------------------------------------------------------------------
+# Calls
+# --------------------------------------------------------------------------------------------
+
+
+def _tokens(x: jax.Array) -> pl.BlockSpec:  # [B, T, H, K] -> [T, K]
+    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda b, h, i: (b, 0, h, 0))
+
+
+def _per_head(x: jax.Array) -> pl.BlockSpec:  # [B, H, ...] -> [...]
+    more = (0,) * (x.ndim - 2)
+    return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, h, *more))
+
+
+def _table(x: jax.Array) -> pl.BlockSpec:  # [tiles]
+    return pl.BlockSpec(x.shape, lambda b, h, i: (0,))
+
+
+def _first(x: jax.Array) -> pl.BlockSpec:  # [B, 1] -> [1]
+    return pl.BlockSpec((None, 1), lambda b, h, i: (b, 0))
+
+
+def _call(plan: _Plan, kernel, steps: int, inputs, outputs, products, scores, interpret, name):
+    """inputs: (array, its block spec maker); outputs the same with shapes. `products` products of
+    `scores` scores with the head size are its useful work."""
+    arrays = [x for x, _ in (*inputs, *outputs)]
+    batch, _, heads, head = inputs[[spec for _, spec in inputs].index(_tokens)][0].shape
+    return pl.pallas_call(
+        functools.partial(kernel, plan=plan),
+        grid=(batch, heads, steps),
+        in_specs=[spec(x) for x, spec in inputs],
+        out_specs=[spec(x) for x, spec in outputs],
+        out_shape=[x for x, _ in outputs],
+        compiler_params=triton.CompilerParams(num_warps=plan.tile.warps, num_stages=1),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * batch * heads * scores * head,
+            transcendentals=batch * heads * scores,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        ),
+        interpret=interpret,
+        name=name,
+    )(*(x for x, _ in inputs))
+
+
+def _route(plan: _Plan, selection, first):
+    """Sorted pairs [B, H, segments * J * S], bounds of chunks, and the tables of tiles."""
+    batch, _, heads, _ = selection.shape
+    position = first * _BLOCK + jnp.arange(plan.queries, dtype=jnp.int32)[None]
+    pairs, starts = routing.sort_pairs(selection, position // plan.chunk, plan.routing)
+    tables = routing.tile_tables(starts[..., 1:] - starts[..., :-1], plan.routing)
+    per_head = lambda x: x.reshape(batch, heads, -1)
+    segment = jnp.asarray(plan.routing.segment_of_tile(), jnp.int32)
+    return per_head(pairs), per_head(starts), segment, *map(per_head, tables)
+
+
+def _tile_inputs(routed):
+    pairs, _, segment, chunk, start, count = routed
+    return [(pairs, _per_head), (segment, _table)] + [(x, _per_head) for x in (chunk, start, count)]
+
+
+def _scores(plan: _Plan) -> tuple[int, int]:
+    """Scores of the own chunks and of the past ones, every slot taken."""
+    own = plan.queries * (plan.chunk + 1) // 2
+    return own, plan.pairs * plan.chunk if plan.routing else 0
+
+
+def _forward(plan: _Plan, interpret, q, k, v, selection, first):
+    batch, time, heads, head = q.shape
+    own, past = _scores(plan)
+    call = functools.partial(_call, plan, interpret=interpret)
+    routed, pairs = None, []
+    if plan.routing is not None:
+        routed = _route(plan, selection, first)
+        shape = (batch, heads, plan.places)
+        outputs = [jax.ShapeDtypeStruct((*shape, head), q.dtype), jax.ShapeDtypeStruct(shape, _F32)]
+        results = call(
+            kernel=_past_forward_kernel,
+            steps=plan.routing.all_tiles,
+            inputs=[*_tile_inputs(routed), *((x, _tokens) for x in (q, k, v))],
+            outputs=[(x, _per_head) for x in outputs],
+            products=2,
+            scores=past,
+            name="block_sparse_past_forward",
+        )
+        pairs = [(selection, _tokens), *((x, _per_head) for x in results)]
+    out, lse = call(
+        kernel=_own_forward_kernel,
+        steps=time // plan.tile.rows,
+        inputs=[(first, _first), *((x, _tokens) for x in (q, k, v)), *pairs],
+        outputs=[
+            (jax.ShapeDtypeStruct(q.shape, q.dtype), _tokens),
+            (jax.ShapeDtypeStruct((batch, heads, time), _F32), _per_head),
+        ],
+        products=2,
+        scores=own,
+        name="block_sparse_own_forward",
+    )
+    return out, lse, routed
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, selection, first, plan, interpret):
+    return _forward(plan, interpret, q, k, v, selection, first)[0]
+
+
+def _attention_forward(q, k, v, selection, first, plan, interpret):
+    out, lse, routed = _forward(plan, interpret, q, k, v, selection, first)
+    return out, (q, k, v, selection, first, out, lse, routed)
+
+
+def _attention_backward(plan, interpret, saved, do):
+    q, k, v, selection, first, out, lse, routed = saved
+    batch, time, heads, head = q.shape
+    own, past = _scores(plan)
+    delta = jnp.sum(do.astype(_F32) * out.astype(_F32), axis=-1).transpose(0, 2, 1)
+    inputs = [(x, _tokens) for x in (q, k, v, do)] + [(lse, _per_head), (delta, _per_head)]
+    call = functools.partial(_call, plan, interpret=interpret)
+    of_pairs, of_keys = [], []
+    if plan.routing is not None:
+        (dq_pairs,) = call(
+            kernel=_past_dq_kernel,
+            steps=plan.routing.all_tiles,
+            inputs=[*_tile_inputs(routed), *inputs],
+            outputs=[(jax.ShapeDtypeStruct((batch, heads, plan.places, head), q.dtype), _per_head)],
+            products=3,
+            scores=past,
+            name="block_sparse_past_dq",
+        )
+        of_pairs = [(selection, _tokens), (dq_pairs, _per_head)]
+        of_keys = [(x, _per_head) for x in routed[:2]]
+    (dq,) = call(
+        kernel=_own_dq_kernel,
+        steps=time // plan.tile.rows,
+        inputs=[(first, _first), *inputs, *of_pairs],
+        outputs=[(jax.ShapeDtypeStruct(q.shape, q.dtype), _tokens)],
+        products=3,
+        scores=own,
+        name="block_sparse_own_dq",
+    )
+    dk, dv = call(
+        kernel=_dkv_kernel,
+        steps=plan.keys // plan.tile.keys,
+        inputs=[(first, _first), *inputs, *of_keys],
+        outputs=[(jax.ShapeDtypeStruct(x.shape, x.dtype), _tokens) for x in (k, v)],
+        products=4,
+        scores=own + past,
+        name="block_sparse_dkv",
+    )
+    return dq, dk, dv, None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# --------------------------------------------------------------------------------------------
+# The op
+# --------------------------------------------------------------------------------------------
+
+
+def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int | None) -> _Plan:
+    """Sizes for aligned queries that begin at block `first` (None: known when running)."""
+    length, slots = q.shape[1], selection.shape[3]
+    segments = -(-length // tile.segment)
+    segment = -(-length // segments // _BLOCK) * _BLOCK
+    queries = segment * segments
+    keys = -(-k.shape[1] // chunk_size) * chunk_size
+    room = queries if first is None else first * _BLOCK + queries - keys
+    keys += -(-max(room, 0) // chunk_size) * chunk_size
+    chunks = k.shape[1] // chunk_size
+    if first is not None:
+        chunks = min(chunks, (first * _BLOCK + length - 1) // chunk_size)
+    routed = None
+    if slots and chunks:
+        routed = routing.make_plan(
+            queries=queries,
+            segment=segment,
+            rows=tile.rows,
+            chunks=chunks,
+            slots=slots,
+            chunk_size=chunk_size,
+            first=None if first is None else first * _BLOCK,
+            numbered=True,
+        )
+    return _Plan(queries, keys, chunk_size, scale, tile, routed)
+
+
+def block_sparse_attention(
+    q: jax.Array,  # [B, Tq, H, K]
+    k: jax.Array,  # [B, Tk, H, K]
+    v: jax.Array,  # [B, Tk, H, K]
+    selection: jax.Array,  # [B, Tq, H, J]
+    *,
+    chunk_size: int,
+    scale: float,
+    q_offset=0,
+    tile: TileConfig | None = None,
+    interpret=False,
+) -> jax.Array:
+    """Causal attention to the own chunk and the selected past chunks on an NVIDIA GPU.
+
+    Arguments, results and errors are those of
+    `pallas_kernels.block_sparse_tpu.block_sparse_attention`.
+    """
+    tile = TileConfig() if tile is None else tile
+    alignment.check(q, k, v, selection)
+    reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    if reason:
+        raise ValueError(f"block_sparse on GPU: {reason}")
+    batch, length = q.shape[:2]
+    known = isinstance(q_offset, int)
+    q, shift = alignment.align(q, q_offset, _BLOCK)
+    selection, _ = alignment.align(selection, q_offset, _BLOCK, fill=-1)
+    first = alignment.first_block(q_offset, batch, _BLOCK, k.shape[1])
+    plan = _make_plan(
+        q, k, selection, chunk_size, float(scale), tile, q_offset // _BLOCK if known else None
+    )
+    pad = lambda x, time, fill=0: jnp.pad(
+        x, ((0, 0), (0, time - x.shape[1]), (0, 0), (0, 0)), constant_values=fill
+    )
+    out = _attention(
+        pad(q, plan.queries),
+        *(pad(x, plan.keys) for x in (k, v)),
+        pad(selection, plan.queries, -1),
+        first[:, None],
+        plan,
+        interpret,
+    )
+    return alignment.cut(out, shift, length)

@@ -1,0 +1,191 @@
+"""The kernels and sizes whose static costs are kept: what to compile, and its units of work.
+
+A builder gives, for a case, a function of one kernel, the arguments to compile it for, the bytes
+that the kernel's contract cannot avoid moving, and its units of work.
+"""
+
+import dataclasses
+import functools
+import math
+
+from tools.estimate import CHIPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel at one size on one chip.
+
+    Attributes:
+      kernel: name of the pallas_call, as in the dump's file names.
+      chip: key of `CHIPS`.
+      width, time: D and T; the batch is 1.
+      chunk, top_k: of sparse attention; 0 for other kernels.
+    """
+
+    kernel: str
+    chip: str
+    width: int
+    time: int
+    chunk: int = 0
+    top_k: int = 0
+
+    @property
+    def name(self) -> str:
+        sparse = f"/C{self.chunk}/K{self.top_k}" if self.chunk else ""
+        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}"
+
+    @property
+    def topology(self) -> str:
+        return "v5p:2x2x1" if self.chip == "v5p" else f"{self.chip}:2x2"
+
+
+def all_cases() -> list[Case]:
+    """Every case in the checked-in table."""
+    recurrence = [
+        Case(kernel, chip, width, time)
+        for kernel in WKV7
+        for chip in CHIPS
+        for width in (768, 2560)
+        for time in (4096, 65536)
+    ]
+    attention = [
+        Case(kernel, chip, 768, 131072, chunk, top_k)
+        for kernel in BLOCK_SPARSE
+        for chip in CHIPS
+        for chunk, top_k in ((2048, 3), (128, 16))
+    ]
+    return recurrence + attention
+
+
+def case_named(name: str) -> Case:
+    """The case of a name such as "wkv7_forward/v5e/D768/T4096"."""
+    kernel, chip, *numbers = name.split("/")
+    return Case(kernel, chip, *(int(x[1:]) for x in numbers))
+
+
+def _wkv7(case: Case, struct):
+    """Function, arguments, bytes of the contract (every input and output once, chunk states once),
+    and units of work: (token, head pair)."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import wkv7_tpu as kernels
+
+    head, tile = 64, kernels.TILES[case.chip]
+    packs, chunks = case.width // 128, case.time // tile.chunk
+    tokens = struct((1, case.time, case.width), jnp.bfloat16)
+    log_w = struct((1, case.time, case.width), jnp.float32)
+    state = struct((1, packs, head, 128), jnp.float32)
+    states = struct((1, chunks, packs, head, 128), jnp.float32)
+    inputs = (tokens, log_w, tokens, tokens, tokens, tokens)
+    contract = [*inputs, state, state, states, tokens]
+    if case.kernel == "wkv7_forward":
+
+        def function(*x):
+            return kernels._forward_call(
+                x[:6], x[6], head=head, tile=tile, residuals=True, interpret=False
+            )
+
+        arguments = (*inputs, state)
+    else:
+        inverse = struct((1, chunks, packs, tile.chunk, 2 * tile.chunk), jnp.bfloat16)
+
+        def function(*x):
+            return kernels._backward_call(
+                x[:6], x[6:10], x[10], x[11], head=head, tile=tile, interpret=False
+            )
+
+        arguments = (*inputs, states, state, inverse, tokens, tokens, state)
+        contract += [*inputs, state]  # and the gradients
+    minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in contract)
+    return function, arguments, minimum, case.time * packs
+
+
+def block_sparse_plan(case: Case, struct):
+    """The kernels' plan for heads of 64, bfloat16."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import block_sparse_tpu as kernels
+
+    heads = case.width // 64
+    shape = kernels._Shape(64, jnp.dtype(jnp.bfloat16), case.chunk, 0.125)
+    x = struct((1, case.time, heads, 64), jnp.bfloat16)
+    selection = struct((1, case.time, heads, case.top_k - 1), jnp.int32)
+    return kernels._make_plan(x, x, selection, shape, kernels.TileConfig(), 0)
+
+
+def block_sparse_calls(case: Case, struct) -> dict:
+    """Function and arguments of each kernel of sparse attention."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import block_sparse_tpu as kernels
+    from pallas_kernels import routing, selection_tpu
+
+    heads, chunk = case.width // 64, case.chunk
+    plan = block_sparse_plan(case, struct)
+    shape, routes = plan.shape, plan.routing
+    x = struct((1, case.time, heads, 64), jnp.bfloat16)
+    packed = struct((1, plan.queries, case.width), jnp.bfloat16)
+    wide = struct(packed.shape, jnp.float32)
+    results, first = struct(plan.results, jnp.float32), struct((1,), jnp.int32)
+    groups = plan.all_packs * shape.heads
+    per_tile = struct((groups, routes.all_tiles), jnp.int32)
+    routed = struct((groups, routes.all_tiles, routes.rows), jnp.int32), per_tile, per_tile
+    keys = struct((groups, routes.segments, routes.slots * routes.segment), jnp.int32)
+    ordered = struct((groups, routes.segments, routes.pairs // 128 + 8, 128), jnp.int32)
+    means = struct((1, case.time // chunk, heads, 64), jnp.float32)
+    call = lambda function: functools.partial(function, plan, interpret=False)
+    choose = functools.partial(
+        selection_tpu.select_from_means, first=0, chunk_size=chunk, count=case.top_k - 1
+    )
+    return {
+        "select_chunks": (choose, (x, means)),
+        "routing_sort": (lambda x: routing._sort_call(x, routes, False), (keys,)),
+        "routing_emit": (
+            lambda *x: routing._emit_call(*x, routes, False),
+            (ordered, per_tile, per_tile),
+        ),
+        "block_sparse_past_forward": (
+            call(kernels._past_forward),
+            (routed, packed, packed, packed, results),
+        ),
+        "block_sparse_own_forward": (
+            call(kernels._own_forward),
+            (packed, packed, packed, results, first),
+        ),
+        "block_sparse_past_backward": (
+            call(kernels._past_backward),
+            (routed, packed, packed, packed, packed, results),
+        ),
+        "block_sparse_own_backward": (
+            call(kernels._own_backward),
+            (packed, packed, packed, packed, results, wide, wide, first),
+        ),
+    }
+
+
+def _block_sparse(case: Case, struct):
+    """As for WKV-7. The contract: every argument once and every result once; what the past part
+    updates in place is both. Units: (token, head pair), of those that one call takes."""
+    import jax
+
+    function, arguments = block_sparse_calls(case, struct)[case.kernel]
+    results = jax.eval_shape(function, *arguments)
+    arrays = jax.tree.leaves((arguments, results))
+    minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+    packs = case.width // 128
+    if "past" in case.kernel:
+        packs = block_sparse_plan(case, struct).packs_together
+    return function, arguments, minimum, case.time * packs
+
+
+WKV7 = ("wkv7_forward", "wkv7_backward")
+BLOCK_SPARSE = (
+    "select_chunks",
+    "routing_sort",
+    "routing_emit",
+    "block_sparse_past_forward",
+    "block_sparse_own_forward",
+    "block_sparse_past_backward",
+    "block_sparse_own_backward",
+)
+BUILDERS = {**dict.fromkeys(WKV7, _wkv7), **dict.fromkeys(BLOCK_SPARSE, _block_sparse)}
