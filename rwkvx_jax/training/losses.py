@@ -49,21 +49,20 @@ def token_losses(model: RWKVX, tokens: jax.Array, block_tokens: int) -> TokenLos
       block_tokens: tokens whose logits exist at once (rounded to whole time steps).
     """
     features, targets = model.features(tokens[:, :-1]), tokens[:, 1:]
-    # A block takes as many time steps of each part of a sequence that lies on several devices.
-    batch, parts = len(targets), sequence_parts(targets.shape[1])
-    time = targets.shape[1] // parts
-    block = min(time, max(1, block_tokens // (batch * parts)))
+    # Parts of a sequence that lie on several devices become rows, so that none has to move.
+    shape, parts = targets.shape, sequence_parts(targets.shape[1])
+    rows, time = shape[0] * parts, shape[1] // parts
+    block = min(time, max(1, block_tokens // rows))
     blocks = -(-time // block)
 
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, parts, block, ...]
-        x = x.reshape(batch, parts, time, *x.shape[2:])
-        padding = [(0, 0), (0, 0), (0, blocks * block - time)] + [(0, 0)] * (x.ndim - 3)
-        x = jnp.pad(x, padding).reshape(batch, parts, blocks, block, *x.shape[3:])
-        return constrain(jnp.moveaxis(x, 2, 0), None, "batch", "time", *[None] * (x.ndim - 3))
-
-    def join(x: jax.Array) -> jax.Array:  # [blocks, B, parts, block] -> [B, T]
-        x = jnp.moveaxis(x, 0, 2).reshape(batch, parts, blocks * block)
-        return x[:, :, :time].reshape(batch, parts * time)
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, rows, block, ...]
+        x = x.reshape(rows, time, *x.shape[2:])
+        padding = [(0, 0), (0, blocks * block - time)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, padding).reshape(rows, blocks, block, *x.shape[2:]).swapaxes(0, 1)
+        if parts == 1:
+            return x
+        with whole_sequences():
+            return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     @jax.checkpoint  # the backward pass makes the logits of a block again
     def one_block(features: jax.Array, targets: jax.Array) -> TokenLosses:
@@ -72,6 +71,7 @@ def token_losses(model: RWKVX, tokens: jax.Array, block_tokens: int) -> TokenLos
         return TokenLosses(losses, jnp.square(logits.max(-1)))
 
     losses = jax.lax.map(lambda xs: one_block(*xs), (split(features), split(targets)))
+    join = lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :time].reshape(shape)
     return jax.tree.map(join, losses)
 
 
