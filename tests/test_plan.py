@@ -166,6 +166,15 @@ def test_operations_take_as_long_as_their_slowest_part():
     assert found.kernels["k"]["bundles_known"] and not found.kernels["other"]["bundles_known"]
 
 
+def test_products_fused_with_a_collective_come_on_top():
+    part = Collective("all-gather", 8 * 10**9, np.arange(4)[None])
+    work = [Work("both", 2.0, flops=1e12, passes=1e12, bytes=1e9, collective=part)]
+    found = estimate(work, machine("v5e", 4), KernelCosts("v5e", {}))
+    assert found.serial == pytest.approx(2e12 / CHIPS["v5e"].flops)
+    assert found.network == pytest.approx(2 * 6e9 / 50e9)
+    assert found.seconds == found.serial + found.network == sum(found.places.values())
+
+
 def test_the_table_of_kernels_is_read():
     for kernel in ("wkv7_forward", "wkv7_backward"):
         for chip in ("v5e", "v5p", "v6e"):
