@@ -19,6 +19,7 @@ def get_config() -> Config:
     (stage,) = base.stages
     return dataclasses.replace(
         base,
-        mesh=MeshConfig(data=1, fsdp=16, tensor=2, context=8, platform="tpu"),
+        mesh=MeshConfig(data=1, fsdp=16, context=16, platform="tpu"),
+        run=dataclasses.replace(base.run, loss_block=524288),
         stages=(dataclasses.replace(stage, seq_len=65_536, steps=977),),
     )

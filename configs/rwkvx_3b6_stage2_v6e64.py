@@ -20,5 +20,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         mesh=MeshConfig(data=1, fsdp=16, context=4, platform="tpu"),
+        run=dataclasses.replace(base.run, loss_block=262144),
         stages=(dataclasses.replace(stage, seq_len=65_536, steps=977),),
     )

@@ -166,6 +166,15 @@ def test_operations_take_as_long_as_their_slowest_part():
     assert found.kernels["k"]["bundles_known"] and not found.kernels["other"]["bundles_known"]
 
 
+def test_products_fused_with_a_collective_come_on_top():
+    part = Collective("all-gather", 8 * 10**9, np.arange(4)[None])
+    work = [Work("both", 2.0, flops=1e12, passes=1e12, bytes=1e9, collective=part)]
+    found = estimate(work, machine("v5e", 4), KernelCosts("v5e", {}))
+    assert found.serial == pytest.approx(2e12 / CHIPS["v5e"].flops)
+    assert found.network == pytest.approx(2 * 6e9 / 50e9)
+    assert found.seconds == found.serial + found.network == sum(found.places.values())
+
+
 def test_the_table_of_kernels_is_read():
     for kernel in ("wkv7_forward", "wkv7_backward"):
         for chip in ("v5e", "v5p", "v6e"):
@@ -317,7 +326,7 @@ def test_advice_where_a_step_does_not_fit():
     assert "mesh.context is 1: 2" in modest
 
 
-def fitting(stage, *, run=None, network=0.0, arguments=1):
+def fitting(stage, *, run=None, network=0.0, arguments=1, sizes=SIZES):
     config = Config(model=MODEL, stages=(stage,), run=run or RunConfig())
     found = estimate([Work("a", 1.0, bytes=1.0)], machine("v5e", 4), KernelCosts("v5e", {}))
     if network:
@@ -326,7 +335,7 @@ def fitting(stage, *, run=None, network=0.0, arguments=1):
         found = estimate(work, machine("v5e", 4), KernelCosts("v5e", {}))
     memory = Memory(arguments, 0, 0, 0, int(15.75 * GIB))
     program = Program("train", "s", lambda: None, 1, 1.0, 1, stage)
-    return "\n".join(advise(Plan(program, 4, 1e12, 1.0, (), memory, found), config, SIZES))
+    return "\n".join(advise(Plan(program, 4, 1e12, 1.0, (), memory, found), config, sizes))
 
 
 def test_advice_where_a_step_wastes_the_machine():
@@ -336,6 +345,8 @@ def test_advice_where_a_step_wastes_the_machine():
     )
     assert "try 16384" in fitting(stage, run=RunConfig(loss_block=2048))
     assert fitting(stage, run=RunConfig(loss_block=16384)) == ""
+    cut = fitting(stage, run=RunConfig(loss_block=16384), sizes={**SIZES, "context": 8})
+    assert "512 tokens a device" in cut and "try 131072" in cut
     assert "6 samples at once" in fitting(Stage("s", 4096, 6, 1, 1e-3))
     assert "100% of the estimated step are collectives" in fitting(stage, network=1.0)
     assert "only 0.75 GiB of headroom" in fitting(

@@ -102,7 +102,6 @@ def _programs(flags: argparse.Namespace, config: Config, mesh) -> Iterator[Progr
     if unknown := [name for name in flags.stage or () if name not in names]:
         raise ConfigError(f"no stage {unknown} in {flags.config}; it has {names}")
     if "train" in kinds:
-        check_fits(config, mesh)
         for stage in config.stages:
             if not flags.stage or stage.name in flags.stage:
                 yield train_program(config, stage, mesh)

@@ -38,6 +38,7 @@ def _smaller(plan: Plan, config: Config, sizes: Mapping[str, int]) -> Iterator[s
     """For a train step that does not fit, in the order in which it costs least."""
     stage, run = plan.program.stage, config.run
     ways = sizes["data"] * sizes["fsdp"]
+    spread = ways * sizes["context"]  # of the tokens of a loss block
     if run.remat == "none":
         yield 'run.remat is "none": "block" keeps one activation a block instead of all'
     rows = stage.global_batch / stage.accumulation / ways
@@ -46,7 +47,7 @@ def _smaller(plan: Plan, config: Config, sizes: Mapping[str, int]) -> Iterator[s
             f"stages.accumulation is {stage.accumulation}, which leaves {rows:g} samples a device "
             f"at once: {_next_divisor(stage.accumulation, stage.global_batch)} halves activations"
         )
-    logits = run.loss_block / ways * config.model.vocab_size * 4 / sizes["tensor"]
+    logits = run.loss_block / spread * config.model.vocab_size * 4 / sizes["tensor"]
     if logits > _LOGITS * plan_memory(plan):
         yield (
             f"run.loss_block is {run.loss_block}: its float32 logits take {gib(logits):.2f} GiB on "
@@ -100,11 +101,12 @@ def _faster(plan: Plan, config: Config, sizes: Mapping[str, int]) -> Iterator[st
             f"only {gib(plan.memory.headroom):.2f} GiB of headroom: a held-out batch of other "
             "shape, or another compiler version, may not fit"
         )
-    tokens = run.loss_block / ways
-    if tokens < min(_FEW_TOKENS, stage.seq_len * part / ways):
+    spread = ways * sizes["context"]
+    tokens = run.loss_block / spread
+    if tokens < min(_FEW_TOKENS, stage.seq_len * part / spread):
         yield (
             f"run.loss_block is {run.loss_block}, {tokens:.0f} tokens a device: the gradient of "
-            f"the head is added up once for each; try {1 << math.ceil(math.log2(4096 * ways))}"
+            f"the head is added up once for each; try {1 << math.ceil(math.log2(4096 * spread))}"
         )
     if found.network > _NETWORK * found.seconds:
         name, kind = next(iter(found.collectives.items()))

@@ -256,13 +256,15 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
             kind["times"] += one.times
             kind["bytes"] += one.times * wire
             kind["seconds"] += one.times * spent
+            # What is fused with it; its own bytes go by while it sends.
+            seconds = one.passes / chip.flops
         else:
             spent = 0.0
-            total["serial"] += one.times * seconds
+        total["serial"] += one.times * seconds
         for name in ("flops", "passes", "bytes"):
             total[name] += one.times * getattr(one, name)
         place = place_of(one.source)
-        places[place] = places.get(place, 0.0) + one.times * (spent or seconds)
+        places[place] = places.get(place, 0.0) + one.times * (spent + seconds)
         place_flops[place] = place_flops.get(place, 0.0) + one.times * one.flops
     by_seconds = lambda item: -item[1]
     return Estimate(
