@@ -59,7 +59,7 @@ class FakeReader:
         self.solve, self.stop_after, self.read = solve, stop_after, []
 
     def __call__(self, subject, *, piece, batch, longest, policy):
-        def answer(prompts, count, advance):
+        def answer(prompts, count, advance, ended):
             assert 0 < len(prompts) <= batch
             if self.stop_after is not None and len(self.read) >= self.stop_after:
                 raise KeyboardInterrupt

@@ -102,6 +102,12 @@ def test_reader_continues_as_full_passes_do(subject, attention):
     for prompt, answer in zip(prompts, answers, strict=True):
         np.testing.assert_array_equal(answer, greedy_by_full_passes(model, prompt, 8))
     assert sum(read) == sum(map(len, prompts)) and len(read) == 3
+    seen = []
+    cut = reader(
+        prompts, 8, read.append, lambda answer: seen.append(len(answer)) or len(answer) > 2
+    )
+    np.testing.assert_array_equal(cut[:, :3], answers[:, :3])
+    assert not cut[:, 3:].any() and seen == [1] * 3 + [2] * 3 + [3] * 3
 
 
 def test_attention_matters_in_the_reader_test(model, subject):

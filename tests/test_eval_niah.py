@@ -88,6 +88,13 @@ def test_what_stands_behind_a_line_break_does_not_count():
         assert judge(byte, asked, byte.encode(text))["correct"] == correct
 
 
+def test_an_answer_ends_at_its_line_break(tmp_path):
+    byte = load_tokenizer("byte")
+    ended = niah_grid(make_options(tmp_path, tasks=("single_1",)), "single_1", None).ended
+    for text, expected in (("\n 12", False), ("12\n", True), ("\n12\nx", True), ("", False)):
+        assert ended(byte, byte.encode(text)) == expected
+
+
 def test_results_files(tmp_path, book):
     options = make_options(tmp_path, book, tasks=("single_2", "recall_16"), limit=5)
     evaluate(options, [make_subject()], QUIET, FakeReader(copy))

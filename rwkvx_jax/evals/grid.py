@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -96,6 +97,7 @@ class Grid:
       answer_length: most tokens that any answer of the task may have.
       judge: (tokenizer, trial, tokens of the answer) -> fields of its record: what was asked and
         answered, and "correct", from 0 to 1.
+      ended: (tokenizer, tokens of an answer so far) -> whether further ones change nothing.
     """
 
     task: str
@@ -106,6 +108,7 @@ class Grid:
     prompt: Callable[[Tokenizer, Trial], np.ndarray]
     answer_length: Callable[[Tokenizer], int]
     judge: Callable[[Tokenizer, Trial, np.ndarray], Record]
+    ended: Callable[[Tokenizer, np.ndarray], bool] = lambda tokenizer, answer: False
 
     def plan(self) -> list[Trial]:
         """All trials, in the order in which they are run: short prompts first."""
@@ -239,7 +242,7 @@ def _run(
     for i, chosen in enumerate(batches):
         tracker.describe(f"{panel.label}, length {chosen[0].length:,}")
         prompts = [grid.prompt(tokenizer, trial) for trial in chosen]
-        answers = reader(prompts, count, tracker.advance)
+        answers = reader(prompts, count, tracker.advance, partial(grid.ended, tokenizer))
         results.add(
             panel.label,
             [

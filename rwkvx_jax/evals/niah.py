@@ -148,6 +148,7 @@ def niah_grid(options: NiahOptions, name: TaskName, text: TextFolder | None) -> 
         prompt=lambda tokenizer, trial: ask(tokenizer, trial).prompt,
         answer_length=lambda tokenizer: options.answer_tokens,
         judge=lambda tokenizer, trial, answer: judge(tokenizer, ask(tokenizer, trial), answer),
+        ended=lambda tokenizer, answer: "\n" in tokenizer.decode(answer).lstrip(),
     )
 
 

@@ -39,6 +39,15 @@ from rwkvx_jax.ops.selection import Selector, select_from_rows
 
 _QUERIES_AT_ONCE = 64
 _MEASURES = ("share", "past", "recall")
+_NAMES = {
+    "own": "the model's own",
+    "mean": "mean key",
+    "max": "best block",
+    "pooled": "pooled blocks",
+    "bounds": "bounds",
+    "recent": "most recent chunks",
+    "oracle": "oracle (most mass)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +228,7 @@ def summarize(trials: Sequence[Record]) -> Record:
     queries = np.array([t["queries"] for t in trials], float)  # [documents, P]
     summary: Record = {"selectors": {}, "mass": _mean([t["mass"] for t in trials]).tolist()}
     mass = _mean([t["mass"] for t in trials])[..., 1:]  # [M, H, D]
-    for name in trials[0]["selectors"]:
+    for name in (name for name in _NAMES if name in trials[0]["selectors"]):
         own = [t["selectors"][name] for t in trials]
         record: Record = {}
         for m in _MEASURES:
@@ -292,17 +301,6 @@ def evaluate(options: SelectionOptions, subjects: Sequence[Subject], console: Co
 def _record(document: Document, found: dict[str, Any]) -> Record:
     plain = jax.tree.map(lambda x: np.round(np.asarray(x, np.float64), 6).tolist(), found)
     return document._asdict() | plain | {"queries": plain["queries"][0]}
-
-
-_NAMES = {
-    "own": "the model's own",
-    "mean": "mean key",
-    "max": "best block",
-    "pooled": "pooled blocks",
-    "bounds": "bounds",
-    "recent": "most recent chunks",
-    "oracle": "oracle (most mass)",
-}
 
 
 def draw(results: Results, path: Path) -> None:
