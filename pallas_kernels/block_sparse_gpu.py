@@ -165,7 +165,7 @@ def _pairs_of_tile(tables, plan: _Plan):
     # Results of a pair lie at slot * T + query; of no pair, behind them all.
     target = number // sorted_.segment * plan.queries + query
     target = jnp.where(used, target, plan.pairs + _iota(rows))
-    blocks = jnp.where(count_ref[tile] > 0, plan.chunk // plan.tile.keys, 0)
+    blocks = jnp.minimum(count_ref[tile], 1) * (plan.chunk // plan.tile.keys)
     return chunk_ref[tile], target, query, used, blocks
 
 

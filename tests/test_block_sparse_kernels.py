@@ -79,10 +79,11 @@ def choose_one(length, heads, slots, chunk_size, target, batch=1):
 LENGTH, HEADS, CHUNK, TOP_K = 300, 3, 64, 7
 
 
+@pytest.mark.parametrize("tile", [SMALL, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize(
     "kind", ["random", "first chunk", "last chunk", "nobody", "skip", "future"]
 )
-def test_selections(kind):
+def test_selections(kind, tile):
     qkv = random_qkv(0, 1, LENGTH, heads=HEADS, size=64)
     chosen = random_selection(
         1, 1, LENGTH, HEADS, CHUNK, TOP_K, skip=(1, 3) if kind == "skip" else ()
