@@ -377,7 +377,7 @@ def _own_forward_kernel(
     shape: _Shape,
 ):  # fmt: skip
     del first_ref
-    step = pl.program_id(2)
+    step = pl.program_id(3)
     row, column = rows_ref[step], columns_ref[step]
     side, parts = q_ref.shape[1], shape.parts
 
@@ -550,9 +550,9 @@ def _own_backward_kernel(
     side: int,
 ):  # fmt: skip
     del first_ref
-    step = pl.program_id(2)
+    step = pl.program_id(3)
     row, column = rows_ref[step], columns_ref[step]
-    last = step == pl.num_programs(2) - 1
+    last = step == pl.num_programs(3) - 1
 
     @pl.when(step == 0)
     def _():
@@ -640,9 +640,10 @@ class _Plan:
             together -= 1
         return together
 
-    def compiler_params(self):
+    def compiler_params(self, dimensions: int):
+        """Of a grid whose last two dimensions are walked in order."""
         return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel",) * (dimensions - 2) + ("arbitrary",) * 2,
             vmem_limit_bytes=self.tile.vmem_limit_bytes,
         )
 
@@ -717,7 +718,7 @@ def _past_call(
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         input_output_aliases={4 + len(inputs) + i: i for i in range(len(outputs))},
-        compiler_params=plan.compiler_params(),
+        compiler_params=plan.compiler_params(3),
         cost_estimate=cost,
         interpret=interpret,
         name=name,
@@ -818,11 +819,11 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
     shape, side, packs = plan.shape, plan.side, plan.packs
     per_block = plan.block // side
 
-    def row(g, n, t, rows, columns, first):
-        return g // packs, n * per_block + rows[t], g % packs
+    def row(b, p, n, t, rows, columns, first):
+        return b, n * per_block + rows[t], p
 
-    def column(g, n, t, rows, columns, first):
-        return g // packs, (first[g // packs] + n) * per_block + columns[t], g % packs
+    def column(b, p, n, t, rows, columns, first):
+        return b, (first[b] + n) * per_block + columns[t], p
 
     tokens = lambda index: pl.BlockSpec((1, side, _LANES), index)
     rows, columns = plan.triangle()
@@ -834,27 +835,37 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
         functools.partial(_own_forward_kernel, shape=shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(plan.all_packs, plan.queries // plan.block, rows.size),
+            grid=(plan.batch, packs, plan.queries // plan.block, rows.size),
             in_specs=[
                 tokens(row),
                 tokens(column),
                 tokens(column),
                 pl.BlockSpec(
                     (1, shape.heads, shape.parts, side, _LANES),
-                    lambda g, n, t, rows, columns, first: (g, 0, 0, n * per_block + rows[t], 0),
+                    lambda b, p, n, t, rows, columns, first: (
+                        b * packs + p,
+                        0,
+                        0,
+                        n * per_block + rows[t],
+                        0,
+                    ),
                 ),
             ],
             out_specs=[
                 tokens(row),
                 pl.BlockSpec(
                     (1, shape.heads, side),
-                    lambda g, n, t, rows, columns, first: (g, 0, n * per_block + rows[t]),
+                    lambda b, p, n, t, rows, columns, first: (
+                        b * packs + p,
+                        0,
+                        n * per_block + rows[t],
+                    ),
                 ),
             ],
             scratch_shapes=[pltpu.VMEM((shape.heads, side, _LANES), _F32)] * shape.parts,
         ),
         out_shape=out_shape,
-        compiler_params=plan.compiler_params(),
+        compiler_params=plan.compiler_params(4),
         cost_estimate=plan.own_cost(2, [q, k, v, results, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_forward",
@@ -863,8 +874,8 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
 
 def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
     shape, block, packs = plan.shape, plan.block, plan.packs
-    query = lambda g, n, t, *tables: (g // packs, n, g % packs)
-    key = lambda g, n, t, rows, columns, first: (g // packs, first[g // packs] + n, g % packs)
+    query = lambda b, p, n, t, rows, columns, first: (b, n, p)
+    key = lambda b, p, n, t, rows, columns, first: (b, first[b] + n, p)
     tokens = lambda index: pl.BlockSpec((1, block, _LANES), index)
     rows, columns = plan.triangle()
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
@@ -872,7 +883,7 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
         functools.partial(_own_backward_kernel, shape=shape, side=plan.side),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(plan.all_packs, plan.queries // block, rows.size),
+            grid=(plan.batch, packs, plan.queries // block, rows.size),
             in_specs=[
                 tokens(query),
                 tokens(key),
@@ -880,7 +891,7 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
                 tokens(query),
                 pl.BlockSpec(
                     (1, shape.heads, shape.parts, block, _LANES),
-                    lambda g, n, t, *tables: (g, 0, 0, n, 0),
+                    lambda b, p, n, t, *tables: (b * packs + p, 0, 0, n, 0),
                 ),
                 tokens(key),
                 tokens(key),
@@ -889,7 +900,7 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
             scratch_shapes=[pltpu.VMEM((block, _LANES), _F32)] * 3,
         ),
         out_shape=out_shape,
-        compiler_params=plan.compiler_params(),
+        compiler_params=plan.compiler_params(4),
         cost_estimate=plan.own_cost(5, [q, k, v, do, results, dk, dv, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_backward",

@@ -62,6 +62,42 @@ def test_start_and_step_count():
     assert read_schedule(text).inner[0].inner[0].trips == 3  # 2, 6, 10
 
 
+# A counter that lives in memory: stored at the loop's end, loaded through a second slot.
+KEPT = """
+     0   :  { %s9 = smov 2 /* copy for cssa */ } /* Start region 1 */
+   0x1   :  { %10 = sst [smem:[#alloc1_spill]] %s9 }
+   0x2 LB: > { %11 = sst [smem:[#alloc4_spill]] %s99 } /* Start region 5 */
+   0x3   : > { %s12 = sld [smem:[#alloc1_spill]] }
+   0x4   : > { %13 = sst [smem:[#alloc2_spill]] %s12 }
+   0x5   : > { %s14 = sld [smem:[#alloc2_spill]] }
+   0x6   : > { %s15 = sadd.s32 3, %s14 }
+   0x7   : > { %p16 = scmp.ge.s32.totalorder %s15, 11 /* loop exit test */ }
+   0x8   : > { %17 = sst [smem:[#alloc1_spill]] %s15 ;; %18 = sbr.rel (!%p16) target = $region5 }
+"""
+
+
+def test_a_counter_kept_in_memory():
+    (loop,) = read_schedule(KEPT).inner
+    assert loop.trips == 3  # 2, 5, 8
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("%s15 ;; %18", "%s77 ;; %18"),  # another value is kept
+        (
+            "sst [smem:[#alloc2_spill]] %s12",
+            "sst [smem:[#alloc2_spill]] %s77",
+        ),  # not what is loaded
+        ("%s9 = smov 2", "%s9 = sld [smem:[%s7]]"),  # a start known at run time
+    ],
+)
+def test_other_counters_in_memory_are_refused(old, new):
+    assert old in KEPT
+    with pytest.raises(UnknownTripCount, match="bundle 0x2"):
+        read_schedule(KEPT.replace(old, new))
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
