@@ -42,7 +42,7 @@ CONFIG = dataclasses.replace(
 )
 MESHES = [
     {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
-    {"data": 1, "context": 8},
+    pytest.param({"data": 1, "context": 8}, marks=pytest.mark.slow),
     pytest.param({"data": 8}, marks=pytest.mark.slow),
     pytest.param({"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
     pytest.param({"data": 2, "context": 4}, marks=pytest.mark.slow),
