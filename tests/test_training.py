@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from rwkvx_jax.checkpoint import CheckpointFailed, Checkpoints, read_workdir, work_path
 from rwkvx_jax.config import ConfigError, RunConfig
@@ -99,6 +100,18 @@ def test_sigterm_saves_and_the_same_command_continues(config, undisturbed, tmp_p
     assert read_workdir(tmp_path)[2] == 5
     assert same_bits(fit(config, tmp_path), params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_through_the_paths_of_buckets(config, undisturbed, tmp_path, monkeypatch):
+    """Crashed and resumed, over files that are only ever written whole."""
+    params, metrics, _ = undisturbed
+    workdir = epath.Path(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 8, crash)
+        fit(config, workdir)
+    assert same_bits(fit(config, workdir), params)
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    assert not (workdir / "tensorboard").exists()
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(config, undisturbed, tmp_path, monkeypatch):
