@@ -19,7 +19,6 @@ def get_config() -> Config:
     (stage,) = base.stages
     return dataclasses.replace(
         base,
-        mesh=MeshConfig(data=1, fsdp=16, context=16, platform="tpu"),
-        run=dataclasses.replace(base.run, loss_block=524288),
+        mesh=MeshConfig(data=1, fsdp=16, tensor=2, context=8, platform="tpu"),
         stages=(dataclasses.replace(stage, seq_len=65_536, steps=977),),
     )

@@ -181,6 +181,15 @@ def test_the_table_of_kernels_is_read():
             assert KernelCosts(chip).bundles(kernel, 1e8) > 0
 
 
+def test_kernels_of_another_chunk_size_are_others():
+    table = {
+        "k/v5e/T9/C128/K16": {"bundles": 7, "hbm_bytes": 100},
+        "k/v5e/T9/C2048/K3": {"bundles": 5, "hbm_bytes": 100},
+    }
+    assert KernelCosts("v5e", table, ("C2048", "K3")).bundles("k", 200) == 10
+    assert KernelCosts("v5e", table, ("C2048", "K4")).bundles("k", 200) is None
+
+
 def test_the_two_devices_of_a_chip_share_it():
     devices = [SimpleNamespace(coords=(i // 2, 0, 0), slice_index=None) for i in range(4)]
     found = Machine.of("v4", devices).chip

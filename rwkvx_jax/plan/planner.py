@@ -125,7 +125,7 @@ def make_plan(program: Program, mesh: Mesh, generation: str) -> Plan:
     return dataclasses.replace(
         plan,
         memory=_memory(compiled, machine),
-        estimate=estimate(works, machine, KernelCosts(generation)),
+        estimate=estimate(works, machine, KernelCosts(generation, variant=program.variant)),
         notes=plan.notes + tuple(_loop_notes(loops)),
     )
 

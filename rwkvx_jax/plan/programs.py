@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from rwkvx_jax.cache import Cache
-from rwkvx_jax.config import Config, ConfigError, Stage
+from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.plan import model_flops
 from rwkvx_jax.sharding import batch_sharding, partition_spec
@@ -34,6 +34,7 @@ class Program:
       flops: that the mathematics asks for in one run, over all devices.
       total_tokens: of the whole stage; None where there is none.
       stage: that is trained; None otherwise.
+      variant: of the attention kernels, as the table of kernel costs names it.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Program:
     flops: float
     total_tokens: int | None = None
     stage: Stage | None = None
+    variant: tuple[str, ...] = ()
 
 
 def train_program(config: Config, stage: Stage, mesh: Mesh) -> Program:
@@ -68,6 +70,7 @@ def train_program(config: Config, stage: Stage, mesh: Mesh) -> Program:
         flops=model_flops.step_flops(config, stage),
         total_tokens=stage.tokens,
         stage=stage,
+        variant=_variant(config.model),
     )
 
 
@@ -111,7 +114,12 @@ def read_program(config: Config, mesh: Mesh, batch: int, length: int, piece: int
         lower=lower,
         tokens=batch * piece,
         flops=model_flops.prefill_flops(config.model, batch, piece, length - piece),
+        variant=_variant(config.model),
     )
+
+
+def _variant(model: ModelConfig) -> tuple[str, ...]:
+    return f"C{model.chunk_size}", f"K{model.top_k}"
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:

@@ -153,18 +153,26 @@ class Machine:
 class KernelCosts:
     """Bundles of Pallas kernels, from the checked-in table of the compiler's schedules."""
 
-    def __init__(self, generation: str, table: Mapping[str, Mapping] | None = None):
+    def __init__(
+        self,
+        generation: str,
+        table: Mapping[str, Mapping] | None = None,
+        variant: tuple[str, ...] = (),
+    ):
         """
         Args:
           generation: of the TPU.
           table: cases by name "kernel/generation/..."; None reads `static_costs.json`.
+          variant: parts of names such as "C2048" (chunk size) and "K3" (top-k); cases that name
+            another chunk size or top-k are another kernel's.
         """
         if table is None:
             table = json.loads(_COSTS.read_text())["cases"] if _COSTS.exists() else {}
         self._cases: dict[str, list[Mapping]] = {}
         for name, case in table.items():
-            kernel, chip, *_ = name.split("/")
-            if chip == generation:
+            kernel, chip, *parts = name.split("/")
+            own = {part for part in parts if part[0] in "CK"}
+            if chip == generation and own <= set(variant):
                 self._cases.setdefault(kernel, []).append(case)
 
     def bundles(self, kernel: str, size: float) -> float | None:
