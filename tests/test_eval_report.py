@@ -44,7 +44,8 @@ def others(tmp_path):
     summary = {"columns": columns, "average": 57.45, "averaged": 2}
     panel = {"label": "m <1>", "tokenizer": "byte"}
     write(tmp_path / "s", "short", settings={"seed": 0}, panels=[panel | {"summary": summary}])
-    bins = [{"begin": 0, "end": 64, "loss": 2.5, "error": 0.1}]
+    edges = [(0, 64, 2.5), (64, 96, 2.0), (96, 128, 1.0)]
+    bins = [{"begin": a, "end": b, "loss": loss, "error": 0.1} for a, b, loss in edges]
     summary = {"all": {"loss": 2.25}, "by_position": bins}
     write(tmp_path / "l", "long-loss", settings={}, panels=[panel | {"summary": summary}])
     rows = [{"kind": "sparse", "context": c, "milliseconds": c / 100} for c in (1024, 8192)]
@@ -68,6 +69,8 @@ def test_comparable_runs_share_a_table(tmp_path):
     ]
     assert first.table.rows[0][1:] == ["100.0 (51 to 100)", "–", "100.0 (51 to 100)"]
     assert len(second.table.rows) == 1 and "seed: 1" in second.notes
+    assert first.title == "Passkey retrieval (seed: 0)"
+    assert second.title == "Passkey retrieval (seed: 1)"
     assert [len(part.figures) for part in (first, second)] == [3, 1]
 
 
@@ -83,8 +86,8 @@ def test_markdown_of_every_task(others):
     assert text.startswith("# All of it\n")
     for line in (
         "| m <1> | 47.0 ± 1.0 | 67.9 ± 1.0 | 57.5 |",
-        "| model (nats per token at positions) | 0–64 | all |",
-        "| m <1> | 2.500 | 2.2500 |",
+        "| model (nats per token at positions) | 0–64 | 64–128 | all |",
+        "| m <1> | 2.500 | 1.500 | 2.2500 |",
         f"| {others / 'v'}: sparse | 10.24 | 81.92 |",
         "    eval.py long-loss",
     ):

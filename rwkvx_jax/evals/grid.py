@@ -296,7 +296,7 @@ def show(
       console: the terminal.
       title: of the figure.
       unit: what lengths are counted in.
-      depth_label: what a depth is.
+      depth_label: what a depth is; "" where the only one means nothing.
     """
     maps = heat_maps(grid, results)
     path = results.path.with_suffix(".png")

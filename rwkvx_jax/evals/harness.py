@@ -26,7 +26,10 @@ from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.scoring import TextScorer, score_targets
 from rwkvx_jax.model import abstract_model, with_params
 
-_BATCH_TOKENS = 8192
+# Tokens of a batch. On a CPU its recurrent states should stay in cache: 16 rows of a hundred tokens
+# took half the time that 64 rows did.
+_BATCH_TOKENS = {"cpu": 2048}
+_DEFAULT_BATCH_TOKENS = 8192
 _DEFAULT_ANSWER = 256  # tokens of a generation whose task sets no limit
 
 
@@ -96,12 +99,13 @@ class HarnessModel(TemplateLM):
           subject: the model.
           answers: of this very model.
           piece: tokens of a long text read at once.
-          batch: rows of a batch; None: as many as read 8192 tokens.
+          batch: rows of a batch; None: as many as read 8192 tokens, on a CPU 2048.
           start: (what, tokens in all) -> a function that is told of tokens as they are read.
         """
         super().__init__()
         self._subject, self._answers, self._piece = subject, answers, piece
         self._height, self._start = batch, start
+        self._tokens = _BATCH_TOKENS.get(jax.default_backend(), _DEFAULT_BATCH_TOKENS)
         self._line_break = [int(token) for token in subject.tokenizer.encode("\n")]
         self._model = abstract_model(subject.config, subject.run)
         self._params = jax.device_put(subject.params)
@@ -150,7 +154,7 @@ class HarnessModel(TemplateLM):
 
     def _compute(self, pending: dict[str, tuple[list[int], list[int]]]) -> None:
         names = list(pending)
-        batches = plan_batches(group_rows(list(pending.values())), _BATCH_TOKENS, self._height)
+        batches = plan_batches(group_rows(list(pending.values())), self._tokens, self._height)
         advance = self._start("loglikelihoods", sum(b.size * len(b.rows) for b in batches))
         for batch in reversed(batches):  # the largest first: memory runs out at once or never
             answers = self._run_batch(batch)
@@ -219,7 +223,7 @@ class HarnessModel(TemplateLM):
             advance = self._start("whole texts", sum(len(row) - 1 for row in rows.values()))
             longest = len(rows[order[-1]]) - 1
             piece = min(self._piece, longest)
-            height = min(len(order), self._height or max(1, _BATCH_TOKENS // piece))
+            height = min(len(order), self._height or max(1, self._tokens // piece))
             scorer = TextScorer(self._subject, piece=piece, batch=height, longest=longest)
             for i in range(0, len(order), height):
                 chosen = order[i : i + height]
@@ -252,7 +256,7 @@ class HarnessModel(TemplateLM):
         order = sorted(rows, key=lambda key: len(rows[key]))
         longest = len(rows[order[-1]])
         piece = min(self._piece, longest)
-        height = min(len(order), self._height or max(1, _BATCH_TOKENS // piece))
+        height = min(len(order), self._height or max(1, self._tokens // piece))
         reader = GreedyReader(self._subject, piece=piece, batch=height, longest=longest)
         ended = lambda answer: self._cut(answer, stops)[1]
         for i in range(0, len(order), height):

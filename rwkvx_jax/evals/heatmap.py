@@ -58,7 +58,7 @@ def draw(maps: Sequence[HeatMap], path: Path, *, title: str, x_label: str, y_lab
       path: of the PNG.
       title: of the whole figure; may have several lines.
       x_label: what a length is.
-      y_label: what a depth is.
+      y_label: what a depth is; "" where the only one means nothing.
     """
     lengths, depths = len(maps[0].lengths), len(maps[0].depths)
     columns = 2 if len(maps) > 1 and lengths <= 14 else 1
@@ -74,6 +74,8 @@ def draw(maps: Sequence[HeatMap], path: Path, *, title: str, x_label: str, y_lab
     axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(len(maps))]
     for axis, heat_map in zip(axes, maps, strict=True):
         image = _draw_map(axis, heat_map)
+        if not y_label:
+            axis.set_yticks([])
         axis.set_xlabel(x_label, fontsize=9)
         axis.set_ylabel(y_label, fontsize=9)
     figure.colorbar(image, ax=axes, label="right answers (%)", aspect=30, pad=0.02)

@@ -47,7 +47,7 @@ TaskName = Literal[
     "recall_256",
 ]
 
-_TITLES = {
+TITLES = {
     "single_1": "S-NIAH-1: a number in repeated filler",
     "single_2": "S-NIAH-2: a number in running text",
     "single_3": "S-NIAH-3: a uuid in running text",
@@ -231,8 +231,8 @@ def run(options: NiahOptions) -> None:
             questions,
             result,
             console,
-            title=f"{_TITLES[name]}\n{questions.trials} trials a cell, seed {options.seed}",
+            title=f"{TITLES[name]}\n{questions.trials} trials a cell, seed {options.seed}",
             unit=f"{tokenizer} tokens",
-            depth_label="anywhere" if name == "tracking" else "depth of what is asked for (%)",
+            depth_label="" if name == "tracking" else "depth of what is asked for (%)",
         )
     print_overview(console, results)

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals.niah import TITLES
 from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
 
 Record = dict[str, Any]
@@ -105,7 +106,18 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         tokenizers = sorted({panel["tokenizer"] for panel in document.get("panels", [])})
         same = [document["task"], document.get("settings"), tokenizers]
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    return [_section(own) for own in groups.values()]
+    return _told_apart([_section(own) for own in groups.values()])
+
+
+def _told_apart(parts: list[Section]) -> list[Section]:
+    """Sections of one title get what distinguishes their settings into it."""
+    result = []
+    for part in parts:
+        others = [p for p in parts if p.title == part.title and p is not part]
+        own = [note for note in part.notes if any(note not in p.notes for p in others)]
+        title = f"{part.title} ({', '.join(own) or 'other settings'})" if others else part.title
+        result.append(part._replace(title=title))
+    return result
 
 
 def _section(runs: list[Run]) -> Section:
@@ -118,7 +130,7 @@ def _section(runs: list[Run]) -> Section:
     notes += [f"tokenizer: {', '.join(tokenizers)}"] if tokenizers else []
     notes += [f"device: {', '.join(sorted({run.document['device'] for run in runs}))}"]
     return Section(
-        title=_TITLES.get(task, task.replace("_", " ")),
+        title=_title(task),
         notes=notes,
         table=_maker(task)(panels),
         figures=[
@@ -180,16 +192,28 @@ def _short_table(panels: list[Record]) -> Table:
 
 
 def _loss_table(panels: list[Record]) -> Table:
-    """A row a model: mean loss in each octave of positions."""
-    bins = {(b["begin"], b["end"]) for p in panels for b in p["summary"]["by_position"]}
-    octaves = sorted(bins)
-    rows = []
+    """A row a model: mean loss in each octave of positions, of which results hold the halves."""
+    octaves: dict[tuple[int, int], None] = {}
+    means = []
     for panel in panels:
-        own = {(b["begin"], b["end"]): b for b in panel["summary"]["by_position"]}
+        own: dict[int, list[tuple[int, int, float]]] = {}
+        for b in panel["summary"]["by_position"]:
+            own.setdefault(int(b["begin"]).bit_length(), []).append(
+                (b["begin"], b["end"], b["loss"])
+            )
+        spans = {}
+        for parts in own.values():
+            tokens = sum(end - begin for begin, end, _ in parts)
+            total = sum((end - begin) * loss for begin, end, loss in parts)
+            spans[parts[0][0], parts[-1][1]] = total / tokens
+        octaves |= dict.fromkeys(spans)
+        means.append(spans)
+    rows = []
+    for panel, own in zip(panels, means, strict=True):
         whole = panel["summary"]["all"]
-        texts = [f"{own[o]['loss']:.3f}" if o in own else "–" for o in octaves]
+        texts = [f"{own[o]:.3f}" if o in own else "–" for o in sorted(octaves)]
         rows.append([panel["label"], *texts, f"{whole['loss']:.4f}" if whole else "–"])
-    columns = [f"{begin:,}–{end:,}" for begin, end in octaves]
+    columns = [f"{begin:,}–{end:,}" for begin, end in sorted(octaves)]
     return Table(["model (nats per token at positions)", *columns, "all"], rows)
 
 
@@ -234,7 +258,7 @@ def _selection_table(panels: list[Record]) -> Table:
 
 def _maker(task: str) -> Callable[[list[Record]], Table] | None:
     """What makes a task's table; None for what is no task."""
-    if task == "passkey" or task.startswith("niah_"):
+    if task == "passkey" or task.removeprefix("niah_") in TITLES:
         return _grid_table
     makers = {
         "short": _short_table,
@@ -254,6 +278,10 @@ _TITLES = {
     "speed": "Decoding speed",
     "prefill": "Reading a prompt",
 }
+
+
+def _title(task: str) -> str:
+    return _TITLES.get(task) or TITLES[task.removeprefix("niah_")]
 
 
 def as_markdown(title: str, parts: Sequence[Section]) -> str:
