@@ -3,19 +3,25 @@
 Needs the TPU compiler (libtpu), no TPU. The counts are the compiler's static schedule.
 """
 
+import functools
+import math
 import re
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels import routing
 from rwkvx_jax.config import Config, LongCEConfig, MeshConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
+from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.plan import topology
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.training.step import param_shardings, stage_program
 from tools import static_costs
-from tools.static_cases import Case, all_cases
+from tools.static_cases import BLOCK_SPARSE, Case, all_cases
 
 pytestmark = pytest.mark.skipif(
     not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
@@ -27,6 +33,7 @@ BARS = {
     "wkv7_backward": {"v5e": 20, "v6e": 17},
 }
 FAST = {Case(kernel, "v5e", 768, 4096) for kernel in BARS}
+FAST.add(Case("block_sparse_past_forward", "v5e", 768, 131072, 2048, 3))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,77 @@ def test_a_model_on_a_mesh_takes_the_kernels():
     assert len(kernels) >= 2, "forward and backward of the recurrence should be Pallas kernels"
     # The kernels see half of the batch and half of the four heads.
     assert any("[2,256,128]" in kernel or "[2,256,2,64]" in kernel for kernel in kernels)
+
+
+@pytest.mark.slow
+def test_sparse_attention_on_a_mesh_takes_the_kernels():
+    """Gate, routing and attention with their gradients, each chip on its rows and heads."""
+    mesh = topology.topology_mesh("v5e:2x2", {"data": 2, "fsdp": 1, "tensor": 2, "context": 1})
+    config = ModelConfig(
+        vocab_size=128, num_blocks=1, num_attention_blocks=1, width=256, head_size=64, chunk_size=64
+    )
+    model = abstract_model(config, RunConfig(compute_dtype="bfloat16"))
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        get_params(model),
+        param_shardings(model, mesh),
+    )
+    tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=batch_sharding(mesh, 4))
+
+    def loss(params, tokens):
+        return with_params(model, params).features(tokens).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+    for name in BLOCK_SPARSE:
+        assert re.search(rf"%{name}[\w.]* = .*custom-call\(.*tpu_custom_call", compiled), name
+
+
+@pytest.mark.slow
+def test_routing_compiles_in_a_minute():
+    """Keys, sorting, tables and tiles of 131072 queries and two heads, as one program."""
+    plan = routing.make_plan(
+        queries=131072, segment=32768, rows=256, chunks=64, slots=2, chunk_size=2048, first=0
+    )
+    mesh = topology.topology_mesh("v5e:2x2", {"device": 1})
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    selection = jax.ShapeDtypeStruct((1, 131072, 2, 2), jnp.int32, sharding=everywhere)
+    own = jax.ShapeDtypeStruct((1, 131072), jnp.int32, sharding=everywhere)
+
+    def route(selection, own):
+        found = routing.route(selection, own, plan)
+        return found.rows, found.chunk, found.count
+
+    everything = PartitionSpec()
+    mapped = jax.shard_map(
+        route, mesh=mesh, in_specs=everything, out_specs=everything, check_vma=False
+    )
+    start = time.process_time()  # not the wall's: other work on the machine must not count
+    jax.jit(mapped).lower(selection, own).compile()
+    assert time.process_time() - start < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size, top_k", [(2048, 3), (128, 16)])
+def test_memory_of_sparse_attention(chunk_size, top_k):
+    """Temporaries of the whole op and its gradient at 128K, 12 heads: at most 4 times q, k, v."""
+    mesh = topology.topology_mesh("v5e:2x2", {"device": 1})
+    shape = 1, 131072, 12, 64
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def gradients(q, k, v, cotangent):
+        attend = functools.partial(sparse_attention, chunk_size=chunk_size, top_k=top_k)
+        return jax.vjp(attend, q, k, v)[1](cotangent)
+
+    everything = PartitionSpec()
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            gradients, in_specs=everything, out_specs=everything, check_vma=False
+        )
+        compiled = jax.jit(mapped).lower(x, x, x, x).compile()
+    inputs = 3 * 2 * math.prod(shape)
+    limit = 4 if top_k == 3 else 6
+    assert compiled.memory_analysis().temp_size_in_bytes <= limit * inputs
 
 
 @pytest.mark.slow
