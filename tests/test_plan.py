@@ -1,5 +1,6 @@
 """The planner: estimates against hand computation, plans for TPUs that are not here, advice."""
 
+import dataclasses
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.config import (
     Config,
@@ -25,7 +27,7 @@ from rwkvx_jax.plan import model_flops, topology
 from rwkvx_jax.plan.advice import advise
 from rwkvx_jax.plan.collectives import Collective
 from rwkvx_jax.plan.planner import Memory, Plan, make_plan
-from rwkvx_jax.plan.programs import Program, read_program, train_program
+from rwkvx_jax.plan.programs import Program, cache_shardings, read_program, train_program
 from rwkvx_jax.plan.roofline import CHIPS, GIB, KernelCosts, Machine, estimate
 from rwkvx_jax.plan.work import Work
 from rwkvx_jax.sharding import make_mesh
@@ -417,6 +419,21 @@ def test_a_missing_compiler_is_named(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run_cli(tmp_path, "--topology", "v5e:2x2")
     assert "needs the TPU compiler: pip install 'jax[tpu]'" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_caches_lie_by_texts_and_heads():
+    mesh = topology.topology_mesh("v5e:2x2", {"data": 2, "fsdp": 1, "tensor": 2, "context": 1})
+    model = abstract_model(dataclasses.replace(MODEL, num_attention_blocks=1))
+    cache = jax.eval_shape(lambda: model.init_cache(4, 256))
+    found = cache_shardings(cache, mesh)
+    batch = ("data", "fsdp")
+    assert found.length.spec == P(batch)
+    assert found.blocks.time_mix.shift.spec == P(None, batch, None)
+    assert found.blocks.time_mix.wkv.spec == P(None, batch, "tensor", None, None)
+    assert found.pages.keys.spec == P(None, batch, "tensor", None, None, None)
+    three = cache_shardings(jax.eval_shape(lambda: model.init_cache(3, 256)), mesh)
+    assert three.length.spec == P(None)
 
 
 def test_reading_needs_room():

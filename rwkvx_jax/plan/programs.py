@@ -125,16 +125,13 @@ def _variant(model: ModelConfig) -> tuple[str, ...]:
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
     """Texts over the data axes, heads over `tensor`; a dimension that these do not divide is whole
     everywhere."""
-    axes = {
-        1: ("batch",),
-        3: ("layers", "batch", None),
-        5: ("layers", "batch", "heads", None, None),
-    }
-    axes[6] = ("layers", "batch", "heads", None, None, None)
 
     def one(leaf):
+        axes = ["layers", "batch"][-leaf.ndim :] + [None] * (leaf.ndim - 2)  # `length`: no layers
+        if leaf.ndim >= 5:  # the others are token shifts, of all channels
+            axes[2] = "heads"
         spec = []
-        for size, mesh_axes in zip(leaf.shape, partition_spec(axes[leaf.ndim]), strict=True):
+        for size, mesh_axes in zip(leaf.shape, partition_spec(axes), strict=True):
             names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
             ways = 1
             for name in names:
