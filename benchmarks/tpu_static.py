@@ -247,10 +247,15 @@ def _compile(point: Point) -> dict:
     topology.on_cpu()
     mesh = topology.topology_mesh(point.topology, {"device": 1})
     everywhere = PartitionSpec()
-    shape = 1, point.length, point.heads, HEAD
+    # As projections lay them out; a model's reshape into heads costs nothing.
+    shape = 1, point.length, point.heads * HEAD
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, everywhere))
 
     def attend(q, k, v):
+        q, k, v = (x.reshape(*x.shape[:2], point.heads, HEAD) for x in (q, k, v))
+        return heads(q, k, v).reshape(*x.shape[:2], -1)
+
+    def heads(q, k, v):
         if point.op == "splash":
             return full_attention(q, k, v, implementation="splash")
         chunking = dict(chunk_size=point.chunk, top_k=point.top_k)
