@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.routing import in_main_memory
+
 _LANES, _SUBLANES = 128, 8
 _QUERIES = 512  # queries a grid step
 _CHUNKS = 128  # chunks scored at once
@@ -164,6 +166,8 @@ def select_from_means(
 
     query, chunk = _walk(first, steps, blocks, queries, block, chunk_size)
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
+    arrays = pack(q, steps * queries), pack(means.astype(_F32), blocks * block)
+    arrays = in_main_memory(interpret, *arrays)
     room = -(-count // _SUBLANES) * _SUBLANES
     chosen = pl.pallas_call(
         functools.partial(_kernel, head=head, packs=packs, chunk_size=chunk_size, slots=count),
@@ -195,6 +199,6 @@ def select_from_means(
         ),
         interpret=interpret,
         name="select_chunks",
-    )(query, chunk, first, pack(q, steps * queries), pack(means.astype(_F32), blocks * block))
+    )(query, chunk, first, *arrays)
     chosen = chosen.reshape(batch, packs * each, count, steps * queries)
     return chosen[:, :heads, :, :length].transpose(0, 3, 1, 2)
