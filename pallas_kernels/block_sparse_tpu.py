@@ -701,7 +701,7 @@ def _past_call(
         jnp.int32,
     )
     together = plan.packs_together
-    any_memory = pl.BlockSpec(memory_space=pl.ANY)
+    any_memory = pl.BlockSpec(memory_space=pltpu.HBM)
     row_block = pl.BlockSpec(
         (1, 1, 1, plan.tile.rows),
         lambda g, h, t, table, segments, first: ((first[0] + g) * heads + h, t, 0, 0),
@@ -724,9 +724,11 @@ def _past_call(
         name=name,
     )
     rows = rows.reshape(plan.all_packs * heads, tiles, 1, plan.tile.rows)
+    rows, *inputs = routing.in_main_memory(interpret, rows, *inputs)
 
     def run(first, outputs):
         part = lax.dynamic_slice_in_dim(table, first, together)
+        outputs = routing.in_main_memory(interpret, *outputs)
         return tuple(call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs))
 
     if together == plan.all_packs:
@@ -767,7 +769,7 @@ def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
         kernel,
         routed,
         [q, k, v],
-        [pl.BlockSpec(memory_space=pl.ANY), *_past_specs(plan)],
+        [pl.BlockSpec(memory_space=pltpu.HBM), *_past_specs(plan)],
         [results],
         [*scratch, pltpu.SemaphoreType.DMA((parts + 1,))],
         plan.past_cost(2, [q, k, v, results, results]),
@@ -800,7 +802,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
         kernel,
         routed,
         [*rows, k, v],
-        [*[pl.BlockSpec(memory_space=pl.ANY)] * sources, *_past_specs(plan)],
+        [*[pl.BlockSpec(memory_space=pltpu.HBM)] * sources, *_past_specs(plan)],
         [results, *zeros],
         [
             *[_segment_rows(plan)] * count,
@@ -869,7 +871,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
         cost_estimate=plan.own_cost(2, [q, k, v, results, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_forward",
-    )(rows, columns, first, q, k, v, results)
+    )(rows, columns, first, *routing.in_main_memory(interpret, q, k, v, results))
 
 
 def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
@@ -904,7 +906,7 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
         cost_estimate=plan.own_cost(5, [q, k, v, do, results, dk, dv, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_backward",
-    )(rows, columns, first, q, k, v, do, results, dk, dv)
+    )(rows, columns, first, *routing.in_main_memory(interpret, q, k, v, do, results, dk, dv))
 
 
 # --------------------------------------------------------------------------------------------

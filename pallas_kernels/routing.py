@@ -236,6 +236,14 @@ def sort_pairs(
     return keys & ((1 << plan.bits) - 1), find(keys).astype(jnp.int32)
 
 
+def in_main_memory(interpret, *arrays: jax.Array) -> list[jax.Array]:
+    """Arguments of a kernel that XLA must leave in HBM. Small ones it would place in VMEM, from
+    where the blocks of a kernel are copied by vector instructions instead of DMA."""
+    if interpret:
+        return list(arrays)
+    return [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
+
+
 # --------------------------------------------------------------------------------------------
 # Sorting
 # --------------------------------------------------------------------------------------------
@@ -378,7 +386,7 @@ def _sort_call(keys: jax.Array, plan: Plan, interpret) -> tuple[jax.Array, jax.A
         ),
         interpret=interpret,
         name="routing_sort",
-    )(keys.reshape(*lead, rows, _LANES))
+    )(*in_main_memory(interpret, keys.reshape(*lead, rows, _LANES)))
     return ordered, counts.reshape(*lead, -1)[..., : plan.chunks]
 
 
@@ -446,5 +454,5 @@ def _emit_call(ordered, start, count, plan: Plan, interpret) -> jax.Array:
         ),
         interpret=interpret,
         name="routing_emit",
-    )(segments, info, ordered)
+    )(segments, info, *in_main_memory(interpret, ordered))
     return rows.reshape(groups, plan.all_tiles, plan.rows)

@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.routing import in_main_memory
+
 _LANES, _SUBLANES = 128, 8
 _QUERIES = 512  # queries a grid step
 _CHUNKS = 128  # chunks scored at once
@@ -107,6 +109,22 @@ def _merge(scores_ref, chunks_ref, scores, numbers, slots: int) -> None:
         scores = jnp.where(found == chunk, -jnp.inf, scores)
 
 
+def _walk(first, steps: int, blocks: int, queries: int, chunks: int, chunk_size: int):
+    """Block of queries and block of chunks of every grid step, int32 each.
+
+    Blocks of chunks past to no query are left out where the positions are known, and skipped by the
+    kernel otherwise; the first block of chunks always comes, to begin and end the queries'.
+    """
+    known = isinstance(first, int)
+    walk = [
+        (t, c)
+        for t in range(steps)
+        for c in range(blocks)
+        if not c or not known or _some_past(first, t, c, queries, chunks, chunk_size)
+    ]
+    return tuple(jnp.asarray(x, jnp.int32) for x in zip(*walk, strict=True))
+
+
 def select_from_means(
     q: jax.Array,  # [B, T, H, K]
     means: jax.Array,  # [B, N, H, K]
@@ -146,17 +164,10 @@ def select_from_means(
         more = ((0, 0), (0, time - x.shape[1]), (0, packs * each - heads), (0, 0))
         return jnp.pad(x, more).reshape(batch, time, packs * _LANES)
 
-    # The walk over (queries, chunks). Blocks of chunks past to no query are left out where the
-    # positions are known, and skipped by the kernel otherwise.
-    known = isinstance(first, int)
-    walk = [
-        (t, c)
-        for t in range(steps)
-        for c in range(blocks)
-        if not c or not known or _some_past(first, t, c, queries, block, chunk_size)
-    ]
-    query, chunk = (jnp.asarray(x, jnp.int32) for x in zip(*walk, strict=True))
+    query, chunk = _walk(first, steps, blocks, queries, block, chunk_size)
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
+    arrays = pack(q, steps * queries), pack(means.astype(_F32), blocks * block)
+    arrays = in_main_memory(interpret, *arrays)
     room = -(-count // _SUBLANES) * _SUBLANES
     chosen = pl.pallas_call(
         functools.partial(_kernel, head=head, packs=packs, chunk_size=chunk_size, slots=count),
@@ -188,6 +199,6 @@ def select_from_means(
         ),
         interpret=interpret,
         name="select_chunks",
-    )(query, chunk, first, pack(q, steps * queries), pack(means.astype(_F32), blocks * block))
+    )(query, chunk, first, *arrays)
     chosen = chosen.reshape(batch, packs * each, count, steps * queries)
     return chosen[:, :heads, :, :length].transpose(0, 3, 1, 2)

@@ -110,6 +110,7 @@ def test_bfloat16():
     check(qkv, random_selection(4, 1, LENGTH, 2, CHUNK, 3), CHUNK)
 
 
+@pytest.mark.slow
 def test_head_size_128_with_queries_in_the_middle():
     """Queries begin inside a chunk, one position a batch row, known only when running."""
     offsets = np.array([40, 333])
@@ -221,7 +222,7 @@ def test_bad_gpu_tiles_are_named(field):
     "length, keys, chunk_size, count, offset, size",
     [
         (300, 400, 4, 5, [0, 77], 64),
-        (140, 1100, 64, 3, 900, 64),
+        pytest.param(140, 1100, 64, 3, 900, 64, marks=pytest.mark.slow),
         pytest.param(700, 700, 2, 17, 0, 128, marks=pytest.mark.slow),
     ],
 )

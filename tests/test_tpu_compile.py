@@ -3,7 +3,6 @@
 Needs the TPU compiler (libtpu), no TPU. The counts are the compiler's static schedule.
 """
 
-import functools
 import math
 import re
 import time
@@ -151,15 +150,17 @@ def test_routing_compiles_in_a_minute():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_size, top_k", [(2048, 3), (128, 16)])
-def test_memory_of_sparse_attention(chunk_size, top_k):
+def test_memory_of_sparse_attention():
     """Temporaries of the whole op and its gradient at 128K, 12 heads: at most 4 times q, k, v."""
     mesh = topology.topology_mesh("v5e:2x2", {"device": 1})
-    shape = 1, 131072, 12, 64
+    shape = 1, 131072, 12 * 64  # as projections lay them out
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def gradients(q, k, v, cotangent):
-        attend = functools.partial(sparse_attention, chunk_size=chunk_size, top_k=top_k)
+        def attend(*qkv):
+            qkv = (x.reshape(*x.shape[:2], 12, 64) for x in qkv)
+            return sparse_attention(*qkv, chunk_size=2048, top_k=3).reshape(shape)
+
         return jax.vjp(attend, q, k, v)[1](cotangent)
 
     everything = PartitionSpec()
@@ -169,8 +170,7 @@ def test_memory_of_sparse_attention(chunk_size, top_k):
         )
         compiled = jax.jit(mapped).lower(x, x, x, x).compile()
     inputs = 3 * 2 * math.prod(shape)
-    limit = 4 if top_k == 3 else 6
-    assert compiled.memory_analysis().temp_size_in_bytes <= limit * inputs
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * inputs
 
 
 @pytest.mark.slow
