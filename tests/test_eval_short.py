@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig  # noqa: E402
+from rwkvx_jax.config import ConfigError, RunConfig  # noqa: E402
 from rwkvx_jax.evals import batching, short_context  # noqa: E402
 from rwkvx_jax.evals.batching import group_rows, plan_batches, size_classes  # noqa: E402
 from rwkvx_jax.evals.common import Subject  # noqa: E402
@@ -187,29 +186,6 @@ def test_batches_hold_every_row_once_and_keep_their_shapes(monkeypatch):
         )
         assert all(len(r.inputs) <= batch.size and len(r.fixed) <= batch.fixed for r in batch.rows)
     assert {b.height for b in plan_batches(rows, 1024, height=3)} <= {1, 2, 3}
-
-
-@pytest.mark.slow
-def test_batches_are_three_times_as_fast_as_single_requests(tmp_path, monkeypatch):
-    """Both warm: the same requests were answered before, by the same compiled functions."""
-    monkeypatch.setattr(batching, "MAX_SIZES", 8)
-    jax.config.update("jax_disable_most_optimizations", False)
-    config = ModelConfig.tiny()
-    subject = Subject("m", config, FLOAT32, random_params(config), BYTE, "x", None, None)
-    rng = np.random.default_rng(0)
-    letters = lambda n: "".join(rng.choice(list("abc de"), n)).strip() + "x"
-    pairs = [(letters(int(n)), " " + letters(12)) for n in rng.integers(20, 140, 300)]
-    seconds = {}
-    for height in (None, 1):
-        model = make_model(subject, tmp_path / str(height), batch=height)
-        for run in ("cold", "warm"):
-            model._answers = AnswerFile(tmp_path / f"{height}-{run}.jsonl")
-            begin = time.perf_counter()
-            answers = model.loglikelihood(asked("loglikelihood", *pairs))
-            seconds[height] = time.perf_counter() - begin
-        assert len(answers) == 300 and model.compilations <= 8
-    print(f"batched {seconds[None]:.2f} s, one by one {seconds[1]:.2f} s")
-    assert seconds[1] > 3 * seconds[None]
 
 
 def make_options(output, data_dir, **flags):

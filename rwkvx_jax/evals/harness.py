@@ -26,8 +26,7 @@ from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.scoring import TextScorer, score_targets
 from rwkvx_jax.model import abstract_model, with_params
 
-# Tokens of a batch. On a CPU its recurrent states should stay in cache: 16 rows of a hundred tokens
-# took half the time that 64 rows did.
+# Tokens of a batch. On a CPU its recurrent states should stay in cache: larger batches were slower.
 _BATCH_TOKENS = {"cpu": 2048}
 _DEFAULT_BATCH_TOKENS = 8192
 _DEFAULT_ANSWER = 256  # tokens of a generation whose task sets no limit
