@@ -58,8 +58,8 @@ def _smaller(plan: Plan, config: Config, sizes: Mapping[str, int]) -> Iterator[s
         yield _more_fsdp(plan, sizes)
     yield (
         f"mesh.context is {sizes['context']}: {2 * sizes['context']} halves the activations that "
-        "each device keeps of a sequence (it must cut it into whole chunks); on as many chips, with "
-        "half of mesh.fsdp and half of the samples at once"
+        "each device keeps of a sequence (it must cut it into whole chunks); on as many chips, "
+        "with half of mesh.fsdp and half of the samples at once"
     )
     if (
         plan.memory is None
