@@ -13,6 +13,7 @@ from rwkvx_jax.plan.planner import Plan, gib
 
 # Shares below which nothing is worth saying.
 _TIGHT = 0.05  # of the memory
+_WORTH = 0.1  # arguments, of the memory used
 _NETWORK = 0.3  # of the estimated step
 _LOGITS = 0.05  # of the memory
 # Tokens of a device's part of a loss block below which the head's gradient, which is added up
@@ -57,9 +58,13 @@ def _smaller(plan: Plan, config: Config, sizes: Mapping[str, int]) -> Iterator[s
         yield _more_fsdp(plan, sizes)
     yield (
         f"mesh.context is {sizes['context']}: {2 * sizes['context']} halves the activations that "
-        "each device keeps of a sequence (it must divide the sequence into whole chunks)"
+        "each device keeps of a sequence (it must cut it into whole chunks); on as many chips, "
+        "with half of mesh.fsdp and half of the samples at once"
     )
-    if plan.memory is None or plan.memory.arguments <= plan.memory.temporaries:
+    if (
+        plan.memory is None
+        or _WORTH * plan.memory.used < plan.memory.arguments <= plan.memory.temporaries
+    ):
         yield _more_fsdp(plan, sizes)
     yield f"or a topology of more chips than {plan.devices}, or with more memory a chip"
 
