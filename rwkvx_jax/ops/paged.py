@@ -121,7 +121,10 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _put(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(rows, row, index, 0)
+    """`rows` with one replaced. An unsigned index can't count from the end; with a signed one XLA
+    asks that anew for each number of the row (a seventh of the time of `_attend_tiles`)."""
+    start = index.astype(jnp.uint32), jnp.uint32(0)
+    return jax.lax.dynamic_update_slice(rows, row[None], start)
 
 
 def attend_piece(
