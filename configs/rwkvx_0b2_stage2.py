@@ -39,7 +39,7 @@ def get_config() -> Config:
         ),
         optimizer=OptimizerConfig(weight_decay=0.0),
         # Of the 16 samples read at once: the gradient of the head is added up once a block.
-        run=RunConfig(checkpoint_every=50, eval_every=200, loss_block=65536),
+        run=RunConfig(checkpoint_every=50, eval_every=200, loss_block=32768),
         stages=(
             Stage(
                 "long",
