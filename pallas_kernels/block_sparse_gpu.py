@@ -60,19 +60,7 @@ class TileConfig:
             raise ValueError(f"warps must be 1, 2, 4 or 8, got {self.warps}")
 
 
-def unsupported_reason(
-    head_size: int, value_size: int, chunk_size: int, dtype: jax.typing.DTypeLike
-) -> str | None:
-    """Why these kernels cannot take such inputs; None if they can."""
-    if head_size != value_size:
-        return f"key size {head_size} and value size {value_size} differ"
-    if head_size not in (64, 128):
-        return f"head size {head_size} is not 64 or 128"
-    if not 64 <= chunk_size <= 2048 or chunk_size % 64:
-        return f"chunk size {chunk_size} is not a multiple of 64 from 64 to 2048"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(_F32)):
-        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
-    return None
+unsupported_reason = alignment.unsupported_reason
 
 
 # --------------------------------------------------------------------------------------------
