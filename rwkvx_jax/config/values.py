@@ -14,11 +14,13 @@ class ConfigError(ValueError):
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def require_positive(owner: str, **values: int | float) -> None:
+    """Raises ConfigError unless all named values of `owner` are at least 1."""
     for name, value in values.items():
         require(value >= 1, f"{owner}.{name} is {value}: it must be at least 1")
 
