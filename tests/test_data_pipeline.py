@@ -178,6 +178,43 @@ def test_recall_documents(tmp_path):
     json.dumps(opened.fingerprint)
 
 
+def test_pairs_are_stated_again_and_again(tmp_path):
+    config = DataConfig(sources=(SourceConfig("pairs", pairs=6),))
+    opened = open_data(config, workdir=tmp_path, vocab_size=257, process_index=0)
+    for split in ("train", "valid"):
+        dataset = opened.dataset(LONG_STAGE, split)
+        counts, questions = [], 0
+        for i in range(40):
+            sample = dataset[i]
+            assert len(sample["tokens"]) == 401
+            text = opened.tokenizer.decode(sample["tokens"])
+            stated = re.findall(r"\n([a-z]{5}): (\d{5})\n", text)
+            assert len(stated) > 2 * len(set(stated))  # said again, always with its own number
+            assert len({name for name, _ in stated}) == len(set(stated))
+            assert all(is_eval_key(int(n)) == (split == "valid") for _, n in stated)
+            asked = re.findall(r"\nWhich number has ([a-z]{5})\?\n([a-z]{5}):", text)
+            assert all(name == again for name, again in asked)
+            counts.append(len(set(stated)))
+            questions += len(asked)
+        assert set(counts) == {2, 3, 4, 5, 6} and 150 < questions < 350
+
+
+def test_recall_in_books_keeps_the_text(numbers, tmp_path):
+    source = SourceConfig("book-recall", pairs=3, questions=2)
+    opened = open_numbers(numbers, tmp_path, sources=(source,), held_out=0.3)
+    stream = opened.sources[0].stream
+    whole = opened.tokenizer.decode(stream.read(0, len(stream)))
+    dataset = opened.dataset(LONG_STAGE)
+    for i in range(20):
+        text = opened.tokenizer.decode(dataset[i]["tokens"])
+        body = text.split("\nWhich number has ")[0]
+        pieces = re.split(r"\n[a-z]{5}: \d{5}\n", body.split("\n", 1)[1])
+        assert len(pieces) == 4 and "".join(pieces) in whole and len("".join(pieces)) > 50
+    long = dataclasses.replace(STAGE, seq_len=len(stream) + 1000)
+    with pytest.raises(ConfigError, match="made in books needs"):
+        opened.dataset(long)
+
+
 def test_passkeys_in_books_keep_to_their_part_of_the_text(numbers, tmp_path):
     opened = open_numbers(numbers, tmp_path, sources=(SourceConfig("book-passkey"),), held_out=0.3)
     source = opened.sources[0]
@@ -195,7 +232,7 @@ def test_passkeys_in_books_keep_to_their_part_of_the_text(numbers, tmp_path):
             after = text[hidden.end() :].rsplit("\nWhat is the pass key?")[0]
             assert len(before + after) > 50 and before + after in part
     long = dataclasses.replace(STAGE, seq_len=len(source.stream))
-    with pytest.raises(ConfigError, match="tokens of text in one piece, and there are"):
+    with pytest.raises(ConfigError, match="of text in one piece, and there are"):
         opened.dataset(long)
 
 
@@ -205,6 +242,8 @@ def test_passkeys_in_books_keep_to_their_part_of_the_text(numbers, tmp_path):
 def test_bad_recall_settings(flags, message):
     with pytest.raises(ConfigError, match=message):
         SourceConfig("recall", **flags)
+    with pytest.raises(ConfigError, match="pairs is 1; a document has at least 2"):
+        SourceConfig("pairs", pairs=1)
 
 
 def test_embedded_corpus_is_the_default(tmp_path):

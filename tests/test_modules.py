@@ -148,6 +148,17 @@ def test_copied_blocks_are_those_before_them():
         assert np.all(new["ln1"]["scale"][j] == 1) and np.all(new["ln1"]["bias"][j] == 0)
 
 
+def test_aligned_blocks_look_for_what_came_after():
+    config = dataclasses.replace(TINY, attention_init="aligned", key_conv=2)
+    block = create_model(config).attention_blocks.attention
+    assert np.array_equal(block.key[...], block.receptance[...]) and np.any(block.key[...])
+    assert np.all(block.key_conv[:, 0] == 1) and not np.any(block.key_conv[:, 1:])
+    assert not np.any(block.output[...])  # so that expansion changes nothing
+    plain = random_params(config.without_attention())
+    new = expand(plain, config)["attention_blocks"]["attention"]
+    assert np.array_equal(new["key"], new["receptance"]) and np.all(new["key_conv"][:, 0] == 1)
+
+
 def test_zero_expansion_keeps_every_bit_of_the_logits():
     from rwkvx_jax.model import abstract_model, with_params
     from tests.model_cases import FLOAT32

@@ -15,10 +15,13 @@ from rwkvx_jax.config.values import Checked, require, require_positive
 class SourceConfig(Checked):
     """One ingredient of the training mixture."""
 
-    kind: Literal["text", "jsonl", "binidx", "passkey", "book-passkey", "recall"] = "text"
+    kind: Literal[
+        "text", "jsonl", "binidx", "passkey", "book-passkey", "recall", "book-recall", "pairs"
+    ] = "text"
     """"text": text files; "jsonl": a document or conversation a line; "binidx": token ids in the
     RWKV/Megatron format; made on the fly: "passkey" (a number hidden in filler), "book-passkey" (in
-    pieces of text files), "recall" (many names with numbers). See docs/data.md."""
+    pieces of text files), "recall" and "book-recall" (many names with numbers, likewise), "pairs"
+    (names with numbers, stated again and again). See docs/data.md."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources."""
     path: str = ""
@@ -27,9 +30,9 @@ class SourceConfig(Checked):
     """"window": windows of the stream of all documents; "document": each document by itself, cut
     or padded to the length (for conversations)."""
     pairs: int = 64
-    """"recall": names with numbers in a document."""
+    """"recall", "book-recall": names with numbers in a document; "pairs": at most so many."""
     questions: int = 1
-    """"recall": how many of them are asked for at its end."""
+    """"recall", "book-recall": how many of them are asked for at its end."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,6 +40,10 @@ class SourceConfig(Checked):
         require(
             self.questions <= self.pairs,
             f"data source: {self.questions} questions about {self.pairs} pairs; ask for fewer",
+        )
+        require(
+            self.kind != "pairs" or self.pairs >= 2,
+            f'data source "pairs": pairs is {self.pairs}; a document has at least 2',
         )
         require(
             math.isfinite(self.weight) and self.weight > 0,

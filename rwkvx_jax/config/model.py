@@ -71,9 +71,11 @@ class ModelConfig(Checked):
     """Explicit low-rank widths (w, a, v, g) of a checkpoint that follows neither formula."""
     init: Literal["rwkvx", "rwkv_lm"] = "rwkv_lm"
     """Initialisation family: "rwkvx" (the older constants) or "rwkv_lm" (since May 2025)."""
-    attention_init: Literal["zero", "copy"] = "zero"
-    """New attention blocks at expansion: zero output projections (the paper) or copies of the
-    preceding RWKV-7 block's projections (the repository)."""
+    attention_init: Literal["zero", "copy", "aligned"] = "zero"
+    """New attention blocks: zero output projections (the paper); at expansion copies of the
+    preceding RWKV-7 block's projections (the repository); or "aligned": zero output projections
+    and keys that equal queries, with the first tap of `key_conv` (if any) at 1, so that a token
+    finds what followed its own earlier occurrences before anything is learned."""
     init_seed: int = 0
     """Seed of every random initial value."""
 

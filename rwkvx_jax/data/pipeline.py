@@ -27,11 +27,15 @@ from rwkvx_jax.data.sources import open_corpus
 from rwkvx_jax.data.token_cache import cached
 from rwkvx_jax.data.workers import follow_parent
 from rwkvx_jax.tasks.passkey import training_sample
-from rwkvx_jax.tasks.recall import recall_sample
+from rwkvx_jax.tasks.recall import pairs_sample, recall_sample
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 Split = Literal["train", "valid"]
 Batch = dict[str, np.ndarray]
+
+# Kinds of sources that are made on the fly, and those of them that put their lines into books.
+_IN_BOOKS = {"book-passkey", "book-recall"}
+_SYNTHETIC = {"passkey", "recall", "pairs"} | _IN_BOOKS
 
 _READ_THREADS = 2
 _BATCHES_AHEAD = 4
@@ -95,7 +99,7 @@ class OpenData:
 
     def _source_dataset(self, index: int, stage: Stage, split: Split) -> grain.MapDataset:
         source, seed = self.sources[index], _seed(self.config.seed, stage.name, index, split)
-        if source.config.kind in ("passkey", "book-passkey", "recall"):
+        if source.config.kind in _SYNTHETIC:
             make = self._synthetic(source, stage, split)
             return grain.MapDataset.source(Synthetic(make, stage.seq_len, seed))
         samples = self._stream_samples(source, stage, split)
@@ -107,13 +111,15 @@ class OpenData:
     def _synthetic(self, source: OpenSource, stage: Stage, split: Split):
         """The maker of documents of a source, a function of a generator."""
         config, shared = source.config, {"held_out": split == "valid"}
-        if config.kind == "recall":
-            shared |= {"pairs": config.pairs, "questions": config.questions}
-            return partial(recall_sample, self.tokenizer, stage.seq_len, **shared)
-        text = None
-        if config.kind == "book-passkey":
-            text = Pieces(source.stream, *self._bounds(source, split))
-        return partial(training_sample, self.tokenizer, stage.seq_len, text=text, **shared)
+        window = (self.tokenizer, stage.seq_len)
+        if config.kind == "pairs":
+            return partial(pairs_sample, *window, pairs=config.pairs, **shared)
+        if config.kind in _IN_BOOKS:
+            shared["text"] = Pieces(source.stream, *self._bounds(source, split))
+        if config.kind in ("passkey", "book-passkey"):
+            return partial(training_sample, *window, **shared)
+        asked = {"pairs": config.pairs, "questions": config.questions}
+        return partial(recall_sample, *window, **asked, **shared)
 
     def _bounds(self, source: OpenSource, split: Split) -> tuple[int, int]:
         border = source.split(self.config.held_out)
@@ -178,14 +184,14 @@ def _open_source(
     workdir: Path,
     writer: bool,
 ) -> tuple[OpenSource, dict[str, Any]]:
-    if config.kind in ("passkey", "recall"):
+    if config.kind in _SYNTHETIC - _IN_BOOKS:
         return OpenSource(config, config.kind), {}
     path = config.path or data.path
     if config.kind == "binidx":
         stream = Binidx(_local(path, "a binidx source"))
         stream.check_vocabulary(vocab_size)
         return OpenSource(config, str(path), stream), stream.fingerprint()
-    corpus = open_corpus("text" if config.kind == "book-passkey" else config.kind, path)
+    corpus = open_corpus("text" if config.kind in _IN_BOOKS else config.kind, path)
     cache_dir = _local(data.cache_dir or str(workdir), "data.cache_dir")
     cache_dir = cache_dir if data.cache_dir else cache_dir / "data-cache"
     stream, fingerprint = cached(corpus, tokenizer, cache_dir, writer=writer)

@@ -116,9 +116,9 @@ class Pieces:
         """
         if (room := self.end - self.begin - count) < 0:
             raise ConfigError(
-                f"a book-passkey document needs {count} tokens of text in one piece, and there are "
-                f"{self.end - self.begin}: give it more text, raise data.held_out if the held-out "
-                "part is meant, or shorten the stage"
+                f"a document made in books needs {count} tokens of text in one piece, and there "
+                f"are {self.end - self.begin}: give it more text, raise data.held_out if the "
+                "held-out part is meant, or shorten the stage"
             )
         return self.stream.read(self.begin + int(rng.integers(room + 1)), count)
 

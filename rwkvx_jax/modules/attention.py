@@ -43,8 +43,12 @@ class Attention(nnx.Module):
                 matrix = uniform(rngs.params(), shape, bound * width**-0.5)
             setattr(self, name, parameter(matrix, "embed", "heads"))
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
+        aligned = config.attention_init == "aligned"
+        if aligned:
+            self.key = parameter(jnp.copy(self.receptance[...]), "embed", "heads")
         if config.key_conv:
-            self.key_conv = parameter(jnp.zeros((config.key_conv, width)), "taps", "vector")
+            taps = jnp.zeros((config.key_conv, width)).at[0].set(float(aligned))
+            self.key_conv = parameter(taps, "taps", "vector")
 
     def __call__(
         self,

@@ -1,4 +1,5 @@
-"""Key-value recall: lines "name: number" scattered in filler, some of them asked for at the end.
+"""Key-value recall: lines "name: number" scattered in filler or a book, some asked for at the end;
+and, to learn it from, documents full of such lines that are stated again and again.
 
 With more pairs than a recurrent state holds, only attention can answer. Names are drawn anew for
 every document; numbers are the passkeys, split into those seen in training and those kept for
@@ -7,6 +8,8 @@ evaluation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from rwkvx_jax.config import ConfigError
@@ -14,6 +17,7 @@ from rwkvx_jax.tasks.passkey import answer_tokens, eval_key, filler_tokens, trai
 from rwkvx_jax.tasks.words import draw_names
 from rwkvx_jax.tokenizer import Tokenizer
 
+_ASKED_SHARE = 0.3  # lines of a document of `pairs_sample` that follow a question
 _TASK = "Each name below has a number. Remember them all, I will ask for some.\n"
 
 
@@ -51,6 +55,7 @@ def recall_sample(
     pairs: int,
     questions: int = 1,
     held_out: bool = False,
+    text: Callable[[int, np.random.Generator], np.ndarray] | None = None,
 ) -> np.ndarray:
     """One document that fills a training window: pairs in filler, questions with their answers, end
     of document.
@@ -62,6 +67,8 @@ def recall_sample(
       pairs: names with numbers in it.
       questions: how many different ones are asked for, at most `pairs`.
       held_out: take evaluation numbers instead of training numbers.
+      text: (count, rng) -> so many tokens of running text to scatter the pairs in; None: the
+        repeated filler.
 
     Returns:
       Tokens, int32 [seq_len + 1].
@@ -77,7 +84,30 @@ def recall_sample(
         answer = answer_tokens(tokenizer, document.numbers[asked])
         ending += [document.question(asked), answer]
     ending = np.append(np.concatenate(ending), np.int32(tokenizer.end_of_document))
-    return np.concatenate([document.body(seq_len + 1 - len(ending), seq_len), ending])
+    return np.concatenate([document.body(seq_len + 1 - len(ending), seq_len, text), ending])
+
+
+def pairs_sample(
+    tokenizer: Tokenizer,
+    seq_len: int,
+    rng: np.random.Generator,
+    *,
+    pairs: int,
+    held_out: bool = False,
+) -> np.ndarray:
+    """A window of 2 to `pairs` pairs, drawn again and again, some after the question of a recall
+    document. All but a pair's first number can be known, so that looking names up is learned from
+    far fewer tokens than from documents that ask at their end.
+
+    Arguments and the result, int32 [seq_len + 1], as those of `recall_sample`.
+    """
+    document = _Document(tokenizer, int(rng.integers(2, pairs + 1)), rng, held_out=held_out)
+    parts, count = [], 0
+    while count < seq_len + 1:
+        index, asked = rng.integers(len(document.names)), rng.random() < _ASKED_SHARE
+        parts.append(document.statement(index, asked=asked))
+        count += len(parts[-1])
+    return np.concatenate(parts)[: seq_len + 1]
 
 
 class _Document:
@@ -96,12 +126,22 @@ class _Document:
         name = self.names[asked]
         return self._tokenizer.encode(f"\nWhich number has {name}?\n{name}:")
 
-    def body(self, length: int, whole: int) -> np.ndarray:
-        """Task line and all pairs with filler between them, int32 [length]; `whole` is the length
-        of the document, for the error."""
-        encode = self._tokenizer.encode
-        lines = [encode(f"\n{n}: {v}\n") for n, v in zip(self.names, self.numbers, strict=True)]
-        task = encode(_TASK)
+    def statement(self, index: int, *, asked: bool = False) -> np.ndarray:
+        """Tokens of a pair's line, after its question if it is asked for."""
+        name = self.names[index]
+        before = f"\nWhich number has {name}?" if asked else ""
+        return self._tokenizer.encode(f"{before}\n{name}: {self.numbers[index]}\n")
+
+    def body(
+        self,
+        length: int,
+        whole: int,
+        text: Callable[[int, np.random.Generator], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Task line and all pairs with filler or text between them, int32 [length]; `whole` is the
+        length of the document, for the error."""
+        lines = [self.statement(index) for index in range(len(self.names))]
+        task = self._tokenizer.encode(_TASK)
         room = length - len(task) - sum(map(len, lines))
         if room < 0:
             raise ConfigError(
@@ -110,6 +150,7 @@ class _Document:
                 "tokenizer; use fewer pairs or a longer document"
             )
         cuts = np.sort(self._rng.integers(0, room + 1, len(lines)))
-        filler = np.split(filler_tokens(self._tokenizer, room), cuts)
+        between = filler_tokens(self._tokenizer, room) if text is None else text(room, self._rng)
+        filler = np.split(between, cuts)
         parts = [part for pair in zip(filler, lines, strict=False) for part in pair]
         return np.concatenate([task, *parts, filler[-1]])

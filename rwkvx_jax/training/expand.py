@@ -1,8 +1,8 @@
 """Block expansion: a plain RWKV-7 becomes a hybrid by gaining attention blocks.
 
-With zero-initialised output projections (`attention_init="zero"`, the paper) the hybrid computes
-exactly what the RWKV-7 computed. With "copy" (the repository) each new block takes the
-projections of the RWKV-7 block before it, and the function changes.
+With zero-initialised output projections (`attention_init="zero"`, the paper, and "aligned") the
+hybrid computes exactly what the RWKV-7 computed. With "copy" (the repository) each new block takes
+the projections of the RWKV-7 block before it, and the function changes.
 """
 
 from __future__ import annotations
