@@ -1,0 +1,98 @@
+"""What the hybrid buys: 0.66 M parameters that learn to look things up in up to 65,536 bytes.
+
+    python train.py --config configs/recall_64k.py --data.path 'books/*.txt'
+
+A plain RWKV-7 reads books; it is expanded with an attention block after each of its two blocks,
+which are preheated while the rest is frozen; then everything trains on lengths that grow from 256
+to 65,536, LongCE at the end, on books mixed with documents that hide numbers in filler or in books.
+One query of the sparse attention reads 256 of those bytes (chunk_size x top_k). Its twins
+recall_64k_rwkv7.py and recall_64k_full.py read the same tokens in the same order. Expected: see
+results/README.md.
+"""
+
+from rwkvx_jax.config import (
+    Config,
+    DataConfig,
+    LongCEConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    Stage,
+)
+
+# Each source with its share in the stages of 256, 1024, 4096, and more tokens. Pairs come first:
+# they teach to look up; documents that ask at their end then teach to do so from afar.
+SOURCES = (
+    (SourceConfig("text"), (0.1, 0.1, 0.1, 0.1)),
+    (SourceConfig("pairs", pairs=8), (0.8, 0.45, 0.1, 0)),
+    (SourceConfig("pairs", pairs=64), (0, 0.1, 0.2, 0.1)),
+    (SourceConfig("passkey"), (0, 0.05, 0.05, 0.1)),
+    (SourceConfig("book-passkey"), (0.1, 0.1, 0.15, 0.25)),
+    (SourceConfig("recall", pairs=16, questions=12), (0, 0.2, 0.1, 0)),
+    (SourceConfig("recall", pairs=64, questions=32), (0, 0, 0.1, 0.15)),
+    (SourceConfig("book-recall", pairs=64, questions=32), (0, 0, 0.2, 0.3)),
+)
+
+
+def get_config() -> Config:
+    sources, shares = zip(*SOURCES, strict=True)
+    mix_256, mix_1024, mix_4096, mix_long = zip(*shares, strict=True)
+    mix_base = (0.5, 0.4, 0, 0, 0.1, 0, 0, 0)
+    return Config(
+        model=ModelConfig(
+            vocab_size=257,
+            num_blocks=2,
+            num_attention_blocks=2,
+            width=128,
+            head_size=64,
+            ffn_width=256,
+            chunk_size=64,
+            top_k=4,
+            key_conv=2,
+            attention_init="aligned",
+        ),
+        data=DataConfig(tokenizer="byte", sources=sources),
+        optimizer=OptimizerConfig(policy="rwkv_lm", weight_decay=0.1),
+        run=RunConfig(compute_dtype="float32", probe_trials=10, eval_batches=2),
+        stages=(
+            Stage(
+                "rwkv7", 256, 8, 150, 2e-3, expanded=False, warmup_steps=50, source_weights=mix_base
+            ),
+            Stage(
+                "preheat",
+                256,
+                8,
+                50,
+                2e-3,
+                trainable="attention",
+                warmup_steps=20,
+                source_weights=mix_256,
+            ),
+            Stage("grow-256", 256, 8, 2000, 2e-3, warmup_steps=20, source_weights=mix_256),
+            Stage(
+                "grow-1024",
+                1024,
+                4,
+                800,
+                2e-3,
+                schedule="linear",
+                final_lr=1e-3,
+                source_weights=mix_1024,
+            ),
+            Stage("grow-4096", 4096, 2, 350, 1e-3, source_weights=mix_4096),
+            Stage("grow-16384", 16_384, 1, 150, 1e-3, source_weights=mix_long),
+            Stage(
+                "grow-65536",
+                65_536,
+                1,
+                40,
+                1e-3,
+                schedule="linear",
+                final_lr=1e-4,
+                loss="longce",
+                longce=LongCEConfig(),
+                source_weights=mix_long,
+            ),
+        ),
+    )
