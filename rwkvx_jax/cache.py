@@ -10,7 +10,7 @@ keeps) serve the gate. Rows are written in place: pages travel through the layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -95,6 +95,16 @@ class Cache:
         return self.pages.keys.shape[3] * self.pages.keys.shape[4]
 
 
+class Snapshot(NamedTuple):
+    """A cache without its keys and values."""
+
+    length: jax.Array
+    blocks: BlockState
+    attention_ffn_shift: jax.Array
+    key_tail: jax.Array
+    key_sums: jax.Array
+
+
 def check_room(cache: Cache, count: int | jax.Array) -> None:
     """Refuses to read more rows than the pages hold, where the numbers are known (not traced).
 
@@ -176,6 +186,42 @@ def selector_of(config: ModelConfig) -> Selector:
     return Selector(
         config.selector, config.selector_blocks if config.selector in ("max", "pooled") else 1
     )
+
+
+def snapshot(cache: Cache) -> Snapshot:
+    """What `rewind` needs to come back here after further reading."""
+    return Snapshot(
+        cache.length, cache.blocks, cache.attention_ffn_shift, cache.key_tail, cache.pages.key_sums
+    )
+
+
+def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
+    """The state at an earlier point of the same texts, to be continued in another way.
+
+    Keys and values stay where they are: rows beyond the length are never seen, and overwritten. So
+    without a policy only, which moves rows.
+    """
+    length, blocks, shift, tail, sums = snapshot
+    return replace(
+        cache,
+        length=length,
+        blocks=blocks,
+        attention_ffn_shift=shift,
+        key_tail=tail,
+        pages=cache.pages._replace(key_sums=sums),
+    )
+
+
+def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
+    """`ours` of the texts where chosen [B], `others` elsewhere."""
+
+    def pick(x: jax.Array, y: jax.Array) -> jax.Array:
+        axis = min(1, x.ndim - 1)  # of the texts: all but the length are stacked by layer
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        return jnp.where(chosen.reshape(shape), x, y)
+
+    return jax.tree.map(pick, ours, others)
 
 
 def write_rows(

@@ -26,6 +26,7 @@ from rwkvx_jax.evals.common import (
     wilson,
 )
 from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
+from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.eval_models import TINY, random_params
@@ -101,13 +102,45 @@ def test_reader_continues_as_full_passes_do(subject, attention):
     assert answers.shape == (3, 8)
     for prompt, answer in zip(prompts, answers, strict=True):
         np.testing.assert_array_equal(answer, greedy_by_full_passes(model, prompt, 8))
-    assert sum(read) == sum(map(len, prompts)) and len(read) == 3
+    assert sum(read) == sum(map(len, prompts))
     seen = []
     cut = reader(
         prompts, 8, read.append, lambda answer: seen.append(len(answer)) or len(answer) > 2
     )
     np.testing.assert_array_equal(cut[:, :3], answers[:, :3])
     assert not cut[:, 3:].any() and seen == [1] * 3 + [2] * 3 + [3] * 3
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_what_prompts_share_is_read_once_and_changes_nothing(subject, attention, monkeypatch):
+    if not attention:
+        subject = subject.without_attention()
+    rng = np.random.default_rng(2)
+    draw = lambda n: rng.integers(1, 257, n).astype(np.int32)
+    trunk = draw(90)
+    prompts = [np.concatenate([trunk[:cut], draw(100 - cut)]) for cut in (5, 5, 37, 37, 64, 89)]
+    other = [draw(50), trunk[:33]]  # begins anew, and with fewer tokens than are known
+    batches = [prompts[:2], prompts[2:4], prompts[4:], other, [trunk[:40]], prompts[:1]]
+    shared = GreedyReader(subject, piece=16, batch=2, longest=100)
+    fed, feed = [], Engine.feed
+
+    def counted(self, session, texts):
+        fed.append(max(map(len, texts)))
+        feed(self, session, texts)
+
+    monkeypatch.setattr(Engine, "feed", counted)
+    found, amounts = [], []
+    for batch in batches:
+        fed.clear()
+        found.append(shared(batch, 6, lambda count: None))
+        amounts.append(sum(fed))
+    assert amounts == [100, 100, 100 - 32, 50, 40, 100]
+    alone = GreedyReader(subject, piece=16, batch=2, longest=100)
+    for batch, answers in zip(batches, found, strict=True):
+        for prompt, answer in zip(batch, answers, strict=True):
+            alone([draw(3)], 1, lambda count: None)  # so that nothing is shared
+            expected = alone([prompt], 6, lambda count: None)[0]
+            np.testing.assert_array_equal(answer, expected)
 
 
 def test_attention_matters_in_the_reader_test(model, subject):

@@ -14,8 +14,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from rwkvx_jax.config import ConfigError, RunConfig  # noqa: E402
-from rwkvx_jax.evals import batching, short_context  # noqa: E402
-from rwkvx_jax.evals.batching import group_rows, plan_batches, size_classes  # noqa: E402
+from rwkvx_jax.evals import batching, harness, short_context  # noqa: E402
 from rwkvx_jax.evals.common import Subject  # noqa: E402
 from rwkvx_jax.evals.harness import AnswerFile, HarnessModel  # noqa: E402
 from rwkvx_jax.evals.short_context import ShortOptions, evaluate  # noqa: E402
@@ -41,12 +40,6 @@ def subject():
     params = random_params(TINY)
     params["head"]["weight"][:, [0, *range(129, 257)]] = 0  # what it says is text
     return Subject("m", TINY, FLOAT32, params, BYTE, "x", None, None)
-
-
-@pytest.fixture(autouse=True)
-def few_shapes(monkeypatch):
-    """Most tests need no more, and each shape takes seconds to compile."""
-    monkeypatch.setattr(batching, "MAX_SIZES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +70,20 @@ def asked(kind, *arguments):
 
 
 def test_loglikelihoods_equal_unbatched_ones(subject, log_probs, tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_SIZES", 4)
+    monkeypatch.setattr(harness, "_PIECE", 8)
+    monkeypatch.setattr(harness, "_BATCH_TOKENS", {"cpu": 40})  # five lanes, several calls
     rng = np.random.default_rng(0)
     letters = lambda n: "".join(rng.choice(list("abc de"), n)).strip() + "x"
     pairs = [(letters(int(n)), " " + letters(int(m))) for n, m in rng.integers(1, 70, (40, 2))]
     greedy = BYTE.decode([int(log_probs("question")[-1].argmax())])
     pairs += [("question", answer) for answer in (" A", "A", "B", "C", "D", greedy)]
     pairs += [("", "alone"), ("ends in blanks  ", "word")]
+    examples = letters(60)
+    for question in (letters(30), letters(20), letters(9)):
+        pairs += [(examples + question, " " + letters(int(n))) for n in (1, 2, 25, 7)]
     model = make_model(subject, tmp_path)
     answers = model.loglikelihood(asked("loglikelihood", *pairs))
-    assert 1 < model.compilations <= 4 and model.requests == len(set(pairs))
+    assert model.compilations == 1 and model.requests == len(set(pairs))
     for (context, continuation), (value, is_greedy) in zip(pairs, answers, strict=True):
         table = log_probs(context + continuation)
         targets = BYTE.encode(continuation)
@@ -146,46 +143,6 @@ def test_generation_stops(subject, log_probs, tmp_path):
         model.generate_until(
             asked("generate_until", ("x", {"do_sample": True, "temperature": 0.7, "until": []}))
         )
-
-
-def test_requests_that_differ_in_their_last_token_share_a_row():
-    requests = [([1, 2], [3, 9]), ([1, 2], [3, 8]), ([1], [2, 3, 9]), ([1, 2], [4])]
-    rows = group_rows(requests)
-    assert [(row.inputs, row.fixed, row.lasts, row.owners) for row in rows] == [
-        ((1, 2, 3), (3,), [9, 8], [0, 1]),
-        ((1, 2, 3), (2, 3), [9], [2]),
-        ((1, 2), (), [4], [3]),
-    ]
-    assert [len(row.lasts) for row in group_rows([([1], [i]) for i in range(10)])] == [8, 2]
-
-
-def test_size_classes_cost_the_least():
-    rng = np.random.default_rng(1)
-    cost = lambda sizes, lengths: sum(min(s for s in sizes if s >= n) for n in lengths)
-    for _ in range(20):
-        lengths = rng.integers(1, 130, 30)
-        sizes = size_classes(lengths, 3)
-        assert len(sizes) <= 3 and sizes == sorted(sizes) and max(sizes) >= lengths.max()
-        steps = range(16, 145, 16)
-        every = [(a, b, c) for a in steps for b in steps for c in steps if c >= lengths.max()]
-        assert cost(sizes, lengths) == min(cost(three, lengths) for three in every)
-    assert size_classes([5], 8) == [16] and len(size_classes(range(1, 3000), 8)) == 8
-
-
-def test_batches_hold_every_row_once_and_keep_their_shapes(monkeypatch):
-    monkeypatch.setattr(batching, "MAX_SIZES", 8)
-    rng = np.random.default_rng(2)
-    requests = [(list(range(n)), [1] * m) for n, m in rng.integers(1, 300, (200, 2))]
-    rows = group_rows(requests)
-    batches = plan_batches(rows, 1024)
-    assert sorted(o for b in batches for r in b.rows for o in r.owners) == list(range(200))
-    assert len({b[:3] for b in batches}) == len({b.size for b in batches}) <= 8
-    for batch in batches:
-        assert len(batch.rows) <= batch.height and batch.height * batch.size <= max(
-            1024, batch.size
-        )
-        assert all(len(r.inputs) <= batch.size and len(r.fixed) <= batch.fixed for r in batch.rows)
-    assert {b.height for b in plan_batches(rows, 1024, height=3)} <= {1, 2, 3}
 
 
 def make_options(output, data_dir, **flags):
@@ -269,29 +226,29 @@ def test_all_tasks_from_local_files(subject, data, tmp_path):
 
 
 def test_an_interrupted_run_loses_no_answer(subject, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_SIZES", 1)
-    options = make_options(tmp_path, data, tasks=("piqa", "sciq"), batch=1)
-    run_batch, calls = HarnessModel._run_batch, []
+    monkeypatch.setattr(batching, "_STEPS", 1)
+    options = make_options(tmp_path, data, tasks=("piqa", "sciq", "arc_easy"), batch=1)
+    calls = []
 
-    def counted(self, batch):
-        if len(calls) == 4:
+    def counted(call, sizes):
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(len(batch.rows))
-        return run_batch(self, batch)
+        calls.append(call)
+        return batching.pack(call, sizes)
 
-    monkeypatch.setattr(HarnessModel, "_run_batch", counted)
+    monkeypatch.setattr(harness, "pack", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(options, [subject], QUIET)
     (answers,) = (tmp_path / "short_answers").iterdir()
     saved = answers.read_text().splitlines()
-    assert len(saved) == 4
-    monkeypatch.setattr(HarnessModel, "_run_batch", run_batch)
+    assert 0 < len(saved) < 6  # of the first call: the second one was still running
+    monkeypatch.setattr(harness, "pack", batching.pack)
     evaluate(options, [subject], QUIET)
     lines = answers.read_text().splitlines()
-    assert lines[:4] == saved and len(lines) == 6  # of six different requests
+    assert lines[: len(saved)] == saved and len(set(lines)) == len(lines)
     monkeypatch.setattr(HarnessModel, "_compute", lambda *_: pytest.fail("nothing is left to do"))
     results = evaluate(options, [subject], QUIET)
-    assert len(results.trials("m")) == 6
+    assert len(results.trials("m")) == 9
 
 
 def test_limit_and_then_the_rest(subject, data, tmp_path):

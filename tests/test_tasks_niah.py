@@ -274,3 +274,13 @@ def test_other_wording_and_key_lengths(tokenizer):
     for digits in (3, 8):
         keys = [eval_key(rng(i), digits) for i in range(20)]
         assert {len(str(key)) for key in keys} == {digits} and all(map(is_eval_key, keys))
+
+
+def test_a_pattern_leaves_files_out(tmp_path):
+    (tmp_path / "SOURCE.txt").write_text("where it is from")
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    assert TextFolder(tmp_path).words == ["where", "it", "is", "from", "first", "second"]
+    assert TextFolder(tmp_path / "[!A-Z]*.txt").words == ["first", "second"]
+    with pytest.raises(ConfigError, match="no haystack at .*: name a .txt file, a folder"):
+        TextFolder(tmp_path / "c*.txt")

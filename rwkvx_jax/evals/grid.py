@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -27,9 +28,19 @@ from rwkvx_jax.evals.common import (
     share_with_interval,
 )
 from rwkvx_jax.evals.heatmap import HeatMap, draw, print_table
-from rwkvx_jax.evals.reader import GreedyReader, affordable_batch, check_memory, memory_left
+from rwkvx_jax.evals.reader import (
+    STEP_TOKENS,
+    GreedyReader,
+    affordable_batch,
+    check_memory,
+    memory_left,
+)
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.tokenizer import Tokenizer
+
+_PIECE = {"cpu": 256}  # longer ones are no faster there
+_DEFAULT_PIECE = 2048
+_CPU_ROWS, _CPU_PROMPT_TOKENS = 4, 131_072
 
 
 def _parse_lengths(words: list[str]) -> tuple[int, ...]:
@@ -70,6 +81,9 @@ Policy = Annotated[
 class GridOptions(EvalOptions):
     """Flags of every grid."""
 
+    piece: int | None = None
+    """Tokens of a prompt read at once. Default: 2048, on a CPU 256. What consecutive prompts begin
+    with together is read once, in whole pieces."""
     policy: Policy = None
     """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
     it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
@@ -182,7 +196,7 @@ def evaluate(
         grid.prompt(panels[0].tokenizer, trial)
     longest, free = max(grid.lengths), memory_left()
     for panel in panels:
-        check_memory(panel, longest, min(options.piece, longest), options.policy, free)
+        check_memory(panel, longest, _piece_of(options, longest), options.policy, free)
     results = Results(
         options.output / f"{grid.task}.json",
         task=grid.task,
@@ -220,6 +234,18 @@ def _policy_settings(options: GridOptions) -> Record:
     return {} if options.policy is None else {"policy": asdict(options.policy)}
 
 
+def _piece_of(options: GridOptions, longest: int) -> int:
+    return min(options.piece or _PIECE.get(jax.default_backend(), _DEFAULT_PIECE), longest)
+
+
+def _step_tokens(piece: int, longest: int) -> int:
+    """Tokens that all rows of a batch read at once. On a CPU one row keeps all cores busy, and each
+    row reads what the prompts share: few rows where they are long, some for the answers' sake."""
+    if jax.default_backend() != "cpu":
+        return STEP_TOKENS
+    return piece * max(1, min(_CPU_ROWS, _CPU_PROMPT_TOKENS // longest))
+
+
 def _run(
     grid: Grid,
     options: GridOptions,
@@ -231,11 +257,13 @@ def _run(
 ) -> None:
     """Runs the trials of one model in batches of equal length."""
     tokenizer, longest = panel.tokenizer, max(grid.lengths)
-    piece = min(options.piece, longest)
+    piece = _piece_of(options, longest)
     count, policy = grid.answer_length(tokenizer), options.policy
     by_length = [[t for t in trials if t.length == length] for length in grid.lengths]
     most = max(map(len, by_length))
-    batch = min(most, options.batch or affordable_batch(panel, longest + count, piece, policy))
+    rows = longest + count
+    affordable = affordable_batch(panel, rows, piece, _step_tokens(piece, longest), policy)
+    batch = min(most, options.batch or affordable)
     batch = -(-most // -(-most // batch))  # as many batches, but the last one as full as the others
     reader = make_reader(panel, piece=piece, batch=batch, longest=longest, policy=policy)
     batches = [chosen for same in by_length for chosen in even_batches(same, batch)]

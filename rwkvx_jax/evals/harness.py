@@ -14,21 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.batching import ALTERNATIVES, Batch, group_rows, plan_batches
+from rwkvx_jax.evals.batching import (
+    Answers,
+    Call,
+    Packed,
+    common_sizes,
+    group_rows,
+    pack,
+    plan_calls,
+)
 from rwkvx_jax.evals.common import Subject
-from rwkvx_jax.evals.reader import GreedyReader
-from rwkvx_jax.evals.scoring import TextScorer, score_targets
+from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
+from rwkvx_jax.evals.scoring import TextScorer, read_lanes, score_places
 from rwkvx_jax.model import abstract_model, with_params
 
-# Tokens of a batch. On a CPU its recurrent states should stay in cache: larger batches were slower.
-_BATCH_TOKENS = {"cpu": 2048}
+# Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
+_BATCH_TOKENS = {"cpu": 512}
 _DEFAULT_BATCH_TOKENS = 8192
+_PIECE = 32  # tokens of a text that a step reads
 _DEFAULT_ANSWER = 256  # tokens of a generation whose task sets no limit
 
 
@@ -108,8 +116,12 @@ class HarnessModel(TemplateLM):
         self._line_break = [int(token) for token in subject.tokenizer.encode("\n")]
         self._model = abstract_model(subject.config, subject.run)
         self._params = jax.device_put(subject.params)
-        self._score = jax.jit(self._score_batch, static_argnames="fixed")
+        self._score = jax.jit(self._score_call, static_argnames="rows")
         self.requests = 0
+
+    def use(self, answers: AnswerFile) -> None:
+        """Keeps answers in another file from now on."""
+        self._answers = answers
 
     @property
     def compilations(self) -> int:
@@ -153,55 +165,34 @@ class HarnessModel(TemplateLM):
 
     def _compute(self, pending: dict[str, tuple[list[int], list[int]]]) -> None:
         names = list(pending)
-        batches = plan_batches(group_rows(list(pending.values())), self._tokens, self._height)
-        advance = self._start("loglikelihoods", sum(b.size * len(b.rows) for b in batches))
-        for batch in reversed(batches):  # the largest first: memory runs out at once or never
-            answers = self._run_batch(batch)
-            self._answers.add({names[number]: answer for number, answer in answers.items()})
-            self.requests += len(answers)
-            advance(batch.size * len(batch.rows))
+        groups = group_rows(list(pending.values()))
+        longest = max(len(row.inputs) for group in groups for row in group.rows)
+        lanes = self._height or affordable_batch(self._subject, longest, _PIECE, self._tokens)
+        calls = plan_calls(groups, lanes, _PIECE)
+        sizes = common_sizes(calls, lanes, _PIECE)
+        advance = self._start("loglikelihoods", sum(self._tokens_of(call) for call in calls))
+        running: list[tuple[int, Answers, tuple[jax.Array, jax.Array]]] = []
+        # While the device reads a call, the next one is packed.
+        for call in [*calls, None]:
+            if call is not None:
+                packed, asked = pack(call, sizes)
+                scores = self._score(self._params, packed, rows=longest)
+                running.append((self._tokens_of(call), asked, scores))
+            if len(running) == 2 or call is None:
+                count, asked, scores = running.pop(0)
+                answers = _answers(asked, *map(np.asarray, scores))
+                self._answers.add({names[number]: answer for number, answer in answers.items()})
+                self.requests += len(answers)
+                advance(count)
 
-    def _run_batch(self, batch: Batch) -> dict[int, tuple[float, bool]]:
-        height, fixed = batch.height, batch.fixed
-        tokens = np.zeros((height, batch.size), np.int32)
-        lengths, counts = np.ones((2, height), np.int32)
-        targets = np.zeros((height, max(1, fixed)), np.int32)
-        lasts = np.zeros((height, ALTERNATIVES), np.int32)
-        for i, row in enumerate(batch.rows):
-            tokens[i, : len(row.inputs)] = row.inputs
-            lengths[i], counts[i] = len(row.inputs), len(row.fixed)
-            if row.fixed:
-                targets[i, -len(row.fixed) :] = row.fixed
-            lasts[i, : len(row.lasts)] = row.lasts
-        logs, hits = self._score(self._params, tokens, lengths, targets, counts, lasts, fixed=fixed)
-        logs, hits = np.asarray(logs, np.float64), np.asarray(hits)
-        return {
-            owner: (float(logs[i, j]), bool(hits[i, j]))
-            for i, row in enumerate(batch.rows)
-            for j, owner in enumerate(row.owners)
-        }
+    def _tokens_of(self, call: Call) -> int:
+        return sum(len(text) for lane in call for group in lane for text in group.texts())
 
-    def _score_batch(self, params, tokens, lengths, targets, counts, lasts, *, fixed):
-        """Log-probabilities and greediness [B, A] of continuations that end with lasts [B, A].
-
-        The other targets [B, F] are aligned to the right: the last of a row is predicted at its
-        next to last input; `counts` says how many a row has.
-        """
+    def _score_call(self, params, packed: Packed, *, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities and greediness of all targets; see `Packed`."""
         model = with_params(self._model, params)
-        features = model.features(tokens)
-        take = lambda at: jnp.take_along_axis(features, at[..., None], axis=1)
-        logits = model.head(take(lengths[:, None] - 1)[:, 0])  # [B, W]
-        own = jnp.take_along_axis(logits, lasts, axis=1)
-        logs = own - jax.nn.logsumexp(logits, axis=1, keepdims=True)
-        hits = jnp.argmax(logits, axis=1)[:, None] == lasts
-        if fixed:
-            steps = jnp.arange(fixed)
-            at = lengths[:, None] - 1 - fixed + steps[None]
-            scores = score_targets(model, take(jnp.maximum(at, 0)), targets)
-            counted = steps[None] >= fixed - counts[:, None]
-            logs -= jnp.where(counted, scores.loss, 0).sum(1, keepdims=True)
-            hits &= jnp.where(counted, scores.hit, True).all(1, keepdims=True)
-        return logs, hits
+        features = read_lanes(model, packed, rows)
+        return score_places(model, features, packed.places, packed.targets, packed.place_count)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -271,6 +262,13 @@ class HarnessModel(TemplateLM):
         text = self._subject.tokenizer.decode(answer[: ends[0]] if len(ends) else answer)
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         return (text[: min(places)] if places else text), bool(len(ends) or places)
+
+
+def _answers(asked: Answers, logs: np.ndarray, hits: np.ndarray) -> dict[int, tuple[float, bool]]:
+    """(logarithm of the probability, whether it is the greedy one) of every continuation."""
+    logs = np.add.reduceat(logs.reshape(-1)[asked.indices].astype(np.float64), asked.begins)
+    hits = np.logical_and.reduceat(hits.reshape(-1)[asked.indices], asked.begins)
+    return dict(zip(asked.requests, zip(logs.tolist(), hits.tolist(), strict=True), strict=True))
 
 
 def _stopping(options: dict[str, Any]) -> tuple:

@@ -77,7 +77,8 @@ class NiahOptions(GridOptions):
     """Questions at every length and depth. The paper's tables have 500 a length: 40 depths with 13
     trials come near."""
     haystack: Path | None = None
-    """A .txt file or a folder of them: the running text of single_2, single_3 and multikey_1."""
+    """A .txt file, a folder of them or a quoted pattern: the running text of single_2, single_3 and
+    multikey_1."""
     answer_tokens: int = 64
     """Most tokens of an answer; it also ends at a line break."""
 

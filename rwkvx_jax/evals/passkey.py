@@ -61,8 +61,8 @@ class PasskeyOptions(GridOptions):
     """exact: prompts of exactly so many of the model's own tokens; official: the repository's
     length rule and answer length (World tokenizer only)."""
     haystack: Path | None = None
-    """A .txt file or a folder of them: hides the key in a piece of this text, another one for each
-    trial, instead of in repeated sentences (protocol exact)."""
+    """A .txt file, a folder of them or a quoted pattern: hides the key in a piece of this text,
+    another one for each trial, instead of in repeated sentences (protocol exact)."""
     digits: int = 5
     """Length of random keys; training documents have 5 digits."""
     wording: Literal["official", "other"] = "official"

@@ -17,13 +17,13 @@ import numpy as np
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.evals.common import Subject
-from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.engine import Engine, Mark, Session
 from rwkvx_jax.model import abstract_model, with_params
 
 # Memory for the caches and activations of one batch where nobody says how many prompts it has.
 _BATCH_BYTES = 2**30
 # Tokens that all rows of a batch read at once; more of them keep no device busier.
-_STEP_TOKENS = 8192
+STEP_TOKENS = 8192
 # Activations of one piece, in widths: the hidden layer of the channel mix and a dozen others.
 _ACTIVATION_WIDTHS = 32
 
@@ -52,6 +52,9 @@ class GreedyReader:
         self._pieces = -(-longest // piece)
         self._rows = 0
         self._engine: Engine | None = None
+        self._session: Session | None = None
+        self._mark: Mark | None = None  # behind what the last prompts had in common
+        self._shared = np.zeros(0, np.int32)  # which is this
 
     def __call__(
         self,
@@ -75,15 +78,12 @@ class GreedyReader:
         longest = max(map(len, prompts))
         self._pieces = max(self._pieces, -(-longest // self._piece))
         engine = self._engine_for(self._pieces * self._piece + count)
-        padding = [prompts[0][:1]] * (self._batch - len(prompts))
-        first, *further = [
-            [prompt[start : start + self._piece] for prompt in [*prompts, *padding]]
-            for start in range(0, longest, self._piece)
-        ]
-        session = engine.start(first)
-        advance(sum(map(len, first[: len(prompts)])))
-        for texts in further:
-            engine.feed(session, texts)
+        begin = self._read_shared(engine, prompts, advance)
+        session = self._session
+        padding = [prompts[0][begin : begin + 1]] * (self._batch - len(prompts))
+        for start in range(begin, longest, step := self._piece * self._pieces_at_once()):
+            texts = [prompt[start : start + step] for prompt in prompts]
+            engine.feed(session, texts + [text[start - begin :] for text in padding])
             advance(sum(map(len, texts)))
         answers = np.zeros((len(prompts), count), np.int32)
         open_rows = set(range(len(prompts)))
@@ -94,10 +94,37 @@ class GreedyReader:
                 break
         return answers
 
+    def _read_shared(self, engine: Engine, prompts: Sequence[np.ndarray], advance) -> int:
+        """Reads what all prompts begin with, in whole pieces; returns how many tokens that is.
+
+        What the prompts before had in common too is not read again. All rows stand there then, with
+        at least one token of each prompt left.
+        """
+        shared = 0 if self._policy else _common(prompts) // self._piece * self._piece
+        done = len(self._shared)
+        if self._mark is not None and np.array_equal(self._shared, prompts[0][: min(done, shared)]):
+            engine.rewind(self._session, self._mark)
+            advance(done * len(prompts))
+        else:
+            self._session = None  # frees its cache before the next one is made
+            self._session, done = engine.open(), 0
+        for start in range(done, shared, step := self._piece * self._pieces_at_once()):
+            text = prompts[0][start : min(shared, start + step)]
+            engine.feed(self._session, [text] * self._batch)
+            advance(len(text) * len(prompts))
+        if self._policy is None:
+            self._mark, self._shared = engine.mark(self._session), prompts[0][:shared]
+        return shared
+
+    def _pieces_at_once(self) -> int:
+        """Pieces between two reports of progress, for which the device has to come to rest."""
+        return max(1, STEP_TOKENS // (self._piece * self._batch))
+
     def _engine_for(self, rows: int) -> Engine:
         """The engine, made anew where its cache has fewer rows."""
         if rows > self._rows:
             self._engine = None  # frees its parameters before they are copied again
+            self._session = self._mark = None
             abstract = abstract_model(self._subject.config, self._subject.run)
             model = with_params(abstract, jax.device_put(self._subject.params))
             self._engine = Engine(
@@ -107,14 +134,27 @@ class GreedyReader:
         return self._engine
 
 
+def _common(prompts: Sequence[np.ndarray]) -> int:
+    """Tokens that all prompts begin with, fewer than any of them has."""
+    size = min(map(len, prompts)) - 1
+    first = prompts[0][:size]
+    for other in prompts[1:]:
+        differ = np.flatnonzero(first != other[: len(first)])
+        first = first[: differ[0]] if len(differ) else first
+    return len(first)
+
+
 def affordable_batch(
-    subject: Subject, length: int, piece: int, policy: CachePolicy | None = None
+    subject: Subject,
+    length: int,
+    piece: int,
+    tokens: int = STEP_TOKENS,
+    policy: CachePolicy | None = None,
 ) -> int:
-    """Prompts of this length to read side by side: at least 1, else as many as fit into 8192 tokens
-    read at once and into about a gigabyte."""
-    return max(
-        1, min(_STEP_TOKENS // piece, _BATCH_BYTES // _prompt_bytes(subject, length, piece, policy))
-    )
+    """Prompts of this length to read side by side: at least 1, else as many as fit into so many
+    tokens read at once and into about a gigabyte."""
+    most = _BATCH_BYTES // _prompt_bytes(subject, length, piece, policy)
+    return max(1, min(tokens // piece, most))
 
 
 def check_memory(

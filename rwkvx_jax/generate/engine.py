@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.cache import Cache, CachePolicy
+from rwkvx_jax.cache import Cache, CachePolicy, Snapshot, rewind, snapshot
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.generate.sampling import Sampling, count_token, sample
 from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
@@ -60,6 +60,14 @@ class Session:
     progress: Progress
     read: np.ndarray  # [B] tokens of each text
     speed: Speed = field(default_factory=Speed)
+
+
+class Mark(NamedTuple):
+    """A point of texts in progress to come back to; see `Engine.mark`."""
+
+    state: Snapshot
+    logits: jax.Array
+    read: np.ndarray
 
 
 class Engine:
@@ -120,11 +128,27 @@ class Engine:
           ConfigError: another number of prompts, an empty one, an id outside the vocabulary, or a
             prompt too long for `max_length`.
         """
-        seeds = range(len(prompts)) if seeds is None else seeds
-        if len(prompts) != self.batch or len(seeds) != self.batch:
-            raise ConfigError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds for an engine of batch {self.batch}"
-            )
+        session = self.open(seeds)
+        if len(prompts) != self.batch:
+            raise ConfigError(f"{len(prompts)} prompts for an engine of batch {self.batch}")
+        empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+        if empty:
+            raise ConfigError(f"prompt {empty[0]} is empty: give it at least one token")
+        self.feed(session, prompts)
+        return session
+
+    def open(self, seeds: Sequence[int] | None = None) -> Session:
+        """Texts of which nothing has been read yet, to be given their first tokens by `feed`.
+
+        Args:
+          seeds: as `start` takes them.
+
+        Raises:
+          ConfigError: another number of seeds than of texts.
+        """
+        seeds = range(self.batch) if seeds is None else seeds
+        if len(seeds) != self.batch:
+            raise ConfigError(f"{len(seeds)} seeds for an engine of batch {self.batch}")
         model = with_params(self._abstract, self.params)
         shape = (self.batch, self.vocab_size)
         progress = Progress(
@@ -133,12 +157,7 @@ class Engine:
             jnp.zeros(shape, jnp.float32) if self.sampling.penalizes else None,
         )
         cache = model.init_cache(self.batch, self._rows, policy=self._policy)
-        session = Session(cache, progress, np.zeros(self.batch, np.int64))
-        empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
-        if empty:
-            raise ConfigError(f"prompt {empty[0]} is empty: give it at least one token")
-        self.feed(session, prompts)
-        return session
+        return Session(cache, progress, np.zeros(self.batch, np.int64))
 
     def feed(self, session: Session, texts: Sequence[Sequence[int]]) -> None:
         """Reads further tokens of each text (an empty list: none), as `start` does the first."""
@@ -159,6 +178,23 @@ class Engine:
         session.read += lengths
         session.speed.prompt_tokens += int(lengths.sum())
         session.speed.prompt_seconds += time.perf_counter() - begin
+
+    def mark(self, session: Session) -> Mark:
+        """Where the texts are now.
+
+        Raises:
+          ConfigError: under a policy, which can't be undone.
+        """
+        if self._policy is not None:
+            raise ConfigError("texts read under a cache policy can't be rewound: read them anew")
+        state = jax.tree.map(jnp.copy, snapshot(session.cache))  # reading on donates the original
+        return Mark(state, jnp.copy(session.progress.logits), session.read.copy())
+
+    def rewind(self, session: Session, mark: Mark) -> None:
+        """Takes back everything read and generated since the mark, of the same session."""
+        session.cache = rewind(session.cache, jax.tree.map(jnp.copy, mark.state))
+        session.progress = session.progress._replace(logits=jnp.copy(mark.logits))
+        session.read = mark.read.copy()
 
     def next_tokens(self, session: Session) -> np.ndarray:
         """Chooses the next token of each text and reads it, int32 [B]."""

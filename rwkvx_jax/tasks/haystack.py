@@ -7,6 +7,7 @@ served from the beginning, by words or by tokens; past its end it starts anew.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import re
 from pathlib import Path
@@ -20,7 +21,8 @@ _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]’”])) (?=[\"'(\[�
 
 
 class TextFolder:
-    """The text of one file, or of all *.txt files below a folder in the order of their paths.
+    """The text of one file, of all *.txt files below a folder, or of the files that match a pattern
+    such as books/[!A-Z]*.txt, in the order of their paths.
 
     words: its words. fingerprint: hash of the words.
     """
@@ -31,12 +33,7 @@ class TextFolder:
         Raises:
           ConfigError: nothing there, no *.txt file, invalid UTF-8, or no words.
         """
-        path = Path(path)
-        if not path.exists():
-            raise ConfigError(f"no haystack at {path}: name a .txt file or a folder of them")
-        files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
-        if not files:
-            raise ConfigError(f"haystack {path} holds no *.txt file")
+        files = _files(Path(path))
         self.words = [word for file in files for word in _read(file).split()]
         if not self.words:
             raise ConfigError(f"haystack {path} holds no text")
@@ -69,6 +66,21 @@ def open_folder(path: str) -> TextFolder:
 def sentences(text: str) -> list[str]:
     """Cuts text at blanks between the end of a sentence and a capital letter."""
     return [part for part in _SENTENCE_END.split(text) if part]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not (files := [file for file in files if file.is_file()]):
+            raise ConfigError(
+                f"no haystack at {path}: name a .txt file, a folder of them, or a pattern"
+            )
+        return files
+    if not (files := sorted(path.rglob("*.txt"))):
+        raise ConfigError(f"haystack {path} holds no *.txt file")
+    return files
 
 
 def _read(file: Path) -> str:
