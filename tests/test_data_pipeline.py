@@ -199,6 +199,23 @@ def test_pairs_are_stated_again_and_again(tmp_path):
         assert set(counts) == {2, 3, 4, 5, 6} and 150 < questions < 350
 
 
+def test_answers_alone_can_count(numbers, tmp_path):
+    kinds = ("passkey", "book-passkey", "recall", "book-recall", "pairs")
+    counted = {}
+    for kind in kinds:
+        source = SourceConfig(kind, pairs=3, questions=2, targets="answers")
+        opened = open_numbers(numbers, tmp_path, sources=(source,), held_out=0.3)
+        sample = opened.dataset(LONG_STAGE)[0]
+        targets = sample["tokens"][1:][sample["mask"] > 0]
+        counted[kind] = opened.tokenizer.decode(targets)
+        assert sample["mask"].dtype == np.float32 and sample["mask"].shape == (400,)
+    assert all(re.fullmatch(r"( \d{5}){1}", counted[kind]) for kind in kinds[:2])
+    assert all(re.fullmatch(r"( \d{5}){2}", counted[kind]) for kind in kinds[2:4])
+    assert re.fullmatch(r"( \d{5})+( \d*)?", counted["pairs"]) and len(counted["pairs"]) > 60
+    with pytest.raises(ConfigError, match='source "text": targets is "answers"'):
+        SourceConfig("text", targets="answers")
+
+
 def test_recall_in_books_keeps_the_text(numbers, tmp_path):
     source = SourceConfig("book-recall", pairs=3, questions=2)
     opened = open_numbers(numbers, tmp_path, sources=(source,), held_out=0.3)

@@ -97,7 +97,7 @@ def test_training_sample(tokenizer, seq_len):
     rng = np.random.default_rng(3)
     keys, depths = set(), set()
     for _ in range(20):
-        sample = training_sample(tokenizer, seq_len, rng)
+        sample, answers = training_sample(tokenizer, seq_len, rng)
         assert sample.shape == (seq_len + 1,) and sample.dtype == np.int32
         assert sample[-1] == tokenizer.end_of_document
         text = tokenizer.decode(sample)
@@ -107,6 +107,7 @@ def test_training_sample(tokenizer, seq_len):
         assert prompt.endswith("The pass key is")
         answer = answer_tokens(tokenizer, key)
         np.testing.assert_array_equal(sample[-2 - len(answer) : -2], answer)
+        assert answers[-2 - len(answer) : -2].all() and answers.sum() == len(answer)
         keys.add(key)
         depths.add(text.index(key_line(key)))
     assert len(keys) == 20
@@ -115,10 +116,12 @@ def test_training_sample(tokenizer, seq_len):
 
 
 def test_training_sample_is_a_function_of_its_generator(tokenizer):
-    samples = [training_sample(tokenizer, 300, np.random.default_rng([7, i])) for i in (0, 0, 1)]
+    samples = [
+        training_sample(tokenizer, 300, np.random.default_rng([7, i])).tokens for i in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(samples[0], samples[1])
     assert (samples[0] != samples[2]).any()
-    held_out = training_sample(tokenizer, 300, np.random.default_rng(0), held_out=True)
+    held_out = training_sample(tokenizer, 300, np.random.default_rng(0), held_out=True).tokens
     assert is_eval_key(int(tokenizer.decode(held_out).removesuffix(".").split()[-1]))
 
 

@@ -24,7 +24,7 @@ from rwkvx_jax.tasks.passkey import (
     key_line,
     training_sample,
 )
-from rwkvx_jax.tasks.recall import recall_prompt, recall_sample
+from rwkvx_jax.tasks.recall import pairs_sample, recall_prompt, recall_sample
 from rwkvx_jax.tasks.words import ADJECTIVES, NOUNS, draw, draw_distinct, draw_names
 from rwkvx_jax.tokenizer import load_tokenizer
 
@@ -224,7 +224,7 @@ PINNED_RECALL = (
 
 
 def test_recall_sample_asks_and_answers(tokenizer):
-    sample = recall_sample(tokenizer, 1200, rng(2), pairs=30, questions=7)
+    sample, answers = recall_sample(tokenizer, 1200, rng(2), pairs=30, questions=7)
     assert sample.shape == (1201,) and sample[-1] == tokenizer.end_of_document
     text = tokenizer.decode(sample)
     stated = dict(re.findall(r"^([a-z]{5}): (\d+)$", text.split("\nWhich number")[0], re.M))
@@ -232,9 +232,20 @@ def test_recall_sample_asks_and_answers(tokenizer):
     assert len({name for name, _, _ in asked}) == 7 and len(stated) == 30
     assert all(name == again and stated[name] == value for name, again, value in asked)
     assert not any(is_eval_key(int(value)) for value in stated.values())
-    held_out = recall_sample(tokenizer, 1200, rng(2), pairs=30, held_out=True)
+    assert tokenizer.decode(sample[answers]).split() == [value for _, _, value in asked]
+    held_out = recall_sample(tokenizer, 1200, rng(2), pairs=30, held_out=True).tokens
     values = re.findall(r"^[a-z]{5}: (\d+)$", tokenizer.decode(held_out), re.M)
     assert len(values) == 31 and all(is_eval_key(int(value)) for value in values)
+
+
+def test_only_restated_numbers_of_pairs_are_answers(tokenizer):
+    tokens, answers = pairs_sample(tokenizer, 700, rng(1), pairs=5)
+    assert tokens.shape == answers.shape == (701,)
+    stated = re.findall(r"\n[a-z]{5}: (\d+)(?=\n)", tokenizer.decode(tokens))
+    first = dict(zip(reversed(stated), range(len(stated))[::-1], strict=True))
+    again = [number for i, number in enumerate(stated) if first[number] != i]
+    found = tokenizer.decode(tokens[answers]).split()
+    assert found[: len(again)] == again and len(found) - len(again) in (0, 1)  # one may be cut
 
 
 def test_recall_that_does_not_fit():
@@ -257,8 +268,8 @@ def test_passkey_inside_a_book(tokenizer, text):
 
 def test_training_sample_inside_a_book(tokenizer, text):
     piece = lambda count, rng: text.window(tokenizer, int(rng.integers(100)), count)
-    sample = training_sample(tokenizer, 600, rng(4), text=piece)
-    again = training_sample(tokenizer, 600, rng(4), text=piece)
+    sample = training_sample(tokenizer, 600, rng(4), text=piece).tokens
+    again = training_sample(tokenizer, 600, rng(4), text=piece).tokens
     np.testing.assert_array_equal(sample, again)
     words = tokenizer.decode(sample)
     key = int(words.removesuffix(".").split()[-1])

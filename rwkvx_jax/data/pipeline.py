@@ -101,7 +101,8 @@ class OpenData:
         source, seed = self.sources[index], _seed(self.config.seed, stage.name, index, split)
         if source.config.kind in _SYNTHETIC:
             make = self._synthetic(source, stage, split)
-            return grain.MapDataset.source(Synthetic(make, stage.seq_len, seed))
+            answers_only = source.config.targets == "answers"
+            return grain.MapDataset.source(Synthetic(make, stage.seq_len, seed, answers_only))
         samples = self._stream_samples(source, stage, split)
         if split == "train" and self.config.order != "shuffle":
             samples = MagicOrder(samples, self.config.order)

@@ -15,6 +15,7 @@ import numpy as np
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.binidx import Binidx
+from rwkvx_jax.tasks.documents import Document
 from rwkvx_jax.tokenizer import Tokenizer
 
 Sample = dict[str, np.ndarray]  # {"tokens": int32 [S + 1], "mask": float32 [S]}
@@ -82,12 +83,14 @@ class Documents:
 class Synthetic:
     """Documents made on the fly, one a window.
 
-    make: generator -> tokens, int32 [seq_len + 1]; picklable.
+    make: generator -> document of seq_len + 1 tokens; picklable.
+    answers_only: whether only what has to be remembered counts in the loss.
     """
 
-    make: Callable[[np.random.Generator], np.ndarray]
+    make: Callable[[np.random.Generator], Document]
     seq_len: int
     seed: int
+    answers_only: bool = False
 
     def __post_init__(self):
         self[0]  # a window that is too short fails here
@@ -96,8 +99,9 @@ class Synthetic:
         return 1 << 62
 
     def __getitem__(self, index: int) -> Sample:
-        tokens = self.make(np.random.default_rng([self.seed, index]))
-        return {"tokens": tokens, "mask": np.ones(self.seq_len, np.float32)}
+        tokens, answers = self.make(np.random.default_rng([self.seed, index]))
+        mask = answers[1:] if self.answers_only else np.ones(self.seq_len)
+        return {"tokens": tokens, "mask": mask.astype(np.float32)}
 
 
 @dataclass(frozen=True)

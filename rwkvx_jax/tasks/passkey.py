@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.tasks.documents import Document, document_of
 from rwkvx_jax.tokenizer import Tokenizer
 
 
@@ -137,7 +138,7 @@ def training_sample(
     *,
     held_out: bool = False,
     text: Callable[[int, np.random.Generator], np.ndarray] | None = None,
-) -> np.ndarray:
+) -> Document:
     """One document that fills a training window: prompt, answer, full stop, end of document.
 
     Args:
@@ -148,18 +149,16 @@ def training_sample(
       text: (count, rng) -> so many tokens of running text to hide the key in; None: the repeated
         filler.
 
-    Returns:
-      Tokens, int32 [seq_len + 1].
-
     Raises:
       ConfigError: a window that can't hold the key line, the question and the answer.
     """
     key = eval_key(rng) if held_out else train_key(rng)
     ending = np.append(tokenizer.encode("."), np.int32(tokenizer.end_of_document))
-    answer = np.concatenate([answer_tokens(tokenizer, key), ending])
+    answer = answer_tokens(tokenizer, key)
     piece = None if text is None else lambda count: text(count, rng)
-    length, depth = seq_len + 1 - len(answer), rng.random()
-    return np.concatenate([exact_prompt(tokenizer, key, length, depth, text=piece), answer])
+    length, depth = seq_len + 1 - len(answer) - len(ending), rng.random()
+    prompt = exact_prompt(tokenizer, key, length, depth, text=piece)
+    return document_of([(prompt, False), (answer, True), (ending, False)], seq_len + 1)
 
 
 def is_eval_key(key: int) -> bool:

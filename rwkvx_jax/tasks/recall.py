@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.tasks.documents import Document, document_of
 from rwkvx_jax.tasks.passkey import answer_tokens, eval_key, filler_tokens, train_key
 from rwkvx_jax.tasks.words import draw_names
 from rwkvx_jax.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ def recall_sample(
     questions: int = 1,
     held_out: bool = False,
     text: Callable[[int, np.random.Generator], np.ndarray] | None = None,
-) -> np.ndarray:
+) -> Document:
     """One document that fills a training window: pairs in filler, questions with their answers, end
     of document.
 
@@ -70,21 +71,19 @@ def recall_sample(
       text: (count, rng) -> so many tokens of running text to scatter the pairs in; None: the
         repeated filler.
 
-    Returns:
-      Tokens, int32 [seq_len + 1].
-
     Raises:
       ConfigError: more questions than pairs, or a window that can't hold it all.
     """
     if questions > pairs:
         raise ConfigError(f"recall: {questions} questions about {pairs} pairs; ask for fewer")
     document = _Document(tokenizer, pairs, rng, held_out=held_out)
-    ending = []
+    parts = []
     for asked in rng.permutation(pairs)[:questions]:
         answer = answer_tokens(tokenizer, document.numbers[asked])
-        ending += [document.question(asked), answer]
-    ending = np.append(np.concatenate(ending), np.int32(tokenizer.end_of_document))
-    return np.concatenate([document.body(seq_len + 1 - len(ending), seq_len, text), ending])
+        parts += [(document.question(asked), False), (answer, True)]
+    parts.append((np.asarray([tokenizer.end_of_document], np.int32), False))
+    room = seq_len + 1 - sum(len(part) for part, _ in parts)
+    return document_of([(document.body(room, seq_len, text), False), *parts], seq_len + 1)
 
 
 def pairs_sample(
@@ -94,20 +93,25 @@ def pairs_sample(
     *,
     pairs: int,
     held_out: bool = False,
-) -> np.ndarray:
+) -> Document:
     """A window of 2 to `pairs` pairs, drawn again and again, some after the question of a recall
     document. All but a pair's first number can be known, so that looking names up is learned from
     far fewer tokens than from documents that ask at their end.
 
-    Arguments and the result, int32 [seq_len + 1], as those of `recall_sample`.
+    Arguments as those of `recall_sample`.
     """
     document = _Document(tokenizer, int(rng.integers(2, pairs + 1)), rng, held_out=held_out)
-    parts, count = [], 0
+    parts, count, stated, line_break = [], 0, set(), tokenizer.encode("\n")
     while count < seq_len + 1:
-        index, asked = rng.integers(len(document.names)), rng.random() < _ASKED_SHARE
-        parts.append(document.statement(index, asked=asked))
-        count += len(parts[-1])
-    return np.concatenate(parts)[: seq_len + 1]
+        index, asked = int(rng.integers(len(document.names))), rng.random() < _ASKED_SHARE
+        question = document.question(index)
+        if not asked:
+            question = tokenizer.encode(f"\n{document.names[index]}:")
+        answer = answer_tokens(tokenizer, document.numbers[index])
+        parts += [(question, False), (answer, index in stated), (line_break, False)]
+        stated.add(index)
+        count += len(question) + len(answer) + len(line_break)
+    return document_of(parts, seq_len + 1)
 
 
 class _Document:
@@ -126,12 +130,6 @@ class _Document:
         name = self.names[asked]
         return self._tokenizer.encode(f"\nWhich number has {name}?\n{name}:")
 
-    def statement(self, index: int, *, asked: bool = False) -> np.ndarray:
-        """Tokens of a pair's line, after its question if it is asked for."""
-        name = self.names[index]
-        before = f"\nWhich number has {name}?" if asked else ""
-        return self._tokenizer.encode(f"{before}\n{name}: {self.numbers[index]}\n")
-
     def body(
         self,
         length: int,
@@ -140,8 +138,9 @@ class _Document:
     ) -> np.ndarray:
         """Task line and all pairs with filler or text between them, int32 [length]; `whole` is the
         length of the document, for the error."""
-        lines = [self.statement(index) for index in range(len(self.names))]
-        task = self._tokenizer.encode(_TASK)
+        encode = self._tokenizer.encode
+        lines = [encode(f"\n{n}: {v}\n") for n, v in zip(self.names, self.numbers, strict=True)]
+        task = encode(_TASK)
         room = length - len(task) - sum(map(len, lines))
         if room < 0:
             raise ConfigError(
