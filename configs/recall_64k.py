@@ -6,8 +6,8 @@ A plain RWKV-7 reads books; it is expanded with an attention block after each of
 which are preheated while the rest is frozen; then everything trains on lengths that grow from 256
 to 65,536, LongCE at the end, on books mixed with documents that hide numbers in filler or in books.
 One query of the sparse attention reads 256 of those bytes (chunk_size x top_k). Its twins
-recall_64k_rwkv7.py and recall_64k_full.py read the same tokens in the same order. Expected: see
-results/README.md.
+recall_64k_rwkv7.py and recall_64k_full.py read the same tokens in the same order. What came out:
+docs/training.md.
 """
 
 from rwkvx_jax.config import (
