@@ -30,10 +30,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import alignment, routing
+from pallas_kernels.tpu_chips import current_chip
 
 _LANES = 128
 _SUBLANES = 8
-_GATHER = 32  # rows gathered by one pass of a loop: more would spill their addresses
 _TABLE_ENTRIES = 1 << 17  # tiles a call: their chunks fill half of scalar memory
 _LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
@@ -49,6 +49,8 @@ class TileConfig:
     Attributes:
       rows: queries of a tile of the past part, a multiple of 128.
       keys: keys met at once, in the past part; divides no chunk in particular.
+      joined: keys of a block of small chunks whose tiles share grid steps.
+      together: tiles a grid step takes where chunks are joined; divides 8.
       diagonal: largest number of rows and of columns of a tile of the own chunk.
       segment_bytes: VMEM for the rows of a segment of queries and their results.
       vmem_limit_bytes: VMEM the compiler may use.
@@ -56,20 +58,33 @@ class TileConfig:
 
     rows: int = 256
     keys: int = 512
+    joined: int = 2048
+    together: int = 4
     diagonal: int = 512
     segment_bytes: int = 34 * 1024 * 1024
     vmem_limit_bytes: int = 60 * 1024 * 1024
 
     def __post_init__(self):
-        for name in ("rows", "keys", "diagonal"):
+        for name in ("rows", "keys", "joined", "diagonal"):
             value = getattr(self, name)
             if value < _LANES or value % _LANES:
                 raise ValueError(f"{name} must be a positive multiple of {_LANES}, got {value}")
+        if self.together not in (1, 2, 4, 8):
+            raise ValueError(f"together must be 1, 2, 4 or 8, got {self.together}")
         if not 0 < self.segment_bytes <= self.vmem_limit_bytes:
             raise ValueError(
                 f"segment_bytes must be positive and at most vmem_limit_bytes "
                 f"({self.vmem_limit_bytes}), got {self.segment_bytes}"
             )
+
+
+_LARGE = TileConfig(segment_bytes=68 * 1024 * 1024, vmem_limit_bytes=100 * 1024 * 1024)
+TILES = {"v5e": _LARGE, "v5p": TileConfig(), "v6e": _LARGE}  # a v5p core has half the VMEM
+
+
+def default_tile() -> TileConfig:
+    """The tile for the device of the mesh in force, else of the default backend."""
+    return TILES[current_chip() or "v5p"]
 
 
 unsupported_reason = alignment.unsupported_reason
@@ -124,6 +139,11 @@ class _Shape:
         return 1 if self.heads > 1 else 2
 
     @property
+    def packed(self) -> bool:
+        """Whether a query lies in the spare lanes of its row of results, as 32 words."""
+        return self.heads > 1 and self.dtype == jnp.bfloat16
+
+    @property
     def log2_scale(self) -> float:
         """Turns q . k into exponents of 2."""
         return self.scale * _LOG2_E
@@ -131,6 +151,11 @@ class _Shape:
     def block(self, limit: int) -> int:
         """Rows the diagonal is cut into: whole chunks, as many as fit the limit, at least one."""
         return self.chunk * max(1, limit // self.chunk)
+
+    def past_block(self, tile: TileConfig) -> int:
+        """Keys of the chunks joined in the past part: whole blocks of the diagonal."""
+        block = self.block(tile.diagonal)
+        return block * max(1, tile.joined // block) if block > self.chunk else self.chunk
 
     def side(self, limit: int) -> int:
         """Rows (and columns) of a tile of the diagonal; divides `block`."""
@@ -142,6 +167,10 @@ class _Shape:
     def stat_lane(self, head):
         """First of the lanes that hold a query's statistics, in the last part of its row."""
         return (1 - head) * self.head if self.heads > 1 else 0
+
+    def in_query(self, lane: jax.Array, head) -> jax.Array:
+        """Which lanes of a row of results hold the query: the last quarter beside the values."""
+        return lane // (self.head // 2) == 2 * (1 - head) + 1
 
     def own(self, x: jax.Array, head) -> jax.Array:
         """x [R, 128] float32 with the lanes of the pack's other head cleared."""
@@ -167,50 +196,55 @@ def _pieces(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _each_row(rows_ref, function) -> None:
-    """Calls function(first row of 8, their 8 query numbers) for all rows of a tile."""
-    number = rows_ref.shape[-1]
+def _numbers(rows_ref, tile, first: int, rows: int, zero=0) -> list:
+    """Query numbers of 8 rows of a step's tile.
 
-    def step(i, carry):
-        for g in range(_GATHER // _SUBLANES):
-            first = pl.multiple_of(i * _GATHER + g * _SUBLANES, _SUBLANES)
-            function(first, [rows_ref[0, 0, 0, first + r] for r in range(_SUBLANES)])
-        return carry
-
-    lax.fori_loop(0, number // _GATHER, step, 0)
+    A view a group of 8 keeps offsets within it in registers; an offset of its own for each row
+    would cost one more scalar instruction a row.
+    """
+    start = pl.multiple_of(zero + tile * rows + first, _SUBLANES)
+    view = rows_ref.at[0, 0, 0, pl.ds(start, _SUBLANES)]
+    return [view[r] for r in range(_SUBLANES)]
 
 
-def _gather(rows_ref, pairs) -> None:
-    """Copies rows of VMEM: for each (source [.., 8 + S + 8, 128], target [rows, 128]), float32.
+def _gather(rows_ref, tile, rows: int, sources) -> list[jax.Array]:
+    """Rows of VMEM: for each source [8 + S + 8, 128] a tile's rows [rows, 128], float32.
 
     Row number n stands at 8 + n. A load of 8 rows that begins r rows earlier brings row n to
     sublane r, where a select puts it in place: one load and one select a row, no store.
     """
     sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
-
-    def copy(first, numbers):
-        for source, target in pairs:
+    found = [[] for _ in sources]
+    for first in range(0, rows, _SUBLANES):
+        numbers = _numbers(rows_ref, tile, first, rows)
+        for source, pieces in zip(sources, found, strict=True):
             x = source[pl.ds(numbers[0] + _SUBLANES, _SUBLANES), :]
             for r in range(1, _SUBLANES):
                 row = source[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
                 x = jnp.where(sublane == r, row, x)
-            target[pl.ds(first, _SUBLANES), :] = x
+            pieces.append(x)
+    return [jnp.concatenate(pieces, axis=0) for pieces in found]
 
-    _each_row(rows_ref, copy)
 
+def _scatter(rows_ref, tile, pairs, zero, lanes=True) -> None:
+    """The reverse of `_gather`.
 
-def _scatter(rows_ref, pairs) -> None:
-    """The reverse of `_gather`: for each (source [rows, 128], target [8 + S + 8, 128])."""
+    Args:
+      pairs: for each array of results (rows [rows, 128], target [8 + S + 8, 128]).
+      zero: a scalar that is 0 but not to the compiler. Without it, the compiler would keep all the
+        numbers it read to gather, for which there are not enough registers.
+      lanes: bool [8, 128], the lanes to write.
+    """
     sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
-
-    def copy(first, numbers):
+    masks = [(sublane == r) & lanes for r in range(_SUBLANES)]
+    rows = pairs[0][0].shape[0]
+    for first in range(0, rows, _SUBLANES):
+        numbers = _numbers(rows_ref, tile, first, rows, zero)
         for source, target in pairs:
-            x = source[pl.ds(first, _SUBLANES), :]
+            x = source[first : first + _SUBLANES]
             for r in range(_SUBLANES):
                 window = target.at[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
-                pltpu.store(window, x, mask=sublane == r)
-
-    _each_row(rows_ref, copy)
+                pltpu.store(window, x, mask=masks[r])
 
 
 def _copy(*pairs_and_sems) -> None:
@@ -223,45 +257,70 @@ def _copy(*pairs_and_sems) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
+class _Step:
     """Where a grid step of a past kernel stands; scalars."""
 
+    group: jax.Array  # of this call's packs
+    number: jax.Array  # of the group's and head's steps
     pack: jax.Array
     head: jax.Array
     segment: jax.Array
-    chunk: jax.Array
-    used: jax.Array  # whether the tile has rows
+    block: jax.Array  # of keys
+    used: jax.Array  # whether any tile has rows
     first_of_segment: jax.Array
     last_of_segment: jax.Array
-    first_of_chunk: jax.Array  # first tile of a run with one chunk; runs end with their segment
-    last_of_chunk: jax.Array
+    first_of_block: jax.Array  # first step of a run with one block; runs end with their segment
+    last_of_block: jax.Array
+    zero: jax.Array  # 0, see `_scatter`
 
     @classmethod
-    def read(cls, table_ref, segments_ref, first_ref) -> "_Tile":
+    def read(cls, table_ref, segments_ref, first_ref, chunk: int, routes: routing.Plan):
         """Reads the scalar tables.
 
         Args:
           table_ref: SMEM [groups, heads, tiles]: 2 * chunk + (1 if the tile has rows).
-          segments_ref: SMEM [tiles]: 4 * segment + 2 * (last of it) + (first of it).
+          segments_ref: SMEM [steps]: 4 * segment + 2 * (last of it) + (first of it).
           first_ref: SMEM [1]: number of the first pack of this call.
+          chunk: keys of a chunk.
+          routes: says how many tiles a step takes.
         """
+        joined, together = routes.joined, routes.together
         group, head, number = (pl.program_id(axis) for axis in range(3))
-        entry = lambda n: table_ref[group, head, n]
-        here, place = entry(number), segments_ref[number]
-        before = entry(jnp.maximum(number - 1, 0)) // 2
-        after = entry(jnp.minimum(number + 1, pl.num_programs(2) - 1)) // 2
-        first, last, chunk = place % 2 == 1, place // 2 % 2 == 1, here // 2
+        entry = lambda step, tile=0: table_ref[group, head, step * together + tile]
+        block_of = lambda step: lax.div(entry(step), 2 * joined)
+        place, block = segments_ref[number], block_of(number)
+        before = block_of(jnp.maximum(number - 1, 0))
+        after = block_of(jnp.minimum(number + 1, pl.num_programs(2) - 1))
+        first, last = place % 2 == 1, place // 2 % 2 == 1
         return cls(
+            group=group,
+            number=number,
             pack=first_ref[0] + group,
             head=head,
             segment=place // 4,
-            chunk=chunk,
-            used=here % 2 == 1,
+            block=block,
+            used=entry(number) % 2 == 1,
             first_of_segment=first,
             last_of_segment=last,
-            first_of_chunk=first | (before != chunk),
-            last_of_chunk=last | (after != chunk),
+            first_of_block=first | (before != block),
+            last_of_block=last | (after != block),
+            zero=jnp.minimum(place, 0),
         )
+
+
+def _each_tile(table_ref, step: _Step, chunk: int, routes: routing.Plan, function) -> None:
+    """Calls function(number, first row of its chunk in the block of keys) for each of its tiles."""
+    if routes.together == 1:
+        function(0, 0)
+        return
+
+    def one(number, carry):
+        place = step.number * routes.together + number
+        first = (table_ref[step.group, step.head, place] // 2 - step.block * routes.joined) * chunk
+        function(number, pl.multiple_of(first, 64))
+        return carry
+
+    lax.fori_loop(0, routes.together, one, 0)
 
 
 def _rows_of(segment, size: int):
@@ -273,67 +332,117 @@ def _rows_of(segment, size: int):
 # --------------------------------------------------------------------------------------------
 
 
+def _start_kernel(
+    q_ref,  # [1, rows, 128] bfloat16
+    results_ref,  # [1, heads, 1, rows, 128] float32
+    *,
+    shape: _Shape,
+):
+    """Rows of results before any chunk, with the queries in their spare lanes.
+
+    A word holds elements i (lower half) and 32 + i (upper half) of a query.
+    """
+    words = pltpu.bitcast(q_ref[0].astype(_F32), jnp.int32)  # its upper half is the element
+    half, quarter = shape.head, shape.head // 2
+    pairs = pltpu.roll(words, half, 1) | lax.shift_right_logical(
+        pltpu.roll(words, half + quarter, 1), 16
+    )
+    lane = _lane(words.shape)
+    for h in range(shape.heads):
+        row = jnp.where(lane == shape.stat_lane(h) + 1, _NO_SCORE, 0.0)
+        row = jnp.where(shape.in_query(lane, h), pairs, pltpu.bitcast(row, jnp.int32))
+        results_ref[0, h, 0] = pltpu.bitcast(row, _F32)
+
+
+def _query(row: jax.Array, shape: _Shape, head) -> jax.Array:
+    """The queries [R, 128] in rows of results, in the lanes of their head, zeros beside them."""
+    words = jnp.where(shape.in_query(_lane(row.shape), head), pltpu.bitcast(row, jnp.int32), 0)
+
+    def move(x, lanes):  # two rows share a word of bfloat16
+        x = pltpu.bitcast(x, _F32).astype(shape.dtype)
+        return pltpu.roll(pltpu.bitcast(x, jnp.int32), lanes, 1)
+
+    upper = move(words & jnp.int32(-65536), shape.head)
+    lower = move(lax.shift_left(words, 16), shape.head // 2)
+    return pltpu.bitcast(upper | lower, shape.dtype)
+
+
 def _past_forward_kernel(
-    table_ref, segments_ref, first_ref,  # see _Tile.read
-    rows_ref,  # SMEM [1, 1, 1, rows]: query of each row within the segment
-    q_ref,  # HBM [B, T, packs * 128] float32
-    k_ref, v_ref,  # [1, chunk, 128]
-    _,  # HBM, the same buffer as:
-    results_ref,  # HBM [packs, heads, parts, T, 128] float32
-    queries,  # VMEM [8 + S + 8, 128] float32
-    *refs,  # VMEM: results [8 + S + 8, 128] * parts; tile [rows, 128] * (1 + parts); semaphores
+    table_ref, segments_ref, first_ref,  # see _Step.read
+    rows_ref,  # SMEM [1, 1, 1, together * rows]: query of each row within the segment
+    *refs,
     shape: _Shape,
     keys: int,
     packs: int,
+    routes: routing.Plan,
 ):  # fmt: skip
-    tile = _Tile.read(table_ref, segments_ref, first_ref)
-    parts, head = shape.parts, tile.head
-    running, q_tile, tiles, sems = refs[:parts], refs[parts], refs[parts + 1 : -1], refs[-1]
-    size = queries.shape[0] - 2 * _SUBLANES
-    body = pl.ds(_SUBLANES, size)
-    window = _rows_of(tile.segment, size)
+    """The other references; `sources` is 0 where a query lies in its row of results, else 1:
 
-    @pl.when(tile.first_of_segment)
+    HBM q [B, T, packs * 128] float32 * sources; k, v [1, block, 128], a block being `routes.joined`
+    chunks; an HBM input that shares its buffer with the output: results [packs, heads, parts, T,
+    128]; that output; VMEM: q [8 + S + 8, 128] * sources, results [8 + S + 8, 128] * parts;
+    semaphores.
+    """
+    step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
+    refs = list(refs)
+    take = lambda n: [refs.pop(0) for _ in range(n)]
+    parts, sources, head = shape.parts, 1 - shape.packed, step.head
+    q_ref, (k_ref, v_ref), _, (results_ref,) = take(sources), take(2), take(1), take(1)
+    queries, running, (sems,) = take(sources), take(parts), take(1)
+    size = running[0].shape[0] - 2 * _SUBLANES
+    body, window = pl.ds(_SUBLANES, size), _rows_of(step.segment, size)
+    lane = pl.ds(pl.multiple_of(step.pack % packs * _LANES, _LANES), _LANES)
+
+    @pl.when(step.first_of_segment)
     def _():
-        lane = pl.ds(pl.multiple_of(tile.pack % packs * _LANES, _LANES), _LANES)
         _copy(
-            (q_ref.at[tile.pack // packs, window, lane], queries.at[body], sems.at[parts]),
             *(
-                (results_ref.at[tile.pack, head, p, window], running[p].at[body], sems.at[p])
+                (ref.at[step.pack // packs, window, lane], x.at[body], sems.at[parts])
+                for ref, x in zip(q_ref, queries, strict=True)
+            ),
+            *(
+                (results_ref.at[step.pack, head, p, window], running[p].at[body], sems.at[p])
                 for p in range(parts)
             ),
         )
 
-    @pl.when(tile.used)
-    def _():
-        _gather(rows_ref, [(queries, q_tile), *zip(running, tiles, strict=True)])
-        q = shape.own(q_tile[...], head).astype(shape.dtype)
-        stat = shape.stat_lane(head)
-        acc, stats = tiles[0][...], tiles[-1][...]
+    lanes = True
+    if shape.packed:
+        lanes = ~shape.in_query(_lane((_SUBLANES, _LANES)), head)
+
+    def attend(number, start):
+        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running])
+        acc, stats, stat = gathered[sources], gathered[-1], shape.stat_lane(head)
+        if shape.packed:
+            q = _query(acc, shape, head)
+        else:
+            q = shape.own(gathered[0], head).astype(shape.dtype)
         largest = _column(stats, stat + 1)
         total = _column(stats, stat) if parts > 1 else None
         for piece in _pieces(shape.chunk, keys):
-            scores = _dot(q, k_ref[0, piece], _NT) * shape.log2_scale
+            at = pl.ds(start + piece.start, piece.stop - piece.start)
+            scores = _dot(q, k_ref[0, at, :], _NT) * shape.log2_scale
             new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
             weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
-            values = shape.values_and_ones(v_ref[0, piece], head)
+            values = shape.values_and_ones(v_ref[0, at, :], head)
             acc = acc * shrink + _dot(weights.astype(shape.dtype), values)
             if parts > 1:
                 total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
             largest = new
-        if parts > 1:
-            stats = jnp.where(_lane(stats.shape) == stat, total, stats)
-            tiles[0][...] = acc
-        else:
-            stats = acc
-        tiles[-1][...] = jnp.where(_lane(stats.shape) == stat + 1, largest, stats)
-        _scatter(rows_ref, list(zip(tiles, running, strict=True)))
+        stats = jnp.where(_lane(stats.shape) == stat, total, stats) if parts > 1 else acc
+        stats = jnp.where(_lane(stats.shape) == stat + 1, largest, stats)
+        results = [acc, stats] if parts > 1 else [stats]
+        _scatter(rows_ref, number, list(zip(results, running, strict=True)), step.zero, lanes)
 
-    @pl.when(tile.last_of_segment)
+    @pl.when(step.used)
+    def _():
+        _each_tile(table_ref, step, shape.chunk, routes, attend)
+
+    @pl.when(step.last_of_segment)
     def _():
         _copy(
             *(
-                (running[p].at[body], results_ref.at[tile.pack, head, p, window], sems.at[p])
+                (running[p].at[body], results_ref.at[step.pack, head, p, window], sems.at[p])
                 for p in range(parts)
             )
         )
@@ -436,37 +545,38 @@ def _unpack(tiles, shape: _Shape, head) -> tuple[jax.Array, jax.Array]:
 
 
 def _past_backward_kernel(
-    table_ref, segments_ref, first_ref,  # see _Tile.read
-    rows_ref,  # SMEM [1, 1, 1, rows]
+    table_ref, segments_ref, first_ref,  # see _Step.read
+    rows_ref,  # SMEM [1, 1, 1, together * rows]
     *refs,
     shape: _Shape,
     keys: int,
     packs: int,
+    routes: routing.Plan,
     sources: int,
 ):  # fmt: skip
     """The other references, `sources` being 1 for bfloat16 (q and dO share words), 2 for float32:
 
-    HBM sources [B, T, packs * 128]; k, v [1, chunk, 128]; HBM inputs that share buffers with the
+    HBM sources [B, T, packs * 128]; k, v [1, block, 128]; HBM inputs that share buffers with the
     outputs: results [packs, heads, parts, T, 128], dk, dv [B, T, packs * 128]; those outputs; VMEM:
-    sources [8 + S + 8, 128], results [8 + S + 8, 128] * parts, a tile [rows, 128] of each of those,
-    dk, dv [chunk, 128]; semaphores.
+    sources [8 + S + 8, 128], results [8 + S + 8, 128] * parts, dk, dv [block, 128]; semaphores. A
+    block is `routes.joined` chunks.
     """
     refs = list(refs)
     take = lambda n: [refs.pop(0) for _ in range(n)]
     parts = shape.parts
     sources_ref, (k_ref, v_ref), _ = take(sources), take(2), take(3)
     results_ref, dk_ref, dv_ref = take(3)
-    queries, running, tiles = take(sources), take(parts), take(sources + parts)
+    queries, running = take(sources), take(parts)
     (dk, dv), (sems,) = take(2), take(1)
-    tile = _Tile.read(table_ref, segments_ref, first_ref)
-    head, stat = tile.head, shape.stat_lane(tile.head)
+    step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
+    head, stat = step.head, shape.stat_lane(step.head)
     size = queries[0].shape[0] - 2 * _SUBLANES
-    body, window = pl.ds(_SUBLANES, size), _rows_of(tile.segment, size)
-    batch = tile.pack // packs
-    lane = pl.ds(pl.multiple_of(tile.pack % packs * _LANES, _LANES), _LANES)
-    chunk_rows = _rows_of(tile.chunk, shape.chunk)
+    body, window = pl.ds(_SUBLANES, size), _rows_of(step.segment, size)
+    batch = step.pack // packs
+    lane = pl.ds(pl.multiple_of(step.pack % packs * _LANES, _LANES), _LANES)
+    block_rows = _rows_of(step.block, routes.joined * shape.chunk)
 
-    @pl.when(tile.first_of_segment)
+    @pl.when(step.first_of_segment)
     def _():
         end = pl.ds(_SUBLANES + size, _SUBLANES)  # where rows without a query point
         for x in (*queries, *running):
@@ -479,45 +589,48 @@ def _past_backward_kernel(
                 for i, (ref, x) in enumerate(zip(sources_ref, queries, strict=True))
             ),
             *(
-                (results_ref.at[tile.pack, head, p, window], running[p].at[body], sems.at[p])
+                (results_ref.at[step.pack, head, p, window], running[p].at[body], sems.at[p])
                 for p in range(parts)
             ),
         )
 
-    @pl.when(tile.first_of_chunk)
+    @pl.when(step.first_of_block)
     def _():
         _copy(
-            (dk_ref.at[batch, chunk_rows, lane], dk, sems.at[0]),
-            (dv_ref.at[batch, chunk_rows, lane], dv, sems.at[1]),
+            (dk_ref.at[batch, block_rows, lane], dk, sems.at[0]),
+            (dv_ref.at[batch, block_rows, lane], dv, sems.at[1]),
         )
 
-    @pl.when(tile.used)
-    def _():
-        _gather(rows_ref, list(zip([*queries, *running], tiles, strict=True)))
-        q, do = _unpack([x[...] for x in tiles[:sources]], shape, head)
-        stats = tiles[-1][...]
+    def attend(number, start):
+        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running])
+        q, do = _unpack(gathered[:sources], shape, head)
+        dq, stats = gathered[sources], gathered[-1]
         lse, delta = _column(stats, stat), _column(stats, stat + 1)
-        dq = jnp.zeros(stats.shape, _F32)
+        more = jnp.zeros(stats.shape, _F32)
         for piece in _pieces(shape.chunk, keys):
-            k, v = k_ref[0, piece], v_ref[0, piece]
+            at = pl.ds(start + piece.start, piece.stop - piece.start)
+            k, v = k_ref[0, at, :], v_ref[0, at, :]
             weights, dscores = _probabilities(q, k, do, v, lse, delta, shape)
-            dq = dq + _dot(dscores, k)
-            dk[piece] += _dot(dscores, q, _TN)
-            dv[piece] += _dot(weights, do, _TN)
-        target = tiles[sources]
-        target[...] = target[...] + shape.own(dq, head)
-        _scatter(rows_ref, [(target, running[0])])
+            more = more + _dot(dscores, k)
+            dk[at, :] += _dot(dscores, q, _TN)
+            dv[at, :] += _dot(weights, do, _TN)
+        dq = dq + shape.own(more, head)
+        _scatter(rows_ref, number, [(dq, running[0])], step.zero)
 
-    @pl.when(tile.last_of_chunk)
+    @pl.when(step.used)
+    def _():
+        _each_tile(table_ref, step, shape.chunk, routes, attend)
+
+    @pl.when(step.last_of_block)
     def _():
         _copy(
-            (dk, dk_ref.at[batch, chunk_rows, lane], sems.at[0]),
-            (dv, dv_ref.at[batch, chunk_rows, lane], sems.at[1]),
+            (dk, dk_ref.at[batch, block_rows, lane], sems.at[0]),
+            (dv, dv_ref.at[batch, block_rows, lane], sems.at[1]),
         )
 
-    @pl.when(tile.last_of_segment)
+    @pl.when(step.last_of_segment)
     def _():
-        results = results_ref.at[tile.pack, head, 0, window]
+        results = results_ref.at[step.pack, head, 0, window]
         _copy((running[0].at[body], results, sems.at[0]))
 
 
@@ -679,7 +792,8 @@ def _past_call(
     rows, chunk, count = routed
     heads, tiles = plan.shape.heads, plan.routing.all_tiles
     table = (2 * chunk + (count > 0)).reshape(plan.all_packs, heads, tiles)
-    number = plan.routing.segment_of_tile()
+    each = plan.routing.together
+    number = plan.routing.segment_of_tile()[::each]
     edge = [s != r for s, r in zip(number[1:], number[:-1], strict=True)]
     segments = jnp.asarray(
         [
@@ -691,7 +805,7 @@ def _past_call(
     together = plan.packs_together
     any_memory = pl.BlockSpec(memory_space=pltpu.HBM)
     row_block = pl.BlockSpec(
-        (1, 1, 1, plan.tile.rows),
+        (1, 1, 1, each * plan.tile.rows),
         lambda g, h, t, table, segments, first: ((first[0] + g) * heads + h, t, 0, 0),
         memory_space=pltpu.SMEM,
     )
@@ -699,7 +813,7 @@ def _past_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(together, heads, tiles),
+            grid=(together, heads, tiles // each),
             in_specs=[row_block, *in_specs, *[any_memory] * len(outputs)],
             out_specs=[any_memory] * len(outputs),
             scratch_shapes=scratch,
@@ -711,7 +825,7 @@ def _past_call(
         interpret=interpret,
         name=name,
     )
-    rows = rows.reshape(plan.all_packs * heads, tiles, 1, plan.tile.rows)
+    rows = rows.reshape(plan.all_packs * heads, tiles // each, 1, each * plan.tile.rows)
     rows, *inputs = routing.in_main_memory(interpret, rows, *inputs)
 
     def run(first, outputs):
@@ -727,40 +841,64 @@ def _past_call(
 
 
 def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
-    """Blocks of k and v: the tile's chunk."""
-    packs = plan.packs
+    """Blocks of k and v: the chunks that the step's tiles share."""
+    packs, joined, together = plan.packs, plan.routing.joined, plan.routing.together
 
     def index(g, h, t, table, segments, first):
         pack = first[0] + g
-        return pack // packs, table[g, h, t] // 2, pack % packs
+        return pack // packs, lax.div(table[g, h, t * together], 2 * joined), pack % packs
 
-    return [pl.BlockSpec((1, plan.shape.chunk, _LANES), index)] * 2
+    return [pl.BlockSpec((1, joined * plan.shape.chunk, _LANES), index)] * 2
 
 
 def _segment_rows(plan: _Plan):
     return pltpu.VMEM((plan.routing.segment + 2 * _SUBLANES, _LANES), _F32)
 
 
-def _tile_rows(plan: _Plan):
-    return pltpu.VMEM((plan.tile.rows, _LANES), _F32)
+def _start(plan: _Plan, q, interpret):
+    """Rows of results before any chunk, float32 [packs, heads, parts, T, 128]."""
+    shape, packs, rows = plan.shape, plan.packs, plan.block
+    if not shape.packed or plan.routing is None:
+        start = jnp.where(_stat_lanes(shape, 1), _NO_SCORE, 0.0)
+        return jnp.broadcast_to(start, plan.results)
+    return pl.pallas_call(
+        functools.partial(_start_kernel, shape=shape),
+        grid=(plan.all_packs, plan.queries // rows),
+        in_specs=[pl.BlockSpec((1, rows, _LANES), lambda p, t: (p // packs, t, p % packs))],
+        out_specs=pl.BlockSpec((1, shape.heads, 1, rows, _LANES), lambda p, t: (p, 0, 0, t, 0)),
+        out_shape=jax.ShapeDtypeStruct(plan.results, _F32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=2 * q.size + 4 * math.prod(plan.results)
+        ),
+        interpret=interpret,
+        name="block_sparse_start",
+    )(*routing.in_main_memory(interpret, q))
 
 
 def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
-    parts = plan.shape.parts
-    q = q.astype(_F32)
+    parts, sources = plan.shape.parts, 1 - plan.shape.packed
+    queries = [] if plan.shape.packed else [q.astype(_F32)]
     kernel = functools.partial(
-        _past_forward_kernel, shape=plan.shape, keys=plan.tile.keys, packs=plan.packs
+        _past_forward_kernel,
+        shape=plan.shape,
+        keys=plan.tile.keys,
+        packs=plan.packs,
+        routes=plan.routing,
     )
-    scratch = [_segment_rows(plan)] * (1 + parts) + [_tile_rows(plan)] * (1 + parts)
+    count = sources + parts
     (results,) = _past_call(
         plan,
         kernel,
         routed,
-        [q, k, v],
-        [pl.BlockSpec(memory_space=pltpu.HBM), *_past_specs(plan)],
+        [*queries, k, v],
+        [*[pl.BlockSpec(memory_space=pltpu.HBM)] * sources, *_past_specs(plan)],
         [results],
-        [*scratch, pltpu.SemaphoreType.DMA((parts + 1,))],
-        plan.past_cost(2, [q, k, v, results, results]),
+        [
+            *[_segment_rows(plan)] * count,
+            pltpu.SemaphoreType.DMA((parts + 1,)),
+        ],
+        plan.past_cost(2, [*queries, k, v, results, results]),
         interpret,
         "block_sparse_past_forward",
     )
@@ -781,9 +919,10 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
         shape=plan.shape,
         keys=plan.tile.keys,
         packs=plan.packs,
+        routes=plan.routing,
         sources=sources,
     )
-    chunk = pltpu.VMEM((plan.shape.chunk, _LANES), _F32)
+    block = pltpu.VMEM((plan.routing.joined * plan.shape.chunk, _LANES), _F32)
     count = sources + parts
     return _past_call(
         plan,
@@ -794,8 +933,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
         [results, *zeros],
         [
             *[_segment_rows(plan)] * count,
-            *[_tile_rows(plan)] * count,
-            *[chunk] * 2,
+            *[block] * 2,
             pltpu.SemaphoreType.DMA((count,)),
         ],
         plan.past_cost(5, [*rows, k, v, results, results, *zeros]),
@@ -912,9 +1050,7 @@ def _stat_lanes(shape: _Shape, offset: int) -> jax.Array:
 
 
 def _forward(plan: _Plan, interpret, q, k, v, selection, first):
-    start = jnp.where(_stat_lanes(plan.shape, 1), _NO_SCORE, 0.0)
-    results = jnp.broadcast_to(start, plan.results)
-    routed = None
+    results, routed = _start(plan, q, interpret), None
     if plan.routing is not None:
         position = first[:, None] * plan.block + jnp.arange(plan.queries, dtype=jnp.int32)[None]
         routed = routing.route(
@@ -976,11 +1112,13 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
     """Sizes for queries that begin at block `first` of the keys (None: known when running)."""
     batch, length, heads, _ = q.shape
     slots, block = selection.shape[3], shape.block(tile.diagonal)
+    past_block = shape.past_block(tile)
     packs = -(-heads // shape.heads)
     segment, segments = _segment(length, block, tile, shape)
     queries = segment * segments
     keys = -(-k.shape[1] // block) * block
     keys = keys + queries if first is None else max(keys, first * block + queries)
+    keys = -(-keys // past_block) * past_block
     chunks = k.shape[1] // shape.chunk
     if first is not None:  # the own chunk of the last query is past to none
         chunks = min(chunks, (first * block + length - 1) // shape.chunk)
@@ -994,6 +1132,8 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
             slots=slots,
             chunk_size=shape.chunk,
             first=None if first is None else first * block,
+            joined=past_block // shape.chunk,
+            together=tile.together if past_block > shape.chunk else 1,
         )
     return _Plan(batch, packs, queries, keys, shape, tile, routed)
 
@@ -1022,7 +1162,7 @@ def block_sparse_attention(
       chunk_size: a multiple of 64 from 64 to 2048.
       scale: factor on q . k.
       q_offset: position of the first query among the keys: int, or int32 [B] (may be traced).
-      tile: see `TileConfig`.
+      tile: see `TileConfig`; default: `default_tile()`.
       interpret: True or `pltpu.InterpretParams` to run on a CPU, for tests.
 
     Returns:
@@ -1031,7 +1171,7 @@ def block_sparse_attention(
     Raises:
       ValueError: unsupported sizes or dtypes, or shapes that disagree.
     """
-    tile = TileConfig() if tile is None else tile
+    tile = default_tile() if tile is None else tile
     alignment.check(q, k, v, selection)
     reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
     if reason:

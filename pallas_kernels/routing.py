@@ -3,8 +3,10 @@
 Queries are taken a segment at a time, so that a kernel can hold a segment's queries on chip and
 gather from them row by row. Within a segment the pairs are sorted by chunk, and the pairs of one
 chunk are cut into tiles of a fixed number of rows; the last tile of a chunk is filled up with rows
-that point past the segment. How many tiles there are at most is known beforehand, whatever is
-chosen (all queries may choose the same chunk), and no pair is ever dropped.
+that point past the segment. Small chunks are joined into blocks, and a block's tiles are filled up
+to whole steps of several tiles, so that one step of a kernel needs the keys of one block. How many
+tiles there are at most is known beforehand, whatever is chosen (all queries may choose the same
+chunk), and no pair is ever dropped.
 
 A pair is one integer, chunk << bits | query, so that sorting integers is all there is to do. On TPU
 a bitonic network sorts them in VMEM: log^2 steps, but no scatter and no table look-up, which cost
@@ -22,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 _LANES, _SUBLANES = 128, 8
 _REGISTER = _LANES * _SUBLANES
-_UNROLL = 8  # registers sorted side by side, to fill one another's waits
+_UNROLL = 2  # groups of up to 8 registers compared side by side, to fill one another's waits
 _GROUP = 8  # tiles that one step of the emitting kernel writes
 _NO_PAIR = jnp.iinfo(jnp.int32).max
 
@@ -40,6 +42,8 @@ class Plan:
       tiles: number of tiles of each segment, each a multiple of 8.
       numbered: whether a pair's integer holds its slot too (slot * S + query), so that a kernel can
         write a result of its own for each pair.
+      joined: neighbouring chunks that make a block of keys.
+      together: tiles that a step takes, all of one block; divides 8.
     """
 
     segment: int
@@ -49,6 +53,8 @@ class Plan:
     slots: int
     tiles: tuple[int, ...]
     numbered: bool = False
+    joined: int = 1
+    together: int = 1
 
     @property
     def bits(self) -> int:
@@ -58,8 +64,8 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        """Integers sorted a segment: a power of two, whole registers."""
-        return max(_REGISTER, 1 << (self.segment * self.slots - 1).bit_length())
+        """Integers sorted a segment: a power of two, at least 16 registers."""
+        return max(16 * _REGISTER, 1 << (self.segment * self.slots - 1).bit_length())
 
     @property
     def all_tiles(self) -> int:
@@ -79,12 +85,14 @@ def make_plan(
     chunk_size: int,
     first: int | None,
     numbered: bool = False,
+    joined: int = 1,
+    together: int = 1,
 ) -> Plan:
     """Plan for `queries` queries, the worst case of tiles counted.
 
     Args:
       queries: a multiple of `segment`.
-      segment, rows, chunks, slots, numbered: see `Plan`.
+      segment, rows, chunks, slots, numbered, joined, together: see `Plan`.
       chunk_size: tokens in a chunk.
       first: position of the first query if known; None if it is only known when running.
 
@@ -108,8 +116,11 @@ def make_plan(
             groups = min(chunks, (first + start + segment - 1) // chunk_size)
         # Every chunk's last tile may hold a single row; no chunk gets a query twice.
         worst = min((pairs + groups * (rows - 1)) // rows, groups * -(-segment // rows))
+        worst += -(-groups // joined) * (together - 1)  # and so may every block's last step
         tiles.append(max(_GROUP, -(-worst // _GROUP) * _GROUP))
-    plan = Plan(segment, queries // segment, rows, chunks, slots, tuple(tiles), numbered)
+    plan = Plan(
+        segment, queries // segment, rows, chunks, slots, tuple(tiles), numbered, joined, together
+    )
     if plan.chunks << plan.bits > 2**31 - 2:
         raise ValueError(
             f"{chunks} chunks and {plan.bits} bits of a pair do not fit 31 bits: smaller segments"
@@ -156,7 +167,7 @@ def tile_tables(counts: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, ja
       chunk, start, count: int32 [G, tiles]. A tile beyond the last has count 0 and the chunk of
       the last one (0 if there is none), so that it asks for no other keys.
     """
-    tiles = -(-counts // plan.rows)
+    tiles = _whole_steps(-(-counts // plan.rows), plan)
     ends = jnp.cumsum(tiles, axis=-1)
     starts = jnp.cumsum(counts, axis=-1) - counts
     numbers = jnp.arange(plan.chunks, dtype=jnp.int32)
@@ -175,6 +186,20 @@ def tile_tables(counts: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, ja
         count = jnp.clip(pick(pairs_end) - start, 0, plan.rows)
         parts.append((chunk, jnp.where(count > 0, start, 0), count))
     return tuple(jnp.concatenate(x, axis=-1).astype(jnp.int32) for x in zip(*parts, strict=True))
+
+
+def _whole_steps(tiles: jax.Array, plan: Plan) -> jax.Array:
+    """Tiles a chunk [G, segments, N], those of each block's last chunk filled up to whole steps."""
+    if plan.together == 1:
+        return tiles
+    blocks = -(-plan.chunks // plan.joined)
+    more = blocks * plan.joined - plan.chunks
+    block = jnp.pad(tiles, ((0, 0), (0, 0), (0, more)))
+    block = block.reshape(*tiles.shape[:2], blocks, plan.joined).sum(axis=-1)
+    missing = jnp.repeat(-block % plan.together, plan.joined, axis=-1)[..., : plan.chunks]
+    number = jnp.arange(plan.chunks)
+    last = (number % plan.joined == plan.joined - 1) | (number == plan.chunks - 1)
+    return tiles + jnp.where(last, missing, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,94 +278,122 @@ def _iota(dimension: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), dimension)
 
 
-def _exchange(x: jax.Array, distance: int) -> jax.Array:
-    """Within a register [8, 128], row-major: the smaller of each pair `distance` apart first."""
-    axis, step, size = (
-        (1, distance, _LANES) if distance < _LANES else (0, distance // _LANES, _SUBLANES)
-    )
+def _exchange(x: jax.Array, bit: int) -> jax.Array:
+    """Within a register [8, 128]: the smaller of each pair first. The lowest 3 bits of a place
+    number sublanes, the other 7 lanes."""
+    axis, step, size = (0, 1 << bit, _SUBLANES) if bit < 3 else (1, 1 << bit - 3, _LANES)
     upper = (_iota(axis) & step) != 0
     below = pltpu.roll(x, step, axis)
     above = below if 2 * step == size else pltpu.roll(x, size - step, axis)
     return jnp.where(upper, jnp.maximum(x, below), jnp.minimum(x, above))
 
 
-def _merge_register(x: jax.Array, length: int) -> jax.Array:
-    """Sorts each bitonic run of `length` in a register, ascending."""
-    distance = length // 2
-    while distance:
-        x = _exchange(x, distance)
-        distance //= 2
-    return x
+def _descending(level: int, register_bits: int):
+    """-1 where an element's run of 2^level must descend, else 0, over a register.
+
+    Of levels beyond the bits that number registers; the last level ascends as a whole.
+    """
+    bit = level - register_bits
+    if bit >= 10:
+        return jnp.zeros((_SUBLANES, _LANES), jnp.int32)
+    place = _iota(0) | (_iota(1) << 3)
+    return -((place >> bit) & 1)
 
 
-def _sort_register(x: jax.Array, descending: jax.Array) -> jax.Array:
-    """Sorts a register; runs that must descend are complemented and sorted ascending."""
-    index = _iota(0) * _LANES + _iota(1)
-    length = 2
-    while length < _REGISTER:
-        flip = jnp.where((index & length) != 0, -1, 0)
-        x = _merge_register(x ^ flip, length) ^ flip
-        length *= 2
-    return _merge_register(x ^ descending, _REGISTER) ^ descending
+def _passes(level: int, register_bits: int) -> list[range]:
+    """Bits of the register number that a level's passes compare, highest first, up to 3 at once."""
+    bits = range(min(level, register_bits))
+    return [bits[max(0, stop - 3) : stop] for stop in range(len(bits), 0, -3)]
+
+
+def _sort_pass(source, target, level: int, bits: range, register_bits: int, group) -> None:
+    """One pass over 2^len(bits) registers: the network's comparisons of `bits`, highest first.
+
+    Runs that must descend are kept complemented and sorted ascending; a level's first pass changes
+    from the last level's runs to its own, and compares within registers what lies above all bits.
+    """
+    low, above = bits.start, bits.stop
+    first = group >> low << above | group & ((1 << low) - 1)
+    places = [(first + (j << low)) * _SUBLANES for j in range(1 << len(bits))]
+    at = [pl.ds(pl.multiple_of(place, _SUBLANES), _SUBLANES) for place in places]
+    x = [source[rows, :] for rows in at]
+    if above == min(level, register_bits):
+        for j in range(len(x)):
+            if level <= register_bits and j >= len(x) // 2 and level > 1:
+                x[j] = ~x[j]  # the last level's descending runs: those with the highest bit set
+        if level < register_bits:
+            flip = -((first >> level) & 1)
+            x = [one ^ flip for one in x]
+        else:
+            flip = _descending(level, register_bits)
+            if level > register_bits:
+                flip = flip ^ _descending(level - 1, register_bits)
+            x = [one ^ flip for one in x]
+        for bit in reversed(range(level - register_bits)):
+            x = [_exchange(one, bit) for one in x]
+    for bit in reversed(range(len(bits))):
+        for j in range(len(x)):
+            if not j >> bit & 1:
+                a, b = x[j], x[j | 1 << bit]
+                x[j], x[j | 1 << bit] = jnp.minimum(a, b), jnp.maximum(a, b)
+    for rows, one in zip(at, x, strict=True):
+        target[rows, :] = one
+
+
+def _reorder(work_ref, sorted_ref, registers: int) -> None:
+    """From the network's order (lane, sublane, register) to rows of 128, by transposes."""
+    height = min(registers, _LANES)  # registers a transpose takes of one sublane
+    for row in range(registers * _SUBLANES // _LANES):
+        start = row * _LANES
+        pieces = [
+            work_ref[
+                pl.ds(
+                    (first % registers) * _SUBLANES + first // registers, height, stride=_SUBLANES
+                ),
+                :,
+            ]
+            for first in range(start, start + _LANES, height)
+        ]
+        square = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)
+        rows = pl.ds(row, _LANES, stride=registers * _SUBLANES // _LANES)
+        sorted_ref[rows, :] = square.T
 
 
 def _sort_kernel(
-    keys_ref,  # [1, 1, R, 128]
-    sorted_ref,  # [1, 1, R + 8, 128]
-    counts_ref,  # [1, 1, N / 128, 128]
+    keys_ref,  # [R, 128]
+    sorted_ref,  # [R + 8, 128]
+    counts_ref,  # [N / 128, 128]
+    work_ref,  # VMEM [R, 128]
     *,
     bits: int,
 ):
-    registers = keys_ref.shape[2] // _SUBLANES
-    high = counts_ref.shape[2]
+    """A bitonic network. An element's place is (lane, sublane, register), registers lowest: the
+    network compares close places most often, and between registers that takes no shuffle."""
+    registers, high = keys_ref.shape[0] // _SUBLANES, counts_ref.shape[0]
+    register_bits = registers.bit_length() - 1
+    source = keys_ref
+    for level in range(1, register_bits + 11):
+        for compared in _passes(level, register_bits):
+            groups = registers >> len(compared)
+            unroll = min(_UNROLL, groups)
+
+            def step(i, carry, source=source, level=level, compared=compared, unroll=unroll):
+                for j in range(unroll):
+                    group = i * unroll + j
+                    _sort_pass(source, work_ref, level, compared, register_bits, group)
+                return carry
+
+            lax.fori_loop(0, groups // unroll, step, 0)
+            source = work_ref
+    _reorder(work_ref, sorted_ref, registers)
 
     def at(register):
-        return 0, 0, pl.ds(pl.multiple_of(register * _SUBLANES, _SUBLANES), _SUBLANES)
+        return pl.ds(pl.multiple_of(register * _SUBLANES, _SUBLANES), _SUBLANES)
 
-    def each(number: int, function) -> None:
-        """Runs function(i) for all i, several at a time; a generator's stages take turns."""
-        unroll = min(_UNROLL, number)
-
-        def step(i, carry):
-            for j in range(unroll):
-                function(i * unroll + j)
-            return carry
-
-        lax.fori_loop(0, number // unroll, step, 0)
-
-    def minus_if(register, length):  # -1 where a run of `length` registers must descend
-        return -((register // length) & 1)
-
-    def start(i):
-        sorted_ref[at(i)] = _sort_register(keys_ref[at(i)], minus_if(i, 1))
-
-    each(registers, start)
-    length = 2  # in registers
-    while length <= registers:
-        distance = length // 2
-        while distance:
-
-            def exchange(i, distance=distance, length=length):
-                a = i // distance * (2 * distance) + i % distance
-                x, y = sorted_ref[at(a)], sorted_ref[at(a + distance)]
-                small, large = jnp.minimum(x, y), jnp.maximum(x, y)
-                descending = minus_if(a, length) != 0
-                sorted_ref[at(a)] = jnp.where(descending, large, small)
-                sorted_ref[at(a + distance)] = jnp.where(descending, small, large)
-
-            each(registers // 2, exchange)
-            distance //= 2
-
-        def finish(i, length=length):
-            flip = minus_if(i, length)
-            sorted_ref[at(i)] = _merge_register(sorted_ref[at(i)] ^ flip, _REGISTER) ^ flip
-
-        each(registers, finish)
-        length *= 2
-    sorted_ref[at(registers)] = jnp.full((_SUBLANES, _LANES), _NO_PAIR, jnp.int32)
+    sorted_ref[at(registers), :] = jnp.full((_SUBLANES, _LANES), _NO_PAIR, jnp.int32)
 
     def count(i, total):
-        chunk = lax.shift_right_logical(sorted_ref[at(i)], bits)
+        chunk = lax.shift_right_logical(sorted_ref[at(i), :], bits)
         for r in range(_SUBLANES):
             row = chunk[r : r + 1]
             number = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
@@ -353,7 +406,7 @@ def _sort_kernel(
         return total
 
     total = lax.fori_loop(0, registers, count, jnp.zeros((high, _LANES), jnp.float32))
-    counts_ref[0, 0] = total.astype(jnp.int32)
+    counts_ref[...] = total.astype(jnp.int32)
 
 
 def _sort_call(keys: jax.Array, plan: Plan, interpret) -> tuple[jax.Array, jax.Array]:
@@ -364,7 +417,7 @@ def _sort_call(keys: jax.Array, plan: Plan, interpret) -> tuple[jax.Array, jax.A
     )
     rows = plan.pairs // _LANES
     high = -(-plan.chunks // _REGISTER) * _SUBLANES
-    block = lambda rows: pl.BlockSpec((1, 1, rows, _LANES), lambda g, s: (g, s, 0, 0))
+    block = lambda rows: pl.BlockSpec((None, None, rows, _LANES), lambda g, s: (g, s, 0, 0))
     levels = plan.pairs.bit_length() - 1
     lead = (groups, plan.segments)
     ordered, counts = pl.pallas_call(
@@ -376,6 +429,7 @@ def _sort_call(keys: jax.Array, plan: Plan, interpret) -> tuple[jax.Array, jax.A
             jax.ShapeDtypeStruct((*lead, rows + _SUBLANES, _LANES), jnp.int32),
             jax.ShapeDtypeStruct((*lead, high, _LANES), jnp.int32),
         ],
+        scratch_shapes=[pltpu.VMEM((rows, _LANES), jnp.int32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
         ),

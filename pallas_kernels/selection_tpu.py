@@ -1,9 +1,10 @@
 """The gate of sparse attention on a TPU: the past chunks with the highest q . mean key.
 
 Scores exist for one block of queries and one block of chunks at a time; the best chunks so far stay
-in VMEM, so that [T, N] never reaches HBM. Scores are transposed, chunks down the sublanes and
-queries along the lanes: finding a maximum is then a chain of elementwise operations. Scores are
-float32, ties go to the lower chunk, as in every implementation of the choice.
+in VMEM, so that [T, N] never reaches HBM. A chunk's scores of 1024 queries and heads fill a vector
+register, and one chunk after the other is inserted into the sorted list of the best: elementwise
+operations without a reduction. Scores are float32, ties go to the lower chunk, as in every
+implementation of the choice.
 """
 
 import functools
@@ -18,10 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.routing import in_main_memory
 
 _LANES, _SUBLANES = 128, 8
-_QUERIES = 512  # queries a grid step
 _CHUNKS = 128  # chunks scored at once
 _F32 = jnp.float32
-_NONE = jnp.iinfo(jnp.int32).max
 
 
 def unsupported_reason(head_size: int, dtype: jax.typing.DTypeLike) -> str | None:
@@ -44,8 +43,9 @@ def _kernel(
     q_ref,  # [1, queries, 128]
     means_ref,  # [1, chunks, 128] float32
     chosen_ref,  # [1, heads, J, queries] int32
-    scores_ref,  # VMEM [heads, J', queries] float32: best scores so far, descending
-    chunks_ref,  # VMEM [heads, J', queries] int32: their chunks
+    scores_ref,  # VMEM [8 * chunks, 128] float32: row g * chunks + c, g numbers (head, 128 queries)
+    best_ref,  # VMEM [J, 8, 128] float32: best scores so far, descending
+    chunks_ref,  # VMEM [J, 8, 128] int32: their chunks
     *,
     head: int,
     packs: int,
@@ -62,51 +62,86 @@ def _kernel(
 
     @pl.when(block == 0)
     def _():
-        scores_ref[...] = jnp.full(scores_ref.shape, -jnp.inf, _F32)
+        best_ref[...] = jnp.full(best_ref.shape, -jnp.inf, _F32)
         chunks_ref[...] = jnp.full(chunks_ref.shape, -1, jnp.int32)
 
     @pl.when(_some_past(first, 0, block, queries, count, chunk_size))
     def _():
-        number = block * count + lax.broadcasted_iota(jnp.int32, (count, queries), 0)
-        own = (first + lax.broadcasted_iota(jnp.int32, (1, queries), 1)) // chunk_size
-        past = number < own
-        for h in range(heads):
-            q = q_ref[0].astype(_F32)
-            if heads > 1:
-                q = jnp.where(lax.broadcasted_iota(jnp.int32, q.shape, 1) // head == h, q, 0.0)
-            scores = lax.dot_general(
-                means_ref[0],
-                q,
-                (((1,), (1,)), ((), ())),
-                precision=lax.Precision.HIGHEST,
-                preferred_element_type=_F32,
-            )
-            scores = jnp.where(past, scores, -jnp.inf)
-            for start in range(0, queries, _LANES):  # one register wide: more would spill
-                lanes = slice(start, start + _LANES)
-                best = scores_ref.at[h, :, lanes], chunks_ref.at[h, :, lanes]
-                _merge(*best, scores[:, lanes], number[:, lanes], slots)
+        means = _terms(means_ref[0], q_ref.dtype)
+        for i in range(queries // _LANES):  # one register wide: more would spill
+            for h in range(heads):
+                q = q_ref[0, i * _LANES : (i + 1) * _LANES].astype(_F32)
+                if heads > 1:
+                    q = jnp.where(lax.broadcasted_iota(jnp.int32, q.shape, 1) // head == h, q, 0.0)
+                start = (h * queries // _LANES + i) * count
+                scores_ref[start : start + count, :] = _scores(means, q.astype(q_ref.dtype))
+        row, lane = (lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), x) for x in (0, 1))
+        own = (first + row % (queries // _LANES) * _LANES + lane) // chunk_size
+
+        def some(i, best):
+            for c in range(_SUBLANES):
+                chunk = i * _SUBLANES + c
+                scores = scores_ref[pl.ds(chunk, _SUBLANES, stride=count), :]
+                number = block * count + chunk
+                best = _insert(best, jnp.where(number < own, scores, -jnp.inf), number)
+            return best
+
+        best = [best_ref[j] for j in range(slots)], [chunks_ref[j] for j in range(slots)]
+        best = lax.fori_loop(0, count // _SUBLANES, some, best)
+        for j in range(slots):
+            best_ref[j], chunks_ref[j] = best[0][j], best[1][j]
 
     @pl.when(last)
     def _():
-        chosen_ref[0] = chunks_ref[:, :slots]
+        for j in range(slots):
+            for h in range(heads):
+                for i in range(queries // _LANES):
+                    row = h * queries // _LANES + i
+                    lanes = slice(i * _LANES, (i + 1) * _LANES)
+                    chosen_ref[0, h, j : j + 1, lanes] = chunks_ref[j, row : row + 1]
 
 
-def _merge(scores_ref, chunks_ref, scores, numbers, slots: int) -> None:
-    """Takes a block of scores [N, queries] into the best so far, by `slots` passes for the maximum.
+def _terms(means: jax.Array, dtype) -> list[jax.Array]:
+    """Terms in the dtype whose sum is float32 means; three bfloat16 ones hold a mean exactly."""
+    terms = []
+    for _ in range(1 if dtype == _F32 else 3):
+        terms.append(means.astype(dtype))
+        means = means - terms[-1].astype(_F32)
+    return terms
 
-    The best so far come from lower chunks, so they win ties; within the block the lower row wins.
+
+def _scores(means: list[jax.Array], q: jax.Array) -> jax.Array:
+    """means, the sum of terms [N, 128], times q [queries, 128], as [N, queries], in full float32.
+
+    With bfloat16 queries that takes three passes of the matrix unit, with float32 ones six.
     """
-    scores = jnp.concatenate([scores_ref[...], scores], axis=0)
-    numbers = jnp.concatenate([chunks_ref[...], numbers], axis=0)
-    for j in range(slots):
-        best = jnp.max(scores, axis=0, keepdims=True)
-        found = jnp.where(scores == best, numbers, _NONE)
-        chunk = jnp.min(found, axis=0, keepdims=True)
-        exists = best > -jnp.inf
-        scores_ref[j : j + 1] = best
-        chunks_ref[j : j + 1] = jnp.where(exists, chunk, -1)
-        scores = jnp.where(found == chunk, -jnp.inf, scores)
+    precision = lax.Precision.HIGHEST if q.dtype == _F32 else lax.Precision.DEFAULT
+    dot = functools.partial(
+        lax.dot_general,
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=_F32,
+    )
+    return functools.reduce(jnp.add, [dot(term, q) for term in reversed(means)])
+
+
+def _insert(best, scores: jax.Array, number) -> tuple[list, list]:
+    """Takes one more chunk, which comes after all others, into the best scores and their chunks.
+
+    Best scores descend, so the places that a score moves down are those after its own: each place
+    keeps its entry, takes the one before it, or the new one. Equal scores stay before it.
+    """
+    values, chunks = best
+    above = [scores > x for x in values]
+    new_values, new_chunks = [], []
+    for j, (value, chunk) in enumerate(zip(values, chunks, strict=True)):
+        next_value, next_chunk = scores, jnp.full(chunk.shape, number, jnp.int32)
+        if j:
+            next_value = jnp.where(above[j - 1], values[j - 1], next_value)
+            next_chunk = jnp.where(above[j - 1], chunks[j - 1], next_chunk)
+        new_values.append(jnp.where(above[j], next_value, value))
+        new_chunks.append(jnp.where(above[j], next_chunk, chunk))
+    return new_values, new_chunks
 
 
 def _walk(first, steps: int, blocks: int, queries: int, chunks: int, chunk_size: int):
@@ -156,7 +191,7 @@ def select_from_means(
         raise ValueError(f"select_from_means on TPU: {reason}")
     each = _LANES // head
     packs, chunks = -(-heads // each), means.shape[1]
-    queries = min(_QUERIES, -(-length // _LANES) * _LANES)
+    queries = _SUBLANES * _LANES // each
     block = min(_CHUNKS, -(-chunks // _SUBLANES) * _SUBLANES)
     blocks, steps = -(-chunks // block), -(-length // queries)
 
@@ -168,7 +203,6 @@ def select_from_means(
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
     arrays = pack(q, steps * queries), pack(means.astype(_F32), blocks * block)
     arrays = in_main_memory(interpret, *arrays)
-    room = -(-count // _SUBLANES) * _SUBLANES
     chosen = pl.pallas_call(
         functools.partial(_kernel, head=head, packs=packs, chunk_size=chunk_size, slots=count),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -186,8 +220,9 @@ def select_from_means(
                 (1, each, count, queries), lambda g, t, q, c, first: (g, 0, 0, q[t])
             ),
             scratch_shapes=[
-                pltpu.VMEM((each, room, queries), _F32),
-                pltpu.VMEM((each, room, queries), jnp.int32),
+                pltpu.VMEM((_SUBLANES * block, _LANES), _F32),
+                pltpu.VMEM((count, _SUBLANES, _LANES), _F32),
+                pltpu.VMEM((count, _SUBLANES, _LANES), jnp.int32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch * packs, each, count, steps * queries), jnp.int32),

@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu_chips import current_chip
+
 _LANES = 128
 _DIAGONAL = 8  # size of the diagonal blocks inverted on the vector unit: one register of sublanes
 _LOG2_E = math.log2(math.e)
@@ -65,15 +67,12 @@ TILES = {
     "v5p": TileConfig(vmem_limit_bytes=48 * 1024 * 1024),
     "v6e": TileConfig(),
 }
-_DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 
 
 def default_tile() -> TileConfig:
     """The tile for the device of the mesh in force, else of the default backend; v5e's where that
     is neither a v5p nor a v6e."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return TILES[_DEVICE_KINDS.get(kind, "v5e")]
+    return TILES[current_chip() or "v5e"]
 
 
 def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeLike) -> str | None:

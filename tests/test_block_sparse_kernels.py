@@ -20,7 +20,7 @@ from tests.attention_cases import compare, random_qkv, random_selection, value_a
 from tests.helpers import assert_close
 
 # Tiles of 128 rows against 128 keys at once; some 200 queries a segment.
-SMALL = TileConfig(rows=128, keys=128, diagonal=128, segment_bytes=400 * 1024)
+SMALL = TileConfig(rows=128, keys=128, joined=256, diagonal=128, segment_bytes=400 * 1024)
 GPU = block_sparse_gpu.TileConfig(segment=192)
 
 

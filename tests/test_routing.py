@@ -16,7 +16,7 @@ from tests.attention_cases import random_selection
 CHUNK = 64
 
 
-def plan_of(queries, segment, slots, first=0, rows=128, chunks=None):
+def plan_of(queries, segment, slots, first=0, rows=128, chunks=None, joined=1, together=1):
     return routing.make_plan(
         queries=queries,
         segment=segment,
@@ -25,6 +25,8 @@ def plan_of(queries, segment, slots, first=0, rows=128, chunks=None):
         slots=slots,
         chunk_size=CHUNK,
         first=first,
+        joined=joined,
+        together=together,
     )
 
 
@@ -57,6 +59,8 @@ def check(selection, plan):
         for s in range(plan.segments):  # a chunk's tiles lie together
             mine = chunk[group, segment == s]
             assert (np.diff(mine) >= 0).all()
+            steps = mine.reshape(-1, plan.together) // plan.joined
+            assert (steps == steps[:, :1]).all()  # a step needs the keys of one block
 
 
 @pytest.mark.parametrize("kind", ["random", "one chunk", "nothing", "not past"])
@@ -72,6 +76,16 @@ def test_every_pair_is_routed_once(kind):
     if kind == "not past":
         chosen[..., 0], chosen[..., 1] = own, own + 3
     check(chosen, plan)
+
+
+@pytest.mark.parametrize("joined, together, length", [(4, 2, 768), (5, 4, 768), (3, 8, 1536)])
+def test_tiles_of_a_block_fill_whole_steps(joined, together, length):
+    plan = plan_of(length, 384, 3, joined=joined, together=together)
+    check(random_selection(2, 1, length, 2, CHUNK, 4), plan)
+    skewed = np.full((1, length, 2, 3), -1, np.int32)
+    skewed[:, CHUNK:, 0, 0] = 0  # one head wants the first chunk only
+    skewed[:, :, 1, 0] = np.arange(length) // CHUNK - 1  # the other the one before its own
+    check(skewed, plan)
 
 
 @pytest.mark.slow

@@ -62,6 +62,15 @@ def test_start_and_step_count():
     assert read_schedule(text).inner[0].inner[0].trips == 3  # 2, 6, 10
 
 
+def test_a_copied_counter_counts():
+    """The compiler may carry a copy of the counter instead of the counter itself."""
+    text = SCHEDULE.replace("%s71 = sphi %s69, %s54", "%s71 = sphi %s69, %s55").replace(
+        "   0xa   : >>> { %v1 = vmov 0.0 }", "   0xa   : >>> { %s55 = smov %s54 /* copy */ }"
+    )
+    assert text.count("%s55") == 2
+    assert read_schedule(text).inner[0].inner[0].inner[0].trips == 6
+
+
 # A counter that lives in memory: stored at the loop's end, loaded through a second slot.
 KEPT = """
      0   :  { %s9 = smov 2 /* copy for cssa */ } /* Start region 1 */

@@ -86,7 +86,9 @@ def _trip_count(start_line: str, text: str) -> int:
     if len(exits) != 1 or exits[0] is None:
         raise UnknownTripCount(f"the loop at bundle {where} has no exit test against a constant")
     index, stop = exits[0]
-    found = re.search(rf"%(s\w+) = sphi %(s\w+), %{index}\b", start_line)
+    copies = re.findall(rf"%(s\w+) = smov %{index}\b", text)
+    names = "|".join([index, *copies])
+    found = re.search(rf"%(s\w+) = sphi %(s\w+), %(?:{names})\b", start_line)
     first = found and re.search(rf"%{found[2]} = smov (?:\(!?%p\w+\), )?(-?\d+)\b", text)
     step = re.search(rf"%{index} = sadd\.s32 (?:\(!?%p\w+\), )?(\d+), %(s\w+)", text)
     if not found and step:

@@ -110,7 +110,7 @@ def block_sparse_plan(case: Case, struct):
     shape = kernels._Shape(64, jnp.dtype(jnp.bfloat16), case.chunk, 0.125)
     x = struct((1, case.time, heads, 64), jnp.bfloat16)
     selection = struct((1, case.time, heads, case.top_k - 1), jnp.int32)
-    return kernels._make_plan(x, x, selection, shape, kernels.TileConfig(), 0)
+    return kernels._make_plan(x, x, selection, shape, kernels.TILES[case.chip], 0)
 
 
 def block_sparse_calls(case: Case, struct) -> dict:
@@ -144,6 +144,7 @@ def block_sparse_calls(case: Case, struct) -> dict:
             lambda *x: routing._emit_call(*x, routes, False),
             (ordered, per_tile, per_tile),
         ),
+        "block_sparse_start": (call(kernels._start), (packed,)),
         "block_sparse_past_forward": (
             call(kernels._past_forward),
             (routed, packed, packed, packed, results),
@@ -183,6 +184,7 @@ BLOCK_SPARSE = (
     "select_chunks",
     "routing_sort",
     "routing_emit",
+    "block_sparse_start",
     "block_sparse_past_forward",
     "block_sparse_own_forward",
     "block_sparse_past_backward",
