@@ -13,7 +13,6 @@ docs/training.md.
 from rwkvx_jax.config import (
     Config,
     DataConfig,
-    LongCEConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -91,7 +90,6 @@ def get_config() -> Config:
                 schedule="linear",
                 final_lr=1e-4,
                 loss="longce",
-                longce=LongCEConfig(),
                 source_weights=mix_long,
             ),
         ),
