@@ -10,7 +10,6 @@ import pytest
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.grid import Trial, heat_maps
 from rwkvx_jax.evals.niah import NiahOptions, evaluate, judge, niah_grid, question_of
-from rwkvx_jax.tasks.niah import Question
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.eval_models import (
     QUIET,
@@ -83,9 +82,8 @@ def test_tracking_scores_in_part(tmp_path):
 
 def test_what_stands_behind_a_line_break_does_not_count():
     byte = load_tokenizer("byte")
-    asked = Question(np.zeros(1, np.int32), ("1234567",))
     for text, correct in ((" 1234567\n99", 1), ("\n\n1234567", 1), (" 77\n1234567", 0)):
-        assert judge(byte, asked, byte.encode(text))["correct"] == correct
+        assert judge(byte, ("1234567",), byte.encode(text))["correct"] == correct
 
 
 def test_an_answer_ends_at_its_line_break(tmp_path):

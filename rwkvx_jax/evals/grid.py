@@ -110,7 +110,7 @@ class Grid:
       prompt: tokens of a question, int32; (tokenizer, trial) alone determine it.
       answer_length: most tokens that any answer of the task may have.
       judge: (tokenizer, trial, tokens of the answer) -> fields of its record: what was asked and
-        answered, and "correct", from 0 to 1.
+        answered, and "correct", from 0 to 1. Called after `prompt` of the same trial.
       ended: (tokenizer, tokens of an answer so far) -> whether further ones change nothing.
     """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -133,7 +132,13 @@ def question_of(
 
 def niah_grid(options: NiahOptions, name: TaskName, text: TextFolder | None) -> Grid:
     """A task as a grid of questions."""
-    ask = partial(question_of, options, name, text)
+    expected: dict[Trial, tuple[str, ...]] = {}  # kept: to make a question again takes long
+
+    def prompt(tokenizer: Tokenizer, trial: Trial) -> np.ndarray:
+        question = question_of(options, name, text, tokenizer, trial)
+        expected[trial] = question.answers
+        return question.prompt
+
     settings = {"seed": options.seed, "answer_tokens": options.answer_tokens}
     if _needs_text(name):
         settings["haystack"] = text.fingerprint
@@ -146,20 +151,20 @@ def niah_grid(options: NiahOptions, name: TaskName, text: TextFolder | None) -> 
         lengths=options.lengths,
         depths=depths,
         trials=options.trials if placed else options.trials * options.depths,
-        prompt=lambda tokenizer, trial: ask(tokenizer, trial).prompt,
+        prompt=prompt,
         answer_length=lambda tokenizer: options.answer_tokens,
-        judge=lambda tokenizer, trial, answer: judge(tokenizer, ask(tokenizer, trial), answer),
+        judge=lambda tokenizer, trial, answer: judge(tokenizer, expected[trial], answer),
         ended=lambda tokenizer, answer: "\n" in tokenizer.decode(answer).lstrip(),
     )
 
 
-def judge(tokenizer: Tokenizer, question: Question, answer: np.ndarray) -> Record:
+def judge(tokenizer: Tokenizer, expected: tuple[str, ...], answer: np.ndarray) -> Record:
     """What was expected and answered; "correct" is the share of the expected strings found."""
     text = tokenizer.decode(answer).lstrip().split("\n")[0]
     return {
-        "expected": list(question.answers),
+        "expected": list(expected),
         "answer": text,
-        "correct": score(text, question.answers),
+        "correct": score(text, expected),
     }
 
 
