@@ -198,6 +198,7 @@ class Loaded(NamedTuple):
     vocab_file: str
     config: Config | None  # the experiment, if it is a run of ours
     step: int | None
+    trained_length: int | None  # longest training sequence so far
 
 
 def load_checkpoint(
@@ -232,15 +233,17 @@ def load_checkpoint(
         config, stage, step, params = read_workdir(path)
         model_config, data = config.stage_model(stage), config.data
         tokenizer, vocab_file = data.tokenizer, data.vocab_file
+        trained_length = config.trained_length(step)
     else:
         own = open_checkpoint(path, dtype=DTYPES["float32"])
-        config, step, vocab_file = None, None, ""
+        config, vocab_file = None, ""
+        step, trained_length = own.trained or (None, None)
         model_config, tokenizer = own.config, own.tokenizer_name
         params = _nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
     model_config = dataclasses.replace(model_config, **changes)
     _check_shapes(params, model_config, str(path))
     model = with_params(abstract_model(model_config, run), params)
-    return Loaded(model, tokenizer, vocab_file, config, step)
+    return Loaded(model, tokenizer, vocab_file, config, step, trained_length)
 
 
 def load_model(

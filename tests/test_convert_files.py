@@ -2,7 +2,9 @@
 
 import json
 import tracemalloc
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -194,19 +196,32 @@ def test_command_line_converts_training_runs(tmp_path):
     stage = Stage("only", seq_len=8, global_batch=1, steps=1, peak_lr=1e-3)
     config = Config(model, (stage,), data=DataConfig(tokenizer="world"))
     tree = unflatten_dict({n: jnp.asarray(p) for n, p in params.items()}, sep=".")
-    with checkpoint.Checkpoints(tmp_path / "run", keep=1) as checkpoints:
-        progress = checkpoint.progress_record(config, 0, 1, {})
-        checkpoints.save(1, tree, {"count": jnp.zeros(())}, progress)
+    with checkpoint.Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        for step in (1, 2):
+            progress = checkpoint.progress_record(config, 0, step, {})
+            saved = jax.tree.map(partial(jnp.multiply, step), tree)
+            checkpoints.save(step, saved, {"count": jnp.zeros(())}, progress)
         checkpoints.wait()
     ours, official = tmp_path / "ours.safetensors", tmp_path / "official.pth"
     main([str(tmp_path / "run"), str(ours), "--to", "ours"])
+    assert open_own_safetensors(ours).trained == (2, 8)
+    loaded = checkpoint.load_checkpoint(ours)
+    assert (loaded.step, loaded.trained_length) == (2, 8)
+    main([str(tmp_path / "run"), str(ours), "--to", "ours", "--step", "1"])
     own = open_own_safetensors(ours)
-    assert (own.config, own.tokenizer_name) == (model, "world")
+    assert (own.config, own.tokenizer_name, own.trained) == (model, "world", (1, 8))
     assert_identical(read_all(own.params), params)
-    main([str(tmp_path / "run"), str(official), "--dtype", "bfloat16"])
+    main([str(tmp_path / "run"), str(official), "--step", "1", "--dtype", "bfloat16"])
     tensors = read_all(open_pth(official))
     assert {n: t.shape for n, t in tensors.items()} == official_shapes()
     assert {t.dtype for t in tensors.values()} == {BF16}
+
+
+def test_only_runs_have_steps(tmp_path, capsys):
+    write_pth(tmp_path / "source.pth", official_tensors())
+    with pytest.raises(SystemExit, match="1"):
+        main([str(tmp_path / "source.pth"), str(tmp_path / "x.safetensors"), "--step", "1"])
+    assert "--step 1 chooses among the checkpoints" in capsys.readouterr().err
 
 
 def test_command_line_errors_leave_no_file(tmp_path, capsys):

@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def subject(model):
-    return as_subject(Loaded(model, "byte", "", None, None), Path("tiny"), "tiny")
+    return as_subject(Loaded(model, "byte", "", None, None, None), Path("tiny"), "tiny")
 
 
 @pytest.mark.parametrize(
@@ -173,16 +173,14 @@ def test_identity_sees_every_bit(subject):
     assert subject._replace(params=params).description["parameters"] != before
 
 
-@pytest.mark.parametrize("step, expected", [(1, 128), (10, 128), (11, 512), (30, 512)])
-def test_trained_length_counts_stages_that_have_begun(model, step, expected):
+@pytest.mark.parametrize("step, expected", [(0, None), (1, 128), (10, 128), (11, 512), (30, 512)])
+def test_trained_length_counts_stages_that_have_begun(step, expected):
     stages = (
         Stage("a", 128, 1, 10, 1e-3),
         Stage("b", 512, 1, 10, 1e-3),
         Stage("c", 256, 1, 10, 1e-3),
     )
-    config = Config(TINY, stages, DataConfig())
-    subject = as_subject(Loaded(model, "byte", "", config, step), Path("x"), "x")
-    assert subject.trained_length == expected
+    assert Config(TINY, stages, DataConfig()).trained_length(step) == expected
 
 
 def options(*paths, **flags):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -246,3 +247,9 @@ class Config(Checked):
     def stage_model(self, stage: Stage) -> ModelConfig:
         """The model that a stage trains."""
         return self.model if stage.expanded else self.model.without_attention()
+
+    def trained_length(self, step: int) -> int | None:
+        """Longest sequence of the stages that have begun after `step` steps of the whole run."""
+        ends = itertools.accumulate((stage.steps for stage in self.stages), initial=0)
+        begun = [stage.seq_len for stage, end in zip(self.stages, ends, strict=False) if end < step]
+        return max(begun, default=None)

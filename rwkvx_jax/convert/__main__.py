@@ -23,7 +23,7 @@ from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
 from rwkvx_jax.convert.fla import is_fla
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.official import params_to_official
-from rwkvx_jax.convert.own import OwnCheckpoint, is_own, write_own_safetensors
+from rwkvx_jax.convert.own import OwnCheckpoint, Trained, is_own, write_own_safetensors
 from rwkvx_jax.convert.tensors import DTYPES, ConversionError, as_lazy, in_dtype, tracked
 
 
@@ -49,6 +49,9 @@ class Options:
     source says, else 2048."""
     top_k: Annotated[int | None, tyro.conf.arg(metavar="CHUNKS")] = None
     """Chunks that a query reads. Default: what our own source says, else 3."""
+    step: int | None = None
+    """Which checkpoint of a training run: the newest, or one that is kept (as the last of each
+    stage)."""
 
 
 def convert(options: Options, console: Console) -> None:
@@ -85,8 +88,14 @@ def _dtype(options: Options) -> np.dtype | None:
 def _open(options: Options) -> tuple[OwnCheckpoint, bool]:
     """The source, and whether it is in our layout already."""
     settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
-    run = _open_run(options.src) if options.src.is_dir() and not is_fla(options.src) else None
+    is_run = options.src.is_dir() and not is_fla(options.src)
+    run = _open_run(options.src, options.step) if is_run else None
     if run is None:
+        if options.step is not None:
+            raise ConversionError(
+                f"--step {options.step} chooses among the checkpoints of a training run, which "
+                f"{options.src} is not"
+            )
         source = open_checkpoint(options.src, **settings, dtype=_dtype(options))
         return source, is_own(options.src)
     given = {name: size for name, size in settings.items() if size is not None}
@@ -94,25 +103,27 @@ def _open(options: Options) -> tuple[OwnCheckpoint, bool]:
     return run._replace(config=dataclasses.replace(run.config, **given), params=params), True
 
 
-def _open_run(directory: Path) -> OwnCheckpoint | None:
-    """The newest checkpoint of a training run; None if the directory is not that of one."""
+def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
+    """A checkpoint of a training run (None: the newest); None if the directory is not that of
+    one."""
     # The command line stands above the rooms; imported here, as it brings in the whole model.
     from rwkvx_jax.checkpoint import CHECKPOINTS, flat, read_workdir
 
     if not (directory / CHECKPOINTS).is_dir():
         return None
-    config, stage, _, params = read_workdir(directory)
+    config, stage, step, params = read_workdir(directory, step)
     params = as_lazy(dict(flat(params)))
-    return OwnCheckpoint(config.stage_model(stage), config.data.tokenizer, params, None)
+    trained = Trained(step, config.trained_length(step))
+    return OwnCheckpoint(config.stage_model(stage), config.data.tokenizer, params, None, trained)
 
 
 def _write(options: Options, target: str, source: OwnCheckpoint) -> None:
-    config, tokenizer, params, info = source
+    config, tokenizer, params, info, trained = source
     if target == "official":
         tensors = params_to_official(config, params, info, _dtype(options))
         write_tensors(options.dst, tensors)
     elif options.dst.suffix == ".safetensors":
-        write_own_safetensors(options.dst, config, tokenizer, params, info)
+        write_own_safetensors(options.dst, config, tokenizer, params, info, trained)
     else:
         raise ConversionError(f"{options.dst}: our checkpoints are .safetensors files")
 

@@ -22,6 +22,13 @@ from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy
 _FORMAT, _VERSION = "rwkvx_jax_format", "1"
 
 
+class Trained(NamedTuple):
+    """How far the training run was that a checkpoint came from."""
+
+    step: int
+    length: int  # longest training sequence so far, in tokens
+
+
 class OwnCheckpoint(NamedTuple):
     """A checkpoint of ours, its parameters read lazily."""
 
@@ -29,6 +36,7 @@ class OwnCheckpoint(NamedTuple):
     tokenizer_name: str
     params: dict[str, LazyTensor]
     info: OfficialInfo | None  # of the official file it came from
+    trained: Trained | None = None
 
 
 def is_own_metadata(metadata: Mapping[str, str]) -> bool:
@@ -65,8 +73,9 @@ def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:
         config = from_dict(ModelConfig, json.loads(metadata["model_config"]), "model")
         official = metadata.get("official_info")
         info = from_dict(OfficialInfo, json.loads(official), "info") if official else None
+        trained = Trained(**json.loads(metadata["trained"])) if "trained" in metadata else None
         check_params(config, tensors)
-        return OwnCheckpoint(config, metadata["tokenizer"], tensors, info)
+        return OwnCheckpoint(config, metadata["tokenizer"], tensors, info, trained)
     except (ConfigError, ConversionError, KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: {error}") from error
 
@@ -77,6 +86,7 @@ def write_own_safetensors(
     tokenizer_name: str,
     params: Mapping[str, Any],
     info: OfficialInfo | None = None,
+    trained: Trained | None = None,
 ) -> None:
     """Writes one of our checkpoints; it appears only when it is complete.
 
@@ -86,6 +96,7 @@ def write_own_safetensors(
       tokenizer_name: "world", "byte", or "" if unknown.
       params: arrays or lazy tensors by name, shaped as `layout.param_shapes(config)` says.
       info: of the official file the parameters came from.
+      trained: how far the training run was, if known.
 
     Raises:
       ConversionError: parameters that do not fit, or an unwritable destination.
@@ -99,4 +110,6 @@ def write_own_safetensors(
     }
     if info is not None:
         metadata["official_info"] = json.dumps(to_dict(info))
+    if trained is not None:
+        metadata["trained"] = json.dumps(trained._asdict())
     write_safetensors(path, params, metadata)

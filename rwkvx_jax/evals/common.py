@@ -158,20 +158,8 @@ def as_subject(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> 
         tokenizer=tokenizer,
         checkpoint=str(path),
         step=loaded.step,
-        trained_length=_trained_length(loaded),
+        trained_length=loaded.trained_length,
     )
-
-
-def _trained_length(loaded: Loaded) -> int | None:
-    """Longest sequence of the stages that have begun at this step."""
-    if loaded.config is None or loaded.step is None:
-        return None
-    longest, begin = None, 0
-    for stage in loaded.config.stages:
-        if begin < loaded.step:
-            longest = max(longest or 0, stage.seq_len)
-        begin += stage.steps
-    return longest
 
 
 def _digest(params: Params) -> str:
