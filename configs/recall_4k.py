@@ -1,0 +1,31 @@
+"""The first 4.6 M tokens of recall_64k.py and lengths up to 4,096: for ablations.
+
+    python train.py --config configs/recall_4k.py --data.path 'books/*.txt' --model.top-k 4
+
+Any field can be changed on the command line; docs/training.md lists what came out.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from rwkvx_jax.cli import load_config
+from rwkvx_jax.config import Config, LongCEConfig
+
+STEPS = {"rwkv7": 100, "preheat": 50, "grow-256": 1000, "grow-1024": 300, "grow-4096": 140}
+
+
+def get_config() -> Config:
+    base = load_config(Path(__file__).with_name("recall_64k.py"))
+    stages = [
+        dataclasses.replace(stage, steps=STEPS[stage.name])
+        for stage in base.stages
+        if stage.name in STEPS
+    ]
+    last = dataclasses.replace(
+        stages[-1],
+        schedule="linear",
+        final_lr=1e-4,
+        loss="longce",
+        longce=LongCEConfig(window=1024, stride=1024),
+    )
+    return dataclasses.replace(base, stages=(*stages[:-1], last))
