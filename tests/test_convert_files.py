@@ -12,7 +12,7 @@ import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from rwkvx_jax import checkpoint
-from rwkvx_jax.config import Config, DataConfig, Stage
+from rwkvx_jax.config import Config, DataConfig, Stage, to_dict
 from rwkvx_jax.convert.__main__ import main
 from rwkvx_jax.convert.files import open_tensors, write_tensors
 from rwkvx_jax.convert.layout import check_params, param_shapes
@@ -25,6 +25,7 @@ from rwkvx_jax.convert.own import (
 from rwkvx_jax.convert.pth import open_pth, write_pth
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
 from rwkvx_jax.convert.tensors import DTYPES, ConversionError
+from rwkvx_jax.training.loop import CONFIG_FILE
 from tests.convert_checkpoints import (
     BF16,
     assert_identical,
@@ -202,6 +203,7 @@ def test_command_line_converts_training_runs(tmp_path):
             saved = jax.tree.map(partial(jnp.multiply, step), tree)
             checkpoints.save(step, saved, {"count": jnp.zeros(())}, progress)
         checkpoints.wait()
+    (tmp_path / "run" / CONFIG_FILE).write_text(json.dumps(to_dict(config)))  # as train.py does
     ours, official = tmp_path / "ours.safetensors", tmp_path / "official.pth"
     main([str(tmp_path / "run"), str(ours), "--to", "ours"])
     assert open_own_safetensors(ours).trained == (2, 8)

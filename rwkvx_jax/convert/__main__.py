@@ -20,7 +20,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
-from rwkvx_jax.convert.fla import is_fla
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.official import params_to_official
 from rwkvx_jax.convert.own import OwnCheckpoint, Trained, is_own, write_own_safetensors
@@ -88,8 +87,7 @@ def _dtype(options: Options) -> np.dtype | None:
 def _open(options: Options) -> tuple[OwnCheckpoint, bool]:
     """The source, and whether it is in our layout already."""
     settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
-    is_run = options.src.is_dir() and not is_fla(options.src)
-    run = _open_run(options.src, options.step) if is_run else None
+    run = _open_run(options.src, options.step)
     if run is None:
         if options.step is not None:
             raise ConversionError(

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Trains and evaluates everything in this directory: results/reproduce.sh BOOKS [SEED ...]
+# BOOKS: the folder of Gutenberg texts named in results/README.md; dracula.txt in it is held out.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+books=$1
+seeds=${*:2}
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_PLATFORMS=cpu
+python=${PYTHON:-.venv/bin/python}
+
+train() {  # CONFIG SEED
+    $python train.py --config "configs/$1.py" --data.path "$books/[!dS]*.txt" \
+        --data.seed "$2" --model.init-seed "$2" --run.remat none --workdir "runs/$1-$2"
+}
+
+keep() {  # CONFIG SEED NAME [flags]
+    $python -m rwkvx_jax.convert "runs/$1-$2" "runs/seed$2/$3.safetensors" "${@:4}"
+}
+
+evaluate() {  # SEED
+    local models=runs/seed$1 out=results/seed$1
+    local all=(--checkpoint "$models/recall_64k.safetensors"
+        --checkpoint "$models/recall_16k.safetensors"
+        --checkpoint "$models/recall_64k_rwkv7.safetensors")
+    local book=(--haystack "$books/dracula.txt")
+    local far=(--piece 2048 --depths 5)
+    passkey() { $python eval.py passkey "${all[@]}" --output "$out/$1" "${@:2}"; }
+    passkey filler --lengths 1024,4096,16384,65536
+    passkey book --lengths 1024,4096,16384,65536 "${book[@]}"
+    passkey filler_256k --lengths 262144 --trials 4 "${far[@]}"
+    passkey book_256k --lengths 262144 --trials 4 "${far[@]}" "${book[@]}"
+    passkey filler_1m --lengths 1048576 --trials 1 "${far[@]}"
+    passkey book_1m --lengths 1048576 --trials 1 "${far[@]}" "${book[@]}"
+    for digits in 3 8; do
+        passkey "digits$digits" --lengths 4096,16384 --trials 5 --digits $digits
+    done
+    passkey wording --lengths 4096,16384 --trials 5 --wording other
+    $python eval.py niah "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
+        --tasks recall_16 recall_64 --lengths 4096,16384
+    $python eval.py niah "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
+        --tasks recall_256 --lengths 16384
+    $python eval.py long-loss "${all[@]}" --output "$out/loss" --text "$books/dracula.txt" \
+        --length 65536
+}
+
+for seed in ${seeds:-0 1 2}; do
+    train recall_64k "$seed"
+    train recall_64k_rwkv7 "$seed"
+    mkdir -p "runs/seed$seed"
+    keep recall_64k "$seed" recall_64k
+    keep recall_64k "$seed" recall_16k --step 3600
+    keep recall_64k_rwkv7 "$seed" recall_64k_rwkv7
+    evaluate "$seed"
+done
