@@ -14,7 +14,7 @@ train() {  # CONFIG SEED
 }
 
 keep() {  # CONFIG SEED NAME [flags]
-    $python -m rwkvx_jax.convert "runs/$1-$2" "runs/seed$2/$3.safetensors" "${@:4}"
+    $python -m rwkvx_jax.convert "runs/$1-$2" "runs/seed$2/$3.safetensors" --to ours "${@:4}"
 }
 
 evaluate() {  # SEED

@@ -131,7 +131,7 @@ def params_to_official(
     if config.key_conv and config.num_attention_blocks:
         raise ConversionError(
             f"a model with key_conv={config.key_conv} has no official form: the original knows no "
-            "convolution on keys; keep it as our own .safetensors"
+            "convolution on keys; keep it as our own (--to ours)"
         )
     hybrid = config.num_attention_blocks > 0
     naming = _naming(
