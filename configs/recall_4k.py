@@ -1,8 +1,8 @@
-"""The first 4.6 M tokens of recall_64k.py and lengths up to 4,096: for ablations.
+"""recall_64k.py in small, for ablations: 4.7 M tokens, lengths up to 4,096, LongCE at the end.
 
     python train.py --config configs/recall_4k.py --data.path 'books/*.txt' --model.top-k 4
 
-Any field can be changed on the command line; docs/training.md lists what came out.
+Any field can be changed on the command line.
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Trains and evaluates everything in this directory: results/reproduce.sh BOOKS [SEED ...]
-# BOOKS: the folder of Gutenberg texts named in results/README.md; dracula.txt in it is held out.
+# Trains and evaluates what results/README.md tells of: results/reproduce.sh BOOKS [SEED ...]
+# Checkpoints go to runs/seedN/, figures and trials to results/seedN/.
+# BOOKS: a folder of the novels named in results/README.md. What begins with d (dracula.txt is for
+# evaluation, david_copperfield.txt unused) or S (a note of sources) is not trained on.
 set -euo pipefail
+books=$(realpath "$1")
 cd "$(dirname "$0")/.."
-books=$1
 seeds=${*:2}
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_PLATFORMS=cpu
 python=${PYTHON:-.venv/bin/python}

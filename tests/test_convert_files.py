@@ -194,21 +194,21 @@ def test_command_line_converts_fla(tmp_path):
 def test_command_line_converts_training_runs(tmp_path):
     model = official_to_params(official_tensors())[0]
     params = random_tensors(param_shapes(model))
-    stage = Stage("only", seq_len=8, global_batch=1, steps=1, peak_lr=1e-3)
-    config = Config(model, (stage,), data=DataConfig(tokenizer="world"))
+    stages = (Stage("short", 8, 1, 1, 1e-3), Stage("long", 16, 1, 1, 1e-3))
+    config = Config(model, stages, data=DataConfig(tokenizer="world"))
     tree = unflatten_dict({n: jnp.asarray(p) for n, p in params.items()}, sep=".")
     with checkpoint.Checkpoints(tmp_path / "run", keep=2) as checkpoints:
         for step in (1, 2):
-            progress = checkpoint.progress_record(config, 0, step, {})
+            progress = checkpoint.progress_record(config, step - 1, 1, {})
             saved = jax.tree.map(partial(jnp.multiply, step), tree)
             checkpoints.save(step, saved, {"count": jnp.zeros(())}, progress)
         checkpoints.wait()
     (tmp_path / "run" / CONFIG_FILE).write_text(json.dumps(to_dict(config)))  # as train.py does
     ours, official = tmp_path / "ours.safetensors", tmp_path / "official.pth"
     main([str(tmp_path / "run"), str(ours), "--to", "ours"])
-    assert open_own_safetensors(ours).trained == (2, 8)
+    assert open_own_safetensors(ours).trained == (2, 16)
     loaded = checkpoint.load_checkpoint(ours)
-    assert (loaded.step, loaded.trained_length) == (2, 8)
+    assert (loaded.step, loaded.trained_length) == (2, 16)
     main([str(tmp_path / "run"), str(ours), "--to", "ours", "--step", "1"])
     own = open_own_safetensors(ours)
     assert (own.config, own.tokenizer_name, own.trained) == (model, "world", (1, 8))

@@ -26,7 +26,7 @@ class Trained(NamedTuple):
     """How far the training run was that a checkpoint came from."""
 
     step: int
-    length: int  # longest training sequence so far, in tokens
+    length: int | None  # longest training sequence so far, in tokens
 
 
 class OwnCheckpoint(NamedTuple):
