@@ -3,7 +3,7 @@
     python train.py --config configs/recall_64k_rwkv7.py --data.path 'books/*.txt'
 
 Four RWKV-7 blocks, their channel mix narrower so that the number of parameters differs by 0.2 %.
-There is nothing to expand or preheat: all stages train everything.
+There is nothing to expand or preheat: all stages train everything, whatever their names say.
 """
 
 import dataclasses
