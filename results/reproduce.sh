@@ -25,8 +25,8 @@ evaluate() {  # SEED
         --checkpoint "$models/recall_16k.safetensors"
         --checkpoint "$models/recall_64k_rwkv7.safetensors")
     local book=(--haystack "$books/dracula.txt")
-    local far=(--piece 2048 --depths 5)
-    passkey() { $python eval.py passkey "${all[@]}" --output "$out/$1" "${@:2}"; }
+    local far=(--depths 5)
+    passkey() { $python eval.py passkey --piece 4096 "${all[@]}" --output "$out/$1" "${@:2}"; }
     passkey filler --lengths 1024,4096,16384,65536
     passkey book --lengths 1024,4096,16384,65536 "${book[@]}"
     passkey filler_256k --lengths 262144 --trials 4 "${far[@]}"
@@ -37,9 +37,9 @@ evaluate() {  # SEED
         passkey "digits$digits" --lengths 4096,16384 --trials 5 --digits $digits
     done
     passkey wording --lengths 4096,16384 --trials 5 --wording other
-    $python eval.py niah "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
+    $python eval.py niah --piece 4096 "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
         --tasks recall_16 recall_64 --lengths 4096,16384
-    $python eval.py niah "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
+    $python eval.py niah --piece 4096 "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
         --tasks recall_256 --lengths 16384
     $python eval.py long-loss "${all[@]}" --output "$out/loss" --text "$books/dracula.txt" \
         --length 65536
