@@ -1,6 +1,6 @@
 """recall_64k.py in small, for ablations: 4.7 M tokens, lengths up to 4,096, LongCE at the end.
 
-    python train.py --config configs/recall_4k.py --data.path 'books/*.txt' --model.top-k 4
+    python train.py --config configs/recall_4k.py --data.path 'books/[!d]*.txt' --model.top-k 4
 
 Any field can be changed on the command line.
 """

@@ -1,6 +1,6 @@
 """The full-attention hybrid beside recall_64k.py: the same parameters, every query reads it all.
 
-    python train.py --config configs/recall_64k_full.py --data.path 'books/*.txt'
+    python train.py --config configs/recall_64k_full.py --data.path 'books/[!d]*.txt'
 
 Up to 16,384 bytes only: time per byte grows with the length.
 """

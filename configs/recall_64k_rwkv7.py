@@ -1,6 +1,6 @@
 """The plain RWKV-7 beside recall_64k.py: as many blocks, as many parameters, the same tokens.
 
-    python train.py --config configs/recall_64k_rwkv7.py --data.path 'books/*.txt'
+    python train.py --config configs/recall_64k_rwkv7.py --data.path 'books/[!d]*.txt'
 
 Four RWKV-7 blocks, their channel mix narrower so that the number of parameters differs by 0.2 %.
 There is nothing to expand or preheat: all stages train everything, whatever their names say.

@@ -25,14 +25,13 @@ evaluate() {  # SEED
         --checkpoint "$models/recall_16k.safetensors"
         --checkpoint "$models/recall_64k_rwkv7.safetensors")
     local book=(--haystack "$books/dracula.txt")
-    local far=(--depths 5)
     passkey() { $python eval.py passkey --piece 4096 "${all[@]}" --output "$out/$1" "${@:2}"; }
-    passkey filler --lengths 1024,4096,16384,65536
-    passkey book --lengths 1024,4096,16384,65536 "${book[@]}"
-    passkey filler_256k --lengths 262144 --trials 4 "${far[@]}"
-    passkey book_256k --lengths 262144 --trials 4 "${far[@]}" "${book[@]}"
-    passkey filler_1m --lengths 1048576 --trials 1 "${far[@]}"
-    passkey book_1m --lengths 1048576 --trials 1 "${far[@]}" "${book[@]}"
+    passkey filler --lengths 1024,4096,16384,65536 --trials 10
+    passkey book --lengths 1024,4096,16384,65536 --trials 10 "${book[@]}"
+    passkey filler_256k --lengths 262144 --trials 4 --depths 5
+    passkey book_256k --lengths 262144 --trials 4 --depths 5 "${book[@]}"
+    passkey filler_1m --lengths 1048576 --trials 1 --depths 5
+    passkey book_1m --lengths 1048576 --trials 1 --depths 5 "${book[@]}"
     for digits in 3 8; do
         passkey "digits$digits" --lengths 4096,16384 --trials 5 --digits $digits
     done

@@ -209,6 +209,8 @@ def test_command_line_converts_training_runs(tmp_path):
     assert open_own_safetensors(ours).trained == (2, 16)
     loaded = checkpoint.load_checkpoint(ours)
     assert (loaded.step, loaded.trained_length) == (2, 16)
+    main([str(ours), str(tmp_path / "again.safetensors"), "--to", "ours"])
+    assert open_own_safetensors(tmp_path / "again.safetensors").trained == (2, 16)
     main([str(tmp_path / "run"), str(ours), "--to", "ours", "--step", "1"])
     own = open_own_safetensors(ours)
     assert (own.config, own.tokenizer_name, own.trained) == (model, "world", (1, 8))
