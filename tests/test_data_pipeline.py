@@ -216,6 +216,23 @@ def test_answers_alone_can_count(numbers, tmp_path):
         SourceConfig("text", targets="answers")
 
 
+def test_answers_can_weigh_as_much_as_their_text(numbers, tmp_path):
+    for kind in ("passkey", "book-passkey", "recall", "book-recall", "pairs"):
+        samples = {}
+        for targets in ("balanced", "answers"):
+            source = SourceConfig(kind, pairs=3, questions=2, targets=targets)
+            opened = open_numbers(numbers, tmp_path, sources=(source,), held_out=0.3)
+            samples[targets] = opened.dataset(LONG_STAGE)[0]
+        np.testing.assert_array_equal(samples["balanced"]["tokens"], samples["answers"]["tokens"])
+        weights, answers = samples["balanced"]["mask"], samples["answers"]["mask"] > 0
+        assert weights.dtype == np.float32
+        np.testing.assert_allclose(weights[answers].sum(), 200, rtol=1e-6)
+        np.testing.assert_allclose(weights[~answers].sum(), 200, rtol=1e-6)
+        assert len(set(weights[answers])) == len(set(weights[~answers])) == 1
+    with pytest.raises(ConfigError, match='source "text": targets is "balanced"'):
+        SourceConfig("text", targets="balanced")
+
+
 def test_recall_in_books_keeps_the_text(numbers, tmp_path):
     source = SourceConfig("book-recall", pairs=3, questions=2)
     opened = open_numbers(numbers, tmp_path, sources=(source,), held_out=0.3)

@@ -30,9 +30,10 @@ class SourceConfig(Checked):
     samples: Literal["window", "document"] = "window"
     """"window": windows of the stream of all documents; "document": each document by itself, cut
     or padded to the length (for conversations)."""
-    targets: Literal["all", "answers"] = "all"
+    targets: Literal["all", "answers", "balanced"] = "all"
     """Tokens of documents made on the fly that count in the loss: "answers" leaves out the text
-    around them, so that a long document's few answers are not lost in it."""
+    around them, so that a long document's few answers are not lost in it; "balanced" gives the
+    answers together the weight of all the text around them."""
     pairs: int = 64
     """"recall", "book-recall": names with numbers in a document; "pairs": at most so many."""
     questions: int = 1
@@ -47,7 +48,8 @@ class SourceConfig(Checked):
         )
         require(
             self.targets == "all" or self.kind not in ("text", "jsonl", "binidx"),
-            f'data source "{self.kind}": targets is "answers", but text has no answers; use "all"',
+            f'data source "{self.kind}": targets is "{self.targets}", but text has no answers; use '
+            '"all"',
         )
         require(
             self.kind != "pairs" or self.pairs >= 2,

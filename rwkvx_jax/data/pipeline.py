@@ -85,7 +85,8 @@ class OpenData:
 
         Returns:
           A dataset whose item i is {"tokens": int32 [seq_len + 1], "mask": float32 [seq_len]};
-          mask is 1 where the target token counts in the loss.
+          mask is what the target token weighs in the loss: 1 or 0, but in documents made on the
+          fly with targets="balanced".
 
         Raises:
           ConfigError: a source that holds less than one sample.
@@ -101,8 +102,8 @@ class OpenData:
         source, seed = self.sources[index], _seed(self.config.seed, stage.name, index, split)
         if source.config.kind in _SYNTHETIC:
             make = self._synthetic(source, stage, split)
-            answers_only = source.config.targets == "answers"
-            return grain.MapDataset.source(Synthetic(make, stage.seq_len, seed, answers_only))
+            samples = Synthetic(make, stage.seq_len, seed, source.config.targets)
+            return grain.MapDataset.source(samples)
         samples = self._stream_samples(source, stage, split)
         if split == "train" and self.config.order != "shuffle":
             samples = MagicOrder(samples, self.config.order)

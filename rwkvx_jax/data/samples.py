@@ -19,6 +19,7 @@ from rwkvx_jax.tasks.documents import Document
 from rwkvx_jax.tokenizer import Tokenizer
 
 Sample = dict[str, np.ndarray]  # {"tokens": int32 [S + 1], "mask": float32 [S]}
+Targets = Literal["all", "answers", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,14 @@ class Synthetic:
     """Documents made on the fly, one a window.
 
     make: generator -> document of seq_len + 1 tokens; picklable.
-    answers_only: whether only what has to be remembered counts in the loss.
+    targets: what counts in the loss: "all" tokens alike, the "answers" alone, or "balanced": the
+      answers together as much as all other tokens together.
     """
 
     make: Callable[[np.random.Generator], Document]
     seq_len: int
     seed: int
-    answers_only: bool = False
+    targets: Targets = "all"
 
     def __post_init__(self):
         self[0]  # a window that is too short fails here
@@ -100,8 +102,17 @@ class Synthetic:
 
     def __getitem__(self, index: int) -> Sample:
         tokens, answers = self.make(np.random.default_rng([self.seed, index]))
-        mask = answers[1:] if self.answers_only else np.ones(self.seq_len)
-        return {"tokens": tokens, "mask": mask.astype(np.float32)}
+        return {"tokens": tokens, "mask": _weights(answers[1:], self.targets)}
+
+
+def _weights(answers: np.ndarray, targets: Targets) -> np.ndarray:
+    """Weights of the targets in the loss, float32 [S]; "balanced" ones sum to S as "all" do."""
+    if targets == "answers":
+        return answers.astype(np.float32)
+    count, size = int(answers.sum()), len(answers)
+    if targets == "all" or count in (0, size):
+        return np.ones(size, np.float32)
+    return np.where(answers, size / 2 / count, size / 2 / (size - count)).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def token_weights(mask: jax.Array, average: str) -> jax.Array:
     """Weights [B, T] that sum to 1 over the whole batch.
 
     Args:
-      mask: [B, T] float32, 1 where the target counts.
+      mask: [B, T] float32, what each target weighs: 1 where it counts, or any share of it.
       average: "token": all valid tokens alike; "sample": samples alike, each the mean of its own.
     """
     if average == "token":
