@@ -73,9 +73,10 @@ class ModelConfig(Checked):
     """Initialisation family: "rwkvx" (the older constants) or "rwkv_lm" (since May 2025)."""
     attention_init: Literal["zero", "copy", "aligned"] = "zero"
     """New attention blocks: zero output projections (the paper); at expansion copies of the
-    preceding RWKV-7 block's projections (the repository); or "aligned": zero output projections
-    and keys that equal queries, with the first tap of `key_conv` (if any) at 1, so that a token
-    finds what followed its own earlier occurrences before anything is learned."""
+    preceding RWKV-7 block's projections (the repository); or "aligned": zero output projections,
+    key matrices that equal the query matrices, and (with key_conv of 2 or more) the key of the
+    token before added to each key, so that a token finds its own earlier occurrences and what
+    followed them before anything is learned."""
     init_seed: int = 0
     """Seed of every random initial value."""
 

@@ -26,7 +26,8 @@ from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 class Attention(nnx.Module):
     """receptance (the query), key, value, output: D x D matrices, stored [in, out]; key_conv
-    [config.key_conv, D], if that is not 0: what earlier keys add to each key, the latest first."""
+    [config.key_conv, D], if that is not 0: what is added to each key, tap j of the key j tokens
+    before."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -47,7 +48,8 @@ class Attention(nnx.Module):
         if aligned:
             self.key = parameter(jnp.copy(self.receptance[...]), "embed", "heads")
         if config.key_conv:
-            taps = jnp.zeros((config.key_conv, width)).at[0].set(float(aligned))
+            # Past the last tap (key_conv=1) nothing is set.
+            taps = jnp.zeros((config.key_conv, width)).at[1].set(float(aligned), mode="drop")
             self.key_conv = parameter(taps, "taps", "vector")
 
     def __call__(
