@@ -7,6 +7,7 @@ of heads, several segments of queries. Tiles are small, so that every chunk fill
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,16 @@ from rwkvx_jax.ops.block_sparse import sparse_attention_dense
 from rwkvx_jax.ops.selection import chunk_key_means, select_chunks_reference
 from tests.attention_cases import compare, random_qkv, random_selection, value_and_gradients
 from tests.helpers import assert_close
+
+
+@pytest.fixture(autouse=True)
+def forget_programs(request):
+    """Drops the compiled programs of a slow test: some forty of them take up all the memory maps
+    that a Linux process may have (65,530), and the compiler then dies."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+
 
 # Tiles of 128 rows against 128 keys at once; some 200 queries a segment.
 SMALL = TileConfig(rows=128, keys=128, joined=256, diagonal=128, segment_bytes=400 * 1024)
