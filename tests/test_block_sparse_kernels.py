@@ -23,8 +23,8 @@ from tests.helpers import assert_close
 
 @pytest.fixture(autouse=True)
 def forget_programs(request):
-    """Drops the compiled programs of a slow test: some forty of them take up all the memory maps
-    that a Linux process may have (65,530), and the compiler then dies."""
+    """Drops the compiled programs of a slow test: each keeps up to thousands of memory maps, of
+    which Linux gives a process 65,530, and a process that kept all of them died while compiling."""
     yield
     if request.node.get_closest_marker("slow"):
         jax.clear_caches()

@@ -150,12 +150,12 @@ def test_copied_blocks_are_those_before_them():
 
 def test_aligned_blocks_look_for_what_came_after():
     config = dataclasses.replace(TINY, attention_init="aligned", key_conv=3)
-    model = create_model(config)
-    block = model.attention_blocks.attention
+    block = create_model(config).attention_blocks.attention
+    assert np.array_equal(block.key[...], block.receptance[...]) and np.any(block.key[...])
     assert not np.any(block.output[...])  # so that expansion changes nothing
     new = expand(random_params(config.without_attention()), config)["attention_blocks"]
     for name in ("receptance", "key", "key_conv"):
-        assert np.array_equal(new["attention"][name], block_value(block, name))
+        assert np.array_equal(new["attention"][name], getattr(block, name)[...])
 
     # Twelve different tokens, number 5 of them again at the end.
     rng = np.random.default_rng(0)
@@ -167,10 +167,6 @@ def test_aligned_blocks_look_for_what_came_after():
     assert set(np.argsort(-scores[:12])[:2]) == {5, 6}  # itself and what followed
     # One tap is that of the token itself: nothing to set.
     assert not np.any(Attention(dataclasses.replace(config, key_conv=1), nnx.Rngs(0)).key_conv[...])
-
-
-def block_value(module, name):
-    return np.asarray(getattr(module, name)[...])
 
 
 def test_zero_expansion_keeps_every_bit_of_the_logits():

@@ -13,6 +13,7 @@ from rwkvx_jax.config.experiment import (
     OptimizerConfig,
     SourceConfig,
     Stage,
+    Targets,
 )
 from rwkvx_jax.config.model import LowRankRule, LowRankWidths, ModelConfig, low_rank_widths
 from rwkvx_jax.config.run import MeshConfig, RunConfig
@@ -31,6 +32,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "Stage",
+    "Targets",
     "differences",
     "from_dict",
     "low_rank_widths",

@@ -11,6 +11,8 @@ from rwkvx_jax.config.model import ModelConfig
 from rwkvx_jax.config.run import MeshConfig, RunConfig
 from rwkvx_jax.config.values import Checked, require, require_positive
 
+Targets = Literal["all", "answers", "balanced"]
+
 
 @dataclass(frozen=True)
 class SourceConfig(Checked):
@@ -30,10 +32,10 @@ class SourceConfig(Checked):
     samples: Literal["window", "document"] = "window"
     """"window": windows of the stream of all documents; "document": each document by itself, cut
     or padded to the length (for conversations)."""
-    targets: Literal["all", "answers", "balanced"] = "all"
+    targets: Targets = "all"
     """Tokens of documents made on the fly that count in the loss: "answers" leaves out the text
     around them, so that a long document's few answers are not lost in it; "balanced" gives the
-    answers together the weight of all the text around them."""
+    answers together the weight of all the text around them (where a window has any)."""
     pairs: int = 64
     """"recall", "book-recall": names with numbers in a document; "pairs": at most so many."""
     questions: int = 1

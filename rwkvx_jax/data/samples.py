@@ -13,13 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from rwkvx_jax.config import ConfigError
+from rwkvx_jax.config import ConfigError, Targets
 from rwkvx_jax.data.binidx import Binidx
 from rwkvx_jax.tasks.documents import Document
 from rwkvx_jax.tokenizer import Tokenizer
 
 Sample = dict[str, np.ndarray]  # {"tokens": int32 [S + 1], "mask": float32 [S]}
-Targets = Literal["all", "answers", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,8 @@ class Synthetic:
 
 
 def _weights(answers: np.ndarray, targets: Targets) -> np.ndarray:
-    """Weights of the targets in the loss, float32 [S]; "balanced" ones sum to S as "all" do."""
+    """Weights of the targets in the loss, float32 [S]; "balanced" ones sum to S as "all" do, and
+    are those of "all" in a window without any answer."""
     if targets == "answers":
         return answers.astype(np.float32)
     count, size = int(answers.sum()), len(answers)
