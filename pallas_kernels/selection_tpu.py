@@ -1,4 +1,4 @@
-"""The gate of sparse attention on a TPU: the past chunks with the highest q . mean key.
+"""The gate of sparse attention on a TPU: the past chunks with the highest q . key of the chunk.
 
 Scores exist for one block of queries and one block of chunks at a time; the best chunks so far stay
 in VMEM, so that [T, N] never reaches HBM. A chunk's scores of 1024 queries and heads fill a vector
@@ -41,7 +41,7 @@ def _kernel(
     query_ref, block_ref,  # SMEM [steps]: block of queries, block of chunks
     first_ref,  # SMEM [B]: position of the first query
     q_ref,  # [1, queries, 128]
-    means_ref,  # [1, chunks, 128] float32
+    keys_ref,  # [1, chunks, 128] float32
     chosen_ref,  # [1, heads, J, queries] int32
     scores_ref,  # VMEM [8 * chunks, 128] float32: row g * chunks + c, g numbers (head, 128 queries)
     best_ref,  # VMEM [J, 8, 128] float32: best scores so far, descending
@@ -55,7 +55,7 @@ def _kernel(
     step = pl.program_id(1)
     block = block_ref[step]
     queries, heads = q_ref.shape[1], _LANES // head
-    count = means_ref.shape[1]
+    count = keys_ref.shape[1]
     first = first_ref[pl.program_id(0) // packs] + query_ref[step] * queries
     last = step == pl.num_programs(1) - 1
     last = last | (query_ref[jnp.minimum(step + 1, pl.num_programs(1) - 1)] != query_ref[step])
@@ -67,14 +67,14 @@ def _kernel(
 
     @pl.when(_some_past(first, 0, block, queries, count, chunk_size))
     def _():
-        means = _terms(means_ref[0], q_ref.dtype)
+        keys = _terms(keys_ref[0], q_ref.dtype)
         for i in range(queries // _LANES):  # one register wide: more would spill
             for h in range(heads):
                 q = q_ref[0, i * _LANES : (i + 1) * _LANES].astype(_F32)
                 if heads > 1:
                     q = jnp.where(lax.broadcasted_iota(jnp.int32, q.shape, 1) // head == h, q, 0.0)
                 start = (h * queries // _LANES + i) * count
-                scores_ref[start : start + count, :] = _scores(means, q.astype(q_ref.dtype))
+                scores_ref[start : start + count, :] = _scores(keys, q.astype(q_ref.dtype))
         row, lane = (lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), x) for x in (0, 1))
         own = (first + row % (queries // _LANES) * _LANES + lane) // chunk_size
 
@@ -101,17 +101,17 @@ def _kernel(
                     chosen_ref[0, h, j : j + 1, lanes] = chunks_ref[j, row : row + 1]
 
 
-def _terms(means: jax.Array, dtype) -> list[jax.Array]:
-    """Terms in the dtype whose sum is float32 means; three bfloat16 ones hold a mean exactly."""
+def _terms(keys: jax.Array, dtype) -> list[jax.Array]:
+    """Terms in the dtype whose sum is the float32 keys; three bfloat16 ones hold a key exactly."""
     terms = []
     for _ in range(1 if dtype == _F32 else 3):
-        terms.append(means.astype(dtype))
-        means = means - terms[-1].astype(_F32)
+        terms.append(keys.astype(dtype))
+        keys = keys - terms[-1].astype(_F32)
     return terms
 
 
-def _scores(means: list[jax.Array], q: jax.Array) -> jax.Array:
-    """means, the sum of terms [N, 128], times q [queries, 128], as [N, queries], in full float32.
+def _scores(keys: list[jax.Array], q: jax.Array) -> jax.Array:
+    """keys, the sum of terms [N, 128], times q [queries, 128], as [N, queries], in full float32.
 
     With bfloat16 queries that takes three passes of the matrix unit, with float32 ones six.
     """
@@ -122,7 +122,7 @@ def _scores(means: list[jax.Array], q: jax.Array) -> jax.Array:
         precision=precision,
         preferred_element_type=_F32,
     )
-    return functools.reduce(jnp.add, [dot(term, q) for term in reversed(means)])
+    return functools.reduce(jnp.add, [dot(term, q) for term in reversed(keys)])
 
 
 def _insert(best, scores: jax.Array, number) -> tuple[list, list]:
@@ -160,20 +160,21 @@ def _walk(first, steps: int, blocks: int, queries: int, chunks: int, chunk_size:
     return tuple(jnp.asarray(x, jnp.int32) for x in zip(*walk, strict=True))
 
 
-def select_from_means(
+def select_by_keys(
     q: jax.Array,  # [B, T, H, K]
-    means: jax.Array,  # [B, N, H, K]
+    keys: jax.Array,  # [B, N, H, K]
     first: int | jax.Array,  # [B]
     *,
     chunk_size: int,
     count: int,
     interpret=False,
 ) -> jax.Array:
-    """The `count` past chunks with the highest q . mean, as `rwkvx_jax.ops.selection` defines it.
+    """The `count` past chunks with the highest q . key, past as `rwkvx_jax.ops.selection` has it.
 
     Args:
       q: bfloat16 or float32, head size 64 or 128.
-      means: float32 mean keys of the complete chunks, N at least 1.
+      keys: float32, one for each complete chunk, N at least 1: its mean key, or whatever else a
+        selector scores with.
       first: position of the first query, an int or int32 [B].
       chunk_size: tokens in a chunk.
       count: how many chunks to choose, at least 1.
@@ -188,9 +189,9 @@ def select_from_means(
     batch, length, heads, head = q.shape
     reason = unsupported_reason(head, q.dtype)
     if reason:
-        raise ValueError(f"select_from_means on TPU: {reason}")
+        raise ValueError(f"select_by_keys on TPU: {reason}")
     each = _LANES // head
-    packs, chunks = -(-heads // each), means.shape[1]
+    packs, chunks = -(-heads // each), keys.shape[1]
     queries = _SUBLANES * _LANES // each
     block = min(_CHUNKS, -(-chunks // _SUBLANES) * _SUBLANES)
     blocks, steps = -(-chunks // block), -(-length // queries)
@@ -201,7 +202,7 @@ def select_from_means(
 
     query, chunk = _walk(first, steps, blocks, queries, block, chunk_size)
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
-    arrays = pack(q, steps * queries), pack(means.astype(_F32), blocks * block)
+    arrays = pack(q, steps * queries), pack(keys.astype(_F32), blocks * block)
     arrays = in_main_memory(interpret, *arrays)
     chosen = pl.pallas_call(
         functools.partial(_kernel, head=head, packs=packs, chunk_size=chunk_size, slots=count),
@@ -230,7 +231,7 @@ def select_from_means(
         cost_estimate=pl.CostEstimate(
             flops=2 * math.prod(q.shape) * chunks,
             transcendentals=0,
-            bytes_accessed=q.size * q.dtype.itemsize + 4 * (means.size + heads * length * count),
+            bytes_accessed=q.size * q.dtype.itemsize + 4 * (keys.size + heads * length * count),
         ),
         interpret=interpret,
         name="select_chunks",

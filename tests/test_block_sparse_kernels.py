@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import block_sparse_gpu, block_sparse_tpu, selection_tpu
 from pallas_kernels.block_sparse_tpu import TileConfig
 from rwkvx_jax.ops.block_sparse import sparse_attention_dense
-from rwkvx_jax.ops.selection import chunk_key_means, select_chunks_reference
+from rwkvx_jax.ops.selection import Selector, chunk_key_means, select_chunks_reference
 from tests.attention_cases import compare, random_qkv, random_selection, value_and_gradients
 from tests.helpers import assert_close
 
@@ -230,34 +230,37 @@ def test_bad_gpu_tiles_are_named(field):
 
 
 @pytest.mark.parametrize(
-    "length, keys, chunk_size, count, offset, size",
+    "length, keys, chunk_size, count, offset, size, kind",
     [
-        (300, 400, 4, 5, [0, 77], 64),
-        pytest.param(140, 1100, 64, 3, 900, 64, marks=pytest.mark.slow),
-        pytest.param(700, 700, 2, 17, 0, 128, marks=pytest.mark.slow),
+        (300, 400, 4, 5, [0, 77], 64, "mean"),
+        (150, 230, 8, 3, [0, 77], 64, "bounds"),
+        pytest.param(140, 1100, 64, 3, 900, 64, "mean", marks=pytest.mark.slow),
+        pytest.param(700, 700, 2, 17, 0, 128, "mean", marks=pytest.mark.slow),
+        pytest.param(1100, 1100, 4, 6, 0, 64, "bounds", marks=pytest.mark.slow),
     ],
 )
-def test_the_gate_chooses_as_the_reference(length, keys, chunk_size, count, offset, size):
+def test_the_gate_chooses_as_the_reference(length, keys, chunk_size, count, offset, size, kind):
     """Small integers: scores are exact, and ties are many. Blocks of chunks are merged."""
     rng = np.random.default_rng(length)
     batch, heads = np.size(offset), 3
     q = jnp.asarray(rng.integers(-2, 3, (batch, length, heads, size)), jnp.float32)
     k = jnp.asarray(rng.integers(-1, 2, (batch, keys, heads, size)), jnp.float32)
     first = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
-    actual = selection_tpu.select_from_means(
-        q, chunk_key_means(k, chunk_size), first, chunk_size=chunk_size, count=count, interpret=True
+    selector, options = Selector(kind), {"chunk_size": chunk_size}
+    actual = selection_tpu.select_by_keys(
+        *selector.factors(q, k, chunk_size), first, **options, count=count, interpret=True
     )
-    expected = select_chunks_reference(q, k, chunk_size=chunk_size, top_k=count + 1, q_offset=first)
+    options |= {"top_k": count + 1, "q_offset": first, "selector": selector}
+    expected = select_chunks_reference(q, k, **options)
     assert actual.dtype == jnp.int32
     np.testing.assert_array_equal(actual, expected)
+    assert len(np.unique(expected)) > count + 1
 
 
 def test_the_gate_reads_bfloat16_exactly():
     q, k, _ = random_qkv(1, 1, 200, heads=2, size=64, dtype=jnp.bfloat16)
     means = chunk_key_means(k, 32)
-    choose = functools.partial(
-        selection_tpu.select_from_means, chunk_size=32, count=3, interpret=True
-    )
+    choose = functools.partial(selection_tpu.select_by_keys, chunk_size=32, count=3, interpret=True)
     chosen = choose(q, means, 0)
     np.testing.assert_array_equal(chosen, choose(q.astype(jnp.float32), means, 0))
     scores = np.einsum("bthk,bnhk->bthn", *(np.asarray(x, np.float64) for x in (q, means)))
@@ -268,4 +271,4 @@ def test_the_gate_reads_bfloat16_exactly():
 def test_the_gate_refuses_other_head_sizes():
     q, k, _ = random_qkv(1, 1, 20, heads=2, size=32)
     with pytest.raises(ValueError, match="head size 32"):
-        selection_tpu.select_from_means(q, chunk_key_means(k, 4), 0, chunk_size=4, count=1)
+        selection_tpu.select_by_keys(q, chunk_key_means(k, 4), 0, chunk_size=4, count=1)

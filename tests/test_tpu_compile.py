@@ -102,11 +102,18 @@ def test_a_model_on_a_mesh_takes_the_kernels():
 
 
 @pytest.mark.slow
-def test_sparse_attention_on_a_mesh_takes_the_kernels():
+@pytest.mark.parametrize("selector", ["mean", "bounds"])
+def test_sparse_attention_on_a_mesh_takes_the_kernels(selector):
     """Gate, routing and attention with their gradients, each chip on its rows and heads."""
     mesh = topology.topology_mesh("v5e:2x2", {"data": 2, "fsdp": 1, "tensor": 2, "context": 1})
     config = ModelConfig(
-        vocab_size=128, num_blocks=1, num_attention_blocks=1, width=256, head_size=64, chunk_size=64
+        vocab_size=128,
+        num_blocks=1,
+        num_attention_blocks=1,
+        width=256,
+        head_size=64,
+        chunk_size=64,
+        selector=selector,
     )
     model = abstract_model(config, RunConfig(compute_dtype="bfloat16"))
     params = jax.tree.map(

@@ -135,7 +135,7 @@ def block_sparse_calls(case: Case, struct) -> dict:
     means = struct((1, case.time // chunk, heads, 64), jnp.float32)
     call = lambda function: functools.partial(function, plan, interpret=False)
     choose = functools.partial(
-        selection_tpu.select_from_means, first=0, chunk_size=chunk, count=case.top_k - 1
+        selection_tpu.select_by_keys, first=0, chunk_size=chunk, count=case.top_k - 1
     )
     return {
         "select_chunks": (choose, (x, means)),

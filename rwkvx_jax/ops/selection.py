@@ -70,6 +70,27 @@ class Selector(NamedTuple):
         bounds = jnp.stack([split(-k).max(2), split(k).max(2)], axis=2)
         return bounds.reshape(batch, chunks * 2, heads, size)
 
+    def factors(self, q: jax.Array, k: jax.Array, chunk_size: int) -> tuple[jax.Array, jax.Array]:
+        """Queries and a key for each complete chunk, whose product is the score.
+
+        Only "mean" and "bounds" have one; for the latter it is twice as long as a key.
+
+        Args:
+          q: [B, Tq, H, K].
+          k: [B, Tk, H, K].
+          chunk_size: tokens in a chunk.
+
+        Returns:
+          Queries [B, Tq, H, rows * K] of the dtype of q, and float32 keys [B, Tk // chunk_size, H,
+          rows * K].
+        """
+        if self.kind == "mean":
+            return q, chunk_key_means(k, chunk_size)
+        complete = k.shape[1] // chunk_size
+        rows = self.rows_of(k[:, : complete * chunk_size], chunk_size)
+        keys = jnp.concatenate([rows[:, ::2], rows[:, 1::2]], axis=-1)
+        return jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1), keys
+
     def start(self, shape: tuple[int, ...]) -> jax.Array:
         """Rows of chunks without any key, float32."""
         return jnp.full(shape, -jnp.inf if self.kind == "bounds" else 0.0, jnp.float32)
@@ -209,7 +230,8 @@ def select_chunks(
       chunk_size: tokens in a chunk, counted from position 0.
       top_k: chunks a query attends to, its own included.
       q_offset: int, integer scalar or integer [B] (may be traced).
-      implementation: "pallas" (TPU, selector "mean"), "xla", or None to choose by platform.
+      implementation: "pallas" (TPU, selector "mean" or "bounds"), "xla", or None to choose by
+        platform.
       selector: how a query scores a chunk.
 
     Returns:
@@ -225,15 +247,18 @@ def select_chunks(
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
-        if selector.kind != "mean":
-            return f"the selector is {selector.kind!r} and the kernel scores mean keys"
-        return selection_tpu.unsupported_reason(q.shape[3], q.dtype)
+        if selector.kind not in ("mean", "bounds"):
+            return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
+        reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
+        if reason and selector.kind == "bounds":
+            reason += ' (the selector "bounds" doubles it)'
+        return reason
 
     candidates = Candidate("pallas", ("tpu",), problem), Candidate("xla")
     chosen = resolve("select_chunks", implementation, candidates)
     if chosen == "pallas" and complete and top_k > 1:
-        return selection_tpu.select_from_means(
-            *jax.lax.stop_gradient((q, chunk_key_means(k, chunk_size))),
+        return selection_tpu.select_by_keys(
+            *jax.lax.stop_gradient(selector.factors(q, k, chunk_size)),
             known_or_rows(q_offset, q.shape[0]),
             chunk_size=chunk_size,
             count=top_k - 1,
