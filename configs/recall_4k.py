@@ -1,4 +1,4 @@
-"""recall_64k.py in small, for ablations: 4.7 M tokens, lengths up to 4,096, LongCE at the end.
+"""recall_64k.py in small, for ablations: 3.3 M tokens, lengths up to 4,096, LongCE at the end.
 
     python train.py --config configs/recall_4k.py --data.path 'books/[!d]*.txt' --model.top-k 4
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rwkvx_jax.cli import load_config
 from rwkvx_jax.config import Config, LongCEConfig
 
-STEPS = {"rwkv7": 100, "preheat": 50, "grow-256": 1000, "grow-1024": 300, "grow-4096": 140}
+STEPS = {"rwkv7": 150, "preheat": 50, "grow-256": 700, "grow-1024": 200, "grow-4096": 80}
 
 
 def get_config() -> Config:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains and evaluates what results/README.md tells of: results/reproduce.sh BOOKS [SEED ...]
 # Checkpoints go to runs/seedN/, figures and trials to results/seedN/.
-# BOOKS: a folder of the novels named in results/README.md. What begins with d (dracula.txt is for
-# evaluation, david_copperfield.txt unused) or S (a note of sources) is not trained on.
+# BOOKS: a folder of the novels named in results/README.md. What begins with d (dracula.txt and
+# david_copperfield.txt, for evaluation) or S (a note of sources) is not trained on.
 set -euo pipefail
 books=$(realpath "$1")
 cd "$(dirname "$0")/.."
@@ -16,32 +16,36 @@ train() {  # CONFIG SEED
 }
 
 keep() {  # CONFIG SEED NAME [flags]
-    $python -m rwkvx_jax.convert "runs/$1-$2" "runs/seed$2/$3.safetensors" --to ours "${@:4}"
+    local model=runs/seed$2/$3.safetensors
+    [ -e "$model" ] || $python -m rwkvx_jax.convert "runs/$1-$2" "$model" --to ours "${@:4}"
 }
 
 evaluate() {  # SEED
     local models=runs/seed$1 out=results/seed$1
-    local all=(--checkpoint "$models/recall_64k.safetensors"
-        --checkpoint "$models/recall_16k.safetensors"
+    local two=(--checkpoint "$models/recall_64k.safetensors"
         --checkpoint "$models/recall_64k_rwkv7.safetensors")
-    local book=(--haystack "$books/dracula.txt")
-    passkey() { $python eval.py passkey --piece 4096 "${all[@]}" --output "$out/$1" "${@:2}"; }
-    passkey filler --lengths 1024,4096,16384,65536 --trials 10
-    passkey book --lengths 1024,4096,16384,65536 --trials 10 "${book[@]}"
-    passkey filler_256k --lengths 262144 --trials 4 --depths 5
-    passkey book_256k --lengths 262144 --trials 4 --depths 5 "${book[@]}"
-    passkey filler_1m --lengths 1048576 --trials 1 --depths 5
-    passkey book_1m --lengths 1048576 --trials 1 --depths 5 "${book[@]}"
-    for digits in 3 8; do
-        passkey "digits$digits" --lengths 4096,16384 --trials 5 --digits $digits
+    local all=("${two[@]}" --checkpoint "$models/recall_16k.safetensors")
+    local book=(--haystack "$books/dracula.txt") long_book=(--haystack "$books/d*.txt")
+    passkey() { $python eval.py passkey --piece 4096 --output "$out/$1" "${@:2}"; }
+    pairs() { $python eval.py niah --piece 4096 --output "$out/pairs" --trials 10 "${two[@]}" "$@"; }
+    passkey filler "${all[@]}" --lengths 1024,4096,16384,65536 --trials 10
+    passkey book "${all[@]}" --lengths 1024,4096,16384,65536 --trials 10 "${book[@]}"
+    pairs --tasks recall_16 recall_64 --lengths 4096,16384
+    pairs --tasks recall_256 --lengths 16384
+    for digits in 3 4 6 7 8; do
+        passkey "digits$digits" "${two[@]}" --lengths 4096,16384 --trials 5 --digits $digits
     done
-    passkey wording --lengths 4096,16384 --trials 5 --wording other
-    $python eval.py niah --piece 4096 "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
-        --tasks recall_16 recall_64 --lengths 4096,16384
-    $python eval.py niah --piece 4096 "${all[@]}" --output "$out/pairs" --depths 10 --trials 10 \
-        --tasks recall_256 --lengths 16384
-    $python eval.py long-loss "${all[@]}" --output "$out/loss" --text "$books/dracula.txt" \
+    passkey wording "${two[@]}" --lengths 4096,16384 --trials 5 --wording other
+    $python eval.py long-loss "${two[@]}" --output "$out/loss" --text "$books/dracula.txt" \
         --length 65536
+    $python eval.py selection --checkpoint "$models/recall_64k.safetensors" --blocks 4 \
+        --output "$out/selection" --text "$books/dracula.txt" --length 65536
+    [ "$1" = 0 ] || return 0
+    passkey filler_256k "${all[@]}" --lengths 262144 --trials 4 --depths 5
+    passkey book_256k "${all[@]}" --lengths 262144 --trials 4 --depths 5 "${long_book[@]}"
+    passkey filler_1m "${all[@]}" --lengths 1048576 --trials 1 --depths 5
+    passkey book_1m "${all[@]}" --lengths 1048576 --trials 1 --depths 5 "${long_book[@]}"
+    $python eval.py speed --checkpoint "$models/recall_64k.safetensors" --output "$out/speed"
 }
 
 for seed in ${seeds:-0 1 2}; do
@@ -49,7 +53,12 @@ for seed in ${seeds:-0 1 2}; do
     train recall_64k_rwkv7 "$seed"
     mkdir -p "runs/seed$seed"
     keep recall_64k "$seed" recall_64k
-    keep recall_64k "$seed" recall_16k --step 3600
+    keep recall_64k "$seed" recall_16k --step "$($python - <<'PYTHON'
+from pathlib import Path
+from rwkvx_jax.cli import load_config
+print(sum(s.steps for s in load_config(Path("configs/recall_64k.py")).stages if s.seq_len <= 16384))
+PYTHON
+)"
     keep recall_64k_rwkv7 "$seed" recall_64k_rwkv7
     evaluate "$seed"
 done
