@@ -70,6 +70,11 @@ class Selector(NamedTuple):
         bounds = jnp.stack([split(-k).max(2), split(k).max(2)], axis=2)
         return bounds.reshape(batch, chunks * 2, heads, size)
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether the score is a product of the query with one vector of the chunk."""
+        return self.kind in ("mean", "bounds")
+
     def factors(self, q: jax.Array, k: jax.Array, chunk_size: int) -> tuple[jax.Array, jax.Array]:
         """Queries and a key for each complete chunk, whose product is the score.
 
@@ -83,7 +88,12 @@ class Selector(NamedTuple):
         Returns:
           Queries [B, Tq, H, rows * K] of the dtype of q, and float32 keys [B, Tk // chunk_size, H,
           rows * K].
+
+        Raises:
+          ValueError: another kind.
         """
+        if not self.has_factors:
+            raise ValueError(f"selector {self.kind!r} scores by no one product: use `scores`")
         if self.kind == "mean":
             return q, chunk_key_means(k, chunk_size)
         complete = k.shape[1] // chunk_size
@@ -247,7 +257,7 @@ def select_chunks(
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
-        if selector.kind not in ("mean", "bounds"):
+        if not selector.has_factors:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
         reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
         if reason and selector.kind == "bounds":
