@@ -1,4 +1,8 @@
-"""Tests run on 8 simulated CPU devices, with implicit rank promotion forbidden."""
+"""Tests run on 8 simulated CPU devices, with implicit rank promotion forbidden.
+
+XLA optimises little, since at these sizes compiling is nearly all the time that a test takes;
+modules that compile for chips, or whose numbers depend on it, are marked `optimized`.
+"""
 
 import jax
 import pytest
@@ -17,3 +21,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(
                     pytest.mark.skip(reason=f"needs a {marker.upper()}, found {backend}")
                 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile(request):
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,13 +1,11 @@
 """Small models for the tests, and an independent forward pass to hold them against.
 
 `numpy_logits` is written from the equations alone, one token after the other in float64: it shares
-no line with the library. `quick_compile` lets XLA optimise little: at these sizes compiling is all
-the time that a test takes.
+no line with the library.
 """
 
 import jax
 import numpy as np
-import pytest
 
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.model import abstract_model, get_params
@@ -23,14 +21,6 @@ TINY = ModelConfig(
     top_k=2,
     low_rank_override=(5, 6, 7, 9),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """For the tests of a module that imports it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_params(config: ModelConfig, seed: int = 0):

@@ -18,7 +18,6 @@ from tests.model_cases import (
     FLOAT32,
     TINY,
     numpy_logits,
-    quick_compile,  # noqa: F401
     random_params,
 )
 

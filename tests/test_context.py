@@ -18,7 +18,6 @@ from rwkvx_jax.sharding import make_mesh, sequence_parts, whole_sequences
 from rwkvx_jax.training.losses import longce_weights
 from tests.attention_cases import compare, random_qkv, value_and_gradients
 from tests.helpers import assert_close
-from tests.model_cases import quick_compile  # noqa: F401
 from tests.test_recurrence import assert_same, cotangents_for, make_inputs
 
 NAMES = ("r", "log_w", "k", "v", "a", "b")

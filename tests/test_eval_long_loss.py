@@ -29,7 +29,6 @@ from tests.eval_models import (
     write_checkpoint,
 )
 from tests.helpers import assert_close, shared_path
-from tests.model_cases import quick_compile  # noqa: F401
 
 BYTE = load_tokenizer("byte")
 

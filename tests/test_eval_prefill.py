@@ -10,7 +10,6 @@ from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import prefill_speed
 from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, measure
 from tests.eval_models import QUIET, TINY, run_command, write_checkpoint
-from tests.model_cases import quick_compile  # noqa: F401
 
 
 def rows(kind, times):

@@ -24,7 +24,6 @@ from tests.eval_models import (
     write_checkpoint,
 )
 from tests.helpers import assert_close
-from tests.model_cases import quick_compile  # noqa: F401
 
 CONFIG = dataclasses.replace(TINY, top_k=3)  # chunks of 8, two past ones a query
 

@@ -28,7 +28,6 @@ from tests.eval_models import (  # noqa: E402
     run_command,
     write_checkpoint,
 )
-from tests.model_cases import quick_compile  # noqa: E402, F401
 from tests.test_eval_short_data import RECORDS, write  # noqa: E402
 
 BYTE = load_tokenizer("byte")

@@ -16,6 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import block_sparse_gpu, wkv7_gpu
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = "__gpu$xla.gpu.triton"
 

@@ -11,7 +11,7 @@ from rwkvx_jax.config import LongCEConfig
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.training.losses import longce_weights, token_losses, token_weights
 from tests.helpers import assert_close
-from tests.model_cases import FLOAT32, TINY, quick_compile, random_params  # noqa: F401
+from tests.model_cases import FLOAT32, TINY, random_params  # noqa: F401
 
 CONFIG = dataclasses.replace(TINY, num_blocks=1, num_attention_blocks=0)
 BATCH, TIME = 2, 21

@@ -14,7 +14,7 @@ from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.channel_mix import last_valid, previous_token
 from rwkvx_jax.training.expand import expand
 from tests.helpers import assert_close
-from tests.model_cases import TINY, quick_compile, random_params  # noqa: F401
+from tests.model_cases import TINY, random_params  # noqa: F401
 
 CONFIG = dataclasses.replace(TINY, num_blocks=3, num_attention_blocks=1)
 D, L, K = CONFIG.width, CONFIG.num_blocks, CONFIG.head_size

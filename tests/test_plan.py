@@ -33,6 +33,8 @@ from rwkvx_jax.plan.work import Work
 from rwkvx_jax.sharding import make_mesh
 from rwkvx_jax.training.step import stage_program
 
+pytestmark = pytest.mark.optimized
+
 MODEL = ModelConfig(
     vocab_size=1024, num_blocks=2, num_attention_blocks=0, width=256, head_size=64, chunk_size=128,
     top_k=2,

@@ -15,6 +15,8 @@ from rwkvx_jax.sharding import make_mesh
 
 X = jnp.ones((8, 16))
 W = jnp.ones((16, 16))
+pytestmark = pytest.mark.optimized
+
 PRODUCT = 2 * 8 * 16 * 16  # flops of X @ W
 
 

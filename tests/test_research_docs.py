@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.model_cases import quick_compile  # noqa: F401
-
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "research.md"
 
 

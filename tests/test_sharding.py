@@ -23,7 +23,7 @@ from rwkvx_jax.sharding import (
 )
 from rwkvx_jax.training.curriculum import next_stage
 from tests.helpers import assert_close
-from tests.model_cases import quick_compile, random_params  # noqa: F401
+from tests.model_cases import random_params
 from tests.training_cases import CURRICULUM, MODEL, RUN, one_device_mesh, random_batch
 
 # Four heads, tensor divides all; a convolution that reaches over the borders of parts.

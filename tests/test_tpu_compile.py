@@ -22,9 +22,12 @@ from rwkvx_jax.training.step import param_shardings, stage_program
 from tools import static_costs
 from tools.static_cases import BLOCK_SPARSE, Case, all_cases
 
-pytestmark = pytest.mark.skipif(
-    not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
-)
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.skipif(
+        not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
+    ),
+]
 
 # Bundles per token and head pair. v5p has no bar of its own; its table guards it.
 BARS = {

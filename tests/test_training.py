@@ -21,7 +21,7 @@ from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.loop import TrainingStopped, fit
 from rwkvx_jax.training.metrics import MetricsWriter, cut_back
 from tests.buckets import bucket  # noqa: F401
-from tests.model_cases import quick_compile, random_params  # noqa: F401
+from tests.model_cases import random_params
 from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, STEPS, same_bits
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import LongCEConfig, OptimizerConfig
 from rwkvx_jax.training.step import Guard, stage_program
 from tests.helpers import assert_close
-from tests.model_cases import quick_compile, random_params  # noqa: F401
+from tests.model_cases import random_params
 from tests.training_cases import (
     CURRICULUM,
     MODEL,
