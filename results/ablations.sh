@@ -14,10 +14,10 @@ mkdir -p "$models"
 # Name and flags. "recipe" is the configuration itself; other chunks read as many bytes a query.
 all='
 recipe
-chunk-32         --model.chunk-size 32 --model.top-k 64
+chunk-128        --model.chunk-size 128 --model.top-k 16
 chunk-512        --model.chunk-size 512 --model.top-k 4
-top-4            --model.top-k 4
-top-32           --model.top-k 32
+top-16           --model.top-k 16
+top-128          --model.top-k 128
 selector-mean    --model.selector mean
 selector-max     --model.selector max --model.selector-blocks 4
 no-key-conv      --model.key-conv 0
