@@ -17,8 +17,8 @@ def unsupported_reason(
         return f"key size {head_size} and value size {value_size} differ"
     if head_size not in (64, 128):
         return f"head size {head_size} is not 64 or 128"
-    if not 64 <= chunk_size <= 2048 or chunk_size % 64:
-        return f"chunk size {chunk_size} is not a multiple of 64 from 64 to 2048"
+    if chunk_size != 32 and (not 64 <= chunk_size <= 2048 or chunk_size % 64):
+        return f"chunk size {chunk_size} is not 32 or a multiple of 64 up to 2048"
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
     return None

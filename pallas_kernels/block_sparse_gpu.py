@@ -28,7 +28,7 @@ from pallas_kernels import alignment, routing
 
 _LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
-_BLOCK = 64  # queries begin on a multiple of this; it divides every chunk
+_BLOCK = 64  # queries begin on a multiple of this; a tile's rows divide it
 _F32 = jnp.float32
 # Contracted dimensions of x @ y, x @ y^T, x^T @ y.
 _NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
@@ -39,8 +39,8 @@ class TileConfig:
     """How a program works.
 
     Attributes:
-      rows: queries a program, 64 at most: a power of two from 16 that divides every chunk.
-      keys: keys met at once, of the same kind.
+      rows: queries a program, 16, 32 or 64; no more than a chunk has, so that it divides one.
+      keys: keys met at once, likewise.
       segment: largest number of queries whose pairs are sorted together.
       warps: warps a program.
     """
@@ -534,13 +534,14 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int | None) -> _Plan:
     """Sizes for aligned queries that begin at block `first` (None: known when running)."""
     length, slots = q.shape[1], selection.shape[3]
-    segments = -(-length // tile.segment)
+    chunks = k.shape[1] // chunk_size
+    limit = min(tile.segment, routing.largest_segment(chunks, slots, numbered=True))
+    segments = -(-length // max(_BLOCK, limit // _BLOCK * _BLOCK))
     segment = -(-length // segments // _BLOCK) * _BLOCK
     queries = segment * segments
     keys = -(-k.shape[1] // chunk_size) * chunk_size
     room = queries if first is None else first * _BLOCK + queries - keys
     keys += -(-max(room, 0) // chunk_size) * chunk_size
-    chunks = k.shape[1] // chunk_size
     if first is not None:
         chunks = min(chunks, (first * _BLOCK + length - 1) // chunk_size)
     routed = None
@@ -580,6 +581,8 @@ def block_sparse_attention(
     reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
     if reason:
         raise ValueError(f"block_sparse on GPU: {reason}")
+    fit = lambda size: min(size, chunk_size)
+    tile = dataclasses.replace(tile, rows=fit(tile.rows), keys=fit(tile.keys))
     batch, length = q.shape[:2]
     known = isinstance(q_offset, int)
     q, shift = alignment.align(q, q_offset, _BLOCK)

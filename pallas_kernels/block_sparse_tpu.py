@@ -317,7 +317,7 @@ def _each_tile(table_ref, step: _Step, chunk: int, routes: routing.Plan, functio
     def one(number, carry):
         place = step.number * routes.together + number
         first = (table_ref[step.group, step.head, place] // 2 - step.block * routes.joined) * chunk
-        function(number, pl.multiple_of(first, 64))
+        function(number, pl.multiple_of(first, math.gcd(chunk, 64)))
         return carry
 
     lax.fori_loop(0, routes.together, one, 0)
@@ -771,10 +771,16 @@ class _Plan:
         )
 
 
-def _segment(queries: int, block: int, tile: TileConfig, shape: _Shape) -> tuple[int, int]:
-    """Queries a segment and segments: whole blocks, as few segments as VMEM allows."""
+def _segment(
+    queries: int, block: int, tile: TileConfig, shape: _Shape, chunks: int, slots: int
+) -> tuple[int, int]:
+    """Queries a segment and segments: whole blocks, as few segments as VMEM and integers allow."""
     sources = 2 if shape.dtype == _F32 else 1
-    limit = tile.segment_bytes // ((sources + shape.parts) * _LANES * 4)
+    limit = min(
+        tile.segment_bytes // ((sources + shape.parts) * _LANES * 4),
+        routing.SORTED_IN_VMEM // max(1, slots),
+        routing.largest_segment(chunks, slots),
+    )
     limit = max(block, limit // block * block)
     segments = -(-queries // limit)
     blocks = -(-queries // block)
@@ -1114,12 +1120,12 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
     slots, block = selection.shape[3], shape.block(tile.diagonal)
     past_block = shape.past_block(tile)
     packs = -(-heads // shape.heads)
-    segment, segments = _segment(length, block, tile, shape)
+    chunks = k.shape[1] // shape.chunk
+    segment, segments = _segment(length, block, tile, shape, chunks, slots)
     queries = segment * segments
     keys = -(-k.shape[1] // block) * block
     keys = keys + queries if first is None else max(keys, first * block + queries)
     keys = -(-keys // past_block) * past_block
-    chunks = k.shape[1] // shape.chunk
     if first is not None:  # the own chunk of the last query is past to none
         chunks = min(chunks, (first * block + length - 1) // shape.chunk)
     routed = None
@@ -1159,7 +1165,7 @@ def block_sparse_attention(
         products' precision: one bfloat16 pass or full float32; sums are float32 either way.
       selection: int32, distinct chunks of each query; entries that are not complete chunks before
         the query's own are ignored.
-      chunk_size: a multiple of 64 from 64 to 2048.
+      chunk_size: 32 or a multiple of 64 up to 2048.
       scale: factor on q . k.
       q_offset: position of the first query among the keys: int, or int32 [B] (may be traced).
       tile: see `TileConfig`; default: `default_tile()`.

@@ -27,6 +27,10 @@ _REGISTER = _LANES * _SUBLANES
 _UNROLL = 2  # groups of up to 8 registers compared side by side, to fill one another's waits
 _GROUP = 8  # tiles that one step of the emitting kernel writes
 _NO_PAIR = jnp.iinfo(jnp.int32).max
+_MOST = 2**31 - 2  # a pair's integer
+
+SORTED_IN_VMEM = 1 << 21
+"""Pairs that `route` sorts at once: five times their integers lie in VMEM, 40 MiB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +125,21 @@ def make_plan(
     plan = Plan(
         segment, queries // segment, rows, chunks, slots, tuple(tiles), numbered, joined, together
     )
-    if plan.chunks << plan.bits > 2**31 - 2:
+    if plan.chunks << plan.bits > _MOST:
         raise ValueError(
             f"{chunks} chunks and {plan.bits} bits of a pair do not fit 31 bits: smaller segments"
         )
     return plan
+
+
+def largest_segment(chunks: int, slots: int, *, numbered: bool = False) -> int:
+    """Most queries a segment may have for its pairs to fit 31 bits, whatever is chosen.
+
+    Args:
+      chunks, slots, numbered: see `Plan`.
+    """
+    numbers = 1 << (_MOST // max(1, chunks)).bit_length() - 1
+    return max(1, numbers // max(1, slots)) if numbered else numbers
 
 
 def _overlap(start: int, length: int, other: int, other_length: int) -> int:

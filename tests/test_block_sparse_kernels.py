@@ -121,6 +121,15 @@ def test_bfloat16():
     check(qkv, random_selection(4, 1, LENGTH, 2, CHUNK, 3), CHUNK)
 
 
+@pytest.mark.parametrize(
+    "tile", [pytest.param(SMALL, marks=pytest.mark.slow), GPU], ids=["tpu", "gpu"]
+)
+def test_the_smallest_chunks(tile):
+    """Chunks of 32, as configs/recall_64k.py has them: less than a GPU program's 64 rows."""
+    qkv = random_qkv(16, 1, 203, heads=1, size=64)
+    check(qkv, random_selection(17, 1, 203, 1, 32, 5), 32, tile=tile)
+
+
 @pytest.mark.slow
 def test_head_size_128_with_queries_in_the_middle():
     """Queries begin inside a chunk, one position a batch row, known only when running."""
@@ -146,7 +155,15 @@ def test_an_offset(offset, tile):
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize(
     "length, chunk_size, top_k",
-    [(1, 64, 3), (64, 64, 2), (700, 64, 9), (1000, 128, 3), (777, 192, 4), (1500, 576, 2)],
+    [
+        (1, 64, 3),
+        (64, 64, 2),
+        (700, 64, 9),
+        (333, 32, 13),
+        (1000, 128, 3),
+        (777, 192, 4),
+        (1500, 576, 2),
+    ],
 )
 def test_any_length_and_chunk(length, chunk_size, top_k, size, dtype, tile):
     qkv = random_qkv(length, 1, length, heads=2, size=size, dtype=dtype)

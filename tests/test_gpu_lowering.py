@@ -1,6 +1,7 @@
 """The GPU kernels lowered for CUDA without a GPU; compiled, with registers and spills, where jax's
 CUDA plugin and NVIDIA's assembler are installed."""
 
+import functools
 import os
 import re
 import shutil
@@ -65,6 +66,19 @@ def test_lowers_for_cuda(function, struct, kernels, head, dtype):
         traced = jax.jit(function).trace(*struct(head, dtype))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(TRITON) == kernels
+
+
+def test_many_small_chunks_lower_for_cuda():
+    """The sizes of configs/recall_64k.py: so many pairs a query that segments must be smaller."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+    x = jax.ShapeDtypeStruct((1, 65536, 2, 64), jnp.bfloat16)
+    selection = jax.ShapeDtypeStruct((1, 65536, 2, 63), jnp.int32)
+    attend = functools.partial(block_sparse_gpu.block_sparse_attention, chunk_size=32, scale=0.1)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(attend).trace(x, x, x, selection)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(TRITON) == 2
 
 
 COMPILE = """

@@ -133,3 +133,14 @@ def test_unknown_positions_cost_no_fewer_tiles():
 def test_bad_sizes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         plan_of(**{"queries": 1024, "segment": 512, "slots": 2, **change})
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("chunks, slots", [(64, 2), (2048, 63), (2047, 63), (1 << 20, 5), (1, 1)])
+def test_the_largest_segment_is_the_largest_that_fits(chunks, slots, numbered):
+    def fits(segment):
+        plan = routing.Plan(segment, 1, 64, chunks, slots, (8,), numbered)
+        return chunks << plan.bits <= 2**31 - 2
+
+    largest = routing.largest_segment(chunks, slots, numbered=numbered)
+    assert fits(largest) and not fits(largest + 1)

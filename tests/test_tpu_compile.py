@@ -16,6 +16,7 @@ from pallas_kernels import routing
 from rwkvx_jax.config import Config, LongCEConfig, MeshConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.selection import Selector
 from rwkvx_jax.plan import topology
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.training.step import param_shardings, stage_program
@@ -181,6 +182,24 @@ def test_memory_of_sparse_attention():
         compiled = jax.jit(mapped).lower(x, x, x, x).compile()
     inputs = 3 * 2 * math.prod(shape)
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_many_small_chunks(chip):
+    """The sizes of configs/recall_64k.py: 4 million pairs a head, sorted in parts that fit VMEM."""
+    mesh = topology.topology_mesh(chip, {"device": 1})
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, 65536, 2, 64), jnp.bfloat16, sharding=everywhere)
+    settings = dict(chunk_size=32, top_k=64, selector=Selector("bounds"), implementation="pallas")
+
+    def total(*qkv):
+        return sparse_attention(*qkv, **settings).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
+    for name in BLOCK_SPARSE:
+        assert re.search(rf"%[\w.]*{name}[\w.]* = .*custom-call\(.*tpu_custom_call", compiled), name
 
 
 @pytest.mark.slow

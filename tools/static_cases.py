@@ -54,7 +54,8 @@ def all_cases() -> list[Case]:
         for chip in CHIPS
         for chunk, top_k in ((2048, 3), (128, 16))
     ]
-    return recurrence + attention
+    smallest = [Case(kernel, "v5e", 768, 131072, 32, 64) for kernel in BLOCK_SPARSE]
+    return recurrence + attention + smallest
 
 
 def case_named(name: str) -> Case:
