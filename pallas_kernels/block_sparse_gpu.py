@@ -39,7 +39,7 @@ class TileConfig:
     """How a program works.
 
     Attributes:
-      rows: queries a program, 16, 32 or 64; no more than a chunk has, so that it divides one.
+      rows: queries a program, 16, 32 or 64; cut down to a chunk where that is smaller.
       keys: keys met at once, likewise.
       segment: largest number of queries whose pairs are sorted together.
       warps: warps a program.
@@ -60,7 +60,17 @@ class TileConfig:
             raise ValueError(f"warps must be 1, 2, 4 or 8, got {self.warps}")
 
 
-unsupported_reason = alignment.unsupported_reason
+def unsupported_reason(
+    q: jax.Array,  # [B, Tq, H, K]
+    k: jax.Array,  # [B, Tk, H, K]
+    v: jax.Array,  # [B, Tk, H, V]
+    slots: int,
+    chunk_size: int,
+    q_offset=0,
+) -> str | None:
+    """Why these kernels cannot take such inputs; None if they can. As in block_sparse_tpu.py."""
+    del k, slots, q_offset  # any length, position and number of chunks will do
+    return alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
 
 
 # --------------------------------------------------------------------------------------------
@@ -84,7 +94,7 @@ class _Plan:
     """Static sizes of a call: q [B, T, H, K], k and v [B, Tk, H, K].
 
     Attributes:
-      queries, keys: T and Tk, multiples of 64; T whole segments.
+      queries, keys: T and Tk, multiples of 64; T whole segments, Tk whole chunks.
       chunk: tokens in a chunk.
       scale: factor on q . k.
       tile: see there.
@@ -539,9 +549,10 @@ def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int 
     segments = -(-length // max(_BLOCK, limit // _BLOCK * _BLOCK))
     segment = -(-length // segments // _BLOCK) * _BLOCK
     queries = segment * segments
-    keys = -(-k.shape[1] // chunk_size) * chunk_size
+    whole = max(chunk_size, _BLOCK)  # where queries begin, and where chunks end
+    keys = -(-k.shape[1] // whole) * whole
     room = queries if first is None else first * _BLOCK + queries - keys
-    keys += -(-max(room, 0) // chunk_size) * chunk_size
+    keys += -(-max(room, 0) // whole) * whole
     if first is not None:
         chunks = min(chunks, (first * _BLOCK + length - 1) // chunk_size)
     routed = None
@@ -578,7 +589,7 @@ def block_sparse_attention(
     """
     tile = TileConfig() if tile is None else tile
     alignment.check(q, k, v, selection)
-    reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    reason = unsupported_reason(q, k, v, selection.shape[3], chunk_size)
     if reason:
         raise ValueError(f"block_sparse on GPU: {reason}")
     fit = lambda size: min(size, chunk_size)

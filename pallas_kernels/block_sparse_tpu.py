@@ -35,6 +35,7 @@ from pallas_kernels.tpu_chips import current_chip
 _LANES = 128
 _SUBLANES = 8
 _TABLE_ENTRIES = 1 << 17  # tiles a call: their chunks fill half of scalar memory
+_MOST_ENTRIES = 13 << 14  # where one pack has more: four fifths; nothing larger was compiled
 _LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
 _F32 = jnp.float32
@@ -87,7 +88,28 @@ def default_tile() -> TileConfig:
     return TILES[current_chip() or "v5p"]
 
 
-unsupported_reason = alignment.unsupported_reason
+def unsupported_reason(
+    q: jax.Array,  # [B, Tq, H, K]
+    k: jax.Array,  # [B, Tk, H, K]
+    v: jax.Array,  # [B, Tk, H, V]
+    slots: int,
+    chunk_size: int,
+    q_offset=0,
+    tile: TileConfig | None = None,
+) -> str | None:
+    """Why these kernels cannot take such inputs, of which only shapes and dtypes matter; None if
+    they can. Arguments as in `block_sparse_attention`; slots: chunks a query chooses."""
+    reason = alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    if reason:
+        return reason
+    tile = default_tile() if tile is None else tile
+    shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, 1.0)
+    known, block = isinstance(q_offset, int), shape.block(tile.diagonal)
+    batch, length, heads, size = q.shape
+    aligned = length + (q_offset % block if known else block)
+    struct = lambda size: jax.ShapeDtypeStruct((batch, aligned, heads, size), q.dtype)
+    first = q_offset // block if known else None
+    return _make_plan(struct(size), k, struct(slots), shape, tile, first).problem
 
 
 # --------------------------------------------------------------------------------------------
@@ -733,6 +755,24 @@ class _Plan:
         return 2 if self.shape.dtype == _F32 else 1
 
     @property
+    def problem(self) -> str | None:
+        """Why a chip has no room for the choices of a single pack; None if it has."""
+        routes = self.routing
+        if routes is None:
+            return None
+        entries, each = self.shape.heads * routes.all_tiles, routing.SORTED_IN_VMEM
+        if entries > _MOST_ENTRIES:
+            room = f"{entries} tiles, and scalar memory has room for {_MOST_ENTRIES}"
+        elif routes.pairs > each:
+            room = f"{routes.pairs} pairs a segment, and vector memory has room for {each}"
+        else:
+            return None
+        return (
+            f"{self.queries} queries that choose {routes.slots} chunks of {self.shape.chunk} make "
+            f"{room}: take fewer or larger chunks, or shorter sequences"
+        )
+
+    @property
     def packs_together(self) -> int:
         """Packs that one call of a past kernel takes: as many as scalar memory has room for."""
         together = _TABLE_ENTRIES // (self.shape.heads * self.routing.all_tiles)
@@ -1175,11 +1215,12 @@ def block_sparse_attention(
       [B, Tq, H, K] in q's dtype.
 
     Raises:
-      ValueError: unsupported sizes or dtypes, or shapes that disagree.
+      ValueError: unsupported sizes or dtypes, shapes that disagree, or more tiles than scalar
+        memory has room for.
     """
     tile = default_tile() if tile is None else tile
     alignment.check(q, k, v, selection)
-    reason = unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    reason = unsupported_reason(q, k, v, selection.shape[3], chunk_size, q_offset, tile)
     if reason:
         raise ValueError(f"block_sparse on TPU: {reason}")
     batch, length, heads, head = q.shape

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import block_sparse_gpu, block_sparse_tpu, selection_tpu
+from pallas_kernels import alignment, block_sparse_gpu, block_sparse_tpu, selection_tpu
 from pallas_kernels.block_sparse_tpu import TileConfig
 from rwkvx_jax.ops.block_sparse import sparse_attention_dense
 from rwkvx_jax.ops.selection import Selector, chunk_key_means, select_chunks_reference
@@ -33,6 +33,7 @@ def forget_programs(request):
 # Tiles of 128 rows against 128 keys at once; some 200 queries a segment.
 SMALL = TileConfig(rows=128, keys=128, joined=256, diagonal=128, segment_bytes=400 * 1024)
 GPU = block_sparse_gpu.TileConfig(segment=192)
+V5E = block_sparse_tpu.TILES["v5e"]
 
 
 @functools.cache
@@ -128,6 +129,33 @@ def test_the_smallest_chunks(tile):
     """Chunks of 32, as configs/recall_64k.py has them: less than a GPU program's 64 rows."""
     qkv = random_qkv(16, 1, 203, heads=1, size=64)
     check(qkv, random_selection(17, 1, 203, 1, 32, 5), 32, tile=tile)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", [SMALL, GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("offset", [32, 233, [40, 233]])
+def test_the_smallest_chunks_at_an_offset(offset, tile):
+    batch = np.size(offset)
+    qkv = random_qkv(18, batch, 100, 345, heads=1, size=64)
+    check(qkv, random_selection(19, batch, 100, 1, 32, 4, offset), 32, offset, tile=tile)
+
+
+def test_programs_of_a_gpu_stay_within_the_keys():
+    """Queries begin on a multiple of 64 and may lie beyond the last key; chunks may be smaller."""
+    q, k = (jax.ShapeDtypeStruct((1, n, 1, 64), jnp.float32) for n in (128, 96))
+    selection = jax.ShapeDtypeStruct((1, 128, 1, 2), jnp.int32)
+    plan = block_sparse_gpu._make_plan(q, k, selection, 32, 1.0, GPU, None)
+    first = alignment.first_block(jnp.asarray([168]), 1, 64, 96)
+    assert int(first[0]) * 64 + plan.queries <= plan.keys
+
+
+def test_too_many_tiles_are_named():
+    """A pack's table must fit scalar memory: 63 of 16384 chunks do not, at 524,288 tokens."""
+    x = lambda length: jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+    reason = functools.partial(block_sparse_tpu.unsupported_reason, chunk_size=32, tile=V5E)
+    assert reason(x(65536), x(65536), x(65536), 63) is None
+    assert "524288 queries that choose 63 chunks of 32" in reason(*[x(524288)] * 3, 63)
+    assert "pairs a segment" in reason(*[x(4096)] * 3, 8191)
 
 
 @pytest.mark.slow

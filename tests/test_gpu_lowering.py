@@ -42,12 +42,12 @@ def attention_arguments(head, dtype, struct=jax.ShapeDtypeStruct):
     return [x, x, x, struct((1, 1000, 2, 2), jnp.int32), x]
 
 
-def attention_gradients(q, k, v, selection, cotangent):
+def attention_gradients(q, k, v, selection, cotangent, chunk_size=128):
     """Runs all five kernels of sparse attention."""
 
     def attend(q, k, v):
         return block_sparse_gpu.block_sparse_attention(
-            q, k, v, selection, chunk_size=128, scale=0.1
+            q, k, v, selection, chunk_size=chunk_size, scale=0.1
         )
 
     return jax.vjp(attend, q, k, v)[1](cotangent)
@@ -69,16 +69,16 @@ def test_lowers_for_cuda(function, struct, kernels, head, dtype):
 
 
 def test_many_small_chunks_lower_for_cuda():
-    """The sizes of configs/recall_64k.py: so many pairs a query that segments must be smaller."""
+    """As many choices as configs/recall_64k.py makes: segments must be smaller for pairs to fit."""
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
-    x = jax.ShapeDtypeStruct((1, 65536, 2, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 65536, 2, 64), jnp.float32)
     selection = jax.ShapeDtypeStruct((1, 65536, 2, 63), jnp.int32)
-    attend = functools.partial(block_sparse_gpu.block_sparse_attention, chunk_size=32, scale=0.1)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(attend).trace(x, x, x, selection)
+        function = functools.partial(attention_gradients, chunk_size=32)
+        traced = jax.jit(function).trace(x, x, x, selection, x)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count(TRITON) == 2
+    assert text.count(TRITON) == 5
 
 
 COMPILE = """

@@ -185,12 +185,13 @@ def test_memory_of_sparse_attention():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_many_small_chunks(chip):
+def test_many_small_chunks(chip, dtype):
     """The sizes of configs/recall_64k.py: 4 million pairs a head, sorted in parts that fit VMEM."""
     mesh = topology.topology_mesh(chip, {"device": 1})
     everywhere = NamedSharding(mesh, PartitionSpec())
-    x = jax.ShapeDtypeStruct((1, 65536, 2, 64), jnp.bfloat16, sharding=everywhere)
+    x = jax.ShapeDtypeStruct((1, 65536, 2, 64), dtype, sharding=everywhere)
     settings = dict(chunk_size=32, top_k=64, selector=Selector("bounds"), implementation="pallas")
 
     def total(*qkv):

@@ -68,7 +68,7 @@ def sparse_attention(
         chunking = {"chunk_size": chunk_size, "top_k": top_k, "q_offset": q_offset}
         selection = select_chunks(q, k, **chunking, selector=selector)
     _check_selection(selection, q.shape, top_k)
-    candidates = _candidates(q, v, chunk_size)
+    candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset)
     run = _IMPLEMENTATIONS[resolve("sparse_attention", implementation, candidates)]
     return run(q, k, v, selection, chunk_size=chunk_size, scale=scale, q_offset=q_offset)
 
@@ -114,10 +114,10 @@ def _check_selection(selection, q_shape, top_k) -> None:
         )
 
 
-def _candidates(q, v, chunk_size) -> tuple[Candidate, ...]:
+def _candidates(q, k, v, slots, chunk_size, q_offset) -> tuple[Candidate, ...]:
     def problem(platform: str) -> str | None:
-        kernels = _kernels(platform)
-        return kernels.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+        offset = known_or_rows(q_offset, q.shape[0])
+        return _kernels(platform).unsupported_reason(q, k, v, slots, chunk_size, offset)
 
     return Candidate("pallas", ("tpu", "gpu"), problem), Candidate("xla"), Candidate("dense")
 
