@@ -199,7 +199,8 @@ def test_many_small_chunks(chip, dtype):
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
-    for name in BLOCK_SPARSE:
+    absent = {"block_sparse_start"} if dtype == jnp.float32 else set()  # of bfloat16 alone
+    for name in set(BLOCK_SPARSE) - absent:
         assert re.search(rf"%[\w.]*{name}[\w.]* = .*custom-call\(.*tpu_custom_call", compiled), name
 
 
