@@ -28,10 +28,10 @@ demo: venv
 		--lengths 512,1024,2048,4096,8192,16384 --depths 10 --trials 3
 
 test: venv
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: venv
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 lint: venv
 	$(RUN) -m ruff check .
