@@ -97,19 +97,17 @@ def unsupported_reason(
     q_offset=0,
     tile: TileConfig | None = None,
 ) -> str | None:
-    """Why these kernels cannot take such inputs, of which only shapes and dtypes matter; None if
-    they can. Arguments as in `block_sparse_attention`; slots: chunks a query chooses."""
+    """Why these kernels cannot take such inputs, of which only shapes and dtypes matter.
+
+    Args:
+      q, k, v, chunk_size, q_offset, tile: as in `block_sparse_attention`.
+      slots: chunks a query chooses.
+
+    Returns:
+      A clause that says why, or None if they can.
+    """
     reason = alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
-    if reason:
-        return reason
-    tile = default_tile() if tile is None else tile
-    shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, 1.0)
-    known, block = isinstance(q_offset, int), shape.block(tile.diagonal)
-    batch, length, heads, size = q.shape
-    aligned = length + (q_offset % block if known else block)
-    struct = lambda size: jax.ShapeDtypeStruct((batch, aligned, heads, size), q.dtype)
-    first = q_offset // block if known else None
-    return _make_plan(struct(size), k, struct(slots), shape, tile, first).problem
+    return reason or _plan_of(q, k, slots, chunk_size, 1.0, q_offset, tile).problem
 
 
 # --------------------------------------------------------------------------------------------
@@ -1184,6 +1182,18 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
     return _Plan(batch, packs, queries, keys, shape, tile, routed)
 
 
+def _plan_of(q, k, slots: int, chunk_size: int, scale: float, q_offset, tile) -> _Plan:
+    """The plan for arguments of the op, from their shapes, before queries are aligned."""
+    tile = default_tile() if tile is None else tile
+    shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, float(scale))
+    known, block = isinstance(q_offset, int), shape.block(tile.diagonal)
+    batch, length, heads, head = q.shape
+    aligned = length + (q_offset % block if known else block)
+    struct = lambda size: jax.ShapeDtypeStruct((batch, aligned, heads, size), q.dtype)
+    first = q_offset // block if known else None
+    return _make_plan(struct(head), k, struct(slots), shape, tile, first)
+
+
 def block_sparse_attention(
     q: jax.Array,  # [B, Tq, H, K]
     k: jax.Array,  # [B, Tk, H, K]
@@ -1218,19 +1228,16 @@ def block_sparse_attention(
       ValueError: unsupported sizes or dtypes, shapes that disagree, or more tiles than scalar
         memory has room for.
     """
-    tile = default_tile() if tile is None else tile
     alignment.check(q, k, v, selection)
     reason = unsupported_reason(q, k, v, selection.shape[3], chunk_size, q_offset, tile)
     if reason:
         raise ValueError(f"block_sparse on TPU: {reason}")
     batch, length, heads, head = q.shape
-    shape = _Shape(head, jnp.dtype(q.dtype), chunk_size, float(scale))
-    block = shape.block(tile.diagonal)
-    known = isinstance(q_offset, int)
+    plan = _plan_of(q, k, selection.shape[3], chunk_size, scale, q_offset, tile)
+    shape, block = plan.shape, plan.block
     q, shift = alignment.align(q, q_offset, block)
     selection, _ = alignment.align(selection, q_offset, block, fill=-1)
     first = alignment.first_block(q_offset, batch, block, k.shape[1])
-    plan = _make_plan(q, k, selection, shape, tile, q_offset // block if known else None)
     wide = plan.packs * shape.heads
     selection = jnp.pad(
         selection,
