@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains and evaluates the ablations of results/README.md: results/ablations.sh BOOKS [NAME ...]
 # Each is configs/recall_4k.py with one thing changed, seed 0. Checkpoints go to runs/ablations/,
-# trials to results/ablations/. BOOKS as for reproduce.sh. What is finished is not repeated.
+# trials to results/ablations/NAME/. BOOKS as for reproduce.sh. What is finished is not repeated.
 set -euo pipefail
 books=$(realpath "$1")
 cd "$(dirname "$0")/.."
@@ -38,8 +38,8 @@ for name in ${names:-$(awk 'NF {print $1}' <<<"$all")}; do
     model=$models/$name.safetensors
     [ -e "$model" ] || $python -m rwkvx_jax.convert "$models/run-$name" "$model" --to ours
     measure() { $python eval.py "$@" --piece 4096 --checkpoint "$model"; }
-    measure niah --output "$out/pairs" --tasks recall_64 --lengths 4096,16384 --depths 5 --trials 10
-    measure passkey --output "$out/book" --lengths 4096,16384 --depths 5 --trials 10 \
+    measure niah --output "$out/$name/pairs" --tasks recall_64 --lengths 4096,16384 --depths 5 --trials 10
+    measure passkey --output "$out/$name/book" --lengths 4096,16384 --depths 5 --trials 10 \
         --haystack "$books/dracula.txt"
-    measure long-loss --output "$out/loss" --text "$books/dracula.txt" --length 16384
+    measure long-loss --output "$out/$name/loss" --text "$books/dracula.txt" --length 16384
 done

@@ -78,7 +78,10 @@ def test_every_pair_is_routed_once(kind):
     check(chosen, plan)
 
 
-@pytest.mark.parametrize("joined, together, length", [(4, 2, 768), (3, 8, 1536)])
+@pytest.mark.parametrize(
+    "joined, together, length",
+    [(4, 2, 768), pytest.param(3, 8, 1536, marks=pytest.mark.slow)],
+)
 def test_tiles_of_a_block_fill_whole_steps(joined, together, length):
     plan = plan_of(length, 384, 3, joined=joined, together=together)
     check(random_selection(2, 1, length, 2, CHUNK, 4), plan)
