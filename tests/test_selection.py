@@ -53,7 +53,15 @@ def test_oracle_follows_the_rule(length, keys, chunk_size, top_k, offsets):
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("scores_per_block", [selection.SCORES_PER_BLOCK, 300])
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks_of_queries(request, monkeypatch):
+    """Many blocks: of 8 queries each, scored against one of up to 8 numbers of chunks."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 64)
+        monkeypatch.setattr(selection, "MIN_QUERIES_PER_BLOCK", 8)
+        monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
+
+
 @pytest.mark.parametrize(
     "length, keys, chunk_size, top_k, offset",
     [
@@ -67,8 +75,7 @@ def test_oracle_follows_the_rule(length, keys, chunk_size, top_k, offsets):
         (33, 300, 20, 4, [111, 260]),
     ],
 )
-def test_matches_oracle(monkeypatch, scores_per_block, length, keys, chunk_size, top_k, offset):
-    monkeypatch.setattr(selection, "SCORES_PER_BLOCK", scores_per_block)
+def test_matches_oracle(blocks_of_queries, length, keys, chunk_size, top_k, offset):
     q, k = random_qk(length, 2, length, keys)
     offset = jnp.array(offset) if isinstance(offset, list) else offset
     options = dict(chunk_size=chunk_size, top_k=top_k, q_offset=offset)
@@ -141,9 +148,8 @@ OTHERS = [Selector("max", 4), Selector("pooled", 2), Selector("bounds"), Selecto
 
 
 @pytest.mark.parametrize("selector", OTHERS, ids=str)
-@pytest.mark.parametrize("length, blocks_of_queries", [(61, 1), (1, 1), (8, 1), (61, 5)])
-def test_other_selectors_equal_their_oracle(selector, length, blocks_of_queries, monkeypatch):
-    monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 1 << 20 if blocks_of_queries == 1 else 64)
+@pytest.mark.parametrize("length", [61, 8, 1])
+def test_other_selectors_equal_their_oracle(selector, length, blocks_of_queries):
     q, k = random_qk(11, 2, length, 77)
     options = {"chunk_size": 8, "top_k": 4, "q_offset": jnp.asarray([3, 16]), "selector": selector}
     actual = jax.jit(lambda q, k: select_chunks(q, k, **options))(q, k)
@@ -202,6 +208,18 @@ def test_no_gradient_flows():
     dq, dk = jax.grad(use, (0, 1))(q, k)
     np.testing.assert_array_equal(dq, np.ones_like(dq))
     np.testing.assert_array_equal(dk, np.zeros_like(dk))
+
+
+def test_a_block_is_scored_against_the_chunks_before_it(monkeypatch):
+    monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 64)
+    monkeypatch.setattr(selection, "MIN_QUERIES_PER_BLOCK", 8)
+    monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
+    best, widths = selection._best, []
+    note = lambda scores, count: widths.append(scores.shape[-1]) or best(scores, count)
+    monkeypatch.setattr(selection, "_best", note)
+    with jax.disable_jit():  # runs the branch that is taken, and no other
+        select_chunks(*random_qk(9, 1, 64, 64), chunk_size=4, top_k=3)
+    assert widths == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_scores_are_never_held_in_full():

@@ -8,6 +8,7 @@ float32, and the scores exist for one block of queries at a time: [B, H, Tq, N] 
 Source: RWKV-X (arXiv 2504.21463), per-head gate.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,12 +23,19 @@ from rwkvx_jax.ops.attention_inputs import (
 )
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 
-# Scores held at once, over batch and heads. About a megabyte of scores keeps a block in cache.
+# Scores held at once, over batch and heads. About a megabyte of scores keeps a block in cache; a
+# block of fewer queries than the least would read all rows for too little work.
 SCORES_PER_BLOCK = 1 << 20
+MIN_QUERIES_PER_BLOCK = 32
 
 # Up to this many chunks are chosen by as many passes for the maximum, which on CPU take half the
 # time of `top_k`'s sorting; more by `top_k`. Both give ties to the lower index.
 MAX_PASSES = 4
+
+# A block of queries is scored against as many chunks as are past for its last one, rounded up to
+# one of so many numbers, which differ by no less than that: each is compiled by itself.
+PREFIXES = 8
+MIN_CHUNKS_PER_PREFIX = 128
 
 
 class Selector(NamedTuple):
@@ -186,13 +194,27 @@ def select_from_rows(
         return jnp.full((batch, length, heads, count), -1, jnp.int32)
     q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
 
-    def select_block(block):
-        block_q, block_positions = block  # [B, block, H, K], [B, block]
-        scores = selector.scores(block_q.astype(jnp.float32), rows, chunk_size)
-        past = jnp.arange(chunks)[None, None, :] < (block_positions // chunk_size)[:, :, None]
-        return _best(jnp.where(past[:, :, None, :], scores, -jnp.inf), taken)
+    def select_among(first, q, own):
+        """From the `first` chunks; q [B, block, H, K], own chunks [B, block]."""
+        some = rows[:, : first * selector.rows]
+        scores = selector.scores(q.astype(jnp.float32), some, chunk_size)
+        past = jnp.arange(first)[None, None, :] < own[:, :, None]
+        best = _best(jnp.where(past[:, :, None, :], scores, -jnp.inf), min(taken, first))
+        return _pad_choices(best, taken)
 
-    block = min(length, max(8, SCORES_PER_BLOCK // (batch * heads * rows.shape[1])))
+    block = max(MIN_QUERIES_PER_BLOCK, SCORES_PER_BLOCK // (batch * heads * rows.shape[1]))
+    block = min(length, block)
+    # Few queries, as in decoding, cost less than a branch may (on GPU it waits for the host).
+    few = length < MIN_QUERIES_PER_BLOCK
+    step = chunks if few else max(MIN_CHUNKS_PER_PREFIX, -(-chunks // PREFIXES))
+    prefixes = [min(end, chunks) for end in range(step, chunks + step, step)]
+
+    def select_block(block):
+        q, positions = block  # [B, block, H, K], [B, block]
+        own = positions // chunk_size
+        needed = jnp.clip((own.max() - 1) // step, 0, len(prefixes) - 1)
+        return jax.lax.switch(needed, [partial(select_among, n) for n in prefixes], q, own)
+
     blocks = -(-length // block)
     if blocks == 1:
         chosen = select_block((q, positions))
@@ -204,7 +226,13 @@ def select_from_rows(
         positions = jnp.moveaxis(positions.reshape(batch, blocks, block), 1, 0)
         chosen = jnp.moveaxis(jax.lax.map(select_block, (q, positions)), 0, 1)
         chosen = chosen.reshape(batch, blocks * block, heads, taken)[:, :length]
-    return jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, count - taken)), constant_values=-1)
+    return _pad_choices(chosen, count)
+
+
+def _pad_choices(chosen, count):
+    """Choices [B, T, H, J] with -1 up to `count`."""
+    missing = ((0, 0), (0, 0), (0, 0), (0, count - chosen.shape[-1]))
+    return jnp.pad(chosen, missing, constant_values=-1)
 
 
 def _best(scores, count):
