@@ -57,9 +57,13 @@ def test_oracle_follows_the_rule(length, keys, chunk_size, top_k, offsets):
 def blocks_of_queries(request, monkeypatch):
     """Many blocks: of 8 queries each, scored against one of up to 8 numbers of chunks."""
     if request.param == "many blocks":
-        monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 64)
-        monkeypatch.setattr(selection, "MIN_QUERIES_PER_BLOCK", 8)
-        monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
+        cut_small(monkeypatch)
+
+
+def cut_small(monkeypatch):
+    monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 64)
+    monkeypatch.setattr(selection, "MIN_QUERIES_PER_BLOCK", 8)
+    monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +215,7 @@ def test_no_gradient_flows():
 
 
 def test_a_block_is_scored_against_the_chunks_before_it(monkeypatch):
-    monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 64)
-    monkeypatch.setattr(selection, "MIN_QUERIES_PER_BLOCK", 8)
-    monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
+    cut_small(monkeypatch)
     best, widths = selection._best, []
     note = lambda scores, count: widths.append(scores.shape[-1]) or best(scores, count)
     monkeypatch.setattr(selection, "_best", note)

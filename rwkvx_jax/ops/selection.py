@@ -194,26 +194,19 @@ def select_from_rows(
         return jnp.full((batch, length, heads, count), -1, jnp.int32)
     q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
 
-    def select_among(first, q, own):
-        """From the `first` chunks; q [B, block, H, K], own chunks [B, block]."""
-        some = rows[:, : first * selector.rows]
-        scores = selector.scores(q.astype(jnp.float32), some, chunk_size)
-        past = jnp.arange(first)[None, None, :] < own[:, :, None]
-        best = _best(jnp.where(past[:, :, None, :], scores, -jnp.inf), min(taken, first))
-        return _pad_choices(best, taken)
-
     block = max(MIN_QUERIES_PER_BLOCK, SCORES_PER_BLOCK // (batch * heads * rows.shape[1]))
     block = min(length, block)
-    # Few queries, as in decoding, cost less than a branch may (on GPU it waits for the host).
+    # Few queries, as in decoding, save less than a branch may cost.
     few = length < MIN_QUERIES_PER_BLOCK
     step = chunks if few else max(MIN_CHUNKS_PER_PREFIX, -(-chunks // PREFIXES))
-    prefixes = [min(end, chunks) for end in range(step, chunks + step, step)]
+    among = partial(_select_among, chunk_size=chunk_size, count=taken, selector=selector)
+    prefixes = [partial(among, min(n, chunks)) for n in range(step, chunks + step, step)]
 
     def select_block(block):
         q, positions = block  # [B, block, H, K], [B, block]
         own = positions // chunk_size
         needed = jnp.clip((own.max() - 1) // step, 0, len(prefixes) - 1)
-        return jax.lax.switch(needed, [partial(select_among, n) for n in prefixes], q, own)
+        return jax.lax.switch(needed, prefixes, q, rows, own)
 
     blocks = -(-length // block)
     if blocks == 1:
@@ -227,6 +220,15 @@ def select_from_rows(
         chosen = jnp.moveaxis(jax.lax.map(select_block, (q, positions)), 0, 1)
         chosen = chosen.reshape(batch, blocks * block, heads, taken)[:, :length]
     return _pad_choices(chosen, count)
+
+
+def _select_among(first, q, rows, own, *, chunk_size, count, selector):
+    """Choices [B, T, H, count] from the `first` chunks alone; own: int32 [B, T], own chunks."""
+    some = rows[:, : first * selector.rows]
+    scores = selector.scores(q.astype(jnp.float32), some, chunk_size)
+    past = jnp.arange(first)[None, None, :] < own[:, :, None]
+    best = _best(jnp.where(past[:, :, None, :], scores, -jnp.inf), min(count, first))
+    return _pad_choices(best, count)
 
 
 def _pad_choices(chosen, count):
