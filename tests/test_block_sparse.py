@@ -1,7 +1,8 @@
-"""Sparse attention: the XLA form against the dense oracle with a given selection, the oracle
+"""Sparse attention: the XLA forms against the dense oracle with a given selection, the oracle
 against a NumPy loop, equality with full attention, causality, memory, transforms, errors."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.block_sparse_xla import order_queries, sort_pairs
+from rwkvx_jax.ops.dispatch import forget_choices
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.selection import select_chunks
+from rwkvx_jax.ops.selection import Selector, select_chunks
 from tests.attention_cases import (
     compare,
     jaxpr_shapes,
@@ -22,6 +24,8 @@ from tests.attention_cases import (
     value_and_gradients,
 )
 from tests.helpers import assert_close
+
+FORMS = "xla", "masked"
 
 
 @functools.cache
@@ -44,11 +48,12 @@ def compiled(implementation, chunk_size, top_k):
 
 
 def check(qkv, selection, chunk_size, q_offset=0, **tolerances):
-    """The XLA form against the dense oracle."""
+    """The XLA forms against the dense oracle."""
     top_k = selection.shape[3] + 1
-    actual = compiled("xla", chunk_size, top_k)(*qkv, selection, q_offset)
     expected = compiled("dense", chunk_size, top_k)(*qkv, selection, q_offset)
-    compare(actual, expected, **tolerances)
+    for form in FORMS:
+        actual = compiled(form, chunk_size, top_k)(*qkv, selection, q_offset)
+        compare(actual, expected, **tolerances)
 
 
 FULL_ORACLE = value_and_gradients(lambda *qkv: full_attention(*qkv, implementation="dense"))
@@ -71,7 +76,7 @@ def numpy_attention(q, k, v, selection, chunk_size, offsets, scale):
     return out
 
 
-@pytest.mark.parametrize("implementation", ["dense", "xla"])
+@pytest.mark.parametrize("implementation", ["dense", *FORMS])
 @pytest.mark.parametrize(
     "length, keys, offsets, chunk_size, top_k",
     [(23, 23, [0, 0], 5, 3), (9, 40, [2, 31], 6, 4), (5, 5, [0, 0], 1, 2)],
@@ -162,7 +167,7 @@ def test_large_scores_stay_finite():
     check((10 * q, 10 * k, v), random_selection(0, 1, 200, 2, 24, 3), 24)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "xla"])
+@pytest.mark.parametrize("implementation", ["dense", *FORMS])
 @pytest.mark.parametrize("length, chunk_size, top_k", [(96, 32, 3), (90, 7, 32)])
 def test_equals_full_attention_while_everything_fits(implementation, length, chunk_size, top_k):
     qkv = random_qkv(6, 2, length)
@@ -179,25 +184,26 @@ def test_differs_from_full_attention_beyond():
     assert np.abs(np.asarray(sparse - dense)[:, 96:]).max() > 1e-3
 
 
-@jax.jit
-def gradients_at(t, q, k, v):
+@functools.partial(jax.jit, static_argnums=4)
+def gradients_at(t, q, k, v, implementation):
     def output(q, k, v):
-        out = sparse_attention(q, k, v, chunk_size=8, top_k=3)
+        out = sparse_attention(q, k, v, chunk_size=8, top_k=3, implementation=implementation)
         return jnp.sum(jax.lax.dynamic_index_in_dim(out, t, axis=1))
 
     return jax.grad(output, (0, 1, 2))(q, k, v)
 
 
+@pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("t", [0, 17, 31, 32, 60])
-def test_causality_by_gradient(t):
-    dq, dk, dv = map(np.asarray, gradients_at(t, *random_qkv(7, 1, 64)))
+def test_causality_by_gradient(t, implementation):
+    dq, dk, dv = map(np.asarray, gradients_at(t, *random_qkv(7, 1, 64), implementation))
     for gradient in (dk, dv):
         assert np.abs(gradient[:, t + 1 :]).max(initial=0) == 0
     assert np.abs(dv[:, t]).min() > 0
     assert np.abs(np.delete(dq, t, axis=1)).max() == 0
 
 
-@pytest.mark.parametrize("implementation", ["dense", "xla"])
+@pytest.mark.parametrize("implementation", ["dense", *FORMS])
 def test_entries_that_are_not_past_are_ignored(implementation):
     qkv = random_qkv(8, 1, 40)
     good = random_selection(8, 1, 40, 2, 8, 2)
@@ -215,6 +221,41 @@ def test_selects_by_itself():
     np.testing.assert_array_equal(sparse_attention(q, k, v, chunk_size=8, top_k=4), expected)
 
 
+@pytest.mark.parametrize(
+    "queries, keys, chunk_size, top_k, form",
+    [
+        (1024, 1024, 32, 64, "masked"),
+        (8192, 8192, 32, 64, "masked"),
+        (16384, 16384, 32, 64, "xla"),
+        (4096, 8192, 32, 64, "xla"),  # the last ones read least of what is before them
+        (4096, 4096, 512, 4, "xla"),
+        (2048, 2048, 512, 4, "masked"),
+        (65536, 65536, 512, 200, "masked"),
+        (64, 64, 2048, 3, "masked"),
+    ],
+)
+def test_form_by_shapes(queries, keys, chunk_size, top_k, form, caplog):
+    q, k = (jax.ShapeDtypeStruct((1, n, 1, 8), jnp.float32) for n in (queries, keys))
+    chosen = jax.ShapeDtypeStruct((1, queries, 1, top_k - 1), jnp.int32)
+    run = functools.partial(sparse_attention, chunk_size=chunk_size, top_k=top_k)
+    forget_choices()
+    with caplog.at_level(logging.INFO, "rwkvx_jax.ops"):
+        jax.eval_shape(lambda q, k, s: run(q, k, k, selection=s), q, k, chosen)
+    assert caplog.messages == [f"sparse_attention: using '{form}' on cpu"]
+
+
+@pytest.mark.parametrize("offset", [0, 5])
+def test_nothing_is_chosen_where_everything_is_read(offset):
+    q, k, v = random_qkv(6, 2, 70, 75)
+    options = dict(chunk_size=25, top_k=3, q_offset=offset)
+    program = str(jax.make_jaxpr(lambda *qkv: sparse_attention(*qkv, **options))(q, k, v))
+    assert "top_k" not in program and "sort" not in program
+    expected = full_attention(q, k, v, q_offset=offset, implementation="blocked")
+    np.testing.assert_array_equal(sparse_attention(q, k, v, **options), expected)
+    with pytest.raises(ValueError, match="can't be cut into 2 equal blocks"):
+        sparse_attention(q, k, v, **options, selector=Selector("max", 2))
+
+
 def test_sorting_pairs():
     chosen = jnp.array([[-1, -1], [0, 5], [1, 0], [1, -1], [0, 1]], jnp.int32)
     queries, starts = sort_pairs(chosen, jnp.int32(6), 4, 2)  # positions 6..10, own chunks 1, 2
@@ -227,7 +268,7 @@ def test_sorting_pairs():
 
 def loss_gradients(q, k, v):
     def loss(q, k, v):
-        return jnp.sum(sparse_attention(q, k, v, chunk_size=64, top_k=3) ** 2)
+        return jnp.sum(sparse_attention(q, k, v, chunk_size=64, top_k=2) ** 2)
 
     return jax.grad(loss, (0, 1, 2))(q, k, v)
 
@@ -257,9 +298,10 @@ def test_memory_is_linear():
     assert large < 4.2 * small
 
 
-def test_under_vmap():
+@pytest.mark.parametrize("implementation", FORMS)
+def test_under_vmap(implementation):
     """Over everything, and with keys and values shared by the mapped rows."""
-    run = compiled("xla", 16, 3)
+    run = compiled(implementation, 16, 3)
     rows = [
         (*random_qkv(i, 2, 70), random_selection(i, 2, 70, 2, 16, 3), jnp.int32(0))
         for i in range(3)
@@ -273,9 +315,11 @@ def test_under_vmap():
         compare([x[i] for x in shared], run(row[0], *rows[0][1:3], *row[3:]))
 
 
-def test_under_scan_and_checkpoint():
+@pytest.mark.parametrize("implementation", FORMS)
+def test_under_scan_and_checkpoint(implementation):
     q, k, v = random_qkv(12, 1, 60, heads=1)
-    layer = jax.checkpoint(lambda x: x + sparse_attention(x, k, v, chunk_size=16, top_k=2))
+    attend = functools.partial(sparse_attention, chunk_size=16, top_k=2)
+    layer = jax.checkpoint(lambda x: x + attend(x, k, v, implementation=implementation))
 
     def scanned(x):
         return jnp.sum(jax.lax.scan(lambda x, _: (layer(x), None), x, length=3)[0] ** 2)

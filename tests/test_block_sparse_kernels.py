@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import alignment, block_sparse_gpu, block_sparse_tpu, selection_tpu
 from pallas_kernels.block_sparse_tpu import TileConfig
-from rwkvx_jax.ops.block_sparse import sparse_attention_dense
+from rwkvx_jax.ops.dense_attention import sparse_attention_dense
 from rwkvx_jax.ops.selection import Selector, chunk_key_means, select_chunks_reference
 from tests.attention_cases import compare, random_qkv, random_selection, value_and_gradients
 from tests.helpers import assert_close

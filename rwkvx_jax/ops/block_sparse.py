@@ -1,4 +1,4 @@
-"""Top-k chunk sparse attention: the public op and its float32 oracle.
+"""Top-k chunk sparse attention: the public op.
 
 Each query attends causally to its own chunk and to the past chunks selected for it, under one
 softmax over their union, so that the result is full causal attention while the sequence is no
@@ -16,11 +16,13 @@ from rwkvx_jax.ops.attention_inputs import (
     check_chunking,
     check_scale,
     known_or_rows,
-    query_positions,
 )
+from rwkvx_jax.ops.block_sparse_masked import masking_pays, sparse_attention_masked
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
+from rwkvx_jax.ops.dense_attention import sparse_attention_dense
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
-from rwkvx_jax.ops.selection import MEAN, Selector, select_chunks
+from rwkvx_jax.ops.full_attention import full_attention
+from rwkvx_jax.ops.selection import MEAN, Selector, check_selector, select_chunks
 
 
 def sparse_attention(
@@ -49,8 +51,9 @@ def sparse_attention(
       q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
         last key are meaningless but finite.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
-      implementation: "dense" (float32 oracle, quadratic memory), "xla", "pallas", or None to choose
-        by platform.
+      implementation: "dense" (float32 oracle, quadratic memory), "xla" (gathers chunk by chunk),
+        "masked" (scores everything, for texts that are not long), "pallas", or None to choose by
+        platform and shapes.
       selector: how `select_chunks` scores a chunk, where no selection is given.
 
     Returns:
@@ -58,51 +61,24 @@ def sparse_attention(
       gradient flows through the selection.
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit, chunk_size < 1, top_k < 1, or a named
-        implementation that cannot run here.
+      ValueError: on shapes or dtypes that do not fit, chunk_size < 1, top_k < 1, a selector that
+        does not fit the chunk, or a named implementation that cannot run here.
     """
     check_chunking(chunk_size, top_k)
+    check_selector(selector, chunk_size)
     check_attention_inputs(q, k, v, q_offset)
     scale = check_scale(scale, q.shape[-1])
+    candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset)
+    chosen = resolve("sparse_attention", implementation, candidates)
     if selection is None:
+        if implementation is None and chosen == "masked" and k.shape[1] <= chunk_size * top_k:
+            # Every chunk is read: nothing to choose, nothing to mask.
+            return full_attention(q, k, v, q_offset=q_offset, scale=scale)
         chunking = {"chunk_size": chunk_size, "top_k": top_k, "q_offset": q_offset}
         selection = select_chunks(q, k, **chunking, selector=selector)
     _check_selection(selection, q.shape, top_k)
-    candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset)
-    run = _IMPLEMENTATIONS[resolve("sparse_attention", implementation, candidates)]
+    run = _IMPLEMENTATIONS[chosen]
     return run(q, k, v, selection, chunk_size=chunk_size, scale=scale, q_offset=q_offset)
-
-
-def sparse_attention_dense(q, k, v, selection, *, chunk_size, scale, q_offset=0):
-    """Oracle: the whole [Tq, Tk] mask and a plain float32 softmax. Arguments as in the XLA form."""
-    batch, length = q.shape[:2]
-    keys = jnp.arange(k.shape[1])
-    positions = query_positions(q_offset, batch, length)  # [B, Tq]
-    own = positions // chunk_size
-    past = jnp.where(selection < own[:, :, None, None], selection, -1)
-    chosen = past[..., None] == (keys // chunk_size)[None, None, None, None, :]
-    visible = chosen.any(axis=3).transpose(0, 2, 1, 3)  # [B, H, Tq, Tk]
-    causal = keys[None, None, :] <= positions[:, :, None]
-    same = (keys // chunk_size)[None, None, :] == own[:, :, None]
-    visible |= (causal & same)[:, None]
-    return _masked_softmax_attention(q, k, v, visible, scale)
-
-
-def full_attention_dense(q, k, v, *, scale, q_offset=0):
-    """Oracle of `full_attention`: a causal mask and a plain float32 softmax."""
-    positions = query_positions(q_offset, q.shape[0], q.shape[1])
-    causal = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
-    return _masked_softmax_attention(q, k, v, causal[:, None], scale)
-
-
-def _masked_softmax_attention(q, k, v, visible, scale):
-    high = jax.lax.Precision.HIGHEST
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    scores = jnp.einsum("bthk,bshk->bhts", q32, k32, precision=high) * scale
-    scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bhts,bshv->bthv", weights, v32, precision=high)
-    return out.astype(q.dtype)
 
 
 def _check_selection(selection, q_shape, top_k) -> None:
@@ -119,7 +95,13 @@ def _candidates(q, k, v, slots, chunk_size, q_offset) -> tuple[Candidate, ...]:
         offset = known_or_rows(q_offset, q.shape[0])
         return _kernels(platform).unsupported_reason(q, k, v, slots, chunk_size, offset)
 
-    return Candidate("pallas", ("tpu", "gpu"), problem), Candidate("xla"), Candidate("dense")
+    pays = masking_pays(q.shape[1], k.shape[1], slots, chunk_size)
+    forms = ("masked", "xla") if pays else ("xla", "masked")
+    return (
+        Candidate("pallas", ("tpu", "gpu"), problem),
+        *map(Candidate, forms),
+        Candidate("dense"),
+    )
 
 
 def _kernels(platform: str):
@@ -141,5 +123,6 @@ def _sparse_attention_pallas(q, k, v, selection, *, chunk_size, scale, q_offset=
 _IMPLEMENTATIONS = {
     "pallas": _sparse_attention_pallas,
     "xla": sparse_attention_xla,
+    "masked": sparse_attention_masked,
     "dense": sparse_attention_dense,
 }

@@ -1,12 +1,12 @@
-"""Flash-style causal attention of one head in plain XLA, over everything or within chunks.
+"""Flash-style causal attention of one head in plain XLA: over everything, within chunks, or masked.
 
 The dense baseline attends to all earlier keys, the sparse op needs the same thing restricted to
-each query's own chunk; both are loops over square blocks that visit only blocks with something
-visible in them, mask only the blocks at the edge, and keep a running softmax. Nothing larger than
-one block of scores exists. The loops have data-dependent lengths, so gradients are written out
-here and tied together by `custom_vjp` in the ops that use them. Arrays are [T, K]: the callers loop
-over batch and heads, because on a CPU one large matrix product uses the cores better than a batch
-of small ones.
+each query's own chunk or, in texts that are not long, to the chunks it chose. All are loops over
+square blocks that visit only blocks with something visible in them, mask only where they must, and
+keep a running softmax. Nothing larger than one block of scores exists. The loops have
+data-dependent lengths, so gradients are written out here and tied together by `custom_vjp` in the
+ops that use them. Arrays are [T, K]: the callers loop over batch and heads, because on a CPU one
+large matrix product uses the cores better than a batch of small ones.
 
 Layout notes, measured on CPU: products of the form A B^T and A B run near peak, A^T B at a third of
 it, hence the transposed accumulators of the key and value gradients; row-wise reductions are fast.
@@ -125,10 +125,16 @@ def block_gradients(q, k, v, grad, lse, delta, scale, visible=None):
     return matmul(errors, k), matmul(q.T, errors), dv
 
 
-def block_size(chunk_size: int | None) -> int:
-    """Side of the square blocks: aligned with the chunks where there are any."""
+def block_size(chunk_size: int | None, masked_chunks: bool = False) -> int:
+    """Side of the square blocks: aligned with the chunks where there are any.
+
+    Within chunks small blocks save work; where the chunks are masked, large ones do, and each holds
+    whole chunks.
+    """
     if chunk_size is None:
         return MAX_BLOCK
+    if masked_chunks:
+        return chunk_size * max(1, MAX_BLOCK // chunk_size)
     if chunk_size < MIN_BLOCK:
         return chunk_size * (MIN_BLOCK // chunk_size)
     return -(-chunk_size // -(-chunk_size // MAX_BLOCK))
@@ -141,8 +147,9 @@ def split_rows(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(blocks, rows, *x.shape[1:])
 
 
-def causal_forward(q, k, v, offset, *, scale, chunk_size=None):
-    """Causal attention of one head, to all earlier keys or to those of the query's own chunk.
+def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None):
+    """Causal attention of one head: to all earlier keys, to those of the query's own chunk, or to
+    those of given chunks.
 
     Args:
       q: [Tq, K], standing at positions offset .. offset + Tq - 1.
@@ -151,15 +158,16 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None):
       offset: int32 scalar.
       scale: positive float.
       chunk_size: restricts each query to its own chunk; None for everything.
+      seen: bool [Tq, ceil(Tk / chunk_size)], restricts each query to these chunks instead.
 
     Returns:
       The running softmax of the Tq queries, as `softmax_start` describes it.
     """
-    cols = min(block_size(chunk_size), k.shape[0])
+    cols = min(block_size(chunk_size, seen is not None), k.shape[0])
     k_blocks, v_blocks = split_rows(k, cols), split_rows(v, cols)
     read = lambda j: (k_blocks[j], v_blocks[j])
     blocks = KeyBlocks(read, cols, k_blocks.shape[0], k.shape[0], v.shape[1])
-    return causal_over_blocks(q, blocks, offset, scale=scale, chunk_size=chunk_size)
+    return causal_over_blocks(q, blocks, offset, scale=scale, chunk_size=chunk_size, seen=seen)
 
 
 class KeyBlocks(NamedTuple):
@@ -172,11 +180,12 @@ class KeyBlocks(NamedTuple):
     value_size: int
 
 
-def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None):
+def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, seen=None):
     """`causal_forward` with keys and values that are read where they lie."""
     length, cols = q.shape[0], blocks.cols
-    rows = min(block_size(chunk_size), length)
+    rows = min(block_size(chunk_size, seen is not None), length)
     q = split_rows(q, rows)
+    mask = _Mask(rows, cols, chunk_size, seen)
 
     def query_block(numbered):
         index, block = numbered
@@ -184,15 +193,14 @@ def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None):
 
         def add_keys(masked):
             def body(j, running):
-                visible = _visible(first, rows, j * cols, cols, chunk_size) if masked else None
+                visible = mask(first, index, j) if masked else None
                 return softmax_add(running, block, *blocks.read(j), scale, visible)
 
             return body
 
         running = softmax_start(rows, blocks.value_size)
-        ranges = _key_blocks(first, rows, cols, blocks.count, blocks.keys, chunk_size)
-        for start, stop, masked in ranges:
-            with at_most(_most_blocks(masked, rows, cols, blocks.count, chunk_size)):
+        for start, stop, masked in mask.key_blocks(first, blocks.count, blocks.keys):
+            with at_most(mask.most_blocks(masked, rows, cols, blocks.count)):
                 running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
         return running
 
@@ -200,11 +208,11 @@ def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], running)
 
 
-def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None):
+def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None, seen=None):
     """Gradients of `causal_forward`, given the log-sum-exp over everything a query attends to.
 
     Args:
-      q, k, v, offset, scale, chunk_size: as in `causal_forward`.
+      q, k, v, offset, scale, chunk_size, seen: as in `causal_forward`.
       grad: [Tq, V] gradient of the output.
       lse: [Tq] log-sum-exp; over more keys than visible here, if the caller adds others.
       delta: [Tq] sum over V of grad * output.
@@ -213,19 +221,18 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
       (dq [Tq, K], dk [Tk, K], dv [Tk, V]), float32.
     """
     length, keys = q.shape[0], k.shape[0]
-    side = block_size(chunk_size)
+    side = block_size(chunk_size, seen is not None)
     rows, cols = min(side, length), min(side, keys)
+    mask = _Mask(rows, cols, chunk_size, seen)
     q, grad, lse, delta = (split_rows(x, rows) for x in (q, grad, lse, delta))
 
     def key_block(dq, numbered):
         index, k_block, v_block = numbered
-        first = index * cols
 
         def add_queries(masked):
             def body(i, carry):
                 dq, dk, dv = carry
-                position = offset + i * rows
-                visible = _visible(position, rows, first, cols, chunk_size) if masked else None
+                visible = mask(offset + i * rows, i, index) if masked else None
                 dq_block, dk_block, dv_block = block_gradients(
                     q[i], k_block, v_block, grad[i], lse[i], delta[i], scale, visible
                 )
@@ -236,8 +243,8 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
         dk = jnp.zeros((k.shape[1], cols), jnp.float32)
         dv = jnp.zeros((v.shape[1], cols), jnp.float32)
         carry = dq, dk, dv
-        for start, stop, masked in _query_blocks(first, cols, rows, q.shape[0], offset, chunk_size):
-            with at_most(_most_blocks(masked, cols, rows, q.shape[0], chunk_size)):
+        for start, stop, masked in mask.query_blocks(index * cols, q.shape[0], offset):
+            with at_most(mask.most_blocks(masked, cols, rows, q.shape[0])):
                 carry = jax.lax.fori_loop(start, stop, add_queries(masked), carry)
         dq, dk, dv = carry
         return dq, (dk.T * scale, dv.T)
@@ -249,57 +256,88 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
     return dq, dk.reshape(-1, k.shape[1])[:keys], dv.reshape(-1, v.shape[1])[:keys]
 
 
-def _visible(position, rows, key, cols, chunk_size):
-    """Which of the keys key.. each of the queries position.. may see, bool [rows, cols]."""
-    queries = position + jnp.arange(rows, dtype=jnp.int32)[:, None]
-    keys = key + jnp.arange(cols, dtype=jnp.int32)[None, :]
-    visible = keys <= queries
-    if chunk_size is not None:
-        visible &= keys >= queries // chunk_size * chunk_size
-    return visible
+class _Mask:
+    """What queries see in blocks of `rows` queries and `cols` keys; the other fields as in
+    `causal_forward`."""
 
+    def __init__(self, rows: int, cols: int, chunk_size: int | None, seen):
+        self.rows, self.cols = rows, cols
+        self.own = chunk_size if seen is None else None  # the chunk size, where only own chunks are
+        self.chunk_size = chunk_size
+        self.seen = None
+        if seen is not None:
+            per_block = -(-cols // chunk_size)
+            padded = jnp.pad(seen, ((0, 0), (0, -seen.shape[1] % per_block)))
+            self.seen = split_rows(padded, rows)  # [blocks, rows, N]
 
-def _key_blocks(position, rows, cols, blocks, keys, chunk_size):
-    """Ranges of key blocks that queries position .. position + rows - 1 see: (start, stop, masked).
+    def __call__(self, position, row_block, col_block):
+        """Which keys of a block each of the queries position.. sees, bool [rows, cols]."""
+        queries = position + jnp.arange(self.rows, dtype=jnp.int32)[:, None]
+        keys = col_block * self.cols + jnp.arange(self.cols, dtype=jnp.int32)[None, :]
+        visible = keys <= queries
+        if self.own is not None:
+            return visible & (keys >= queries // self.own * self.own)
+        if self.seen is None:
+            return visible
+        chunks = -(-self.cols // self.chunk_size)
+        seen = jax.lax.dynamic_index_in_dim(self.seen, row_block, 0, False)
+        seen = jax.lax.dynamic_slice_in_dim(seen, col_block * chunks, chunks, 1)
+        return visible & jnp.repeat(seen, self.chunk_size, axis=1)[:, : self.cols]
 
-    The ranges follow one another; in an unmasked one every query sees every key.
-    """
-    last = position + rows - 1
-    stop = jnp.clip(last // cols + 1, 0, blocks)
-    if chunk_size is None:
-        inner_stop = jnp.clip((position + 1) // cols, 0, keys // cols)
-        return (0, inner_stop, False), (inner_stop, stop, True)
-    start = jnp.clip(position // chunk_size * chunk_size // cols, 0, stop)
-    if chunk_size <= cols:
-        return ((start, stop, True),)
-    inner_start = jnp.clip(-(-(last // chunk_size * chunk_size) // cols), start, stop)
-    inner_stop = jnp.clip(jnp.minimum((position + 1) // cols, keys // cols), inner_start, stop)
-    return (start, inner_start, True), (inner_start, inner_stop, False), (inner_stop, stop, True)
+    def key_blocks(self, position, blocks, keys):
+        """Ranges of key blocks that queries position .. position + rows - 1 see: (start, stop,
+        masked). They follow one another; in an unmasked one every query sees every key."""
+        rows, cols = self.rows, self.cols
+        last = position + rows - 1
+        stop = jnp.clip(last // cols + 1, 0, blocks)
+        if self.seen is not None:
+            return ((0, stop, True),)
+        if self.own is None:
+            inner_stop = jnp.clip((position + 1) // cols, 0, keys // cols)
+            return (0, inner_stop, False), (inner_stop, stop, True)
+        own = self.own
+        start = jnp.clip(position // own * own // cols, 0, stop)
+        if own <= cols:
+            return ((start, stop, True),)
+        inner_start = jnp.clip(-(-(last // own * own) // cols), start, stop)
+        inner_stop = jnp.clip(jnp.minimum((position + 1) // cols, keys // cols), inner_start, stop)
+        return (
+            (start, inner_start, True),
+            (inner_start, inner_stop, False),
+            (inner_stop, stop, True),
+        )
 
+    def query_blocks(self, key, blocks, offset):
+        """Ranges of query blocks that see keys key .. key + cols - 1: (start, stop, masked)."""
+        rows, own = self.rows, self.own
+        last = key + self.cols - 1
+        start = jnp.clip((key - offset) // rows, 0, blocks)
+        if self.seen is not None:
+            return ((start, blocks, True),)
+        if own is None:
+            inner_start = jnp.clip(-(-(last - offset) // rows), start, blocks)
+            return (start, inner_start, True), (inner_start, blocks, False)
+        seen_until = (last // own + 1) * own
+        stop = jnp.clip(-(-(seen_until - offset) // rows), start, blocks)
+        if own <= self.cols:
+            return ((start, stop, True),)
+        inner_start = jnp.clip(-(-(last - offset) // rows), start, stop)
+        inner_stop = ((key // own + 1) * own - offset) // rows
+        inner_stop = jnp.clip(inner_stop, inner_start, stop)
+        return (
+            (start, inner_start, True),
+            (inner_start, inner_stop, False),
+            (inner_stop, stop, True),
+        )
 
-def _query_blocks(key, cols, rows, blocks, offset, chunk_size):
-    """Ranges of query blocks that see keys key .. key + cols - 1: (start, stop, masked)."""
-    last = key + cols - 1
-    start = jnp.clip((key - offset) // rows, 0, blocks)
-    if chunk_size is None:
-        inner_start = jnp.clip(-(-(last - offset) // rows), start, blocks)
-        return (start, inner_start, True), (inner_start, blocks, False)
-    seen_until = (last // chunk_size + 1) * chunk_size
-    stop = jnp.clip(-(-(seen_until - offset) // rows), start, blocks)
-    if chunk_size <= cols:
-        return ((start, stop, True),)
-    inner_start = jnp.clip(-(-(last - offset) // rows), start, stop)
-    inner_stop = ((key // chunk_size + 1) * chunk_size - offset) // rows
-    inner_stop = jnp.clip(inner_stop, inner_start, stop)
-    return (start, inner_start, True), (inner_start, inner_stop, False), (inner_stop, stop, True)
-
-
-def _most_blocks(masked: bool, own: int, other: int, blocks: int, chunk_size: int | None) -> int:
-    """Most iterations of one of those ranges, for a block of `own` rows that meets `blocks` of
-    `other` rows: masked ones lie at the edges of what is visible."""
-    edge = own // other + 2
-    reach = blocks if chunk_size is None else chunk_size // other + edge
-    return min(blocks, edge if masked else reach)
+    def most_blocks(self, masked: bool, own: int, other: int, blocks: int) -> int:
+        """Most iterations of one of those ranges, for a block of `own` rows that meets `blocks` of
+        `other` rows: without `seen`, masked ones lie at the edges of what is visible."""
+        if self.seen is not None:
+            return blocks
+        edge = own // other + 2
+        reach = blocks if self.own is None else self.own // other + edge
+        return min(blocks, edge if masked else reach)
 
 
 def fold_vmapped(function):

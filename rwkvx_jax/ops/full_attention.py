@@ -17,7 +17,7 @@ from rwkvx_jax.ops.attention_inputs import (
     check_scale,
     offset_of_rows,
 )
-from rwkvx_jax.ops.block_sparse import full_attention_dense
+from rwkvx_jax.ops.dense_attention import full_attention_dense
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 
 # Blocks of the splash kernel, lengths below which the whole sequence is one block.

@@ -352,8 +352,8 @@ def _score_reference(q, chunk, selector: Selector) -> jax.Array:
     return jnp.log(jnp.sum(jnp.exp(scores * q.shape[-1] ** -0.5), axis=0))
 
 
-def _check(q, k, chunk_size, top_k, q_offset, selector) -> None:
-    check_chunking(chunk_size, top_k)
+def check_selector(selector: Selector, chunk_size: int) -> None:
+    """Raises ValueError on an unknown kind, or blocks that do not divide the chunk."""
     if selector.kind not in ("mean", "max", "pooled", "bounds"):
         raise ValueError(
             f"selector {selector.kind!r} is unknown: choose mean, max, pooled or bounds"
@@ -363,6 +363,11 @@ def _check(q, k, chunk_size, top_k, q_offset, selector) -> None:
             f"a chunk of {chunk_size} tokens can't be cut into {selector.blocks} equal blocks: "
             "choose a divisor"
         )
+
+
+def _check(q, k, chunk_size, top_k, q_offset, selector) -> None:
+    check_chunking(chunk_size, top_k)
+    check_selector(selector, chunk_size)
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
             f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch, heads and "

@@ -1,0 +1,84 @@
+"""Sparse attention in plain XLA by masking: every earlier key is scored, block by block.
+
+While the keys are few beside those a query reads, gathering queries chunk by chunk
+(`block_sparse_xla`) costs more than it saves. Here blocks of queries meet all blocks of keys before
+them, as in full attention, and what lies in chunks a query did not choose is masked. Quadratic in
+time, with one boolean a query and chunk in memory.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rwkvx_jax.ops import blocked_attention as blocked
+from rwkvx_jax.ops.attention_inputs import offset_of_rows
+
+# The time to gather and scatter a query's rows for one chunk, in that of so many scores: on a CPU,
+# with chunks of 32 to 512 keys and heads of 64, scoring all was the faster on one side of it.
+GATHER_SCORES = 64
+
+
+def masking_pays(queries: int, keys: int, slots: int, chunk_size: int) -> bool:
+    """Whether masking is expected to take less time than gathering.
+
+    Args:
+      queries: number of queries Tq, taken for the last ones.
+      keys: number of keys Tk.
+      slots: past chunks a query chooses.
+      chunk_size: tokens in a chunk.
+    """
+    past = np.arange(keys - queries, keys) // chunk_size
+    gathered = np.minimum(past, slots).sum() * (chunk_size + GATHER_SCORES)
+    return past.sum() * chunk_size <= gathered
+
+
+def sparse_attention_masked(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+    """Own chunk causally and the selected past chunks; arguments as in `sparse_attention_xla`."""
+    offset = offset_of_rows(q_offset, q.shape[0])
+    return _attention(q, k, v, selection, offset, chunk_size, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, selection, offset, chunk_size, scale):
+    return _attention_fwd(q, k, v, selection, offset, chunk_size, scale)[0]
+
+
+def _attention_fwd(q, k, v, selection, offset, chunk_size, scale):
+    def forward(q, k, v, selection, offset):
+        seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
+        options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
+        running = blocked.causal_forward(q, k, v, offset, **options)
+        return blocked.softmax_finish(running, scale)
+
+    out, lse = blocked.map_heads(forward, (q, k, v, selection), offset)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, selection, offset, out, lse)
+
+
+def _attention_bwd(chunk_size, scale, saved, grad):
+    q, k, v, selection, offset, out, lse = saved
+
+    def backward(q, k, v, selection, out, lse, grad, offset):
+        seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
+        options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
+        delta = blocked.output_dot(grad, out)
+        return blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
+
+    dq, dk, dv = blocked.map_heads(backward, (q, k, v, selection, out, lse, grad), offset)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _seen_chunks(selection, offset, keys, chunk_size):
+    """The chunks each query of a head reads, bool [Tq, ceil(Tk / chunk_size)]: its own and those of
+    selection [Tq, J]; entries that are not past chunks are left out."""
+    length, chunks = selection.shape[0], -(-keys // chunk_size)
+    own = ((offset + jnp.arange(length, dtype=jnp.int32)) // chunk_size)[:, None]
+    past = jnp.where((selection >= 0) & (selection < own), selection, chunks)
+    read = jnp.concatenate([past, own], axis=1)
+    rows = jnp.arange(length)[:, None]
+    return jnp.zeros((length, chunks), bool).at[rows, read].set(True, mode="drop")
