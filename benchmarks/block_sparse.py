@@ -8,6 +8,10 @@ all the functions of a length take turns, after an untimed round; dense runs lon
 `--long-run` seconds are made once. Below the table stand the three statements it is for: how flat
 the sparse time per token is, from which length on sparse attention (gate included) is the faster
 one, and by how much at the greatest length.
+
+    python benchmarks/block_sparse.py --forms --lengths 1024,4096,8192 --chunk-size 32 --top-k 64
+
+also times both XLA forms of `sparse_attention`, between which the op chooses by shape.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import json
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,13 +30,15 @@ from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import select_chunks
 
 COLUMNS = ("gate", "sparse", "sparse fb", "full", "full fb")
+FORMS = ("xla", "masked")
 FLAT_FROM = 16384
 
 
 def main() -> None:
     options = parse_options()
     rows = [measure_length(length, options) for length in options.lengths]
-    print(table(rows))
+    forms = [form + suffix for form in FORMS for suffix in ("", " fb")]
+    print(table(rows, [*COLUMNS, *(forms if options.forms else ())]))
     print(summary := summarize(rows))
     if options.output:
         options.output.write_text(json.dumps(report(options, rows, summary), indent=1) + "\n")
@@ -50,6 +57,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--key-size", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--skewed", action="store_true", help="all queries choose the first chunks")
+    parser.add_argument("--forms", action="store_true", help="both XLA forms besides")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--long-run", type=float, default=10.0, help="seconds; such runs once")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -87,8 +95,8 @@ def build(length: int, options) -> tuple[dict, dict]:
     gate = jax.jit(lambda q, k: select_chunks(q, k, **chunking))
     chosen = gate(q, jnp.zeros_like(k) if options.skewed else k)
 
-    def sparse(q, k, v, chosen):
-        return sparse_attention(q, k, v, selection=chosen, **chunking)
+    def sparse(q, k, v, chosen, form=None):
+        return sparse_attention(q, k, v, selection=chosen, implementation=form, **chunking)
 
     def with_backward(attend):
         def run(grad, q, k, v, *more):
@@ -105,16 +113,20 @@ def build(length: int, options) -> tuple[dict, dict]:
     if length <= options.longest_full:
         functions |= {"full": jax.jit(full_attention), "full fb": with_backward(full_attention)}
         arguments |= {"full": (q, k, v), "full fb": (grad, q, k, v)}
+    for form in FORMS if options.forms else ():
+        attend = partial(sparse, form=form)
+        functions |= {form: jax.jit(attend), form + " fb": with_backward(attend)}
+        arguments |= {form: arguments["sparse"], form + " fb": arguments["sparse fb"]}
     return functions, arguments
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], columns: list[str]) -> str:
     """Microseconds a token, and dense over sparse (gate included), as Markdown."""
-    head = ["length", *COLUMNS, "full / sparse", "full / sparse fb", "MB sparse fb", "MB full fb"]
+    head = ["length", *columns, "full / sparse", "full / sparse fb", "MB sparse fb", "MB full fb"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [str(row["length"])]
-        cells += [number(row["seconds"].get(name), 1e6 / row["length"]) for name in COLUMNS]
+        cells += [number(row["seconds"].get(name), 1e6 / row["length"]) for name in columns]
         cells += [number(ratio(row, suffix), 1) for suffix in ("", " fb")]
         memory = row["temporary_bytes"]
         cells += [number(memory.get(name), 1 / 2**20, 0) for name in ("sparse fb", "full fb")]
