@@ -16,7 +16,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import alignment, block_sparse_gpu, block_sparse_tpu, selection_tpu
 from pallas_kernels.block_sparse_tpu import TileConfig
 from rwkvx_jax.ops.dense_attention import sparse_attention_dense
-from rwkvx_jax.ops.selection import Selector, chunk_key_means, select_chunks_reference
+from rwkvx_jax.ops.selection import (
+    Selector,
+    chunk_key_sums,
+    kernel_factors,
+    select_chunks_reference,
+)
 from tests.attention_cases import compare, random_qkv, random_selection, value_and_gradients
 from tests.helpers import assert_close
 
@@ -293,7 +298,7 @@ def test_the_gate_chooses_as_the_reference(length, keys, chunk_size, count, offs
     first = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
     selector, options = Selector(kind), {"chunk_size": chunk_size}
     actual = selection_tpu.select_by_keys(
-        *selector.factors(q, k, chunk_size), first, **options, count=count, interpret=True
+        *kernel_factors(q, k, chunk_size, selector), first, **options, count=count, interpret=True
     )
     options |= {"top_k": count + 1, "q_offset": first, "selector": selector}
     expected = select_chunks_reference(q, k, **options)
@@ -304,7 +309,7 @@ def test_the_gate_chooses_as_the_reference(length, keys, chunk_size, count, offs
 
 def test_the_gate_reads_bfloat16_exactly():
     q, k, _ = random_qkv(1, 1, 200, heads=2, size=64, dtype=jnp.bfloat16)
-    means = chunk_key_means(k, 32)
+    means = chunk_key_sums(k[:, :192], 32) / 32
     choose = functools.partial(selection_tpu.select_by_keys, chunk_size=32, count=3, interpret=True)
     chosen = choose(q, means, 0)
     np.testing.assert_array_equal(chosen, choose(q.astype(jnp.float32), means, 0))
@@ -316,4 +321,4 @@ def test_the_gate_reads_bfloat16_exactly():
 def test_the_gate_refuses_other_head_sizes():
     q, k, _ = random_qkv(1, 1, 20, heads=2, size=32)
     with pytest.raises(ValueError, match="head size 32"):
-        selection_tpu.select_by_keys(q, chunk_key_means(k, 4), 0, chunk_size=4, count=1)
+        selection_tpu.select_by_keys(q, chunk_key_sums(k, 4) / 4, 0, chunk_size=4, count=1)

@@ -23,10 +23,10 @@ from rwkvx_jax.ops.attention_inputs import (
 )
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 
-# Scores held at once, over batch and heads. About a megabyte of scores keeps a block in cache; a
-# block of fewer queries than the least would read all rows for too little work.
+# Scores held at once, over batch and heads. About a million of them stay in cache; a block of fewer
+# queries than the least would read all keys for too little work.
 SCORES_PER_BLOCK = 1 << 20
-MIN_QUERIES_PER_BLOCK = 32
+MIN_QUERIES_PER_BLOCK = 64
 
 # Up to this many chunks are chosen by as many passes for the maximum, which on CPU take half the
 # time of `top_k`'s sorting; more by `top_k`. Both give ties to the lower index.
@@ -79,60 +79,40 @@ class Selector(NamedTuple):
         return bounds.reshape(batch, chunks * 2, heads, size)
 
     @property
-    def has_factors(self) -> bool:
+    def is_product(self) -> bool:
         """Whether the score is a product of the query with one vector of the chunk."""
         return self.kind in ("mean", "bounds")
 
-    def factors(self, q: jax.Array, k: jax.Array, chunk_size: int) -> tuple[jax.Array, jax.Array]:
-        """Queries and a key for each complete chunk, whose product is the score.
+    @property
+    def keys_per_chunk(self) -> int:
+        """Keys that `keys` makes of each chunk."""
+        return 1 if self.kind == "bounds" else self.rows
 
-        Only "mean" and "bounds" have one; for the latter it is twice as long as a key.
+    def keys(self, rows: jax.Array, chunk_size: int) -> jax.Array:
+        """What queries are multiplied with: float32 [..., N * rows, K] -> [..., N *
+        keys_per_chunk, F]. F is K, and for "bounds" 2 K: [-smallest, largest]."""
+        if self.kind != "bounds":
+            return rows / (chunk_size // self.rows)
+        return rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
 
-        Args:
-          q: [B, Tq, H, K].
-          k: [B, Tk, H, K].
-          chunk_size: tokens in a chunk.
+    def queries(self, q: jax.Array) -> jax.Array:
+        """What is multiplied with those keys: [..., K] -> [..., F] of the same dtype."""
+        if self.kind != "bounds":
+            return q
+        return jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1)
 
-        Returns:
-          Queries [B, Tq, H, rows * K] of the dtype of q, and float32 keys [B, Tk // chunk_size, H,
-          rows * K].
-
-        Raises:
-          ValueError: another kind.
-        """
-        if not self.has_factors:
-            raise ValueError(f"selector {self.kind!r} scores by no one product: use `scores`")
-        if self.kind == "mean":
-            return q, chunk_key_means(k, chunk_size)
-        complete = k.shape[1] // chunk_size
-        rows = self.rows_of(k[:, : complete * chunk_size], chunk_size)
-        keys = jnp.concatenate([rows[:, ::2], rows[:, 1::2]], axis=-1)
-        return jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1), keys
+    def combine(self, products: jax.Array, key_size: int) -> jax.Array:
+        """Scores [..., N] from the products of a query with all keys [..., N * keys_per_chunk]."""
+        if self.is_product:
+            return products
+        products = products.reshape(*products.shape[:-1], -1, self.rows)
+        if self.kind == "max":
+            return products.max(-1)
+        return jax.nn.logsumexp(products * key_size**-0.5, axis=-1)
 
     def start(self, shape: tuple[int, ...]) -> jax.Array:
         """Rows of chunks without any key, float32."""
         return jnp.full(shape, -jnp.inf if self.kind == "bounds" else 0.0, jnp.float32)
-
-    def scores(self, q: jax.Array, rows: jax.Array, chunk_size: int) -> jax.Array:
-        """Scores of queries float32 [B, T, H, K] for N chunks with rows [B, N * rows, H, K].
-
-        Returns:
-          float32 [B, T, H, N]; anything, NaN included, for chunks that are not complete.
-        """
-
-        def product(q, rows):
-            high = jax.lax.Precision.HIGHEST
-            return jnp.einsum("bthk,bnhk->bthn", q, rows, precision=high)
-
-        if self.kind == "bounds":
-            return product(jax.nn.relu(-q), rows[:, ::2]) + product(jax.nn.relu(q), rows[:, 1::2])
-        found = product(q, rows / (chunk_size // self.rows))
-        if self.kind == "mean":
-            return found
-        found = found.reshape(*found.shape[:3], -1, self.rows)
-        if self.kind == "max":
-            return found.max(-1)
-        return jax.nn.logsumexp(found * q.shape[-1] ** -0.5, axis=-1)
 
 
 MEAN = Selector()
@@ -153,12 +133,6 @@ def chunk_key_sums(k: jax.Array, chunk_size: int) -> jax.Array:
     chunks = -(-length // chunk_size)
     k = jnp.pad(k, ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0)))
     return jnp.sum(k.reshape(batch, chunks, chunk_size, heads, size), axis=2, dtype=jnp.float32)
-
-
-def chunk_key_means(k: jax.Array, chunk_size: int) -> jax.Array:
-    """Mean keys of the complete chunks, float32 [B, T // chunk_size, H, K]."""
-    complete = k.shape[1] // chunk_size
-    return chunk_key_sums(k[:, : complete * chunk_size], chunk_size) / chunk_size
 
 
 def select_from_rows(
@@ -193,46 +167,52 @@ def select_from_rows(
     if taken == 0:
         return jnp.full((batch, length, heads, count), -1, jnp.int32)
     q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
+    # Heads before time, once: the keys of a head lie together, as products want them.
+    q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size)
+    own = positions // chunk_size
 
-    block = max(MIN_QUERIES_PER_BLOCK, SCORES_PER_BLOCK // (batch * heads * rows.shape[1]))
+    block = max(MIN_QUERIES_PER_BLOCK, SCORES_PER_BLOCK // (batch * heads * keys.shape[2]))
     block = min(length, block)
     # Few queries, as in decoding, save less than a branch may cost.
     few = length < MIN_QUERIES_PER_BLOCK
     step = chunks if few else max(MIN_CHUNKS_PER_PREFIX, -(-chunks // PREFIXES))
-    among = partial(_select_among, chunk_size=chunk_size, count=taken, selector=selector)
+    among = partial(_select_among, count=taken, selector=selector, key_size=size)
     prefixes = [partial(among, min(n, chunks)) for n in range(step, chunks + step, step)]
 
     def select_block(block):
-        q, positions = block  # [B, block, H, K], [B, block]
-        own = positions // chunk_size
+        q, own = block  # [B, H, block, K], [B, block]
         needed = jnp.clip((own.max() - 1) // step, 0, len(prefixes) - 1)
-        return jax.lax.switch(needed, prefixes, q, rows, own)
+        return jax.lax.switch(needed, prefixes, q, keys, own)
 
     blocks = -(-length // block)
     if blocks == 1:
-        chosen = select_block((q, positions))
+        chosen = select_block((q, own))
     else:
         pad = blocks * block - length
-        q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        positions = jnp.pad(positions, ((0, 0), (0, pad)))
-        q = jnp.moveaxis(q.reshape(batch, blocks, block, heads, size), 1, 0)
-        positions = jnp.moveaxis(positions.reshape(batch, blocks, block), 1, 0)
-        chosen = jnp.moveaxis(jax.lax.map(select_block, (q, positions)), 0, 1)
-        chosen = chosen.reshape(batch, blocks * block, heads, taken)[:, :length]
-    return _pad_choices(chosen, count)
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0)))
+        own = jnp.pad(own, ((0, 0), (0, pad)))
+        q = jnp.moveaxis(q.reshape(batch, heads, blocks, block, size), 2, 0)
+        own = jnp.moveaxis(own.reshape(batch, blocks, block), 1, 0)
+        chosen = jnp.moveaxis(jax.lax.map(select_block, (q, own)), 0, 2)
+        chosen = chosen.reshape(batch, heads, blocks * block, taken)[:, :, :length]
+    return _pad_choices(chosen.swapaxes(1, 2), count)
 
 
-def _select_among(first, q, rows, own, *, chunk_size, count, selector):
-    """Choices [B, T, H, count] from the `first` chunks alone; own: int32 [B, T], own chunks."""
-    some = rows[:, : first * selector.rows]
-    scores = selector.scores(q.astype(jnp.float32), some, chunk_size)
-    past = jnp.arange(first)[None, None, :] < own[:, :, None]
-    best = _best(jnp.where(past[:, :, None, :], scores, -jnp.inf), min(count, first))
-    return _pad_choices(best, count)
+def _select_among(first, q, keys, own, *, count, selector, key_size):
+    """Choices [B, H, T, count] from the `first` chunks alone.
+
+    q: [B, H, T, K]; keys: [B, H, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
+    """
+    some = keys[:, :, : first * selector.keys_per_chunk]
+    q = selector.queries(q.astype(jnp.float32))
+    products = jnp.einsum("bhtf,bhnf->bhtn", q, some, precision=jax.lax.Precision.HIGHEST)
+    past = jnp.arange(first)[None, None, None] < own[:, None, :, None]
+    scores = jnp.where(past, selector.combine(products, key_size), -jnp.inf)
+    return _pad_choices(_best(scores, min(count, first)), count)
 
 
 def _pad_choices(chosen, count):
-    """Choices [B, T, H, J] with -1 up to `count`."""
+    """Choices [.., .., .., J] with -1 up to `count`."""
     missing = ((0, 0), (0, 0), (0, 0), (0, count - chosen.shape[-1]))
     return jnp.pad(chosen, missing, constant_values=-1)
 
@@ -287,7 +267,7 @@ def select_chunks(
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
-        if not selector.has_factors:
+        if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
         reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
         if reason and selector.kind == "bounds":
@@ -298,7 +278,7 @@ def select_chunks(
     chosen = resolve("select_chunks", implementation, candidates)
     if chosen == "pallas" and complete and top_k > 1:
         return selection_tpu.select_by_keys(
-            *jax.lax.stop_gradient(selector.factors(q, k, chunk_size)),
+            *kernel_factors(*jax.lax.stop_gradient((q, k)), chunk_size, selector),
             known_or_rows(q_offset, q.shape[0]),
             chunk_size=chunk_size,
             count=top_k - 1,
@@ -308,6 +288,13 @@ def select_chunks(
     return select_from_rows(
         q, rows, positions, chunk_size=chunk_size, count=top_k - 1, selector=selector
     )
+
+
+def kernel_factors(q, k, chunk_size, selector):
+    """Queries [B, Tq, H, F] and keys [B, N, H, F] of the complete chunks, for the TPU kernel."""
+    complete = k.shape[1] // chunk_size * chunk_size
+    rows = selector.rows_of(k[:, :complete], chunk_size).swapaxes(1, 2)
+    return selector.queries(q), selector.keys(rows, chunk_size).swapaxes(1, 2)
 
 
 def select_chunks_reference(
