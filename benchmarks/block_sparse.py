@@ -11,7 +11,9 @@ one, and by how much at the greatest length.
 
     python benchmarks/block_sparse.py --forms --lengths 1024,4096,8192 --chunk-size 32 --top-k 64
 
-also times both XLA forms of `sparse_attention`, between which the op chooses by shape.
+also times both XLA forms of `sparse_attention`, between which the op chooses by shape. Where every
+chunk is read (length <= chunk size * top-k), models neither select nor mask: there the columns of
+sparse attention say what a given selection costs, and `full` is what they run.
 """
 
 import argparse

@@ -63,6 +63,7 @@ def blocks_of_queries(request, monkeypatch):
 def cut_small(monkeypatch):
     monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 64)
     monkeypatch.setattr(selection, "MIN_QUERIES_PER_BLOCK", 8)
+    monkeypatch.setattr(selection, "MIN_QUERIES_TO_BRANCH", 8)
     monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
 
 

@@ -17,7 +17,11 @@ from rwkvx_jax.ops.attention_inputs import (
     check_scale,
     known_or_rows,
 )
-from rwkvx_jax.ops.block_sparse_masked import masking_pays, sparse_attention_masked
+from rwkvx_jax.ops.block_sparse_masked import (
+    masking_obstacle,
+    masking_pays,
+    sparse_attention_masked,
+)
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
 from rwkvx_jax.ops.dense_attention import sparse_attention_dense
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
@@ -52,8 +56,9 @@ def sparse_attention(
         last key are meaningless but finite.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
       implementation: "dense" (float32 oracle, quadratic memory), "xla" (gathers chunk by chunk),
-        "masked" (scores everything, for texts that are not long), "pallas", or None to choose by
-        platform and shapes.
+        "masked" (scores everything, for texts that are not long and chunks up to 512), "full" (full
+        attention, where no selection is given and every chunk is read), "pallas", or None to
+        choose by platform and shapes.
       selector: how `select_chunks` scores a chunk, where no selection is given.
 
     Returns:
@@ -68,15 +73,16 @@ def sparse_attention(
     check_selector(selector, chunk_size)
     check_attention_inputs(q, k, v, q_offset)
     scale = check_scale(scale, q.shape[-1])
-    candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset)
+    everything = selection is None and k.shape[1] <= chunk_size * top_k
+    candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset, everything)
     chosen = resolve("sparse_attention", implementation, candidates)
+    if chosen == "full":
+        return full_attention(q, k, v, q_offset=q_offset, scale=scale, implementation="blocked")
     if selection is None:
-        if implementation is None and chosen == "masked" and k.shape[1] <= chunk_size * top_k:
-            # Every chunk is read: nothing to choose, nothing to mask.
-            return full_attention(q, k, v, q_offset=q_offset, scale=scale)
         chunking = {"chunk_size": chunk_size, "top_k": top_k, "q_offset": q_offset}
         selection = select_chunks(q, k, **chunking, selector=selector)
     _check_selection(selection, q.shape, top_k)
+    selection = selection.astype(jnp.int32)  # numbers of chunks may not fit where entries do
     run = _IMPLEMENTATIONS[chosen]
     return run(q, k, v, selection, chunk_size=chunk_size, scale=scale, q_offset=q_offset)
 
@@ -90,18 +96,18 @@ def _check_selection(selection, q_shape, top_k) -> None:
         )
 
 
-def _candidates(q, k, v, slots, chunk_size, q_offset) -> tuple[Candidate, ...]:
+def _candidates(q, k, v, slots, chunk_size, q_offset, everything) -> list[Candidate]:
     def problem(platform: str) -> str | None:
         offset = known_or_rows(q_offset, q.shape[0])
         return _kernels(platform).unsupported_reason(q, k, v, slots, chunk_size, offset)
 
-    pays = masking_pays(q.shape[1], k.shape[1], slots, chunk_size)
-    forms = ("masked", "xla") if pays else ("xla", "masked")
-    return (
-        Candidate("pallas", ("tpu", "gpu"), problem),
-        *map(Candidate, forms),
-        Candidate("dense"),
-    )
+    masked = Candidate("masked", problem=lambda _: masking_obstacle(chunk_size))
+    forms = [Candidate("xla"), masked]
+    if masking_pays(q.shape[1], k.shape[1], slots, chunk_size):
+        forms.reverse()
+    if everything:
+        forms.insert(0, Candidate("full"))
+    return [Candidate("pallas", ("tpu", "gpu"), problem), *forms, Candidate("dense")]
 
 
 def _kernels(platform: str):

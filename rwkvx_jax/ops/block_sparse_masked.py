@@ -3,7 +3,8 @@
 While the keys are few beside those a query reads, gathering queries chunk by chunk
 (`block_sparse_xla`) costs more than it saves. Here blocks of queries meet all blocks of keys before
 them, as in full attention, and what lies in chunks a query did not choose is masked. Quadratic in
-time, with one boolean a query and chunk in memory.
+time, with one boolean a query and chunk in memory. Values of masked keys are multiplied by zero, so
+they must be finite.
 """
 
 import functools
@@ -20,8 +21,15 @@ from rwkvx_jax.ops.attention_inputs import offset_of_rows
 GATHER_SCORES = 64
 
 
+def masking_obstacle(chunk_size: int) -> str | None:
+    """Why a chunk of this size can't be masked, None if it can: a block holds whole chunks."""
+    if chunk_size > blocked.MAX_BLOCK:
+        return f"a chunk of {chunk_size} keys is larger than a block of {blocked.MAX_BLOCK}"
+    return None
+
+
 def masking_pays(queries: int, keys: int, slots: int, chunk_size: int) -> bool:
-    """Whether masking is expected to take less time than gathering.
+    """Whether masking is possible, and expected to take less time than gathering.
 
     Args:
       queries: number of queries Tq, taken for the last ones.
@@ -29,6 +37,8 @@ def masking_pays(queries: int, keys: int, slots: int, chunk_size: int) -> bool:
       slots: past chunks a query chooses.
       chunk_size: tokens in a chunk.
     """
+    if masking_obstacle(chunk_size):
+        return False
     past = np.arange(keys - queries, keys) // chunk_size
     gathered = np.minimum(past, slots).sum() * (chunk_size + GATHER_SCORES)
     return past.sum() * chunk_size <= gathered

@@ -128,13 +128,13 @@ def block_gradients(q, k, v, grad, lse, delta, scale, visible=None):
 def block_size(chunk_size: int | None, masked_chunks: bool = False) -> int:
     """Side of the square blocks: aligned with the chunks where there are any.
 
-    Within chunks small blocks save work; where the chunks are masked, large ones do, and each holds
-    whole chunks.
+    Within chunks small blocks save work; where chunks (up to MAX_BLOCK) are masked, large ones do,
+    and each holds whole chunks.
     """
     if chunk_size is None:
         return MAX_BLOCK
     if masked_chunks:
-        return chunk_size * max(1, MAX_BLOCK // chunk_size)
+        return chunk_size * (MAX_BLOCK // chunk_size)
     if chunk_size < MIN_BLOCK:
         return chunk_size * (MIN_BLOCK // chunk_size)
     return -(-chunk_size // -(-chunk_size // MAX_BLOCK))
@@ -158,7 +158,8 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None):
       offset: int32 scalar.
       scale: positive float.
       chunk_size: restricts each query to its own chunk; None for everything.
-      seen: bool [Tq, ceil(Tk / chunk_size)], restricts each query to these chunks instead.
+      seen: bool [Tq, ceil(Tk / chunk_size)], restricts each query to these chunks instead, which
+        hold at most MAX_BLOCK keys.
 
     Returns:
       The running softmax of the Tq queries, as `softmax_start` describes it.
@@ -330,12 +331,12 @@ class _Mask:
             (inner_stop, stop, True),
         )
 
-    def most_blocks(self, masked: bool, own: int, other: int, blocks: int) -> int:
-        """Most iterations of one of those ranges, for a block of `own` rows that meets `blocks` of
+    def most_blocks(self, masked: bool, side: int, other: int, blocks: int) -> int:
+        """Most iterations of one of those ranges, for a block of `side` rows that meets `blocks` of
         `other` rows: without `seen`, masked ones lie at the edges of what is visible."""
         if self.seen is not None:
             return blocks
-        edge = own // other + 2
+        edge = side // other + 2
         reach = blocks if self.own is None else self.own // other + edge
         return min(blocks, edge if masked else reach)
 

@@ -28,6 +28,10 @@ from rwkvx_jax.ops.dispatch import Candidate, resolve
 SCORES_PER_BLOCK = 1 << 20
 MIN_QUERIES_PER_BLOCK = 64
 
+# Fewer queries than that, as in decoding, are scored against all chunks: they save less than a
+# branch may cost.
+MIN_QUERIES_TO_BRANCH = 32
+
 # Up to this many chunks are chosen by as many passes for the maximum, which on CPU take half the
 # time of `top_k`'s sorting; more by `top_k`. Both give ties to the lower index.
 MAX_PASSES = 4
@@ -171,10 +175,7 @@ def select_from_rows(
     q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size)
     own = positions // chunk_size
 
-    block = max(MIN_QUERIES_PER_BLOCK, SCORES_PER_BLOCK // (batch * heads * keys.shape[2]))
-    block = min(length, block)
-    # Few queries, as in decoding, save less than a branch may cost.
-    few = length < MIN_QUERIES_PER_BLOCK
+    few = length < MIN_QUERIES_TO_BRANCH
     step = chunks if few else max(MIN_CHUNKS_PER_PREFIX, -(-chunks // PREFIXES))
     among = partial(_select_among, count=taken, selector=selector, key_size=size)
     prefixes = [partial(among, min(n, chunks)) for n in range(step, chunks + step, step)]
@@ -184,18 +185,24 @@ def select_from_rows(
         needed = jnp.clip((own.max() - 1) // step, 0, len(prefixes) - 1)
         return jax.lax.switch(needed, prefixes, q, keys, own)
 
+    block = max(MIN_QUERIES_PER_BLOCK, SCORES_PER_BLOCK // (batch * heads * keys.shape[2]))
+    chosen = _map_blocks(select_block, q, own, min(length, block))
+    return _pad_choices(chosen.swapaxes(1, 2), count)
+
+
+def _map_blocks(select_block, q, own, block):
+    """(q [B, H, block, K], own [B, block]) -> [B, H, block, J], for every block: [B, H, T, J]."""
+    batch, heads, length, size = q.shape
     blocks = -(-length // block)
     if blocks == 1:
-        chosen = select_block((q, own))
-    else:
-        pad = blocks * block - length
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0)))
-        own = jnp.pad(own, ((0, 0), (0, pad)))
-        q = jnp.moveaxis(q.reshape(batch, heads, blocks, block, size), 2, 0)
-        own = jnp.moveaxis(own.reshape(batch, blocks, block), 1, 0)
-        chosen = jnp.moveaxis(jax.lax.map(select_block, (q, own)), 0, 2)
-        chosen = chosen.reshape(batch, heads, blocks * block, taken)[:, :, :length]
-    return _pad_choices(chosen.swapaxes(1, 2), count)
+        return select_block((q, own))
+    pad = blocks * block - length
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0)))
+    q = jnp.moveaxis(q.reshape(batch, heads, blocks, block, size), 2, 0)
+    own = jnp.pad(own, ((0, 0), (0, pad)))
+    own = jnp.moveaxis(own.reshape(batch, blocks, block), 1, 0)
+    chosen = jnp.moveaxis(jax.lax.map(select_block, (q, own)), 0, 2)
+    return chosen.reshape(batch, heads, blocks * block, -1)[:, :, :length]
 
 
 def _select_among(first, q, keys, own, *, count, selector, key_size):
