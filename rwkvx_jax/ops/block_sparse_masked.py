@@ -7,14 +7,12 @@ time, with one boolean a query and chunk in memory. Values of masked keys are mu
 they must be finite.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import offset_of_rows
+from rwkvx_jax.ops.block_sparse_xla import attend_heads
 
 # The time to gather and scatter a query's rows for one chunk, in that of so many scores: on a CPU,
 # with chunks of 32 to 512 keys and heads of 64, scoring all was the faster on one side of it.
@@ -47,40 +45,21 @@ def masking_pays(queries: int, keys: int, slots: int, chunk_size: int) -> bool:
 def sparse_attention_masked(q, k, v, selection, *, chunk_size, scale, q_offset=0):
     """Own chunk causally and the selected past chunks; arguments as in `sparse_attention_xla`."""
     offset = offset_of_rows(q_offset, q.shape[0])
-    return _attention(q, k, v, selection, offset, chunk_size, scale)
+    forms = _forward_head, _backward_head
+    return attend_heads(q, k, v, selection, offset, forms, chunk_size, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, selection, offset, chunk_size, scale):
-    return _attention_fwd(q, k, v, selection, offset, chunk_size, scale)[0]
+def _forward_head(q, k, v, selection, offset, *, chunk_size, scale):
+    seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
+    options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
+    return blocked.softmax_finish(blocked.causal_forward(q, k, v, offset, **options), scale)
 
 
-def _attention_fwd(q, k, v, selection, offset, chunk_size, scale):
-    def forward(q, k, v, selection, offset):
-        seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
-        options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
-        running = blocked.causal_forward(q, k, v, offset, **options)
-        return blocked.softmax_finish(running, scale)
-
-    out, lse = blocked.map_heads(forward, (q, k, v, selection), offset)
-    out = out.astype(q.dtype)
-    return out, (q, k, v, selection, offset, out, lse)
-
-
-def _attention_bwd(chunk_size, scale, saved, grad):
-    q, k, v, selection, offset, out, lse = saved
-
-    def backward(q, k, v, selection, out, lse, grad, offset):
-        seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
-        options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
-        delta = blocked.output_dot(grad, out)
-        return blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
-
-    dq, dk, dv = blocked.map_heads(backward, (q, k, v, selection, out, lse, grad), offset)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
+def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
+    seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
+    options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
+    delta = blocked.output_dot(grad, out)
+    return blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
 
 
 def _seen_chunks(selection, offset, keys, chunk_size):

@@ -41,29 +41,43 @@ def sparse_attention_xla(q, k, v, selection, *, chunk_size, scale, q_offset=0):
       [B, Tq, H, V] in q's dtype.
     """
     offset = offset_of_rows(q_offset, q.shape[0])
-    return _attention(q, k, v, selection, offset, chunk_size, scale)
+    forms = _forward_head, _backward_head
+    return attend_heads(q, k, v, selection, offset, forms, chunk_size, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, selection, offset, chunk_size, scale):
-    return _attention_fwd(q, k, v, selection, offset, chunk_size, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def attend_heads(q, k, v, selection, offset, forms, chunk_size, scale):
+    """Attention that is computed head by head, with gradients that are written out.
+
+    Args:
+      q, k, v, selection, chunk_size, scale: as in `sparse_attention_xla`.
+      offset: int32 [B].
+      forms: (forward, backward) of one head, with keyword arguments chunk_size and scale.
+        forward: q [Tq, K], k [Tk, K], v [Tk, V], selection [Tq, J], offset -> output [Tq, V],
+        log-sum-exp [Tq]. backward: q, k, v, selection, output, log-sum-exp, gradient of the
+        output, offset -> float32 gradients of q, k, v.
+
+    Returns:
+      [B, Tq, H, V] in q's dtype.
+    """
+    return _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale)[0]
 
 
-def _attention_fwd(q, k, v, selection, offset, chunk_size, scale):
-    forward = functools.partial(_forward_head, chunk_size=chunk_size, scale=scale)
+def _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale):
+    forward = functools.partial(forms[0], chunk_size=chunk_size, scale=scale)
     out, lse = blocked.map_heads(forward, (q, k, v, selection), offset)
     out = out.astype(q.dtype)
     return out, (q, k, v, selection, offset, out, lse)
 
 
-def _attention_bwd(chunk_size, scale, saved, grad):
+def _attend_heads_bwd(forms, chunk_size, scale, saved, grad):
     q, k, v, selection, offset, out, lse = saved
-    backward = functools.partial(_backward_head, chunk_size=chunk_size, scale=scale)
+    backward = functools.partial(forms[1], chunk_size=chunk_size, scale=scale)
     dq, dk, dv = blocked.map_heads(backward, (q, k, v, selection, out, lse, grad), offset)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+attend_heads.defvjp(_attend_heads_fwd, _attend_heads_bwd)
 
 
 def _forward_head(q, k, v, selection, offset, *, chunk_size, scale):
