@@ -14,8 +14,8 @@ from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import offset_of_rows
 from rwkvx_jax.ops.block_sparse_xla import attend_heads
 
-# The time to gather and scatter a query's rows for one chunk, in that of so many scores: on a CPU,
-# with chunks of 32 to 512 keys and heads of 64, scoring all was the faster on one side of it.
+# The time to gather and scatter a query's rows for one chunk, in that of so many scores: about what
+# separates the faster from the slower form in the table of docs/attention.md (CPU).
 GATHER_SCORES = 64
 
 
