@@ -164,6 +164,41 @@ def test_a_file_grows_by_lengths_trials_and_models(tmp_path):
     assert [len(results.trials(label)) for label in ("model", "other")] == [27, 27]
 
 
+def test_two_processes_that_write_one_file_lose_nothing(tmp_path, caplog):
+    """The second begins once the first is half done; both finish what is left."""
+    second = FakeReader(copy_key)
+
+    def interrupted_by_another(text):
+        if len(first.read) == 8 and not second.read:
+            evaluate(make_options(tmp_path, limit=9), [make_subject()], QUIET, second)
+        return copy_key(text)
+
+    first = FakeReader(interrupted_by_another)
+    results = evaluate(make_options(tmp_path), [make_subject()], QUIET, first)
+    assert len(second.read) == 3  # one of them made by both
+    assert "is written by another process too" in caplog.text
+    done = [(t["length"], t["depth"], t["trial"]) for t in results.trials("model")]
+    assert done == passkey_grid(make_options(tmp_path)).plan()
+    (panel,) = json.loads((tmp_path / "passkey.json").read_text())["panels"]
+    assert panel == results.document["panels"][0]
+
+
+def test_a_process_stops_where_another_wrote_what_it_would_drop(tmp_path):
+    other = FakeReader(copy_key)
+    subjects = [make_subject(), make_subject("other", scale=2.0)]
+
+    def interrupted_by_another(text):
+        if not other.read:
+            evaluate(make_options(tmp_path), subjects, QUIET, other)
+        return copy_key(text)
+
+    with pytest.raises(ConfigError, match="it also holds 'other'"):
+        options = make_options(tmp_path)
+        evaluate(options, [make_subject()], QUIET, FakeReader(interrupted_by_another))
+    panels = json.loads((tmp_path / "passkey.json").read_text())["panels"]
+    assert [len(panel["trials"]) for panel in panels] == [12, 12]
+
+
 @pytest.mark.parametrize(
     "flags, subject, message",
     [

@@ -3,12 +3,13 @@
 The file is replaced as a whole after each batch of trials, so a killed process leaves the last
 complete state. The same command run again finds its finished trials there. A file only grows: it
 takes more models and more trials of the same settings, and refuses a command that would leave
-something it holds out of its summary.
+something it holds out of its summary. What another process writes there meanwhile is kept too.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -22,6 +23,8 @@ import jax
 from rwkvx_jax.config import ConfigError
 
 FORMAT = 1
+
+_log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -64,6 +67,7 @@ class Results:
           ConfigError: the file holds something else; says what differs.
         """
         self.path, self._key_fields, self._summarize = path, tuple(key_fields), summarize
+        self._planned, self._identity_fields = set(planned), tuple(identity_fields)
         self.document: Record = {
             "task": task,
             "format": FORMAT,
@@ -74,8 +78,9 @@ class Results:
             "plan": plan,
             "panels": [dict(panel, summary={}, trials=[]) for panel in panels],
         }
-        if path.exists():
-            self._take_over(self._read(), set(planned), identity_fields)
+        self._seen = _state(path)
+        if self._seen:
+            self._take_over(self._read())
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def trials(self, label: str) -> list[Record]:
@@ -91,24 +96,37 @@ class Results:
 
     def add(self, label: str, trials: Iterable[Record]) -> None:
         """Appends finished trials and writes the file."""
-        self.trials(label).extend(trials)
+        self._append(label, trials)
         self.save()
 
     def save(self) -> None:
-        """Replaces the file in one step; a reader sees the old or the new one, never a half."""
+        """Replaces the file in one step; a reader sees the old or the new one, never a half.
+
+        Raises:
+          ConfigError: another process wrote trials there that this evaluation must not hold.
+        """
+        if _state(self.path) not in (None, self._seen):
+            _log.warning("%s is written by another process too: its trials are kept", self.path)
+            self._take_over(self._read())
         for panel in self.document["panels"]:
             panel["trials"].sort(key=self._key)
             panel["summary"] = self._summarize(panel["trials"])
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         with temporary.open("w") as file:
             json.dump(self.document, file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
+        self._seen = _state(self.path)
 
     def _panel(self, label: str) -> Record:
         return next(p for p in self.document["panels"] if p["label"] == label)
+
+    def _append(self, label: str, trials: Iterable[Record]) -> None:
+        """Adds the trials that are not there yet."""
+        finished = self.finished(label)
+        self.trials(label).extend(t for t in trials if self._key(t) not in finished)
 
     def _key(self, trial: Record) -> tuple:
         return tuple(trial[field] for field in self._key_fields)
@@ -128,8 +146,8 @@ class Results:
             )
         return old
 
-    def _take_over(self, old: Record, planned: set[tuple], identity_fields: Sequence[str]) -> None:
-        """Copies the trials of an earlier run, if this run's plan covers all of them."""
+    def _take_over(self, old: Record) -> None:
+        """Adds the trials of another run, if this run's plan covers all of them."""
         problems = _changes("", old["settings"], self.document["settings"])
         labels = {panel["label"]: panel for panel in self.document["panels"]}
         for before in old["panels"]:
@@ -139,16 +157,16 @@ class Results:
             if label not in labels:
                 problems.append(f"it also holds {label!r}, which this command does not name")
                 continue
-            for field in identity_fields:
+            for field in self._identity_fields:
                 problems += _changes(f"{label}: {field}", before[field], labels[label][field])
-            outside = [t for t in before["trials"] if self._key(t) not in planned]
+            outside = [t for t in before["trials"] if self._key(t) not in self._planned]
             if outside:
                 first = {field: outside[0][field] for field in self._key_fields}
                 problems.append(
                     f"{label}: {len(outside)} of its trials are not part of this command, "
                     f"such as {first}"
                 )
-            labels[label]["trials"] = before["trials"]
+            self._append(label, before["trials"])
         if problems:
             raise ConfigError(
                 f"{self.path} holds trials of another evaluation (file -> now):\n  "
@@ -168,6 +186,15 @@ def _changes(name: str, old: Any, new: Any) -> list[str]:
         ]
     new = json.loads(json.dumps(new))  # tuples become lists, as they did in the file
     return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes whenever the file is replaced or written; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _own_version() -> str:
