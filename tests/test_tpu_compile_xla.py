@@ -1,0 +1,67 @@
+"""What README's table calls "compiled (v5e)" beside the kernels: every form XLA compiles, gradients
+included.
+
+Needs the TPU compiler (libtpu), no TPU.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rwkvx_jax import full_attention, select_chunks, sparse_attention, wkv7
+from rwkvx_jax.ops.selection import Selector
+from rwkvx_jax.plan import topology
+
+pytestmark = pytest.mark.skipif(
+    not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
+)
+
+B, T, H, K = 1, 128, 2, 64
+
+# Operation with its settings, and the number of arrays [B, T, H, K] it takes.
+FORMS = {
+    f"{operation.__name__}-{form}": (partial(operation, implementation=form, **settings), arrays)
+    for operation, arrays, settings, forms in (
+        (wkv7, 6, {}, ("sequential", "chunked", "associative")),
+        (
+            sparse_attention,
+            3,
+            {"chunk_size": 32, "top_k": 2},
+            ("dense", "xla", "masked"),
+        ),
+        (sparse_attention, 3, {"chunk_size": 32, "top_k": 4}, ("full",)),
+        (full_attention, 3, {}, ("dense", "blocked")),
+    )
+    for form in forms
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_and_its_gradients_compile(name):
+    form, arrays = FORMS[name]
+    mesh = topology.topology_mesh("v5e:2x2", {"data": 4})
+
+    def forward_and_backward(*inputs):
+        outputs, pullback = jax.vjp(form, *inputs)
+        return outputs, pullback(outputs)
+
+    inputs = _inputs(mesh, arrays)
+    compiled = jax.jit(forward_and_backward).lower(*inputs).compile()
+    assert [gradient.shape for gradient in compiled.out_info[1]] == [(B, T, H, K)] * arrays
+
+
+@pytest.mark.parametrize("kind", ["mean", "max", "pooled", "bounds"])
+def test_the_gate_compiles(kind):
+    selector = Selector(kind, blocks=4 if kind in ("max", "pooled") else 1)
+    gate = partial(select_chunks, chunk_size=32, top_k=2, selector=selector, implementation="xla")
+    mesh = topology.topology_mesh("v5e:2x2", {"data": 4})
+    compiled = jax.jit(gate).lower(*_inputs(mesh, 2)).compile()
+    assert compiled.out_info.dtype == jnp.int32
+
+
+def _inputs(mesh, arrays):
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return [jax.ShapeDtypeStruct((B, T, H, K), jnp.float32, sharding=sharding)] * arrays
