@@ -46,11 +46,19 @@ evaluate() {  # SEED
     passkey filler_1m "${all[@]}" --lengths 1048576 --trials 1 --depths 5
     passkey book_1m "${all[@]}" --lengths 1048576 --trials 1 --depths 5 "${long_book[@]}"
     $python eval.py speed --checkpoint "$models/recall_64k.safetensors" --output "$out/speed"
+    local short=(--checkpoint "$models/recall_16k.safetensors"
+        --checkpoint "$models/recall_64k_full.safetensors" --output "$out/full")
+    $python eval.py niah --piece 4096 "${short[@]}" --trials 5 --tasks recall_64 \
+        --lengths 4096,16384,32768
+    $python eval.py passkey --piece 4096 "${short[@]}" --trials 5 "${book[@]}" \
+        --lengths 1024,4096,16384,32768
+    $python eval.py long-loss "${short[@]}" --text "$books/dracula.txt" --length 32768
 }
 
 for seed in ${seeds:-0 1 2}; do
     train recall_64k "$seed"
     train recall_64k_rwkv7 "$seed"
+    [ "$seed" != 0 ] || train recall_64k_full 0
     mkdir -p "runs/seed$seed"
     keep recall_64k "$seed" recall_64k
     keep recall_64k "$seed" recall_16k --step "$($python - <<'PYTHON'
@@ -60,5 +68,6 @@ print(sum(s.steps for s in load_config(Path("configs/recall_64k.py")).stages if 
 PYTHON
 )"
     keep recall_64k_rwkv7 "$seed" recall_64k_rwkv7
+    [ "$seed" != 0 ] || keep recall_64k_full 0 recall_64k_full
     evaluate "$seed"
 done
