@@ -78,6 +78,7 @@ def cut_small(monkeypatch):
         (1000, 1000, 96, 32, 0),
         (33, 300, 20, 4, 111),
         (33, 300, 20, 4, [111, 260]),
+        (1, 300, 9, 5, [299, 100]),
     ],
 )
 def test_matches_oracle(blocks_of_queries, length, keys, chunk_size, top_k, offset):
@@ -180,8 +181,12 @@ def test_rows_of_garbage_behind_are_ignored(selector):
     garbage = jnp.full((2, 4 * selector.rows, 2, 16), jnp.nan)
     stale = jnp.concatenate([rows[:, : 6 * selector.rows], garbage], axis=1)
     options = {"chunk_size": 8, "selector": selector}
-    actual = select_from_rows(q, stale, query_positions(0, 2, 50), count=2, **options)
+    positions = query_positions(0, 2, 50)
+    actual = select_from_rows(q, stale, positions, count=2, **options)
     np.testing.assert_array_equal(actual, select_chunks(q, k, top_k=3, **options))
+    for t in (0, 13, 49):  # single queries, as in decoding, take products of their own
+        one = select_from_rows(q[:, t, None], stale, positions[:, t, None], count=2, **options)
+        np.testing.assert_array_equal(one, actual[:, t, None])
 
 
 def all_scores(selector, q, k, chunk_size):
