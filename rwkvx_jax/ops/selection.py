@@ -171,10 +171,6 @@ def select_from_rows(
     if taken == 0:
         return jnp.full((batch, length, heads, count), -1, jnp.int32)
     q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
-    if length == 1:
-        products = _products_of_one(q, rows, chunk_size, selector)
-        chosen = _choose(products, positions // chunk_size, taken, selector, size)
-        return _pad_choices(chosen.swapaxes(1, 2), count)
     # Heads before time, once: the keys of a head lie together, as products want them.
     q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size)
     own = positions // chunk_size
@@ -217,29 +213,9 @@ def _select_among(first, q, keys, own, *, count, selector, key_size):
     some = keys[:, :, : first * selector.keys_per_chunk]
     q = selector.queries(q.astype(jnp.float32))
     products = jnp.einsum("bhtf,bhnf->bhtn", q, some, precision=jax.lax.Precision.HIGHEST)
-    return _pad_choices(_choose(products, own, min(count, first), selector, key_size), count)
-
-
-def _products_of_one(q, rows, chunk_size, selector):
-    """Products [B, H, 1, N * keys_per_chunk] of one query a sequence with rows where they lie.
-
-    Putting the heads of all rows before time, as products of many queries want them, takes ten
-    times as long as these products. q: [B, 1, H, K]; rows: [B, N * selector.rows, H, K].
-    """
-    batch, _, heads, size = q.shape
-    parts = selector.rows // selector.keys_per_chunk
-    q = selector.queries(q.astype(jnp.float32)).reshape(batch, 1, heads, parts, size)
-    if parts == 1:
-        rows = selector.keys(rows, chunk_size)
-    products = rows.reshape(batch, -1, parts, heads, size) * q.swapaxes(2, 3)
-    return products.sum(axis=(2, 4)).swapaxes(1, 2)[:, :, None]
-
-
-def _choose(products, own, count, selector, key_size):
-    """Choices [B, H, T, count] from products [B, H, T, N * keys_per_chunk]; own: int32 [B, T]."""
-    scores = selector.combine(products, key_size)
-    past = jnp.arange(scores.shape[-1])[None, None, None] < own[:, None, :, None]
-    return _best(jnp.where(past, scores, -jnp.inf), count)
+    past = jnp.arange(first)[None, None, None] < own[:, None, :, None]
+    scores = jnp.where(past, selector.combine(products, key_size), -jnp.inf)
+    return _pad_choices(_best(scores, min(count, first)), count)
 
 
 def _pad_choices(chosen, count):
