@@ -28,7 +28,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.cache import Cache
+from rwkvx_jax.cache import Cache, selector_of
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.model import Params, abstract_model, create_model, get_params, unstack, with_params
@@ -132,8 +132,8 @@ def run(options: SpeedOptions) -> None:
         if size > options.memory_gb * 1e9:
             document["left_out"].append({"context": context, "cache_bytes": size})
             console.print(f"context {context:,} left out: its cache takes {size / 1e9:.1f} GB")
-            continue
-        document["rows"] += _time_context(options, runners, run_config, context, data)
+        else:
+            document["rows"] += _time_context(options, runners, run_config, context, data)
         _save(options.output, document)
     _print(console, document["rows"])
     _draw(options.output / "speed.png", document)
@@ -252,8 +252,8 @@ def _row(kind, context, runner: Runner, run_config, length, seconds, bandwidth) 
 def bytes_per_token(config: ModelConfig, run_config: RunConfig, params: Params, length: int) -> int:
     """Bytes that decoding one token must read, the token being number `length` (from 0).
 
-    Every weight once (one row of the embedding), the recurrent states, the mean keys of the past
-    chunks, and the keys and values of the rows attended to.
+    Every weight once (one row of the embedding), the recurrent states, what the selector keeps of
+    the past chunks (such as mean keys), and the keys and values of the rows attended to.
     """
     item = jnp.dtype(run_config.compute_dtype).itemsize
     weights = sum(p.size * p.dtype.itemsize for name, p in flat_params(params) if name != "embed")
@@ -261,10 +261,11 @@ def bytes_per_token(config: ModelConfig, run_config: RunConfig, params: Params, 
     chunk = config.chunk_size
     past, filled = length // chunk, length % chunk + 1
     if config.attention == "full":
-        rows, means = length + 1, 0
+        rows, kept = length + 1, 0
     else:
-        rows, means = min(past, config.top_k - 1) * chunk + filled, past
-    attention = config.num_attention_blocks * config.width * (2 * rows * item + 4 * means)
+        rows = min(past, config.top_k - 1) * chunk + filled
+        kept = past * selector_of(config).rows
+    attention = config.num_attention_blocks * config.width * (2 * rows * item + 4 * kept)
     return weights + states + attention + config.width * 4
 
 
