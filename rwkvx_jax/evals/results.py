@@ -8,12 +8,14 @@ something it holds out of its summary. What another process writes there meanwhi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ class Results:
             "plan": plan,
             "panels": [dict(panel, summary={}, trials=[]) for panel in panels],
         }
-        self._seen = _state(path)
+        self._seen, self._warned = _state(path), False
         if self._seen:
             self._take_over(self._read())
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,22 +105,29 @@ class Results:
         """Replaces the file in one step; a reader sees the old or the new one, never a half.
 
         Raises:
-          ConfigError: another process wrote trials there that this evaluation must not hold.
+          ConfigError: another process wrote trials there that this evaluation must not hold; the
+            trials of this batch are not saved then.
         """
-        if _state(self.path) not in (None, self._seen):
-            _log.warning("%s is written by another process too: its trials are kept", self.path)
-            self._take_over(self._read())
+        with _alone_in(self.path.parent):
+            if _state(self.path) not in (None, self._seen):
+                if not self._warned:
+                    _log.warning("%s: another process writes it too; all is kept", self.path)
+                self._warned = True
+                self._take_over(self._read())
+            self._replace()
+
+    def _replace(self) -> None:
         for panel in self.document["panels"]:
             panel["trials"].sort(key=self._key)
             panel["summary"] = self._summarize(panel["trials"])
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w") as file:
             json.dump(self.document, file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+            self._seen = _state(file.fileno())
         temporary.replace(self.path)
-        self._seen = _state(self.path)
 
     def _panel(self, label: str) -> Record:
         return next(p for p in self.document["panels"] if p["label"] == label)
@@ -188,10 +197,22 @@ def _changes(name: str, old: Any, new: Any) -> list[str]:
     return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Lets one process at a time write in the directory; a dead one's lock is freed."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _state(file: Path | int) -> tuple[int, ...] | None:
     """What changes whenever the file is replaced or written; None where there is none."""
     try:
-        status = path.stat()
+        status = os.stat(file)
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size

@@ -120,7 +120,7 @@ def run(options: SpeedOptions) -> None:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        "cores": _cores(),
         "model": to_dict(config),
         "compute_dtype": run_config.compute_dtype,
         "weights": str(options.checkpoint or "random"),
@@ -300,12 +300,19 @@ def _filled_cache(config: ModelConfig, run_config: RunConfig, length: int) -> Ca
 
 def _read_seconds(data: np.ndarray) -> float:
     """Seconds in which all cores together read an array once."""
-    cores = os.cpu_count() or 1
+    cores = _cores()
     with ThreadPoolExecutor(cores) as pool:
         list(pool.map(np.max, np.array_split(data[:cores], cores)))  # starts the threads
         begin = time.perf_counter()
         list(pool.map(np.max, np.array_split(data, cores)))
         return time.perf_counter() - begin
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _save(directory: Path, document: dict[str, Any]) -> None:
