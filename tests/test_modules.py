@@ -148,6 +148,16 @@ def test_copied_blocks_are_those_before_them():
         assert np.all(new["ln1"]["scale"][j] == 1) and np.all(new["ln1"]["bias"][j] == 0)
 
 
+def test_copied_blocks_can_be_given_away_with_their_sources():
+    """With an attention block after each RWKV-7 block the copy is of everything, yet a copy."""
+    config = dataclasses.replace(TINY, attention_init="copy", num_attention_blocks=TINY.num_blocks)
+    params = jax.tree.map(jnp.asarray, random_params(config.without_attention()))
+    hybrid = expand(params, config)
+    expected = jax.tree.map(np.array, hybrid)
+    given_away = jax.jit(lambda params: jax.tree.map(jnp.negative, params), donate_argnums=0)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, -y), given_away(hybrid), expected)
+
+
 def test_aligned_blocks_look_for_what_came_after():
     config = dataclasses.replace(TINY, attention_init="aligned", key_conv=3)
     block = create_model(config).attention_blocks.attention

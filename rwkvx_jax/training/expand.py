@@ -8,6 +8,7 @@ the projections of the RWKV-7 block before it, and the function changes.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.model import Params, create_model, get_params
@@ -43,5 +44,6 @@ def expand(params: Params, config: ModelConfig) -> Params:
         for target, source, names in _COPIED:
             for name in names:
                 rows = params["blocks"][source][name][interval - 1 :: interval]
-                attention[target][name] = rows
+                # The slice that takes everything is the same array, which training gives away twice.
+                attention[target][name] = jnp.copy(rows)
     return {**params, "attention_blocks": attention}
