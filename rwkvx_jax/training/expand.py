@@ -44,6 +44,6 @@ def expand(params: Params, config: ModelConfig) -> Params:
         for target, source, names in _COPIED:
             for name in names:
                 rows = params["blocks"][source][name][interval - 1 :: interval]
-                # The slice that takes everything is the same array, which training gives away twice.
+                # A slice of everything is the same array, and training gives every array away.
                 attention[target][name] = jnp.copy(rows)
     return {**params, "attention_blocks": attention}
