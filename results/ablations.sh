@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Trains and evaluates the ablations of results/README.md: results/ablations.sh BOOKS [NAME ...]
 # Each is configs/recall_4k.py with one thing changed, seed 0. Checkpoints go to runs/ablations/,
-# trials to results/ablations/NAME/. BOOKS as for reproduce.sh. What is finished is not repeated.
+# trials to runs/results/ablations/NAME/. BOOKS as for reproduce.sh. What is finished is not repeated.
 set -euo pipefail
 books=$(realpath "$1")
 cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_PLATFORMS=cpu
 python=${PYTHON:-.venv/bin/python}
 models=runs/ablations
-out=${OUT:-results/ablations}
+out=${OUT:-runs/results/ablations}
 mkdir -p "$models"
 
 # Name and flags. "recipe" is the configuration itself; other chunks read as many bytes a query.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains and evaluates what results/README.md tells of: results/reproduce.sh BOOKS [SEED ...]
-# Checkpoints go to runs/seedN/, figures and trials to results/seedN/.
+# Checkpoints go to runs/seedN/, figures and trials to runs/results/seedN/ (other
+# weights than those kept in results/ never join their files).
 # BOOKS: a folder of the novels named in results/README.md. What begins with d (dracula.txt and
 # david_copperfield.txt, for evaluation) or S (a note of sources) is not trained on.
 set -euo pipefail
@@ -21,7 +22,7 @@ keep() {  # CONFIG SEED NAME [flags]
 }
 
 evaluate() {  # SEED
-    local models=runs/seed$1 out=results/seed$1
+    local models=runs/seed$1 out=${OUT:-runs/results}/seed$1
     local two=(--checkpoint "$models/recall_64k.safetensors"
         --checkpoint "$models/recall_64k_rwkv7.safetensors")
     local all=("${two[@]}" --checkpoint "$models/recall_16k.safetensors")
