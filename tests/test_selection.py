@@ -184,7 +184,7 @@ def test_rows_of_garbage_behind_are_ignored(selector):
     positions = query_positions(0, 2, 50)
     actual = select_from_rows(q, stale, positions, count=2, **options)
     np.testing.assert_array_equal(actual, select_chunks(q, k, top_k=3, **options))
-    for t in (0, 13, 49):  # single queries, as in decoding, take products of their own
+    for t in (0, 13, 49):  # single queries, as in decoding
         one = select_from_rows(q[:, t, None], stale, positions[:, t, None], count=2, **options)
         np.testing.assert_array_equal(one, actual[:, t, None])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -202,11 +203,18 @@ def _alone_in(directory: Path) -> Iterator[None]:
     """Lets one process at a time write in the directory; a dead one's lock is freed."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            _warn_without_lock(directory, str(error))
         yield
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _warn_without_lock(directory: Path, error: str) -> None:
+    _log.warning("%s can't be locked (%s): start one command a file only", directory, error)
 
 
 def _state(file: Path | int) -> tuple[int, ...] | None:
