@@ -184,6 +184,16 @@ def test_two_processes_that_write_one_file_lose_nothing(tmp_path, caplog):
     assert panel == results.document["panels"][0]
 
 
+def test_a_file_system_without_locks_is_said_once(tmp_path, caplog, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    results = evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    assert len(results.trials("model")) == 12
+    assert caplog.text.count("can't be locked (no locks available)") == 1
+
+
 def test_a_process_stops_where_another_wrote_what_it_would_drop(tmp_path):
     other = FakeReader(copy_key)
     subjects = [make_subject(), make_subject("other", scale=2.0)]
