@@ -1,5 +1,5 @@
-"""Attention to cache pages against its oracles: empty, partly filled and repeated pages, ragged
-offsets, sizes that are not round."""
+"""Attention to cache pages, and the choice of them, against their oracles: empty, partly filled and
+repeated pages, ragged offsets, sizes that are not round."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.ops import paged
-from rwkvx_jax.ops.paged import attend_pages, attend_piece
+from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
+from rwkvx_jax.ops.selection import Selector
 from tests.helpers import assert_close
 
 
@@ -87,6 +88,64 @@ def test_piece_in_place_equals_slice(kind, batch, time, heads, chunk, pages):
         for name in ("in_place", "slice")
     )
     assert_close(fast, slow, rel=1e-6)
+
+
+SELECTORS = [Selector(), Selector("max", 4), Selector("pooled", 2), Selector("bounds")]
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=str)
+@pytest.mark.parametrize("once", [1, 4, 11, 1000])
+def test_pages_chosen_in_place_are_those_of_the_slice(selector, once, monkeypatch):
+    """Blocks that do not divide the pages, ragged rows, one of them with nothing past; whatever is
+    behind the past pages is no number."""
+    layers, batch, heads, pages, size, chunk, layer = 3, 4, 2, 11, 12, 8, 1
+    monkeypatch.setattr(paged, "SCORED_BYTES", once * 4 * selector.rows * size)
+    rng = np.random.default_rng(7)
+    q = _normal(rng, batch, 1, heads, size)
+    rows = np.array(_normal(rng, layers, batch, heads, pages * selector.rows, size))
+    positions = np.array([[87], [5], [40], [23]])
+    for b, position in enumerate(positions[:, 0]):
+        rows[layer, b, :, position // chunk * selector.rows :] = np.nan
+    run = lambda name, count: jax.jit(
+        lambda layer: select_pages(
+            q,
+            jnp.asarray(rows),
+            layer,
+            jnp.asarray(positions, jnp.int32),
+            chunk_size=chunk,
+            count=count,
+            selector=selector,
+            implementation=name,
+        )
+    )(layer)
+    for count in (1, 3, 6, 13):
+        chosen = run("in_place", count)
+        np.testing.assert_array_equal(chosen, run("slice", count))
+        assert ((chosen >= 0).sum(-1) == np.minimum(positions // chunk, count)[:, :, None]).all()
+
+
+def test_choosing_in_place_copies_no_layer():
+    rows = jnp.zeros((2, 1, 2, 1 << 15, 64))
+    step = lambda rows, position: select_pages(
+        jnp.ones((1, 1, 2, 64)), rows, 0, position, chunk_size=8, count=3, implementation="in_place"
+    )
+    hlo = jax.jit(step).lower(rows, jnp.zeros((1, 1), jnp.int32)).compile()
+    # Products of all pages are held (and sorted), never their rows: here a quarter of one layer's.
+    assert hlo.memory_analysis().temp_size_in_bytes < rows.nbytes // 8
+
+
+def test_a_piece_of_text_is_not_chosen_for_in_place():
+    q = jnp.ones((1, 2, 2, 4))
+    with pytest.raises(ValueError, match="in_place"):
+        select_pages(
+            q,
+            jnp.ones((1, 1, 2, 5, 4)),
+            0,
+            jnp.zeros((1, 2), jnp.int32),
+            chunk_size=8,
+            count=1,
+            implementation="in_place",
+        )
 
 
 @pytest.mark.parametrize("stored", [1, 48, 64, 509, 1021, 2042, 6144, 1 << 20])

@@ -19,7 +19,7 @@ from rwkvx_jax.modules.channel_mix import previous_token
 from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.paged import attend_pages, attend_piece
+from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
 from rwkvx_jax.ops.selection import select_from_rows
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
@@ -113,21 +113,16 @@ class Attention(nnx.Module):
             return None
         batch, time, heads, size = q.shape
         chunk, top_k = self.config.chunk_size, self.config.top_k
-        rows = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
-        rows = rows.swapaxes(1, 2)  # [B, N R, H, K]
         positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
         if gate == "per_head":
             options = {"chunk_size": chunk, "count": top_k - 1}
             selector = selector_of(self.config)
-            return select_from_rows(q, rows, positions, **options, selector=selector)
+            return select_pages(q, pages.key_sums, layer, positions, **options, selector=selector)
         # One score over all channels, and top_k past chunks beside the own one.
-        chosen = select_from_rows(
-            q.reshape(batch, time, 1, heads * size),
-            rows.reshape(*rows.shape[:2], 1, heads * size),
-            positions,
-            chunk_size=chunk,
-            count=top_k,
-        )
+        rows = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
+        rows = rows.swapaxes(1, 2).reshape(batch, -1, 1, heads * size)  # [B, N, 1, D]
+        q = q.reshape(batch, time, 1, heads * size)
+        chosen = select_from_rows(q, rows, positions, chunk_size=chunk, count=top_k)
         return jnp.broadcast_to(chosen, (batch, time, heads, top_k))
 
     def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:

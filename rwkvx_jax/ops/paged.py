@@ -3,7 +3,7 @@
 Pages hold one chunk of keys or values each, for one attention block, batch row and head. Their
 buffer is large (gigabytes, for all blocks of a model) and only a few pages of it count for a token,
 so nothing here ever copies, transposes or slices the buffer as a whole: `attend_pages` serves one
-token a row (decoding), `attend_piece` a piece of text (prefill).
+token a row (decoding), `attend_piece` a piece of text (prefill); `select_pages` chooses for both.
 """
 
 from __future__ import annotations
@@ -19,10 +19,83 @@ from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.block_sparse_xla import add_past
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 from rwkvx_jax.ops.full_attention import full_attention
+from rwkvx_jax.ops.selection import MEAN, Selector, choose_past, select_from_rows
 
 # Rows of a page that are read at once on a CPU: they stay in the second-level cache, and a partly
 # filled page costs little more than what it holds.
 TILE = 1024
+
+# Bytes of a selector's rows that are scored at once on a CPU, which stay in that cache, too.
+SCORED_BYTES = 1 << 18
+
+
+def select_pages(
+    q: jax.Array,  # [B, T, H, K]
+    rows: jax.Array,  # float32 [M, B, H, N R, K]
+    layer: jax.Array,  # int32 scalar
+    positions: jax.Array,  # int32 [B, T]
+    *,
+    chunk_size: int,
+    count: int,
+    selector: Selector = MEAN,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The `count` past pages that each token and head reads in one attention block.
+
+    Args:
+      q: queries.
+      rows: what the selector keeps of the N pages of each of M blocks, R rows a page; those of
+        pages that are not complete may hold anything.
+      layer: which of the M blocks.
+      positions: absolute positions of the queries.
+      chunk_size: tokens in a page.
+      count: how many pages to choose.
+      selector: how a page is scored.
+      implementation: "in_place" (CPU, one token: reads the rows of past pages where they lie, and
+        no others), "slice" (cuts the block's rows out and calls `select_from_rows`; also the
+        oracle), or None to choose by platform.
+
+    Returns:
+      int32 [B, T, H, count], by descending score, ties to the lower index, padded with -1.
+
+    Raises:
+      ValueError: a named implementation that is unknown or cannot run here.
+    """
+    options = {"chunk_size": chunk_size, "count": count, "selector": selector}
+    one = Candidate("in_place", ("cpu",)) if q.shape[1] == 1 and count else None
+    candidates = (one, Candidate("slice")) if one else (Candidate("slice"),)
+    if resolve("select_pages", implementation, candidates) == "in_place":
+        return _select_in_place(q[:, 0], rows, layer, positions, **options)
+    block = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False)
+    return select_from_rows(q, block.swapaxes(1, 2), positions, **options)
+
+
+def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
+    _, batch, heads, stored, size = rows.shape
+    own = positions // chunk_size  # [B, 1]
+    pages = stored // selector.rows
+    once = min(pages, max(1, SCORED_BYTES // (4 * selector.rows * size)))
+    turns = jnp.minimum(-(-own.max() // once), -(-pages // once))
+    flat = rows.reshape(-1, stored * size)
+    q = selector.queries(q.astype(jnp.float32)).reshape(batch * heads, -1)
+
+    def score(i, products):
+        head, turn = i // turns, i % turns
+        first = jnp.minimum(turn * once, pages - once)  # the last turn may repeat some
+        index, start = jax.lax.optimization_barrier(
+            (layer * batch * heads + head, first * selector.rows * size)
+        )
+        cut = (1, once * selector.rows * size)
+        some = jax.lax.optimization_barrier(jax.lax.dynamic_slice(flat, (index, start), cut))
+        keys = selector.keys(some.reshape(-1, size), chunk_size)
+        at = (head.astype(jnp.uint32), (first * selector.keys_per_chunk).astype(jnp.uint32))
+        return jax.lax.dynamic_update_slice(products, _dot(keys, q[head])[None], at)
+
+    products = jnp.zeros((batch * heads, pages * selector.keys_per_chunk), jnp.float32)
+    products = jax.lax.fori_loop(0, batch * heads * turns, score, products)
+    products = products.reshape(batch, heads, 1, -1)
+    chosen = choose_past(products, own, count=count, selector=selector, key_size=size)
+    return chosen.swapaxes(1, 2)
 
 
 def attend_pages(

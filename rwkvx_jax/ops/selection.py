@@ -213,9 +213,24 @@ def _select_among(first, q, keys, own, *, count, selector, key_size):
     some = keys[:, :, : first * selector.keys_per_chunk]
     q = selector.queries(q.astype(jnp.float32))
     products = jnp.einsum("bhtf,bhnf->bhtn", q, some, precision=jax.lax.Precision.HIGHEST)
-    past = jnp.arange(first)[None, None, None] < own[:, None, :, None]
-    scores = jnp.where(past, selector.combine(products, key_size), -jnp.inf)
-    return _pad_choices(_best(scores, min(count, first)), count)
+    return choose_past(products, own, count=count, selector=selector, key_size=key_size)
+
+
+def choose_past(
+    products: jax.Array,  # float32 [B, H, T, N * keys_per_chunk]
+    own: jax.Array,  # int32 [B, T], own chunks of the queries
+    *,
+    count: int,
+    selector: Selector,
+    key_size: int,
+) -> jax.Array:
+    """The best `count` of the chunks before the own one, by the products of queries and keys that
+    `Selector.queries` and `Selector.keys` make: int32 [B, H, T, count], -1 for none."""
+    scores = selector.combine(products, key_size)
+    chunks = scores.shape[-1]
+    past = jnp.arange(chunks)[None, None, None] < own[:, None, :, None]
+    scores = jnp.where(past, scores, -jnp.inf)
+    return _pad_choices(_best(scores, min(count, chunks)), count)
 
 
 def _pad_choices(chosen, count):
