@@ -25,7 +25,7 @@ no-preheat       --stages.1.trainable all
 ce               --stages.4.loss ce
 zero-init        --model.attention-init zero
 copy-init        --model.attention-init copy
-share-1-of-4     --model.num-blocks 3 --model.num-attention-blocks 1
+share-1-of-4     --model.num-blocks 3 --model.num-attention-blocks 1 --model.ffn-width 222
 share-0-of-4     --model.num-blocks 4 --model.num-attention-blocks 0 --model.ffn-width 190 --model.key-conv 0 --stages.1.trainable all
 '
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rwkvx_jax.cache import Pages, write_rows
 from rwkvx_jax.ops import paged
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
 from rwkvx_jax.ops.selection import Selector
@@ -94,49 +95,76 @@ SELECTORS = [Selector(), Selector("max", 4), Selector("pooled", 2), Selector("bo
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=str)
-@pytest.mark.parametrize("once", [1, 4, 11, 1000])
-def test_pages_chosen_in_place_are_those_of_the_slice(selector, once, monkeypatch):
-    """Blocks that do not divide the pages, ragged rows, one of them with nothing past; whatever is
-    behind the past pages is no number."""
-    layers, batch, heads, pages, size, chunk, layer = 3, 4, 2, 11, 12, 8, 1
+@pytest.mark.parametrize("pages, once", [(11, 1), (11, 10), (27, 1000), (6, 8)])
+@pytest.mark.parametrize("positions", [(5, 87, 40, 23), (1, 0, 7, 5), (3, 88, 88, 60)], ids=str)
+def test_pages_chosen_in_place_are_those_of_the_slice(
+    selector, pages, once, positions, monkeypatch
+):
+    """Blocks that do not divide the pages, ragged rows, one or all with nothing past, a full cache;
+    behind the past pages are NaNs. Every other page is a copy of the one before: ties."""
+    layers, batch, heads, size, chunk = 3, 4, 2, 12, 8
     monkeypatch.setattr(paged, "SCORED_BYTES", once * 4 * selector.rows * size)
     rng = np.random.default_rng(7)
     q = _normal(rng, batch, 1, heads, size)
     rows = np.array(_normal(rng, layers, batch, heads, pages * selector.rows, size))
-    positions = np.array([[87], [5], [40], [23]])
+    pairs = rows.reshape(layers, batch, heads, pages, selector.rows, size)
+    pairs[:, :, :, 1::2] = pairs[:, :, :, :-1:2]
+    positions = np.array(positions)[:, None] * pages // 11
     for b, position in enumerate(positions[:, 0]):
-        rows[layer, b, :, position // chunk * selector.rows :] = np.nan
-    run = lambda name, count: jax.jit(
-        lambda layer: select_pages(
-            q,
-            jnp.asarray(rows),
-            layer,
-            jnp.asarray(positions, jnp.int32),
-            chunk_size=chunk,
-            count=count,
-            selector=selector,
-            implementation=name,
-        )
-    )(layer)
+        rows[:, b, :, position // chunk * selector.rows :] = np.nan
     for count in (1, 3, 6, 13):
-        chosen = run("in_place", count)
-        np.testing.assert_array_equal(chosen, run("slice", count))
-        assert ((chosen >= 0).sum(-1) == np.minimum(positions // chunk, count)[:, :, None]).all()
+        run = lambda name, count=count: jax.jit(
+            lambda index: select_pages(
+                q,
+                jnp.asarray(rows),
+                index,
+                jnp.asarray(positions, jnp.int32),
+                chunk_size=chunk,
+                count=count,
+                selector=selector,
+                implementation=name,
+            )
+        )
+        fast, slow = run("in_place"), run("slice")
+        for layer in range(layers):
+            chosen = fast(layer)
+            np.testing.assert_array_equal(chosen, slow(layer))
+            found = np.minimum(positions // chunk, count)[:, :, None]
+            assert ((chosen >= 0).sum(-1) == found).all()
 
 
-def test_choosing_in_place_copies_no_layer():
-    rows = jnp.zeros((2, 1, 2, 1 << 15, 64))
-    step = lambda rows, position: select_pages(
-        jnp.ones((1, 1, 2, 64)), rows, 0, position, chunk_size=8, count=3, implementation="in_place"
-    )
-    hlo = jax.jit(step).lower(rows, jnp.zeros((1, 1), jnp.int32)).compile()
-    # Products of all pages are held (and sorted), never their rows: here a quarter of one layer's.
-    assert hlo.memory_analysis().temp_size_in_bytes < rows.nbytes // 8
+def test_copies_go_to_the_lower_index():
+    """Exact ties across blocks: all pages alike, and a query of zeros."""
+    rows = jnp.broadcast_to(jnp.linspace(-1, 1, 64), (1, 1, 2, 9001, 64))
+    q = jnp.stack([jnp.linspace(0.3, 2, 64), jnp.zeros(64)])[None, None]
+    options = {"chunk_size": 8, "count": 9, "implementation": "in_place"}
+    chosen = select_pages(q, rows, 0, jnp.full((1, 1), 9001 * 8), **options)
+    np.testing.assert_array_equal(chosen, np.broadcast_to(np.arange(9), (1, 1, 2, 9)))
+
+
+def test_rows_are_written_and_chosen_from_without_a_copy():
+    """As a decode step does, in every layer, the cache given away."""
+    layers, heads, pages, size = 2, 2, 1 << 15, 64
+    rows = lambda *page: jax.ShapeDtypeStruct((layers, 1, heads, pages, *page, size), jnp.float32)
+    cache = Pages(rows(2), rows(2), rows())
+
+    def step(cache, q, position):
+        def layer(cache, index):
+            cache = write_rows(cache, index, q, q, position[:, 0], jnp.ones(1, jnp.int32))
+            options = {"chunk_size": 2, "count": 3, "implementation": "in_place"}
+            return cache, select_pages(q, cache.key_sums, index, position, **options)
+
+        return jax.lax.scan(layer, cache, jnp.arange(layers))
+
+    args = cache, jnp.ones((1, 1, heads, size)), jnp.zeros((1, 1), jnp.int32)
+    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
+    # One product a page and what the choice makes of it, but never the 64 numbers of a page.
+    assert compiled.memory_analysis().temp_size_in_bytes < heads * pages * 4 * 8
 
 
 def test_a_piece_of_text_is_not_chosen_for_in_place():
     q = jnp.ones((1, 2, 2, 4))
-    with pytest.raises(ValueError, match="in_place"):
+    with pytest.raises(ValueError, match="it serves one token, not 2"):
         select_pages(
             q,
             jnp.ones((1, 1, 2, 5, 4)),

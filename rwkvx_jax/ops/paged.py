@@ -3,7 +3,8 @@
 Pages hold one chunk of keys or values each, for one attention block, batch row and head. Their
 buffer is large (gigabytes, for all blocks of a model) and only a few pages of it count for a token,
 so nothing here ever copies, transposes or slices the buffer as a whole: `attend_pages` serves one
-token a row (decoding), `attend_piece` a piece of text (prefill); `select_pages` chooses for both.
+token a row (decoding), `attend_piece` a piece of text (prefill); `select_pages` chooses for both,
+each head for itself. The loops on a CPU are meant for one device.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ TILE = 1024
 # Bytes of a selector's rows that are scored at once on a CPU, which stay in that cache, too.
 SCORED_BYTES = 1 << 18
 
+# A product of rows and a vector computes that many rows alike, and may round a remainder otherwise:
+# pages with equal rows would not tie.
+ROWS_ALIKE = 8
+
 
 def select_pages(
     q: jax.Array,  # [B, T, H, K]
@@ -51,32 +56,40 @@ def select_pages(
       chunk_size: tokens in a page.
       count: how many pages to choose.
       selector: how a page is scored.
-      implementation: "in_place" (CPU, one token: reads the rows of past pages where they lie, and
-        no others), "slice" (cuts the block's rows out and calls `select_from_rows`; also the
-        oracle), or None to choose by platform.
+      implementation: "in_place" (CPU, one token: reads the rows where they lie, block by block, as
+        far as the longest text goes), "slice" (cuts the attention block's rows out and calls
+        `select_from_rows`; also the oracle), or None to choose by platform.
 
     Returns:
-      int32 [B, T, H, count], by descending score, ties to the lower index, padded with -1.
+      int32 [B, T, H, count], by descending score, ties to the lower index, padded with -1. No
+      gradient flows through it.
 
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
     """
     options = {"chunk_size": chunk_size, "count": count, "selector": selector}
-    one = Candidate("in_place", ("cpu",)) if q.shape[1] == 1 and count else None
-    candidates = (one, Candidate("slice")) if one else (Candidate("slice"),)
-    if resolve("select_pages", implementation, candidates) == "in_place":
+    tokens = q.shape[1]
+    if implementation is None and tokens > 1:  # a piece of text is no fall back
+        implementation = "slice"
+    problem = lambda platform: f"it serves one token, not {tokens}" if tokens > 1 else None
+    candidates = (Candidate("in_place", ("cpu",), problem), Candidate("slice"))
+    chosen = resolve("select_pages", implementation, candidates)
+    if chosen == "in_place" and count and rows.shape[3]:
         return _select_in_place(q[:, 0], rows, layer, positions, **options)
     block = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False)
     return select_from_rows(q, block.swapaxes(1, 2), positions, **options)
 
 
 def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
+    """`select_pages` for q [B, H, K], by a loop over blocks of rows."""
     _, batch, heads, stored, size = rows.shape
     own = positions // chunk_size  # [B, 1]
     pages = stored // selector.rows
-    once = min(pages, max(1, SCORED_BYTES // (4 * selector.rows * size)))
-    turns = jnp.minimum(-(-own.max() // once), -(-pages // once))
+    once = min(pages, SCORED_BYTES // (4 * selector.rows * size))
+    once = min(pages, max(once // ROWS_ALIKE, 1) * ROWS_ALIKE)
+    turns = -(-own.max() // once)
     flat = rows.reshape(-1, stored * size)
+    q, flat = jax.lax.stop_gradient((q, flat))
     q = selector.queries(q.astype(jnp.float32)).reshape(batch * heads, -1)
 
     def score(i, products):
@@ -88,8 +101,9 @@ def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
         cut = (1, once * selector.rows * size)
         some = jax.lax.optimization_barrier(jax.lax.dynamic_slice(flat, (index, start), cut))
         keys = selector.keys(some.reshape(-1, size), chunk_size)
+        found = _dot(jnp.pad(keys, ((0, -len(keys) % ROWS_ALIKE), (0, 0))), q[head])[: len(keys)]
         at = (head.astype(jnp.uint32), (first * selector.keys_per_chunk).astype(jnp.uint32))
-        return jax.lax.dynamic_update_slice(products, _dot(keys, q[head])[None], at)
+        return jax.lax.dynamic_update_slice(products, found[None], at)
 
     products = jnp.zeros((batch * heads, pages * selector.keys_per_chunk), jnp.float32)
     products = jax.lax.fori_loop(0, batch * heads * turns, score, products)

@@ -28,8 +28,8 @@ from rwkvx_jax.ops.dispatch import Candidate, resolve
 SCORES_PER_BLOCK = 1 << 20
 MIN_QUERIES_PER_BLOCK = 64
 
-# Fewer queries than that, as in decoding, are scored against all chunks: they save less than a
-# branch may cost.
+# Fewer queries than that are scored against all chunks: they save less than a branch may cost.
+# (For single ones on a CPU see `paged.select_pages`.)
 MIN_QUERIES_TO_BRANCH = 32
 
 # Up to this many chunks are chosen by as many passes for the maximum, which on CPU take half the
