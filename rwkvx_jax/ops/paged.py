@@ -95,11 +95,8 @@ def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
     def score(i, products):
         head, turn = i // turns, i % turns
         first = jnp.minimum(turn * once, pages - once)  # the last turn may repeat some
-        index, start = jax.lax.optimization_barrier(
-            (layer * batch * heads + head, first * selector.rows * size)
-        )
-        cut = (1, once * selector.rows * size)
-        some = jax.lax.optimization_barrier(jax.lax.dynamic_slice(flat, (index, start), cut))
+        width = selector.rows * size
+        some = _cut(flat, layer * batch * heads + head, first * width, once * width)
         keys = selector.keys(some.reshape(-1, size), chunk_size)
         found = _dot(jnp.pad(keys, ((0, -len(keys) % ROWS_ALIKE), (0, 0))), q[head])[: len(keys)]
         at = (head.astype(jnp.uint32), (first * selector.keys_per_chunk).astype(jnp.uint32))
@@ -166,15 +163,10 @@ def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
     count = filled.sum()
 
     def read(pages, number):
-        """[tile, K]. A slice along one axis is copied several times as fast as one of rows, and
-        kept apart from the product, which XLA would else compute without vector instructions."""
+        """[tile, K]."""
         size = pages.shape[2]
-        index, start = jax.lax.optimization_barrier(
-            (page.reshape(-1)[number // parts], number % parts * (tile * size))
-        )
-        rows = pages.reshape(-1, chunk * size)
-        block = jax.lax.dynamic_slice(rows, (index, start), (1, tile * size))
-        return jax.lax.optimization_barrier(block).reshape(tile, size)
+        index, start = page.reshape(-1)[number // parts], number % parts * (tile * size)
+        return _cut(pages.reshape(-1, chunk * size), index, start, tile * size).reshape(tile, size)
 
     def score(i, scores):
         query = q[numbers[i] // (per_row * parts)]
@@ -205,6 +197,14 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """a @ b in float32."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _cut(rows: jax.Array, row: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """`size` numbers of one row, [1, size]. A slice along one axis is copied several times as fast
+    as one of rows, and kept apart from the product, which XLA would else compute without vector
+    instructions."""
+    at = jax.lax.optimization_barrier((row, start))
+    return jax.lax.optimization_barrier(jax.lax.dynamic_slice(rows, at, (1, size)))
 
 
 def _put(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
