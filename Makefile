@@ -12,11 +12,16 @@ DEMO = runs/demo
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml requirements.txt
+# The versions that the tests passed with; CONSTRAINTS= installs the newest ones instead.
+CONSTRAINTS ?= constraints/$(shell $(PYTHON) -c 'import sys; \
+	print("py311" if sys.version_info < (3, 12) else "py312")' 2>/dev/null).txt
+
+$(VENV)/.installed: pyproject.toml requirements.txt $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: install one, or set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[dev,tokenizer,eval]"
+	$(RUN) -m pip install --quiet --editable ".[dev,tokenizer,eval]" \
+		$(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
 # Trains the small model through all stages, then draws its passkey heat map. Memory in huge pages
