@@ -1,4 +1,4 @@
-"""Keeps a training command running: `python -m tools.supervise --workdir DIR -- python train.py ...`
+"""Keeps a run going: `python -m tools.supervise --workdir DIR -- python train.py ...`
 
 Starts the command again whenever it ends with an error, after a preemption of another host as
 after a crash; it continues from its newest checkpoint. Ends when the command succeeds, when it
