@@ -1,13 +1,17 @@
 """Tests run on 8 simulated CPU devices, with implicit rank promotion forbidden.
 
+JAX_PLATFORMS=tpu (or cuda) in the environment runs them there: `pytest -m tpu` those that need it.
+
 XLA optimises little, since at these sizes compiling is nearly all the time that a test takes;
 modules that compile for chips, or whose numbers depend on it, are marked `optimized`.
 """
 
+import os
+
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

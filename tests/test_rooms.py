@@ -27,6 +27,7 @@ ROOMS = [
     "rwkvx_jax.plan",
     "rwkvx_jax.evals",
     "rwkvx_jax.cli",
+    "rwkvx_jax.doctor",
 ]
 FILES = sorted(
     path

@@ -1,0 +1,1 @@
+"""Whether this installation is right on this machine: `python -m rwkvx_jax.doctor`."""

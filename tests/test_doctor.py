@@ -1,0 +1,113 @@
+"""The doctor: it passes here, and it says what is wrong where something is."""
+
+import io
+import json
+
+import jax
+import pytest
+from rich.console import Console
+
+from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.doctor import kernels, machine
+from rwkvx_jax.doctor.__main__ import main
+from rwkvx_jax.doctor.findings import Failed, Findings
+from rwkvx_jax.doctor.kernels import Case, kernel_checks
+
+MODEL = ModelConfig(
+    vocab_size=257,
+    num_blocks=1,
+    num_attention_blocks=1,
+    width=32,
+    head_size=16,
+    chunk_size=16,
+    top_k=2,
+    low_rank_override=(4, 4, 4, 4),
+)
+
+
+def examine(dtype="float32"):
+    findings = Findings(Console(file=io.StringIO()))
+    for name, check in kernel_checks(Case(MODEL, dtype, length=77, timed=0)):
+        findings.check(name, check)
+    return findings
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ops_of_a_model_pass(dtype):
+    findings = examine(dtype)
+    assert len(findings.all) == 3 and findings.failed == []
+
+
+def test_a_wrong_op_is_found(monkeypatch):
+    right = kernels.sparse_attention
+
+    def wrong(q, k, v, *, implementation=None, **options):
+        out = right(q, k, v, implementation=implementation, **options)
+        # Right in value, and wrong in the gradient of q alone.
+        bad = out + 0.01 * (q - jax.lax.stop_gradient(q))
+        return bad if implementation is None else out
+
+    monkeypatch.setattr(kernels, "sparse_attention", wrong)
+    (failed,) = examine().failed
+    assert failed.name.startswith("sparse_attention") and "gradient" in failed.problem
+
+
+def test_choices_of_other_chunks_are_found(monkeypatch):
+    right = kernels.select_chunks
+    monkeypatch.setattr(kernels, "select_chunks", lambda q, k, **options: right(-q, k, **options))
+    assert "select_chunks" in examine().failed[0].name
+
+
+def test_whatever_a_check_raises_is_a_finding():
+    findings = Findings(Console(file=io.StringIO()))
+    findings.check("first", lambda: 1 / 0)
+    findings.check("second", lambda: ("fine", {"x": float("nan")}))
+    assert [f.problem for f in findings.all] == ["ZeroDivisionError: division by zero", ""]
+    report = json.loads(json.dumps(findings.report(), allow_nan=False))
+    assert not report["passed"] and "1 / 0" in report["checks"][0]["values"]["traceback"]
+
+
+def test_collectives_over_all_devices_are_exact():
+    assert jax.device_count() == 8
+    text, values = machine.collectives()
+    assert set(values) == {"sum", "gather", "shift", "exchange"} and text.startswith("exact")
+
+
+def test_wrong_numbers_of_a_collective_are_found(monkeypatch):
+    monkeypatch.setattr(jax.lax, "psum", lambda x, axis: x)
+    with pytest.raises(Failed, match="sum over 8 devices"):
+        machine.collectives()
+
+
+def test_the_command_passes_leaves_nothing_behind_and_writes_json(tmp_path, capsys, monkeypatch):
+    from rwkvx_jax.doctor import __main__ as door
+
+    monkeypatch.setattr(door, "_case", lambda options, model, dtype: Case(MODEL, dtype, 77, 40))
+    report = tmp_path / "found.json"
+    workdir = tmp_path / "work"
+    assert main(["--steps", "2", "--workdir", str(workdir), "--json", str(report)]) == 0
+    assert "PASS" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    checks = {check["name"]: check["values"] for check in found["checks"]}
+    assert found["passed"] and checks["training"]["tokens_per_second"] > 0
+    assert list(workdir.iterdir()) == []
+
+
+def test_a_failed_check_is_the_exit_status(capsys, monkeypatch):
+    def broken():
+        raise Failed("no route to device 3")
+
+    monkeypatch.setattr(machine, "collectives", broken)
+    monkeypatch.setattr("rwkvx_jax.doctor.__main__.kernel_checks", lambda case: [])
+    assert main(["--steps", "0"]) == 1
+    assert "collectives: no route to device 3" in capsys.readouterr().out
+
+
+@pytest.mark.tpu
+def test_the_kernels_of_the_default_models_are_right_on_this_tpu():
+    assert main([]) == 0
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_the_default_models_are_right_on_this_gpu():
+    assert main([]) == 0
