@@ -230,8 +230,8 @@ def _jsonl_documents(
 
 def _jsonl_document(line: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray | None] | None:
     """Tokens and mask of a line, or None; a field that is null counts as absent."""
-    line = line.removeprefix(BYTE_ORDER_MARK)
-    if not line.strip():
+    line = line.removeprefix(BYTE_ORDER_MARK).strip()
+    if not line:
         return None
     record = json.loads(line)
     if not isinstance(record, dict):

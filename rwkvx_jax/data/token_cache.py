@@ -125,7 +125,7 @@ def _build(
     folder = binidx_file(prefix, "parts")
     parts = corpus.parts(tokenizer)
     folder.mkdir(exist_ok=True)
-    _match_folder(folder, corpus, tokenizer)
+    _match_folder(folder, corpus, tokenizer, parts)
     _encode_all(parts, tokenizer, folder, workers, corpus.name)
     _join([_part_file(folder, i) for i in range(len(parts))], prefix, tokenizer)
     shutil.rmtree(folder)
@@ -240,9 +240,12 @@ def _part_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.npz"
 
 
-def _match_folder(folder: Path, corpus: EmbeddedCorpus | FileCorpus, tokenizer: Tokenizer) -> None:
-    """Throws away parts which another corpus or tokenizer left."""
+def _match_folder(
+    folder: Path, corpus: EmbeddedCorpus | FileCorpus, tokenizer: Tokenizer, parts: list[Part]
+) -> None:
+    """Throws away parts which another corpus, tokenizer or way of cutting left."""
     expected = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, "files": corpus.listing()}
+    expected["parts"] = hashlib.sha256(repr(parts).encode()).hexdigest()
     note = folder / "corpus.json"
     if note.exists() and _read_note(note) == expected:
         return
