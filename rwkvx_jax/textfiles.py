@@ -117,7 +117,8 @@ def _below(folder: epath.Path, suffix: str, left_out: _LeftOut) -> Iterator[epat
                 (linked if Path(entry).is_symlink() else deeper).append(entry)
             else:
                 left_out.add("no file" if matches else f"not {suffix}", entry)
-        folders = [*linked, *folders, *reversed(deeper)]  # links last: files keep their own names
+        # Links come last: files keep their own names.
+        folders = [*reversed(linked), *folders, *reversed(deeper)]
 
 
 def _matching(pattern: str, left_out: _LeftOut) -> Iterator[epath.Path]:
