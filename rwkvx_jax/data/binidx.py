@@ -216,7 +216,7 @@ class _Array:
             data = os.pread(self._file.fileno(), size, begin)
             if not data:
                 raise ConfigError(
-                    f"{self._path} has become shorter while it is in use: it ends at byte {begin}"
+                    f"{self._path} has become shorter while it is in use: byte {begin} is gone"
                 )
             pieces.append(data)
             begin, size = begin + len(data), size - len(data)
