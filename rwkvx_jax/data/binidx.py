@@ -94,29 +94,30 @@ class Binidx:
             return np.ones(count, np.float32)
         return self._mask.read(start, count).astype(np.float32)
 
-    def count_targets(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """How many tokens count in the loss in each of several spans of the stream.
+    def has_targets(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Whether any token counts in the loss, for each of several spans of the stream.
 
         Args:
           begins: int64 [N], ascending.
           ends: int64 [N], ascending.
 
         Returns:
-          int64 [N].
+          bool [N].
         """
         if self._mask is None:
-            return np.maximum(ends - begins, 0)
-        counts = np.zeros(len(begins), np.int64)
+            return ends > begins
+        found = np.zeros(len(begins), bool)
         for start in range(0, self._length, _SCAN_BLOCK):
             stop = min(start + _SCAN_BLOCK, self._length)
             first, last = np.searchsorted(ends, start, "right"), np.searchsorted(begins, stop)
             if first >= last:
                 continue
-            before = np.zeros(stop - start + 1, np.int32)
-            np.cumsum(self._mask.read(start, stop - start), out=before[1:])
             low, high = (np.clip(edge[first:last], start, stop) - start for edge in (begins, ends))
-            counts[first:last] += before[np.maximum(low, high)] - before[low]
-        return counts
+            mask = np.append(self._mask.read(start, stop - start), np.uint8(0))
+            # Every second of the stretches between these edges is a span.
+            largest = np.maximum.reduceat(mask, np.stack([low, high], axis=1).ravel())[::2]
+            found[first:last] |= (largest > 0) & (high > low)
+        return found
 
     def fingerprint(self) -> dict[str, int | str]:
         """JSON-able identity: number of tokens, and a hash of the index and of tokens (and of the

@@ -192,7 +192,7 @@ def _check_targets(samples: Windows | Documents, where: str, kind: str) -> None:
       ConfigError: there are no others.
     """
     begins, ends = samples.targets()
-    empty = np.flatnonzero(samples.stream.count_targets(begins, ends) == 0)
+    empty = np.flatnonzero(~samples.stream.has_targets(begins, ends))
     if empty.size == 0:
         return
     message = (
