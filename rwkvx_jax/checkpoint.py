@@ -165,7 +165,7 @@ def check_resumable(
         line
         for part in ("model", "data", "optimizer")
         for line in differences(getattr(old, part), getattr(config, part), part)
-        if not line.startswith(("data.cache_dir", "data.cache_per_host"))
+        if not line.startswith(("data.cache_dir", "data.cache_per_host", "data.verify"))
     ]
     for index, stage in enumerate(old.stages[: current + 1]):
         new = config.stages[index] if index < len(config.stages) else None

@@ -14,7 +14,8 @@ import functools
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,10 @@ TokenizerName = Literal["byte", "world"]
 _log = logging.getLogger(__name__)
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+_MOST_IDS = 1 << 20  # of a vocabulary file: a table is as long as its last id, filled or not
+_LONGEST_LINE = 1 << 13  # characters of such a file; World's longest has about 400
+_LITERAL = re.compile(r"""b?(['"]).*\1""")
+_VOCABULARIES = {257: "byte", 65530: "world", 65536: "world"}  # rows of a model: its tokenizer
 
 
 class Tokenizer:
@@ -186,6 +191,14 @@ def load_tokenizer(name: TokenizerName, vocab_file: str = "") -> Tokenizer:
     raise ConfigError(f'tokenizer is {name!r}: choose "byte" or "world"')
 
 
+def tokenizer_of(vocab_size: int) -> str:
+    """The tokenizer that a model with so many rows was made for, or "" if it can't be told.
+
+    World's ids go up to 65,529, so that it takes 65,530 rows; the official models have 65,536.
+    """
+    return _VOCABULARIES.get(vocab_size, "")
+
+
 @functools.cache
 def _unpickle(name: TokenizerName, vocab_file: str = "") -> Tokenizer:
     """A worker process that gets a tokenizer with every task reads its vocabulary once."""
@@ -206,30 +219,45 @@ def read_vocabulary(path: Path) -> list[bytes]:
     if not path.is_file():
         raise ConfigError(f"vocabulary file {path} does not exist")
     tokens: dict[int, bytes] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            token_id, token = _vocabulary_line(line, f"{path}, line {number}")
-            if token_id in tokens:
-                raise ConfigError(f"{path}, line {number}: id {token_id} occurs twice")
-            tokens[token_id] = token
+    for number, line in enumerate(_vocabulary_lines(path), 1):
+        token_id, token = _vocabulary_line(line, f"{path}, line {number}")
+        if token_id in tokens:
+            raise ConfigError(f"{path}, line {number}: id {token_id} occurs twice")
+        tokens[token_id] = token
     missing = {bytes([value]) for value in range(256)} - set(tokens.values())
     if missing:
         raise ConfigError(f"{path}: no token for the single byte {min(missing)!r}")
     return [tokens.get(i, b"") for i in range(max(tokens) + 1)]
 
 
+def _vocabulary_lines(path: Path) -> Iterator[str]:
+    """Lines of a file that may be anything."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while line := file.readline(_LONGEST_LINE):
+                yield line
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no vocabulary: it is not valid UTF-8") from error
+
+
 def _vocabulary_line(line: str, where: str) -> tuple[int, bytes]:
     try:
         first, last = line.index(" "), line.rindex(" ")
         token_id, length = int(line[:first]), int(line[last:])
-        token = ast.literal_eval(line[first:last].strip())
-    except (ValueError, SyntaxError) as error:
-        raise ConfigError(f"{where}: expected `id literal length`, found {line!r}") from error
-    token = token.encode() if isinstance(token, str) else token
+        literal = line[first:last].strip()
+        if not _LITERAL.fullmatch(literal):
+            raise ValueError
+        token = ast.literal_eval(literal)
+        token = token.encode() if isinstance(token, str) else token
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        message = f"{where}: expected `id literal length`, found {line[:80]!r}"
+        raise ConfigError(message) from error
     if not isinstance(token, bytes):
         raise ConfigError(f"{where}: {token!r} is neither a string nor bytes")
     if token_id < 1 or len(token) != length or not token:
         raise ConfigError(f"{where}: id {token_id} or length {length} is wrong for {token!r}")
+    if token_id >= _MOST_IDS:
+        raise ConfigError(f"{where}: id {token_id} is too large: ids end at {_MOST_IDS - 1:,}")
     return token_id, token
 
 

@@ -114,7 +114,7 @@ def test_other_text_is_refused(tmp_path):
     "config",
     [
         dataclasses.replace(CURRICULUM, run=RunConfig(), mesh=MeshConfig(fsdp=2)),
-        changed("data", cache_dir="elsewhere", cache_per_host=True),
+        changed("data", cache_dir="elsewhere", cache_per_host=True, verify="full"),
         with_stage(1, steps=300),
         with_stage(2, peak_lr=0.5, seq_len=48),
         dataclasses.replace(CURRICULUM, stages=(*STAGES, Stage("more", 8, 8, 1, 1e-3))),

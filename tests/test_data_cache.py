@@ -1,4 +1,4 @@
-"""Corpora, the binidx format and the token cache: exact contents, resumption, clear errors."""
+"""Corpora and the token cache: exact contents, resumption, clear errors."""
 
 import io
 import json
@@ -12,15 +12,14 @@ import time
 import numpy as np
 import pytest
 
-from rwkvx_jax.config import ConfigError, DataConfig, SourceConfig, Stage
+from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data import sources, token_cache
-from rwkvx_jax.data.binidx import Binidx, write_index
-from rwkvx_jax.data.chat import render_chat
-from rwkvx_jax.data.pipeline import open_data
+from rwkvx_jax.data.binidx import Binidx
 from rwkvx_jax.data.sources import FileCorpus, open_corpus
 from rwkvx_jax.data.token_cache import build, cached
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.buckets import bucket  # noqa: F401
+from tests.token_files import documents
 
 BYTES = load_tokenizer("byte")
 PROSE = "Call me Ishmael.\n\nSome years ago — never mind how long precisely 🙂 —\n  I sailed.\n"
@@ -37,98 +36,6 @@ def small_parts(monkeypatch):
     """Parts of about 2 kB, so that small files are cut into many."""
     monkeypatch.setattr(sources, "_PART_BYTES", 2000)
     monkeypatch.setattr(sources, "_CUT_WINDOW", 40)
-
-
-def documents(stream):
-    return [
-        stream.read(int(start), int(size))
-        for start, size in zip(stream.starts, stream.sizes, strict=True)
-    ]
-
-
-def write_binidx(prefix, documents, dtype=np.uint16):
-    prefix.with_suffix(".bin").write_bytes(np.concatenate(documents).astype(dtype).tobytes())
-    with prefix.with_suffix(".idx").open("wb") as file:
-        write_index(file, np.asarray([len(d) for d in documents]), np.dtype(dtype))
-
-
-# --- binidx -------------------------------------------------------------------------------------
-
-
-def test_index_bytes_are_those_of_the_format(tmp_path):
-    """Two documents of 2 and 3 tokens, uint16: the file spelled out by hand."""
-    write_binidx(tmp_path / "x", [np.asarray([7, 0]), np.asarray([8, 9, 0])])
-    expected = (
-        b"MMIDIDX\0\0"
-        + (1).to_bytes(8, "little")
-        + b"\x08"
-        + (2).to_bytes(8, "little")
-        + (3).to_bytes(8, "little")
-        + b"".join(n.to_bytes(4, "little") for n in (2, 3))
-        + b"".join(n.to_bytes(8, "little") for n in (0, 4))
-        + b"".join(n.to_bytes(8, "little") for n in (0, 1, 2))
-    )
-    assert (tmp_path / "x.idx").read_bytes() == expected
-    for name in ("x", "x.bin", "x.idx"):
-        stream = Binidx(tmp_path / name)
-        assert len(stream) == 5 and stream.dtype == np.uint16
-        assert [d.tolist() for d in documents(stream)] == [[7, 0], [8, 9, 0]]
-        assert stream.read_mask(1, 3).tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
-def test_other_integer_types(tmp_path, dtype):
-    write_binidx(tmp_path / "x", [np.asarray([100, 3, 0])], dtype)
-    stream = Binidx(tmp_path / "x")
-    assert stream.read(0, 3).tolist() == [100, 3, 0] and stream.read(0, 3).dtype == np.int32
-    stream.check_vocabulary(101)
-    with pytest.raises(ConfigError, match="token 100 at position 0 is outside the vocabulary of 9"):
-        stream.check_vocabulary(9)
-
-
-def test_damaged_binidx_files(tmp_path):
-    path = tmp_path / "x"
-    index, tokens = path.with_suffix(".idx"), path.with_suffix(".bin")
-    with pytest.raises(ConfigError, match="x.idx does not exist"):
-        Binidx(path)
-    write_binidx(path, [np.asarray([7, 0]), np.asarray([8, 9, 0])])
-    good_index, good_tokens = index.read_bytes(), tokens.read_bytes()
-
-    def expect(message, new_index=good_index, new_tokens=good_tokens):
-        index.write_bytes(new_index)
-        tokens.write_bytes(new_tokens)
-        with pytest.raises(ConfigError, match=message):
-            Binidx(path)
-
-    expect("x.bin is cut short: 9 bytes, x.idx asks for 10", new_tokens=good_tokens[:-1])
-    expect("x.idx is cut short: 81 bytes", new_index=good_index[:-1])
-    expect("is not a binidx index", new_index=b"PK" + good_index[2:])
-    expect("is not a binidx index", new_index=good_index[:20])
-    expect("version 1, type code 6 can't be read", good_index[:17] + b"\x06" + good_index[18:])
-    expect("holds no documents", good_index[:18] + bytes(8) + good_index[26:])
-    expect("do not follow one another", good_index[:50] + b"\x06" + good_index[51:])
-    tokens.unlink()
-    with pytest.raises(ConfigError, match="x.bin does not exist"):
-        Binidx(path)
-
-
-def test_negative_tokens_are_outside_the_vocabulary(tmp_path):
-    write_binidx(tmp_path / "x", [np.asarray([5, -1])], np.int32)
-    with pytest.raises(ConfigError, match="token -1 at position 1"):
-        Binidx(tmp_path / "x").check_vocabulary(65536)
-
-
-def test_binidx_source_is_read_in_place(tmp_path):
-    write_binidx(tmp_path / "x", [np.arange(1, 200), np.asarray([255, 0])])
-    config = DataConfig(sources=(SourceConfig("binidx", path=str(tmp_path / "x.bin")),))
-    opened = open_data(config, workdir=tmp_path, vocab_size=257, process_index=0)
-    assert opened.fingerprint["sources"][0]["tokens"] == 201
-    assert not (tmp_path / "data-cache").exists()
-    sample = opened.dataset(Stage("s", 16, 1, 1, 1e-3))[0]["tokens"]
-    np.testing.assert_array_equal(np.diff(sample), np.ones(16))
-    write_binidx(tmp_path / "x", [np.asarray([1, 300, 0])])
-    with pytest.raises(ConfigError, match="token 300 at position 1.*vocabulary of 257"):
-        open_data(config, workdir=tmp_path, vocab_size=257, process_index=0)
 
 
 # --- corpora ------------------------------------------------------------------------------------
@@ -159,14 +66,14 @@ def test_missing_empty_and_mistaken_files(tmp_path):
     for path, message in [
         (tmp_path / "no.txt", "data file .*no.txt does not exist"),
         (tmp_path / "empty.txt", "data file .*empty.txt is empty"),
-        (tmp_path / "*.md", r"no file matches .*\*.md"),
+        (tmp_path / "*.md", r"no data file matches .*\*.md"),
         (tmp_path / "x.jsonl", 'looks like jsonl: set kind="jsonl"'),
         (tmp_path / "x.bin", 'looks like binidx: set kind="binidx"'),
     ]:
         with pytest.raises(ConfigError, match=message):
             open_corpus("text", str(path))
     (tmp_path / "empty.txt").unlink()
-    with pytest.raises(ConfigError, match=r"no file matches \*.txt below"):
+    with pytest.raises(ConfigError, match=r"no data file matches \*.txt below .*; left out: 1 not"):
         open_corpus("text", str(tmp_path))
     with pytest.raises(ConfigError, match='"\\*\\*" does not work in gs://b/\\*\\*/x'):
         open_corpus("text", "gs://b/**/x")
@@ -196,7 +103,8 @@ def test_cutting_a_file_changes_no_token(name, workers, tmp_path, small_parts, r
     assert len(found) == len(texts)
     for tokens, text in zip(found, texts, strict=True):
         np.testing.assert_array_equal(tokens, np.append(tokenizer.encode(text), 0))
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx"]
+    found = sorted(path.name for path in tmp_path.glob("out*"))
+    assert found == ["out.bin", "out.hash", "out.idx", "out.lock"]
 
 
 def test_a_cut_between_two_windows_is_found(monkeypatch):
@@ -223,12 +131,14 @@ def test_jsonl_documents(tmp_path, small_parts, workers):
     "line, message",
     [
         ('{"title": "x"}', 'neither "text" nor "messages"'),
-        ("[1]", 'neither "text" nor "messages"'),
+        ('{"text": null, "messages": null}', 'neither "text" nor "messages"'),
+        ("[1]", "no JSON object"),
+        ("[" * 200_000 + "]" * 200_000, "recursion"),
+        ('{"a":' * 200_000 + "1" + "}" * 200_000, "recursion"),
         ('{"text": 5}', '"text" is not a string'),
         ('{"text": "cut', "Unterminated string"),
         ('{"messages": []}', '"messages" is not a list of turns'),
-        ('{"messages": [{"role": "user"}]}', 'has no "content" string'),
-        ('{"messages": [{"role": "bot", "content": "x"}]}', "role 'bot' is none of"),
+        ('{"text": "x", "messages": "y"}', '"messages" is not a list of turns'),
         (b'{"text": "\xff"}', "can't decode byte 0xff"),
     ],
 )
@@ -236,57 +146,31 @@ def test_bad_jsonl_line_names_file_and_line(line, message, tmp_path, small_parts
     path = tmp_path / "docs.jsonl"
     line = line.encode() if isinstance(line, str) else line
     path.write_bytes(b'{"text": "good"}\n' * 500 + line + b"\n")
+    begin = time.monotonic()
     with pytest.raises(ConfigError, match=f"docs.jsonl, line 501: .*{message}"):
         build(open_corpus("jsonl", str(path)), BYTES, tmp_path / "out")
+    assert time.monotonic() - begin < 2
 
 
-CHAT = [
-    {"role": "user", "content": "Hello there "},
-    {"role": "assistant", "content": "Hi!"},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "So long."},
-]
+def test_null_fields_count_as_absent(tmp_path):
+    chat = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "three"}]
+    records = [{"text": "one", "messages": None}, {"text": None, "messages": chat}]
+    path = tmp_path / "null.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    stream, _ = cached(open_corpus("jsonl", str(path)), BYTES, tmp_path)
+    texts = [BYTES.decode(tokens) for tokens in documents(stream)]
+    assert texts == ["one", "User: two\n\nAssistant: three\n\n"]
 
 
-def test_chat_template_and_mask():
-    tokens, mask = render_chat(CHAT, BYTES)
-    text = "User: Hello there\n\nAssistant: Hi!\n\nUser: Bye\n\nAssistant: So long.\n\n"
-    assert BYTES.decode(tokens) == text and tokens[-1] == 0
-    counted = "".join(c for c, m in zip(text, mask[:-1], strict=True) if m)
-    assert counted == " Hi!\n\n So long.\n\n"
-    assert mask[-1] == 1
-    assert render_chat(CHAT[:1], BYTES)[1].sum() == 0
-
-
-def test_chat_in_world_tokens(world):
-    """Three tokens of `Assistant:` are masked, and the turns split as the whole text does."""
-    tokens, mask = render_chat(CHAT[:2], world)
-    np.testing.assert_array_equal(
-        tokens[:-1], world.encode("User: Hello there\n\nAssistant: Hi!\n\n")
-    )
-    assert len(world.encode("Assistant:")) == 3
-    user = len(world.encode("User: Hello there\n\n"))
-    assert mask.tolist() == [0] * (user + 3) + [1] * (len(mask) - user - 3)
-    assert 261 in tokens[mask == 1]  # the stop token is learned
-
-
-def test_chat_masks_reach_the_samples(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text((json.dumps({"messages": CHAT}) + "\n") * 20 + json.dumps({"text": "plain"}))
-    tokens, mask = render_chat(CHAT, BYTES)
-    for samples in ("window", "document"):
-        config = DataConfig(sources=(SourceConfig("jsonl", path=str(path), samples=samples),))
-        opened = open_data(config, workdir=tmp_path, vocab_size=257, process_index=0)
-        stream = opened.sources[0].stream
-        assert stream.masked and stream.read_mask(len(stream) - 6, 6).tolist() == [1] * 6
-        dataset = opened.dataset(Stage("s", len(tokens) - 1, 1, 1, 1e-3))
-        for sample in (dataset[i] for i in range(15)):
-            counted = sample["mask"] == 1
-            text = BYTES.decode(sample["tokens"][1:][counted])
-            assert text and ":" not in text and "U" not in text  # a shifted mask has one
-            if samples == "document" and "plain" not in text:
-                np.testing.assert_array_equal(counted, mask[1:])
-                assert text == " Hi!\n\n So long.\n\n"
+def test_a_byte_order_mark_is_no_text(tmp_path, small_parts):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + PROSE.encode() * 100)
+    (tmp_path / "b.txt").write_bytes(mark)
+    (tmp_path / "c.jsonl").write_bytes(mark + json.dumps({"text": PROSE}).encode())
+    stream, _ = cached(open_corpus("text", str(tmp_path)), BYTES, tmp_path / "cache")
+    assert [BYTES.decode(tokens) for tokens in documents(stream)] == [PROSE * 100]
+    stream, _ = cached(open_corpus("jsonl", str(tmp_path)), BYTES, tmp_path / "cache")
+    assert [BYTES.decode(tokens) for tokens in documents(stream)] == [PROSE]
 
 
 def test_bucket_paths(tmp_path, bucket):  # noqa: F811
@@ -367,14 +251,57 @@ def test_parts_of_another_corpus_are_thrown_away(tmp_path, small_parts, monkeypa
     assert BYTES.decode(documents(Binidx(tmp_path / "out"))[0]) == changed
 
 
+def test_a_damaged_part_is_made_again(tmp_path, small_parts, monkeypatch, caplog):
+    corpus = corpus_of(tmp_path, PROSE * 200)
+    build(corpus, BYTES, tmp_path / "whole")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_cache, "_join", interrupt)
+        build(corpus, BYTES, tmp_path / "out")
+    parts = sorted((tmp_path / "out.parts").glob("*.npz"))
+    good = parts[0].read_bytes()
+    damaged = [b"", good[:-40], bytes(len(good)), good[:300] + b"\xff" + good[301:]]
+    for path, content in zip(parts, damaged, strict=False):
+        path.write_bytes(content)
+    with parts[4].open("wb") as file:  # a whole file of another kind
+        np.save(file, np.arange(5))
+    build(corpus, BYTES, tmp_path / "out")
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+    assert sum("is damaged" in record.message for record in caplog.records) == 5
+
+
+def test_parts_that_were_cut_otherwise_are_thrown_away(tmp_path, small_parts, monkeypatch):
+    corpus = corpus_of(tmp_path, PROSE * 200)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_cache, "_join", interrupt)
+        build(corpus, BYTES, tmp_path / "out")
+    monkeypatch.setattr(sources, "_PART_BYTES", 3000)
+    build(corpus, BYTES, tmp_path / "out")
+    assert BYTES.decode(documents(Binidx(tmp_path / "out"))[0]) == PROSE * 200
+
+
+def test_a_damaged_list_of_the_parts_is_made_again(tmp_path, small_parts, monkeypatch, caplog):
+    (tmp_path / "out.parts").mkdir()
+    (tmp_path / "out.parts" / "corpus.json").write_bytes(b"\xff{")
+    build(corpus_of(tmp_path, PROSE), BYTES, tmp_path / "out")
+    assert BYTES.decode(documents(Binidx(tmp_path / "out"))[0]) == PROSE
+    assert "corpus.json is damaged" in caplog.text
+
+
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(token_cache, "write_index", full)
-    with pytest.raises(OSError, match="No space left") as error:
+    with pytest.raises(ConfigError, match="No space left on device; finished parts are kept"):
         build(corpus_of(tmp_path, PROSE), BYTES, tmp_path / "out")
-    assert "finished parts are kept" in error.value.__notes__[0]
     assert not (tmp_path / "out.idx").exists() and not list(tmp_path.glob("*.tmp"))
     monkeypatch.undo()
     build(corpus_of(tmp_path, PROSE), BYTES, tmp_path / "out")
@@ -420,9 +347,9 @@ def test_concurrent_writers_share_one_result(tmp_path, small_parts, monkeypatch)
 # --- command line -------------------------------------------------------------------------------
 
 
-def run_cli(*arguments, **options):
-    command = [sys.executable, "-m", "rwkvx_jax.data", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def run_cli(*arguments, before=()):
+    command = [*before, sys.executable, "-m", "rwkvx_jax.data", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_command_line(tmp_path):
@@ -434,6 +361,20 @@ def test_command_line(tmp_path):
     again = run_cli(*arguments)
     _, error = again.communicate(timeout=60)
     assert again.returncode == 1 and b"error: " in error and b"exists" in error
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    (tmp_path / "a [b].txt").write_text(PROSE * 3000)
+    arguments = (tmp_path / "a [b].txt", tmp_path / "out", "--tokenizer", "byte")
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash"]
+    process = run_cli(*arguments, "--workers", 1, before=limited)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error.decode().startswith("error: tokenizing ")
+    assert b"File too large; finished parts are kept" in error and error.count(b"\n") == 1
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "out.idx").exists()
+    build(open_corpus("text", str(tmp_path / "a [b].txt")), BYTES, tmp_path / "out")
+    assert BYTES.decode(documents(Binidx(tmp_path / "out"))[0]) == PROSE * 3000
 
 
 @pytest.mark.slow

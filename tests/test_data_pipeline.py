@@ -354,7 +354,7 @@ def test_clear_errors_before_any_work(numbers, tmp_path):
         opened.dataset(dataclasses.replace(STAGE, seq_len=600), "valid")
     with pytest.raises(ConfigError, match='kind "jsonl" needs a path'):
         open_numbers("", tmp_path, sources=(SourceConfig("jsonl"),))
-    with pytest.raises(ConfigError, match="memory map: gs://bucket/cache has to be on a local"):
+    with pytest.raises(ConfigError, match="read in place: gs://bucket/cache has to be on a local"):
         open_numbers(numbers, tmp_path, cache_dir="gs://bucket/cache")
     with pytest.raises(ConfigError, match='order "rwkvx" is one of windows'):
         DataConfig(order="rwkvx", sources=(SourceConfig("jsonl", samples="document"),))

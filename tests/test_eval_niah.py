@@ -39,7 +39,7 @@ def book(tmp_path_factory):
 
 
 def make_options(output, book=None, **flags):
-    flags = {"lengths": (1600, 2000), "depths": 3, "trials": 2, "batch": 2} | flags
+    flags = {"lengths": (1800, 2000), "depths": 3, "trials": 2, "batch": 2} | flags
     return NiahOptions(checkpoint=(Path("model"),), output=output, haystack=book, **flags)
 
 
@@ -71,7 +71,7 @@ def test_oracle_scores_everything_and_a_guess_nothing(tmp_path, book):
 
 def test_tracking_scores_in_part(tmp_path):
     first = lambda text: ",".join(copy(text).split(",")[:2])  # two of the five variables
-    options = make_options(tmp_path, tasks=("tracking",), lengths=(1600,))
+    options = make_options(tmp_path, tasks=("tracking",), lengths=(1800,))
     results = evaluate(options, [make_subject()], QUIET, FakeReader(first))["tracking"]
     share = results.summary("model")["all"]
     assert share["accuracy"] == pytest.approx(0.4) and share["trials"] == 6
@@ -102,11 +102,11 @@ def test_results_files(tmp_path, book):
     (panel,) = document["panels"]
     assert len(panel["trials"]) == 5
     trial = panel["trials"][0]
-    assert (trial["length"], trial["depth"], trial["trial"]) == (1600, 0.0, 0)
+    assert (trial["length"], trial["depth"], trial["trial"]) == (1800, 0.0, 0)
     assert trial["answer"] == trial["expected"][0] + "." and trial["correct"] == 1.0
-    assert 1400 < trial["prompt_tokens"] <= 1600 - 128
+    assert 1600 < trial["prompt_tokens"] <= 1800 - 128
     recall = json.loads((tmp_path / "niah_recall_16.json").read_text())
-    assert recall["panels"][0]["trials"][0]["prompt_tokens"] == 1600
+    assert recall["panels"][0]["trials"][0]["prompt_tokens"] == 1800
 
 
 def test_an_interrupted_run_goes_on(tmp_path):

@@ -17,6 +17,7 @@ from rwkvx_jax.tasks.niah import (
     tracking_question,
 )
 from rwkvx_jax.tasks.passkey import (
+    FILLER,
     OTHER_WORDING,
     eval_key,
     exact_prompt,
@@ -132,20 +133,57 @@ def test_uuid_values_and_distinct_names():
 
 
 def test_variable_tracking(tokenizer):
-    prompt, answers = tracking_question(tokenizer, 2000, rng(3))
-    assert 2000 - TRACKING_RESERVED - 100 < len(prompt) <= 2000 - TRACKING_RESERVED
-    example, question = tokenizer.decode(prompt).split("\n\n\n\n")
-    for part, letters in ((example, 3), (question, 5)):
-        assigned = dict(re.findall(r"^VAR ([A-Z]+) = (?:VAR )?(\w+)$", part, re.M))
-        (value,) = [v for v in assigned.values() if v.isdigit()]
-        names = list(assigned)  # in the order of the text: a chain
-        assert [assigned[name] for name in names] == [value, *names[:-1]]
-        assert len(names) == 5 and {len(name) for name in names} == {letters}
-        assert f"variables are assgined the value {value}, they are:" in part
-    assert answers == tuple(names) and question.endswith("they are:")
-    assert example.endswith(
-        "they are: " + " ".join(dict.fromkeys(re.findall(r"VAR (\w+) =", example)))
+    prompt, answers = tracking_question(tokenizer, 4000, rng(3))
+    assert 4000 - TRACKING_RESERVED - 100 < len(prompt) <= 4000 - TRACKING_RESERVED
+    example, question = tokenizer.decode(prompt).split("\n\nMemorize")
+    assert len(tokenizer.encode(example)) <= 500 + 30 or example.count(FILLER) == 5
+    assert answers == check_chain(f"Memorize{question}", 5)
+    assert check_chain(re.sub(r"(?<=: )( [A-Z]{3}){5}$", "", example), 3)
+
+
+def check_chain(text, letters):
+    """The variables of a prompt whose every line is compared with RULER's of 2026-07-22."""
+    first, *_ = variables = re.findall(rf"^VAR ([A-Z]{{{letters}}}) = ", text, re.M)
+    (value,) = re.findall(rf"^VAR {first} = (\d{{5}})$", text, re.M)
+    chain = [f"VAR {first} = {value}"]
+    chain += [f"VAR {variables[i + 1]} = VAR {variables[i]} " for i in range(4)]
+    task, context, ending = re.split(r"\n\n|\n(?=Question)", text)
+    assert task == (
+        "Memorize and track the chain(s) of variable assignment hidden in the following text."
     )
+    assert ending == (
+        f"Question: Find all variables that are assigned the value {value} in the text above. "
+        "Answer: According to the chain(s) of variable assignment in the text above, 5 variables "
+        f"are assigned the value {value}, they are: "
+    )
+    lines = context.split("\n")
+    assert [line for line in lines if line != FILLER] == chain and lines.count(FILLER) >= 5
+    after = [lines[i + 1] for i, line in enumerate(lines) if line.startswith("VAR")]
+    assert after == [FILLER] * 5  # no two beside each other, none at the end
+    return tuple(variables)
+
+
+def test_a_tracking_prompt_is_pinned():
+    byte = load_tokenizer("byte")
+    prompt, answers = tracking_question(byte, 2200, rng(0))
+    assert byte.decode(prompt).replace(FILLER, "...") == PINNED_TRACKING
+    assert answers == ("OYHVR", "AKWOA", "TSWEC", "WAOCH", "MKKAA")
+
+
+PINNED_TRACKING = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    "VAR WQN = 75653\n...\nVAR HIB = VAR WQN \n...\nVAR BAE = VAR HIB \n...\n"
+    "VAR VQX = VAR BAE \n...\nVAR NPZ = VAR VQX \n...\n"
+    "Question: Find all variables that are assigned the value 75653 in the text above. "
+    "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are "
+    "assigned the value 75653, they are:  WQN HIB BAE VQX NPZ\n\n"
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    "VAR OYHVR = 21185\n...\nVAR AKWOA = VAR OYHVR \n...\n...\nVAR TSWEC = VAR AKWOA \n...\n"
+    "...\n...\nVAR WAOCH = VAR TSWEC \n...\n...\n...\nVAR MKKAA = VAR WAOCH \n...\n"
+    "Question: Find all variables that are assigned the value 21185 in the text above. "
+    "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are "
+    "assigned the value 21185, they are: "
+)
 
 
 def test_score_is_the_share_found():
@@ -167,10 +205,12 @@ def test_text_folder(tmp_path, text):
     tokens = text.tokens(byte)
     np.testing.assert_array_equal(text.window(byte, 7, 20), tokens[7:27])
     np.testing.assert_array_equal(text.window(byte, len(tokens) - 2, 5)[2:], tokens[:3])
-    with pytest.raises(ConfigError, match="no haystack at"):
+    with pytest.raises(ConfigError, match="haystack file .*absent does not exist"):
         TextFolder(tmp_path / "absent")
-    with pytest.raises(ConfigError, match="holds no .*txt"):
+    with pytest.raises(ConfigError, match="no haystack file matches .*txt below"):
         TextFolder(tmp_path)
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone two")
+    assert TextFolder(tmp_path).words == ["one", "two"]
     (tmp_path / "x.txt").write_text(" \n ")
     with pytest.raises(ConfigError, match="holds no text"):
         TextFolder(tmp_path)
@@ -293,5 +333,5 @@ def test_a_pattern_leaves_files_out(tmp_path):
     (tmp_path / "a.txt").write_text("first")
     assert TextFolder(tmp_path).words == ["where", "it", "is", "from", "first", "second"]
     assert TextFolder(tmp_path / "[!A-Z]*.txt").words == ["first", "second"]
-    with pytest.raises(ConfigError, match="no haystack at .*: name a .txt file, a folder"):
+    with pytest.raises(ConfigError, match="no haystack file matches .*c\\*.txt"):
         TextFolder(tmp_path / "c*.txt")

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.tokenizer import load_tokenizer, read_vocabulary
+from rwkvx_jax.tokenizer import load_tokenizer, read_vocabulary, tokenizer_of
 from tests.helpers import shared_path
 
 ALL_BYTES = bytes(range(256)) + bytes(reversed(range(256)))
@@ -145,12 +146,45 @@ def test_bad_vocabulary_files(tmp_path):
         ("300", "line 3: expected `id literal length`"),
         ("3 b'xy' 5", "line 3: id 3 or length 5 is wrong"),
         ("3 __import__('os') 1", "line 3: expected"),
-        ("3 1 1", "line 3: 1 is neither a string nor bytes"),
+        ("3 1 1", "line 3: expected"),
+        ("3 'a','b' 2", "is neither a string nor bytes"),
+        ("3 '\\ud800' 3", "line 3: expected"),
+        ("3 " + "(" * 100_000 + " 1", "line 3: expected .*found '3 \\(+'"),
+        ("200000000 b'xy' 2", "line 3: id 200000000 is too large: ids end at 1,048,575"),
         ("2 b'\\x02' 1", "line 3: id 2 occurs twice"),
         ("3 b'xy' 2", r"no token for the single byte b'\\x02'"),
     ]:
         path.write_text("\n".join([*good[:2], line, *good[3:]]))
         with pytest.raises(ConfigError, match=message):
             read_vocabulary(path)
+    path.write_bytes(b"1 '\xff' 1\n")
+    with pytest.raises(ConfigError, match="vocab.txt is no vocabulary: it is not valid UTF-8"):
+        read_vocabulary(path)
     with pytest.raises(ConfigError, match='choose "byte" or "world"'):
         load_tokenizer("words")
+
+
+def test_hostile_vocabularies_are_refused_at_once(tmp_path):
+    path = tmp_path / "vocab.txt"
+    for content in (b"1 '" + b"a" * 20_000_000, b"1 b'\\x00' 1\n" * 2_000_000, b"\0" * 20_000_000):
+        path.write_bytes(content)
+        tracemalloc.start()
+        begin = time.perf_counter()
+        with pytest.raises(ConfigError, match="vocab.txt, line [12]: "):
+            read_vocabulary(path)
+        assert time.perf_counter() - begin < 2 and tracemalloc.get_traced_memory()[1] < 1e6
+        tracemalloc.stop()
+
+
+def test_a_vocabulary_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "vocab.txt"
+    small_vocabulary(path)
+    plain = read_vocabulary(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_vocabulary(path) == plain
+
+
+def test_the_tokenizer_of_a_model(world):
+    assert [tokenizer_of(n) for n in (257, 65536, 1000)] == ["byte", "world", ""]
+    assert tokenizer_of(world.vocab_size) == "world"
+    assert tokenizer_of(world.vocab_size - 1) == ""  # it has no row for the last id

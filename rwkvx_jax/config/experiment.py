@@ -84,6 +84,9 @@ class DataConfig(Checked):
     """Where tokenized text is cached; empty: `data-cache` in the work directory."""
     cache_per_host: bool = False
     """Each host writes a cache of its own: for hosts that share no disk."""
+    verify: Literal["sampled", "full"] = "sampled"
+    """How token files are compared with the hashes that were stored of them: "sampled" reads at
+    most 64 MiB of each when a run starts, "full" every byte."""
 
     def __post_init__(self):
         super().__post_init__()

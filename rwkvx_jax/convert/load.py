@@ -12,13 +12,7 @@ from rwkvx_jax.convert.fla import is_fla, open_fla
 from rwkvx_jax.convert.official import open_official
 from rwkvx_jax.convert.own import OwnCheckpoint, is_own_metadata, open_own_safetensors
 from rwkvx_jax.convert.tensors import ConversionError, in_dtype
-
-_TOKENIZERS = {257: "byte", 65529: "world", 65530: "world", 65536: "world"}
-
-
-def tokenizer_of(vocab_size: int) -> str:
-    """The tokenizer that a vocabulary of this size tells of, or ""."""
-    return _TOKENIZERS.get(vocab_size, "")
+from rwkvx_jax.tokenizer import tokenizer_of
 
 
 def open_checkpoint(

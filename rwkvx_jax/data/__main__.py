@@ -23,7 +23,8 @@ from rwkvx_jax.tokenizer import TokenizerName, load_tokenizer
 
 @dataclass(frozen=True)
 class Arguments:
-    """Tokenizes text or jsonl files into DST.bin and DST.idx (DST.mask for conversations)."""
+    """Tokenizes text or jsonl files into DST.bin and DST.idx (DST.mask for conversations), with
+    their hashes in DST.hash."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """File, directory or glob, local or gs://; "embedded" is the text that comes with Python."""
@@ -50,7 +51,7 @@ def main(arguments: Arguments) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.vocab_file)
     kind = arguments.kind
     if kind == "auto":
-        kind = "jsonl" if arguments.source.endswith(".jsonl") else "text"
+        kind = "jsonl" if arguments.source.lower().endswith(".jsonl") else "text"
     source = "" if arguments.source == "embedded" else arguments.source
     workers = arguments.workers or os.cpu_count() or 1
     build(open_corpus(kind, source), tokenizer, arguments.destination, workers=workers)

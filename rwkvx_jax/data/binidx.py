@@ -1,8 +1,11 @@
 """The RWKV/Megatron binidx format: a stream of token ids with an index of its documents.
 
 `NAME.bin` holds the raw ids of all documents one after the other, `NAME.idx` their sizes. Files
-made by other tools are read in place through a memory map. A third file, `NAME.mask`, is ours: one
-byte per token, 0 where the token does not count in the loss; without it all tokens count.
+made by other tools are read in place. A third file, `NAME.mask`, is ours: one byte per token, 0
+where the token does not count in the loss; without it all tokens count.
+
+Files are read by `pread` and not through a memory map: where a file is cut short while in use,
+a read comes back short and is an error here, whereas a map would kill the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ _PROBES, _PROBE_TOKENS = 64, 1024
 
 
 def binidx_file(prefix: str | os.PathLike, extension: str) -> Path:
-    """`NAME.bin`, `NAME.idx` or `NAME.mask` of a prefix (which may itself end in .bin or .idx)."""
+    """`NAME.bin`, `NAME.idx`, `NAME.mask` or such of a prefix, which may end in .bin or .idx."""
     path = Path(prefix)
     if path.suffix in (".bin", ".idx"):
         path = path.with_suffix("")
@@ -41,7 +44,7 @@ def binidx_file(prefix: str | os.PathLike, extension: str) -> Path:
 
 
 class Binidx:
-    """Memory-mapped view of a binidx pair, read-only.
+    """View of a binidx pair, read-only; may be read by several threads at once.
 
     Attributes:
       prefix: path without extension.
@@ -55,48 +58,76 @@ class Binidx:
         """Opens the files and checks that index and tokens belong together.
 
         Raises:
-          ConfigError: a file that is absent, not of this format, cut short, or whose documents do
-            not follow one another.
+          ConfigError: a file that is absent, not of this format, shorter or longer than its index
+            says, or whose documents do not follow one another.
         """
         index, tokens = binidx_file(prefix, "idx"), binidx_file(prefix, "bin")
         for path in (index, tokens):
             if not path.is_file():
                 raise ConfigError(f"{path} does not exist: a binidx source needs .bin and .idx")
         self.prefix = index.with_suffix("")
-        self.dtype, self.sizes, pointers = _read_index(index)
-        ends = np.cumsum(self.sizes, dtype=np.int64)
-        self.starts = ends - self.sizes
-        if not np.array_equal(pointers, self.starts * self.dtype.itemsize):
-            raise ConfigError(f"{index}: its documents do not follow one another in {tokens.name}")
-        self._length = int(ends[-1])
-        self._tokens = _map(tokens, self.dtype, self._length, index)
+        self.dtype, self.sizes, self.starts = _read_index(index)
+        self._length = int(self.starts[-1]) + int(self.sizes[-1])
+        self._tokens = _Array(tokens, self.dtype, self._length, index)
         mask = binidx_file(prefix, "mask")
         self.masked = mask.is_file()
-        self._mask = _map(mask, np.dtype(np.uint8), self._length, index) if self.masked else None
+        self._mask = _Array(mask, np.dtype(np.uint8), self._length, index) if self.masked else None
 
     def __len__(self) -> int:
         """Tokens of the stream."""
         return self._length
 
-    def __reduce__(self):  # a pickled memory map would carry the whole file
+    def __reduce__(self):  # open files can't be pickled
         return Binidx, (str(self.prefix),)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start .. start + count` of the stream, int32 [count]."""
-        return self._tokens[start : start + count].astype(np.int32)
+        """Tokens `start .. start + count` of the stream, int32 [count].
+
+        Raises:
+          ConfigError: the file became shorter since it was opened; so for all methods that read.
+        """
+        return self._tokens.read(start, count).astype(np.int32)
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
         """Their weights in the loss, float32 [count]: 1 or 0."""
         if self._mask is None:
             return np.ones(count, np.float32)
-        return self._mask[start : start + count].astype(np.float32)
+        return self._mask.read(start, count).astype(np.float32)
+
+    def has_targets(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Whether any token counts in the loss, for each of several spans of the stream.
+
+        Args:
+          begins: int64 [N], ascending.
+          ends: int64 [N], ascending.
+
+        Returns:
+          bool [N].
+        """
+        if self._mask is None:
+            return ends > begins
+        found = np.zeros(len(begins), bool)
+        for start in range(0, self._length, _SCAN_BLOCK):
+            stop = min(start + _SCAN_BLOCK, self._length)
+            first, last = np.searchsorted(ends, start, "right"), np.searchsorted(begins, stop)
+            if first >= last:
+                continue
+            low, high = (np.clip(edge[first:last], start, stop) - start for edge in (begins, ends))
+            mask = np.append(self._mask.read(start, stop - start), np.uint8(0))
+            # Every second of the stretches between these edges is a span.
+            largest = np.maximum.reduceat(mask, np.stack([low, high], axis=1).ravel())[::2]
+            found[first:last] |= (largest > 0) & (high > low)
+        return found
 
     def fingerprint(self) -> dict[str, int | str]:
-        """JSON-able identity: number of tokens, and a hash of the index and of tokens at places
-        spread over the file (a file may hold terabytes)."""
+        """JSON-able identity: number of tokens, and a hash of the index and of tokens (and of the
+        mask, where there is one) at places spread over the file, which may hold terabytes."""
         digest = hashlib.sha256(np.ascontiguousarray(self.sizes).tobytes())
         for start in np.linspace(0, self._length, _PROBES, endpoint=False, dtype=np.int64):
-            digest.update(self.read(int(start), _PROBE_TOKENS).tobytes())
+            count = min(_PROBE_TOKENS, self._length - int(start))
+            digest.update(self.read(int(start), count).tobytes())
+            if self._mask is not None:
+                digest.update(self._mask.read(int(start), count).tobytes())
         return {"sha256": digest.hexdigest(), "tokens": self._length}
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -109,7 +140,7 @@ class Binidx:
         if limits.min == 0 and limits.max < vocab_size:
             return
         for start in range(0, self._length, _SCAN_BLOCK):
-            block = self._tokens[start : start + _SCAN_BLOCK]
+            block = self._tokens.read(start, min(_SCAN_BLOCK, self._length - start))
             wrong = np.flatnonzero((block < 0) | (block >= vocab_size))
             if wrong.size:
                 raise ConfigError(
@@ -138,7 +169,7 @@ def write_index(file: BinaryIO, sizes: np.ndarray, dtype: np.dtype) -> None:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """Type, sizes and byte pointers of an index file."""
+    """Type of the tokens, and size and start of each document, of an index file."""
     found = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(_HEADER)
@@ -153,17 +184,41 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     if count == 0:
         raise ConfigError(f"{path}: it holds no documents")
     expected = _HEADER + 12 * count + 8 * documents
-    if found < expected:
-        raise ConfigError(f"{path} is cut short: {found} bytes, its header asks for {expected}")
-    sizes = np.memmap(path, np.int32, "r", _HEADER, (count,))
-    pointers = np.memmap(path, np.int64, "r", _HEADER + 4 * count, (count,))
+    if found != expected:
+        what = "is cut short" if found < expected else "is too long"
+        raise ConfigError(f"{path} {what}: {found} bytes, its header asks for {expected}")
+    sizes = np.fromfile(path, np.int32, count, offset=_HEADER)
+    starts = np.fromfile(path, np.int64, count, offset=_HEADER + 4 * count)
     if sizes.min() < 0 or not sizes.any():
         raise ConfigError(f"{path}: its documents have no tokens or negative sizes")
-    return _DTYPES[code], sizes, pointers
+    itemsize = _DTYPES[code].itemsize
+    uneven = bool((starts % itemsize).any()) if itemsize > 1 else False
+    starts //= itemsize
+    if uneven or starts[0] != 0 or not np.array_equal(np.diff(starts), sizes[:-1]):
+        raise ConfigError(f"{path}: its documents do not follow one another in the .bin file")
+    return _DTYPES[code], sizes, starts
 
 
-def _map(path: Path, dtype: np.dtype, length: int, index: Path) -> np.memmap:
-    found, expected = path.stat().st_size, length * dtype.itemsize
-    if found < expected:
-        raise ConfigError(f"{path} is cut short: {found} bytes, {index.name} asks for {expected}")
-    return np.memmap(path, dtype, "r", 0, (length,))
+class _Array:
+    """The integers of a file, read in pieces."""
+
+    def __init__(self, path: Path, dtype: np.dtype, length: int, index: Path):
+        self._path, self._dtype = path, dtype
+        self._file = path.open("rb", buffering=0)  # closed with this object
+        found, expected = os.fstat(self._file.fileno()).st_size, length * dtype.itemsize
+        if found != expected:
+            what = "is cut short" if found < expected else "is too long"
+            raise ConfigError(f"{path} {what}: {found} bytes, {index.name} asks for {expected}")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Items start .. start + count, which must be in the file; read-only."""
+        size, begin, pieces = count * self._dtype.itemsize, start * self._dtype.itemsize, []
+        while size:  # a large read comes in pieces
+            data = os.pread(self._file.fileno(), size, begin)
+            if not data:
+                raise ConfigError(
+                    f"{self._path} has become shorter while it is in use: byte {begin} is gone"
+                )
+            pieces.append(data)
+            begin, size = begin + len(data), size - len(data)
+        return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._dtype)

@@ -7,12 +7,13 @@ at any step, and any number of hosts reads the same global order.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ import numpy as np
 from absl import flags
 
 from rwkvx_jax.config import ConfigError, DataConfig, SourceConfig, Stage
-from rwkvx_jax.data.binidx import Binidx
+from rwkvx_jax.data.binidx import Binidx, binidx_file
+from rwkvx_jax.data.chat import TEMPLATE
+from rwkvx_jax.data.hashes import check_hashes
 from rwkvx_jax.data.samples import Documents, MagicOrder, Pieces, Synthetic, Windows
 from rwkvx_jax.data.sources import open_corpus
 from rwkvx_jax.data.token_cache import cached
@@ -37,6 +40,7 @@ Batch = dict[str, np.ndarray]
 _IN_BOOKS = {"book-passkey", "book-recall"}
 _SYNTHETIC = {"passkey", "recall", "pairs"} | _IN_BOOKS
 
+_log = logging.getLogger(__name__)
 _READ_THREADS = 2
 _BATCHES_AHEAD = 4
 
@@ -89,7 +93,7 @@ class OpenData:
           fly with targets="balanced".
 
         Raises:
-          ConfigError: a source that holds less than one sample.
+          ConfigError: a source that holds less than one sample, or none with anything to learn.
         """
         weights = stage.source_weights or tuple(s.config.weight for s in self.sources)
         used = [i for i, weight in enumerate(weights) if weight > 0]
@@ -115,13 +119,13 @@ class OpenData:
         config, shared = source.config, {"held_out": split == "valid"}
         window = (self.tokenizer, stage.seq_len)
         if config.kind == "pairs":
-            return partial(pairs_sample, *window, pairs=config.pairs, **shared)
+            return functools.partial(pairs_sample, *window, pairs=config.pairs, **shared)
         if config.kind in _IN_BOOKS:
             shared["text"] = Pieces(source.stream, *self._bounds(source, split))
         if config.kind in ("passkey", "book-passkey"):
-            return partial(training_sample, *window, **shared)
+            return functools.partial(training_sample, *window, **shared)
         asked = {"pairs": config.pairs, "questions": config.questions}
-        return partial(recall_sample, *window, **asked, **shared)
+        return functools.partial(recall_sample, *window, **asked, **shared)
 
     def _bounds(self, source: OpenSource, split: Split) -> tuple[int, int]:
         border = source.split(self.config.held_out)
@@ -140,6 +144,8 @@ class OpenData:
                 f"stage {stage.name!r}: {source.name} has {end - begin} {what} tokens, not one "
                 f"{source.config.samples} of {stage.seq_len} + 1 tokens; {remedy}"
             )
+        if source.stream.masked or source.config.samples == "document":
+            _check_targets(samples, f"stage {stage.name!r}: {source.name}", source.config.samples)
         return samples
 
 
@@ -178,6 +184,27 @@ def open_data(
     return OpenData(data, tokenizer, tuple(sources), fingerprint)
 
 
+@functools.lru_cache(maxsize=64)  # a run opens the samples of a stage more than once
+def _check_targets(samples: Windows | Documents, where: str, kind: str) -> None:
+    """Warns of samples in which no token counts in the loss.
+
+    Raises:
+      ConfigError: there are no others.
+    """
+    begins, ends = samples.targets()
+    empty = np.flatnonzero(~samples.stream.has_targets(begins, ends))
+    if empty.size == 0:
+        return
+    message = (
+        f"{where}: in {empty.size} of {len(begins)} {kind}s no token counts in the loss within "
+        f"{samples.seq_len} + 1 tokens (an answer may lie further on); the first is {kind} "
+        f"{empty[0]}, from token {begins[empty[0]] - 1} of {samples.stream.prefix}.bin on"
+    )
+    if empty.size == len(begins):
+        raise ConfigError(f"{message}; raise the stage's seq_len or give it other text")
+    _log.warning("%s", message)
+
+
 def _open_source(
     config: SourceConfig,
     data: DataConfig,
@@ -191,20 +218,41 @@ def _open_source(
     path = config.path or data.path
     if config.kind == "binidx":
         stream = Binidx(_local(path, "a binidx source"))
+        _verify(stream.prefix, data, workdir, writer)
         stream.check_vocabulary(vocab_size)
         return OpenSource(config, str(path), stream), stream.fingerprint()
     corpus = open_corpus("text" if config.kind in _IN_BOOKS else config.kind, path)
-    cache_dir = _local(data.cache_dir or str(workdir), "data.cache_dir")
-    cache_dir = cache_dir if data.cache_dir else cache_dir / "data-cache"
-    stream, fingerprint = cached(corpus, tokenizer, cache_dir, writer=writer)
-    return OpenSource(config, corpus.name, stream), {"sha256": fingerprint, "tokens": len(stream)}
+    full = data.verify == "full" and writer
+    cache_dir = _local(_cache_dir(data, workdir), "data.cache_dir")
+    stream, fingerprint = cached(corpus, tokenizer, cache_dir, writer=writer, full_check=full)
+    identity = {"sha256": fingerprint, "tokens": len(stream)}
+    if stream.masked:  # with another template the same text is other data
+        identity["template"] = TEMPLATE
+    return OpenSource(config, corpus.name, stream), identity
+
+
+def _verify(prefix: Path, data: DataConfig, workdir: Path, writer: bool) -> None:
+    """Compares a binidx source with its hashes, or with those of its first use in this run."""
+    record = binidx_file(prefix, "hash")
+    remedy = "restore it, or tokenize its text again"
+    if not record.exists():
+        folder = _cache_dir(data, workdir)
+        place = hashlib.sha256(str(prefix.resolve()).encode()).hexdigest()[:16]
+        record = None if "://" in folder else Path(folder) / f"{prefix.name}-{place}.hash"
+        remedy = f"restore it, or remove {record} if the change is meant"
+    full = data.verify == "full" and writer
+    check_hashes(prefix, record, full=full, write=writer, remedy=remedy)
+
+
+def _cache_dir(data: DataConfig, workdir: Path) -> str:
+    return data.cache_dir or str(workdir / "data-cache")
 
 
 def _local(path: str, what: str) -> Path:
     if not path:
         raise ConfigError(f"{what} needs a path")
     if "://" in path:
-        raise ConfigError(f"{what} is read through a memory map: {path} has to be on a local disk")
+        raise ConfigError(f"{what} is read in place: {path} has to be on a local disk")
     return Path(path)
 
 

@@ -44,6 +44,11 @@ class Windows:
             "mask": self.stream.read_mask(start + 1, self.seq_len),
         }
 
+    def targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each sample's targets begin and end in the stream: int64 [N] twice."""
+        begins = self.begin + 1 + self.seq_len * np.arange(len(self), dtype=np.int64)
+        return begins, begins + self.seq_len
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -77,6 +82,12 @@ class Documents:
         if size > 1:
             mask[: size - 1] = self.stream.read_mask(start + 1, size - 1)
         return {"tokens": tokens, "mask": mask}
+
+    def targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each sample's targets begin and end in the stream: int64 [N] twice."""
+        which = slice(self._first, self._first + self._count)
+        starts, sizes = self.stream.starts[which], self.stream.sizes[which]
+        return starts + 1, starts + np.clip(sizes, 1, self.seq_len + 1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import logging
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from etils import epath
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import render_chat
+from rwkvx_jax.textfiles import BYTE_ORDER_MARK, decode, find_files
 from rwkvx_jax.tokenizer import Tokenizer
 
 CorpusKind = Literal["text", "jsonl", "embedded"]
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _SUFFIXES = {"text": ".txt", "jsonl": ".jsonl"}
 _PART_BYTES = 8 << 20
 _CUT_WINDOW = 1 << 16  # bytes searched at a time for a place to cut
-_HASH_BLOCK = 1 << 24
+_BLOCK = 1 << 24  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ class FileCorpus:
 
         Args:
           kind: "text" or "jsonl".
-          path: a file, a directory (all *.txt or *.jsonl below it) or a glob.
+          path: a file, a directory (all *.txt or *.jsonl below it) or a glob; see textfiles.py.
 
         Raises:
           ConfigError: nothing there, or nothing but empty files.
         """
         self.kind: CorpusKind = kind
         self.name = path
-        self._files = [(file, file.stat()) for file in _find_files(path, _SUFFIXES[kind])]
+        self._files = [(file, file.stat()) for file in find_files(path, _SUFFIXES[kind])]
         empty = [str(file) for file, stat in self._files if stat.length == 0]
         if len(empty) == len(self._files):
             raise ConfigError(f"data file {empty[0]} is empty")
@@ -124,7 +124,7 @@ class FileCorpus:
         for file, stat in self._files:
             digest.update(f"{stat.length}\0".encode())
             with file.open("rb") as stream:
-                while block := stream.read(_HASH_BLOCK):
+                while block := stream.read(_BLOCK):
                     digest.update(block)
         return digest.hexdigest()
 
@@ -166,7 +166,7 @@ def open_corpus(kind: Literal["text", "jsonl"], path: str) -> EmbeddedCorpus | F
             raise ConfigError(f'a data source of kind "{kind}" needs a path')
         return EmbeddedCorpus()
     for other, suffix in (("jsonl", ".jsonl"), ("binidx", ".bin"), ("binidx", ".idx")):
-        if path.endswith(suffix) and kind != other:
+        if path.lower().endswith(suffix) and kind != other:
             raise ConfigError(f'data source {path} looks like {other}: set kind="{other}"')
     return FileCorpus(kind, path)
 
@@ -202,33 +202,48 @@ def _texts(part: Part) -> Iterable[tuple[str, bool]]:
     if part.kind == "embedded":
         yield from ((text, True) for text in _embedded_documents())
     for r in part.ranges:
-        try:
-            yield _read(r).decode(), r.closes
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{r.path} is not valid UTF-8: {error.reason} at byte {r.begin + error.start}"
-            ) from error
+        with epath.Path(r.path).open("rb") as stream:
+            stream.seek(r.begin)
+            text = decode(stream.read(r.end - r.begin), r.path, r.begin)
+        if text or r.begin:
+            yield text, r.closes
 
 
 def _jsonl_documents(
     r: Range, tokenizer: Tokenizer
 ) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
     """Tokens and mask of each line; blank lines and empty texts are no documents."""
-    for number, line in enumerate(_read(r).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not {"text", "messages"} & set(record):
-                raise ValueError('neither "text" nor "messages"')
-            if "messages" in record:
-                yield render_chat(record["messages"], tokenizer)
-            elif not isinstance(record["text"], str):
-                raise ValueError('"text" is not a string')
-            elif record["text"]:
-                yield _close(tokenizer.encode(record["text"])), None
-        except ValueError as error:
-            raise ConfigError(f"{r.path}, line {_lines_before(r) + number}: {error}") from error
+    with epath.Path(r.path).open("rb") as stream:
+        stream.seek(r.begin)
+        number, place = 0, r.begin
+        while place < r.end:
+            line = stream.readline()
+            number, place = number + 1, place + len(line)
+            try:
+                document = _jsonl_document(line.decode(), tokenizer)
+            except (ValueError, RecursionError) as error:
+                number += _lines_before(r)
+                raise ConfigError(f"{r.path}, line {number}: {error}") from error
+            if document is not None:
+                yield document
+
+
+def _jsonl_document(line: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Tokens and mask of a line, or None; a field that is null counts as absent."""
+    line = line.removeprefix(BYTE_ORDER_MARK).strip()
+    if not line:
+        return None
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    text, messages = record.get("text"), record.get("messages")
+    if messages is not None:
+        return render_chat(messages, tokenizer)
+    if text is None:
+        raise ValueError('neither "text" nor "messages"')
+    if not isinstance(text, str):
+        raise ValueError('"text" is not a string')
+    return (_close(tokenizer.encode(text)), None) if text else None
 
 
 def _close(tokens: np.ndarray) -> np.ndarray:
@@ -236,13 +251,11 @@ def _close(tokens: np.ndarray) -> np.ndarray:
 
 
 def _lines_before(r: Range) -> int:
-    return _read(Range(r.path, 0, r.begin, True)).count(b"\n")
-
-
-def _read(r: Range) -> bytes:
+    lines, left = 0, r.begin
     with epath.Path(r.path).open("rb") as stream:
-        stream.seek(r.begin)
-        return stream.read(r.end - r.begin)
+        while left and (block := stream.read(min(left, _BLOCK))):
+            lines, left = lines + block.count(b"\n"), left - len(block)
+    return lines
 
 
 def _after_line(data: bytes) -> int:
@@ -257,50 +270,6 @@ def _find_cut(stream, begin: int, length: int, cut) -> int:
             return begin + place
         begin += _CUT_WINDOW - 1  # windows overlap by a byte: a cut lies between two bytes
     return length
-
-
-def _find_files(path: str, suffix: str) -> list[epath.Path]:
-    """Files of a path in their order: the file itself, those of a glob, or all below a directory
-    with that suffix."""
-    root = epath.Path(path)
-    if _is_glob(path):
-        found, wanted = (file for file in _glob(path) if not file.is_dir()), path
-    elif root.is_dir():
-        found, wanted = _below(root, suffix), f"*{suffix} below {path}"
-    elif root.exists():
-        return [root]
-    else:
-        raise ConfigError(f"data file {path} does not exist")
-    files = sorted(found)
-    if not files:
-        raise ConfigError(f"no file matches {wanted}")
-    return files
-
-
-def _below(folder: epath.Path, suffix: str) -> Iterable[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.suffix == suffix:
-            yield entry
-        elif entry.is_dir():
-            yield from _below(entry, suffix)
-
-
-def _glob(path: str) -> Iterable[epath.Path]:
-    base = epath.Path(path)
-    pattern = str(base)
-    while _is_glob(str(base)):
-        base = base.parent
-    if str(base) != ".":
-        pattern = pattern.removeprefix(str(base)).lstrip("/")
-    if "**" not in pattern:
-        return base.glob(pattern)
-    if "://" in path:
-        raise ConfigError(f'"**" does not work in {path}: name its directory instead')
-    return (epath.Path(file) for file in Path(base).glob(pattern))
-
-
-def _is_glob(path: str) -> bool:
-    return any(mark in path for mark in "*?[")
 
 
 @functools.cache

@@ -3,14 +3,13 @@
 The corpus is cut into parts; each finished part is a file of its own, so that an interrupted run
 goes on where it stopped, and any number of processes can work side by side. At the end the parts
 are joined beside the final names and renamed, the index last: whoever sees the index sees a
-complete file.
+complete file, with its hashes beside it.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -19,21 +18,22 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.binidx import Binidx, binidx_file, write_index
+from rwkvx_jax.data.hashes import check_hashes, hash_files, write_hashes
+from rwkvx_jax.data.progress import progress
 from rwkvx_jax.data.sources import EmbeddedCorpus, FileCorpus, Part, encode_part
 from rwkvx_jax.data.workers import follow_parent
+from rwkvx_jax.storage import exclusive, new_file
 from rwkvx_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # raised when the same text would give other files
-_SHOW_AFTER = 2.0  # seconds of work before a progress bar appears
+_FORMAT = 2  # raised when the same text would give other files
 _POLL = 0.5  # seconds between looks at what another process writes
 _STALLED = 600.0  # seconds without any progress of it that are an error
 
@@ -44,6 +44,7 @@ def cached(
     cache_dir: Path,
     *,
     writer: bool = True,
+    full_check: bool = False,
     stalled: float = _STALLED,
 ) -> tuple[Binidx, str]:
     """The tokens of a corpus, from the cache or put into it now.
@@ -53,14 +54,15 @@ def cached(
       tokenizer: how to read it.
       cache_dir: a local directory; created if needed.
       writer: False on all but one process of a job with a common cache: waits for the writer.
+      full_check: compares every byte with what was stored, not samples alone.
       stalled: seconds without progress after which waiting is given up.
 
     Returns:
       The opened file and the corpus' fingerprint.
 
     Raises:
-      ConfigError: text that can't be tokenized, or a writer that doesn't come forward.
-      OSError: the directory can't be written to; finished parts are kept.
+      ConfigError: text that can't be tokenized, a directory that can't be written to (finished
+        parts are kept), a cache that is not what was stored, or a writer that doesn't come forward.
     """
     fingerprint = corpus.fingerprint()
     key = hashlib.sha256(f"{_FORMAT} {fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()
@@ -69,13 +71,17 @@ def cached(
         build(corpus, tokenizer, prefix)
     else:
         _wait(prefix, stalled)
-    return Binidx(prefix), fingerprint
+    stream = Binidx(prefix)
+    hashes = binidx_file(prefix, "hash")
+    remedy = f"remove {prefix}.* and the text is tokenized again"
+    check_hashes(prefix, hashes, full=full_check, write=False, remedy=remedy)
+    return stream, fingerprint
 
 
 def build(
     corpus: EmbeddedCorpus | FileCorpus, tokenizer: Tokenizer, prefix: Path, *, workers: int = 0
 ) -> None:
-    """Writes PREFIX.bin, PREFIX.idx and, for chats, PREFIX.mask, unless they are there.
+    """Writes PREFIX.bin, .idx, .hash and, for chats, .mask, unless they are there.
 
     Args:
       corpus: what to read.
@@ -84,39 +90,57 @@ def build(
       workers: processes that tokenize; 0: this one.
 
     Raises:
-      ConfigError: text that can't be tokenized (file and place).
-      OSError: the directory can't be written to; finished parts are kept.
+      ConfigError: text that can't be tokenized (file and place), or a file that can't be read or
+        written; finished parts are kept.
     """
     index = binidx_file(prefix, "idx")
-    if index.exists():
+    if _is_complete(index):
         return
-    folder = index.with_suffix(".parts")
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(index.with_suffix(".lock")):
-            if index.exists():  # another process was first
+        with exclusive(index.with_suffix(".lock")):
+            if _is_complete(index):  # another process was first
                 return
-            parts = corpus.parts(tokenizer)
-            folder.mkdir(exist_ok=True)
-            _match_folder(folder, corpus, tokenizer)
-            _encode_all(parts, tokenizer, folder, workers, corpus.name)
-            _join([_part_file(folder, i) for i in range(len(parts))], prefix, tokenizer)
-            shutil.rmtree(folder)
+            _build(corpus, tokenizer, prefix, workers)
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"a process that tokenized {corpus.name} was killed, maybe for lack of memory; "
+            "finished parts are kept: give the same command again, with fewer workers"
+        ) from error
     except OSError as error:
-        error.add_note(f"while tokenizing {corpus.name} into {prefix}; finished parts are kept")
-        raise
+        raise ConfigError(
+            f"tokenizing {corpus.name} into {prefix} failed: {error}; finished parts are kept: "
+            "once the cause is mended, the same command goes on from them"
+        ) from error
+
+
+def _is_complete(index: Path) -> bool:
+    """A cache without hashes can't be trusted, and is made again."""
+    return index.exists() and index.with_suffix(".hash").exists()
+
+
+def _build(
+    corpus: EmbeddedCorpus | FileCorpus, tokenizer: Tokenizer, prefix: Path, workers: int
+) -> None:
+    folder = binidx_file(prefix, "parts")
+    parts = corpus.parts(tokenizer)
+    folder.mkdir(exist_ok=True)
+    _match_folder(folder, corpus, tokenizer, parts)
+    _encode_all(parts, tokenizer, folder, workers, corpus.name)
+    _join([_part_file(folder, i) for i in range(len(parts))], prefix, tokenizer)
+    shutil.rmtree(folder)
 
 
 def _encode_all(
     parts: list[Part], tokenizer: Tokenizer, folder: Path, workers: int, name: str
 ) -> None:
     """Tokenizes the parts that have no file yet."""
-    todo = [i for i in range(len(parts)) if not _part_file(folder, i).exists()]
+    todo = [i for i in range(len(parts)) if not _is_whole(_part_file(folder, i))]
     if len(todo) < len(parts):
         _log.info("%s: %d of %d parts are there", name, len(parts) - len(todo), len(parts))
     jobs = [(parts[i], _part_file(folder, i)) for i in todo]
     total, done = sum(part.size for part in parts), sum(parts[i].size for i in todo)
-    with _progress(f"tokenizing {name}", total, total - done) as advance:
+    with progress(f"tokenizing {name}", total, total - done) as advance:
         if workers == 0:
             for part, path in jobs:
                 _encode_to_file(tokenizer, part, path)
@@ -141,7 +165,7 @@ def _encode_to_file(tokenizer: Tokenizer, part: Part, path: Path) -> None:
     arrays = {"tokens": tokens, "sizes": encoded.sizes, "closed": encoded.closed}
     if encoded.mask is not None:
         arrays["mask"] = encoded.mask
-    with _new_file(path) as file:
+    with new_file(path) as file:
         np.savez(file, **arrays)
 
 
@@ -149,15 +173,50 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a part is there and can be read; one that can't is removed."""
+    if not path.exists():
+        return False
+    try:
+        with np.load(path) as part:
+            arrays = {name: part[name] for name in part.files}
+        sizes, mask = arrays["sizes"], arrays.get("mask", arrays["tokens"])
+        if sizes.sum() != len(arrays["tokens"]) or len(mask) != len(arrays["tokens"]):
+            raise ValueError("its sizes do not belong to its tokens")
+        bool(arrays["closed"])
+    except Exception as error:  # a damaged archive fails in a dozen ways
+        _log.warning("%s is damaged (%s): it is made again", path, error)
+        path.unlink()
+        return False
+    return True
+
+
 def _join(paths: list[Path], prefix: Path, tokenizer: Tokenizer) -> None:
-    """Joins the parts' files in their order; the index appears last."""
-    mask_file = binidx_file(prefix, "mask")
-    mask_file.unlink(missing_ok=True)
+    """Joins the parts' files in their order; hashes and index appear last."""
+    files = {part: binidx_file(prefix, part) for part in ("bin", "mask", "idx", "hash")}
+    for part in ("idx", "hash", "mask"):  # nobody may take the new files for the old ones
+        files[part].unlink(missing_ok=True)
+    sizes = _join_tokens(paths, files)
+    if not sizes:
+        raise ConfigError(f"{prefix.name}: the corpus holds no text")
+    if max(sizes) > np.iinfo(np.int32).max:
+        raise ConfigError(f"{prefix.name}: a document of {max(sizes)} tokens is too long")
+    with new_file(files["idx"]) as index:
+        write_index(index, np.asarray(sizes, np.int64), _dtype(tokenizer))
+        index.flush()
+        written = {"bin": files["bin"], "idx": Path(index.name)}
+        if files["mask"].exists():
+            written["mask"] = files["mask"]
+        write_hashes(files["hash"], hash_files(written, full=True, label=str(prefix)))
+
+
+def _join_tokens(paths: list[Path], files: dict[str, Path]) -> list[int]:
+    """Writes tokens and mask; returns the size of each document."""
     masked = any(_has_mask(path) for path in paths)
     sizes, closed = [], True
     with contextlib.ExitStack() as stack:
-        tokens = stack.enter_context(_new_file(binidx_file(prefix, "bin")))
-        mask = stack.enter_context(_new_file(mask_file)) if masked else None
+        tokens = stack.enter_context(new_file(files["bin"]))
+        mask = stack.enter_context(new_file(files["mask"])) if masked else None
         for path in paths:
             with np.load(path) as part:
                 found = part["sizes"].tolist()
@@ -169,12 +228,7 @@ def _join(paths: list[Path], prefix: Path, tokenizer: Tokenizer) -> None:
                     sizes[-1] += found.pop(0)
                 sizes.extend(found)
                 closed = bool(part["closed"])
-        if not sizes:
-            raise ConfigError(f"{prefix.name}: the corpus holds no text")
-        if max(sizes) > np.iinfo(np.int32).max:
-            raise ConfigError(f"{prefix.name}: a document of {max(sizes)} tokens is too long")
-    with _new_file(binidx_file(prefix, "idx")) as index:
-        write_index(index, np.asarray(sizes, np.int64), _dtype(tokenizer))
+    return sizes
 
 
 def _has_mask(path: Path) -> bool:
@@ -186,53 +240,34 @@ def _part_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.npz"
 
 
-def _match_folder(folder: Path, corpus: EmbeddedCorpus | FileCorpus, tokenizer: Tokenizer) -> None:
-    """Throws away parts which another corpus or tokenizer left."""
+def _match_folder(
+    folder: Path, corpus: EmbeddedCorpus | FileCorpus, tokenizer: Tokenizer, parts: list[Part]
+) -> None:
+    """Throws away parts which another corpus, tokenizer or way of cutting left."""
     expected = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, "files": corpus.listing()}
+    expected["parts"] = hashlib.sha256(repr(parts).encode()).hexdigest()
     note = folder / "corpus.json"
-    if note.exists() and json.loads(note.read_text()) == expected:
+    if note.exists() and _read_note(note) == expected:
         return
     for old in folder.glob("*.npz"):
         old.unlink()
-    with _new_file(note) as file:
+    with new_file(note) as file:
         file.write(json.dumps(expected).encode())
 
 
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when the block ends without error, and is complete then."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _read_note(path: Path) -> object:
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Lets one process at a time into the block; the system frees the lock of a dead one.
-
-    The file goes when the block succeeds. Processes that still wait on it then must look whether
-    there is anything left to do.
-    """
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems have no locks
-            _log.warning("%s can't be locked (%s): start one process only", path, error)
-        yield
-        path.unlink(missing_ok=True)
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        _log.warning("%s is damaged (%s): the parts beside it are made again", path, error)
+        return None
 
 
 def _wait(prefix: Path, stalled: float) -> None:
     """Waits until another process has written the index."""
     index = binidx_file(prefix, "idx")
     folder, seen, since = index.with_suffix(".parts"), None, time.monotonic()
-    while not index.exists():
+    while not _is_complete(index):
         state = _state(folder)
         if state != seen:
             seen, since = state, time.monotonic()
@@ -252,28 +287,3 @@ def _state(folder: Path) -> list[tuple[str, int]]:
             with contextlib.suppress(FileNotFoundError):
                 found.append((entry.name, entry.stat().st_size))
     return sorted(found)
-
-
-@contextlib.contextmanager
-def _progress(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes, shown once the work turns out to take long."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task(label, total=total, completed=done)
-    begin, shown = time.monotonic(), False
-
-    def advance(size: int) -> None:
-        nonlocal shown
-        bar.advance(task, size)
-        if not shown and time.monotonic() - begin > _SHOW_AFTER:
-            bar.start()
-            shown = True
-
-    try:
-        yield advance
-    finally:
-        if shown:
-            bar.stop()

@@ -7,7 +7,6 @@ served from the beginning, by words or by tokens; past its end it starts anew.
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.textfiles import find_files, read_text
 from rwkvx_jax.tokenizer import Tokenizer
 
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]’”])) (?=[\"'(\[‘“]?[A-Z])")
@@ -22,7 +22,7 @@ _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]’”])) (?=[\"'(\[�
 
 class TextFolder:
     """The text of one file, of all *.txt files below a folder, or of the files that match a pattern
-    such as books/[!A-Z]*.txt, in the order of their paths.
+    such as books/[!A-Z]*.txt, in the order of their paths (see textfiles.py).
 
     words: its words. fingerprint: hash of the words.
     """
@@ -33,8 +33,8 @@ class TextFolder:
         Raises:
           ConfigError: nothing there, no *.txt file, invalid UTF-8, or no words.
         """
-        files = _files(Path(path))
-        self.words = [word for file in files for word in _read(file).split()]
+        files = find_files(path, ".txt", what="haystack")
+        self.words = [word for file in files for word in read_text(file).split()]
         if not self.words:
             raise ConfigError(f"haystack {path} holds no text")
         self.fingerprint = hashlib.sha256(" ".join(self.words).encode()).hexdigest()[:16]
@@ -66,27 +66,3 @@ def open_folder(path: str) -> TextFolder:
 def sentences(text: str) -> list[str]:
     """Cuts text at blanks between the end of a sentence and a capital letter."""
     return [part for part in _SENTENCE_END.split(text) if part]
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        if not (files := [file for file in files if file.is_file()]):
-            raise ConfigError(
-                f"no haystack at {path}: name a .txt file, a folder of them, or a pattern"
-            )
-        return files
-    if not (files := sorted(path.rglob("*.txt"))):
-        raise ConfigError(f"haystack {path} holds no *.txt file")
-    return files
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file} is not valid UTF-8: {error.reason} at byte {error.start}"
-        ) from error

@@ -3,7 +3,11 @@
 A prompt is as long as fits: its haystack grows unit by unit (a filler line, a word of text, a
 distracting needle) while the tokens of the whole prompt and those reserved for the answer do not
 exceed the length. Differences from RULER: the needle that is asked for lies at a given depth and
-not at a random one, the haystack grows by single units, and names come from our own word lists.
+not at a random one, its haystack grows by single units, and names come from our own word lists.
+
+Variable tracking is that of RULER's repository as of 2026-07-22 (c3f5e3b), blank by blank: words,
+separators, places, the solved example, and the blank at the end of the prompt. lm_eval 0.4.13 has
+an older version: "assgined", noise joined by blanks, an example of other length, no last blank.
 """
 
 from __future__ import annotations
@@ -39,13 +43,12 @@ _TRACKING = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
     "{context}\nQuestion: Find all variables that are assigned the value {value} in the text above."
 )
-# "assgined" is RULER's own spelling, kept so that scores can be compared.
 _TRACKING_ANSWER = (
     " Answer: According to the chain(s) of variable assignment in the text above, {count} "
-    "variables are assgined the value {value}, they are:"
+    "variables are assigned the value {value}, they are: "
 )
-_HOPS = 4
-_EXAMPLE_TOKENS = 500
+_VARIABLES = 5  # of a chain: four hops
+_EXAMPLE_TOKENS = 500  # at most, without its answer
 _EXAMPLE_LETTERS, _LETTERS = 3, 5
 
 
@@ -143,34 +146,38 @@ def tracking_question(tokenizer: Tokenizer, length: int, rng: np.random.Generato
     Raises:
       ConfigError: a length that can't hold example, chain and question.
     """
-    example = _Chain(_EXAMPLE_LETTERS, rng)
-    room = _EXAMPLE_TOKENS - TRACKING_RESERVED
-    solved = example.text(_most_units(example.text, tokenizer, room) or 0)
-    solved = f"{solved} {' '.join(example.variables)}\n\n\n\n"
+    example, least = _Chain(_EXAMPLE_LETTERS, rng), _VARIABLES
+    units = _most_units(example.text, tokenizer, _EXAMPLE_TOKENS, least) or least
+    solved = f"{example.text(units)} {' '.join(example.variables)}\n\n"
     chain = _Chain(_LETTERS, rng)
     build = lambda units: solved + chain.text(units)
-    prompt = _longest(build, tokenizer, length, TRACKING_RESERVED, "a variable-tracking prompt")
+    what = "a variable-tracking prompt"
+    prompt = _longest(build, tokenizer, length, TRACKING_RESERVED, what, least)
     return Question(prompt, tuple(chain.variables))
 
 
 class _Chain:
-    """VAR A = 12345, VAR B = VAR A, ... scattered in order over noise lines."""
+    """VAR A = 12345, VAR B = VAR A, ... in order, each before another one of the noise lines."""
 
     def __init__(self, letters: int, rng: np.random.Generator):
         alphabet = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
         names: dict[str, None] = {}
-        while len(names) <= _HOPS:
+        while len(names) < _VARIABLES:
             names["".join(rng.choice(alphabet, letters))] = None
         self.variables = list(names)
         self.value = int(rng.integers(10_000, 99_999))
-        self._places = np.sort(rng.random(len(names)))
+        self._seed = rng.integers(2**63)
 
     def text(self, units: int) -> str:
         """Task, context with so many noise lines, question, beginning of the answer."""
         first, *others = self.variables
-        lines = [f"VAR {first} = {self.value}"]
-        lines += [f"VAR {b} = VAR {a}" for a, b in zip(self.variables, others, strict=False)]
-        context = "\n".join(_insert([FILLER] * units, lines, self._places))
+        chain = [f"VAR {first} = {self.value}"]
+        chain += [f"VAR {b} = VAR {a} " for a, b in zip(self.variables, others, strict=False)]
+        places = np.random.default_rng(self._seed).choice(units, len(chain), replace=False)
+        lines = [FILLER] * units
+        for place, line in reversed(list(zip(np.sort(places), chain, strict=True))):
+            lines.insert(place, line)
+        context = "\n".join(lines)
         ending = _TRACKING_ANSWER.format(count=len(self.variables), value=self.value)
         return _TRACKING.format(context=context, value=self.value) + ending
 
@@ -193,27 +200,34 @@ def _insert(parts: list[str], needles: list[str], places: np.ndarray) -> list[st
 
 
 def _longest(
-    build: Callable[[int], str], tokenizer: Tokenizer, length: int, reserved: int, what: str
+    build: Callable[[int], str],
+    tokenizer: Tokenizer,
+    length: int,
+    reserved: int,
+    what: str,
+    least: int = 0,
 ) -> np.ndarray:
     """Tokens of the longest text that leaves `reserved` of `length` tokens free."""
-    units = _most_units(build, tokenizer, length - reserved)
+    units = _most_units(build, tokenizer, length - reserved, least)
     if units is None:
-        least = len(tokenizer.encode(build(0))) + reserved
+        shortest = len(tokenizer.encode(build(least))) + reserved
         raise ConfigError(
-            f"{what} of {length} tokens is too short: without any haystack it takes {least} "
+            f"{what} of {length} tokens is too short: with the least haystack it takes {shortest} "
             f"tokens of the {tokenizer.name} tokenizer, {reserved} of them for the answer"
         )
     return tokenizer.encode(build(units))
 
 
-def _most_units(build: Callable[[int], str], tokenizer: Tokenizer, room: int) -> int | None:
-    """The largest n for which build(n) has at most `room` tokens; None if there is none.
+def _most_units(
+    build: Callable[[int], str], tokenizer: Tokenizer, room: int, least: int
+) -> int | None:
+    """The largest n >= least for which build(n) has at most `room` tokens; None if there is none.
 
     Lengths are nearly linear in n: guesses along the secant, a little to either side in turn, find
     it in a few steps.
     """
     count = lambda n: len(tokenizer.encode(build(n)))
-    low, high = (0, count(0)), (8, count(8))
+    low, high = (least, count(least)), (least + 8, count(least + 8))
     if low[1] > room:
         return None
     while high[1] <= room:
