@@ -10,10 +10,13 @@ import numpy as np
 from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.fla import is_fla, open_fla
 from rwkvx_jax.convert.official import open_official
-from rwkvx_jax.convert.own import OwnCheckpoint, is_own_metadata, open_own_safetensors
+from rwkvx_jax.convert.own import OwnCheckpoint, is_own_metadata, read_own
 from rwkvx_jax.convert.tensors import ConversionError, in_dtype
 
-_TOKENIZERS = {257: "byte", 65529: "world", 65530: "world", 65536: "world"}
+TOKENIZER_IDS = {"byte": 257, "world": 65530}
+"""Ids of each tokenizer (of "world": with its standard vocabulary), and so the least vocabulary of
+a model that can use it."""
+_TOKENIZERS = {257: "byte", 65530: "world", 65536: "world"}
 
 
 def tokenizer_of(vocab_size: int) -> str:
@@ -45,7 +48,7 @@ def open_checkpoint(
         return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info)
     tensors, metadata = open_tensors(path)
     if is_own_metadata(metadata):
-        own = open_own_safetensors(path)
+        own = read_own(path, tensors, metadata)
         given = {name: size for name, size in sizes.items() if size is not None}
         config = dataclasses.replace(own.config, **given)
         return own._replace(config=config, params=in_dtype(own.params, dtype))
