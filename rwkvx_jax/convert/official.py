@@ -58,11 +58,13 @@ class OfficialInfo:
     """The names in the file's order, if that is another one than of the released files."""
 
     def __post_init__(self):
-        dtypes = [self.dtype, *(self.other_dtypes.values() if self.other_dtypes else ())]
+        others = self.other_dtypes
+        dtypes = [self.dtype, *(others.values() if isinstance(others, dict) else [None])]
         valid = (
             self.prefix in ("", _PREFIX)
             and isinstance(self.first_value_residual, bool)
             and all(isinstance(name, str) and name in DTYPES for name in dtypes)
+            and isinstance(self.order, tuple)
             and all(isinstance(name, str) for name in self.order)
         )
         if not valid:

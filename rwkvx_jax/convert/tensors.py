@@ -35,7 +35,7 @@ DTYPES = {
 # length, by a factor that the file chooses. These limits are far above any RWKV checkpoint (the
 # largest has about 3000 tensors) and keep a hostile file within seconds and tens of megabytes.
 MOST_TENSORS = 1 << 15
-LARGEST_JSON = 3 << 20
+LARGEST_JSON = 2 << 20
 _MOST_DIMENSIONS = 32  # numpy has a limit as well
 _LONGEST_NAME = 500
 
