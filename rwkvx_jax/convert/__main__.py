@@ -113,8 +113,8 @@ def convert(options: Options, console: Console) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    """Prints a line as it is: paths and names are no markup."""
-    console.print(Text(line), soft_wrap=True)
+    """Prints a line as it is: paths and names are no markup, and may not be UTF-8."""
+    console.print(Text(line.encode(errors="backslashreplace").decode()), soft_wrap=True)
 
 
 def _dtype(options: Options) -> np.dtype | None:
