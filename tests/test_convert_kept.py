@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import resource
+import textwrap
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -254,6 +256,15 @@ def test_a_run_without_a_checkpoint_is_explained(tmp_path, capsys):
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
     error = fails(capsys, tmp_path / "run", tmp_path / "x.pth")
     assert f"{tmp_path / 'run'} is a training run that has saved no checkpoint yet" in error
+
+
+def test_the_program_in_the_document_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "convert.md").read_text()
+    program = text.split("## From Python")[1].split("`open_pth` and")[0]
+    monkeypatch.chdir(tmp_path)
+    write_pth("RWKV-X.pth", official_tensors(blocks=4))
+    exec(textwrap.dedent(program), {})
+    assert_identical(read_all(open_pth("again.pth")), read_all(open_pth("RWKV-X.pth")))
 
 
 def test_a_conversion_of_official_files_keeps_whatever_is_not_ours(tmp_path):
