@@ -231,12 +231,7 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     archive = zipfile.ZipFile(file)
     file.largest_read = sys.maxsize
     for entry in archive.infolist():
-        plain = entry.compress_type == zipfile.ZIP_STORED
-        if (
-            not plain
-            or entry.flag_bits & _UNREADABLE_FLAGS
-            or entry.file_size != entry.compress_size
-        ):
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _UNREADABLE_FLAGS:
             raise ConversionError(
                 f"its entry {entry.filename[:60]!r} is compressed or encrypted, which torch never "
                 "does: re-save it with torch.save"
