@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rwkvx_jax.convert.tensors import ConversionError
 
-_MOST_STEPS = 1 << 19  # torch takes about 35 for a tensor
+_MOST_STEPS = 1 << 18  # torch takes about 35 for a tensor
 _LONGEST_INTEGER = 8  # bytes
 
 
