@@ -30,6 +30,7 @@ from rwkvx_jax.config import (
     from_dict,
     to_dict,
 )
+from rwkvx_jax.convert.finite import check_finite
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.tensors import DTYPES
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
@@ -219,7 +220,8 @@ def load_checkpoint(
       overrides: further fields of ModelConfig that do not change the parameters.
 
     Raises:
-      ConfigError, ConversionError: nothing readable there, or overrides that do not fit.
+      ConfigError, ConversionError: nothing readable there, values that are not finite, or overrides
+        that do not fit.
     """
     path = work_path(path)
     if not path.exists():
@@ -242,6 +244,7 @@ def load_checkpoint(
         params = _nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
     model_config = dataclasses.replace(model_config, **changes)
     _check_shapes(params, model_config, str(path))
+    check_finite(dict(flat(params)), str(path))
     model = with_params(abstract_model(model_config, run), params)
     return Loaded(model, tokenizer, vocab_file, config, step, trained_length)
 

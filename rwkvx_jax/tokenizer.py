@@ -33,6 +33,10 @@ _LONGEST_LINE = 1 << 13  # characters of such a file; World's longest has about 
 _LITERAL = re.compile(r"""b?(['"]).*\1""")
 _VOCABULARIES = {257: "byte", 65530: "world", 65536: "world"}  # rows of a model: its tokenizer
 
+TOKENIZER_IDS = {"byte": 257, "world": 65530}
+"""Ids of each tokenizer (of "world": with its standard vocabulary): the least number of rows of a
+model that can use it."""
+
 
 class Tokenizer:
     """Maps text to ids and back by a table of byte strings.

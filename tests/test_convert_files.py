@@ -132,7 +132,7 @@ def test_bad_files_of_ours_are_explained(tmp_path):
     tensors = read_all(tensors)
     fields = json.loads(metadata["model_config"])
     for changed, message in [
-        (metadata | {"rwkvx_jax_format": "2"}, "format 2.*update"),
+        (metadata | {"rwkvx_jax_format": "3"}, "format 3.*update"),
         (
             metadata | {"model_config": json.dumps(fields | {"colour": 1})},
             r"unknown key \['colour'",
@@ -159,7 +159,7 @@ def test_command_line_round_trip(dtype, source_suffix, tmp_path, capsys):
     assert {p.dtype for p in own.params.values()} == {np.dtype(dtype)}
     for suffix in (".pth", ".safetensors"):
         back = tmp_path / f"back{suffix}"
-        main([str(ours), str(back)])
+        main([str(ours), str(back), "--to", "official"])
         assert_identical(read_all(open_tensors(back)[0]), tensors)
     assert "official layout" in capsys.readouterr().err
 
@@ -213,7 +213,8 @@ def test_command_line_converts_training_runs(tmp_path):
     assert open_own_safetensors(tmp_path / "again.safetensors").trained == (2, 16)
     main([str(tmp_path / "run"), str(ours), "--to", "ours", "--step", "1"])
     own = open_own_safetensors(ours)
-    assert (own.config, own.tokenizer_name, own.trained) == (model, "world", (1, 8))
+    # 11 ids are too few for the tokenizer that the run names.
+    assert (own.config, own.tokenizer_name, own.trained) == (model, "", (1, 8))
     assert_identical(read_all(own.params), params)
     main([str(tmp_path / "run"), str(official), "--step", "1", "--dtype", "bfloat16"])
     tensors = read_all(open_pth(official))
@@ -280,7 +281,7 @@ def test_reference_files_round_trip_through_our_layout(name, suffix, tmp_path):
     source = shared_path("reference", "parity", name)
     ours, back = tmp_path / "ours.safetensors", tmp_path / f"back{suffix}"
     main([str(source), str(ours)])
-    main([str(ours), str(back)])
+    main([str(ours), str(back), "--to", "official"])
     assert_identical(read_all(open_tensors(back)[0]), read_all(open_pth(source)))
     config = open_own_safetensors(ours).config
     assert (config.num_blocks, config.width, config.vocab_size) == (4, 128, 300)

@@ -39,7 +39,8 @@ from tests.helpers import shared_path
 
 
 def test_configuration_is_read_off_the_shapes():
-    config, params, info = official_to_params(official_tensors())
+    tensors = official_tensors()
+    config, params, info = official_to_params(tensors)
     assert config == ModelConfig(
         vocab_size=W,
         num_blocks=L,
@@ -51,7 +52,7 @@ def test_configuration_is_read_off_the_shapes():
         top_k=3,
         low_rank_override=tuple(RANKS[p] for p in "wavg"),
     )
-    assert info == OfficialInfo("rwkv.", False, "float32")
+    assert info == OfficialInfo("rwkv.", False, "float32", {}, tuple(tensors))
     assert {n: p.shape for n, p in params.items()} == param_shapes(config)
     given = official_to_params(official_tensors(), chunk_size=64, top_k=5)[0]
     assert given == dataclasses.replace(config, chunk_size=64, top_k=5)

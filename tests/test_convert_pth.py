@@ -194,7 +194,7 @@ DATA = np.arange(12, dtype=np.float32).tobytes()
 @pytest.mark.parametrize(
     ("body", "entries", "message"),
     [
-        (one(view((3, 4), (4, 1))), {}, "data/0 is missing"),
+        (one(view((3, 4), (4, 1))), {}, "data/0' is missing"),
         (one(view((3, 4), (4, 1))), {"0": DATA[:-4]}, "has 44 bytes.*need 48"),
         (one(view((3, 4), (4, 1), kind="HalfStorage")), {"0": DATA}, "has 48 bytes.*need 24"),
         (one(view((3, 5), (5, 1))), {"0": DATA}, "repeats its storage"),

@@ -110,7 +110,7 @@ class ModelConfig(Checked):
         require_positive("model.low_rank_override", **self.ranks._asdict())
         blocks, attention = self.num_blocks, self.num_attention_blocks
         if attention:
-            divisors = [m for m in range(1, blocks + 1) if blocks % m == 0]
+            divisors = [m for m in range(1, min(blocks, 256) + 1) if blocks % m == 0]
             require(
                 blocks % attention == 0,
                 f"model.num_attention_blocks {attention} does not divide model.num_blocks "

@@ -8,6 +8,7 @@ the destination appears only when it is complete.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,14 +17,26 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
+from rwkvx_jax.convert.finite import describe, nonfinite_values
 from rwkvx_jax.convert.load import open_checkpoint
-from rwkvx_jax.convert.official import params_to_official
-from rwkvx_jax.convert.own import OwnCheckpoint, Trained, is_own, write_own_safetensors
-from rwkvx_jax.convert.tensors import DTYPES, ConversionError, as_lazy, in_dtype, tracked
+from rwkvx_jax.convert.official import lost_in_official, params_to_official
+from rwkvx_jax.convert.own import OwnCheckpoint, Trained, own_metadata
+from rwkvx_jax.convert.tensors import (
+    DTYPES,
+    ConversionError,
+    LazyTensor,
+    as_lazy,
+    in_dtype,
+    tracked,
+)
+from rwkvx_jax.tokenizer import TOKENIZER_IDS, tokenizer_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,8 @@ class Options:
     dst: tyro.conf.Positional[Path]
     """File to write: .safetensors or .pth."""
     to: Literal["auto", "ours", "official"] = "auto"
-    """Layout of the destination. auto: official if the source is ours or the destination is a
-    .pth, else ours."""
+    """Layout of the destination. auto: ours for a .safetensors, official for a .pth. An official
+    file does not hold chunk size, top-k and other settings; which of them are lost is said."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Dtype of the tensors written; keep: as in the source (an official file that became ours
     and turns back: as it was)."""
@@ -51,6 +64,8 @@ class Options:
     step: int | None = None
     """Which checkpoint of a training run: the newest, or one that is kept (as the last of each
     stage)."""
+    allow_nonfinite: bool = False
+    """Copy values that are NaN or infinite, with a warning; without this they are an error."""
 
 
 def convert(options: Options, console: Console) -> None:
@@ -59,33 +74,55 @@ def convert(options: Options, console: Console) -> None:
     Raises:
       ConversionError, ConfigError: see the readers and writers.
     """
-    source, is_ours = _open(options)
-    if options.tokenizer != "auto":
-        name = "" if options.tokenizer == "none" else options.tokenizer
-        source = source._replace(tokenizer_name=name)
-    target = options.to
-    if target == "auto":
-        to_official = is_ours or options.dst.suffix in TORCH_SUFFIXES
-        target = "official" if to_official else "ours"
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    source = _open(options)
+    source = source._replace(tokenizer_name=_tokenizer(options, source, console))
+    official = options.to == "official" or (
+        options.to == "auto" and options.dst.suffix in TORCH_SUFFIXES
+    )
+    if not official and options.dst.suffix != ".safetensors":
+        raise ConversionError(f"{options.dst}: our checkpoints are .safetensors files")
+    bad: dict[str, int] = {}
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         total = sum(param.nbytes for param in source.params.values())
         task = progress.add_task("", total=total)
 
-        def advance(name: str, size: int) -> None:
-            progress.update(task, advance=size, description=name)
+        def seen(name: str, array: np.ndarray) -> None:
+            bad[name] = bad.get(name, 0) + nonfinite_values(array)
+            progress.update(task, advance=array.nbytes, description=name)
 
-        _write(options, target, source._replace(params=tracked(source.params, advance)))
+        def accept() -> None:
+            if (problem := describe(bad)) and not options.allow_nonfinite:
+                raise ConversionError(
+                    f"{options.src} holds {problem}. Nothing was written; --allow-nonfinite copies "
+                    "them"
+                )
+
+        source = source._replace(params=tracked(source.params, seen))
+        if official:
+            tensors, metadata = _official(options, source, console), {}
+        else:
+            tensors = source.params
+            metadata = own_metadata(
+                source.config, source.tokenizer_name, source.info, source.trained
+            )
+        write_tensors(options.dst, tensors, metadata, accept)
         progress.update(task, description="done", completed=total)
-    console.print(_summary(options.dst, target, source.config), soft_wrap=True)
+    if problem := describe(bad):
+        _say(console, f"warning: {options.dst} holds {problem}")
+    _say(console, _summary(options.dst, official, source.config))
+
+
+def _say(console: Console, line: str) -> None:
+    """Prints a line as it is: paths and names are no markup, and may not be UTF-8."""
+    console.print(Text(line.encode(errors="backslashreplace").decode()), soft_wrap=True)
 
 
 def _dtype(options: Options) -> np.dtype | None:
     return None if options.dtype == "keep" else DTYPES[options.dtype]
 
 
-def _open(options: Options) -> tuple[OwnCheckpoint, bool]:
-    """The source, and whether it is in our layout already."""
+def _open(options: Options) -> OwnCheckpoint:
     settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
     run = _open_run(options.src, options.step)
     if run is None:
@@ -94,11 +131,10 @@ def _open(options: Options) -> tuple[OwnCheckpoint, bool]:
                 f"--step {options.step} chooses among the checkpoints of a training run, which "
                 f"{options.src} is not"
             )
-        source = open_checkpoint(options.src, **settings, dtype=_dtype(options))
-        return source, is_own(options.src)
+        return open_checkpoint(options.src, **settings, dtype=_dtype(options))
     given = {name: size for name, size in settings.items() if size is not None}
     params = in_dtype(run.params, _dtype(options))
-    return run._replace(config=dataclasses.replace(run.config, **given), params=params), True
+    return run._replace(config=dataclasses.replace(run.config, **given), params=params)
 
 
 def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
@@ -112,23 +148,55 @@ def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
     config, stage, step, params = read_workdir(directory, step)
     params = as_lazy(dict(flat(params)))
     trained = Trained(step, config.trained_length(step))
-    return OwnCheckpoint(config.stage_model(stage), config.data.tokenizer, params, None, trained)
+    tokenizer = config.data.tokenizer
+    if config.data.vocab_file:
+        tokenizer = ""
+        _log.warning(
+            "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
+            config.data.vocab_file,
+        )
+    return OwnCheckpoint(config.stage_model(stage), tokenizer, params, None, trained)
 
 
-def _write(options: Options, target: str, source: OwnCheckpoint) -> None:
-    config, tokenizer, params, info, trained = source
-    if target == "official":
-        tensors = params_to_official(config, params, info, _dtype(options))
-        write_tensors(options.dst, tensors)
-    elif options.dst.suffix == ".safetensors":
-        write_own_safetensors(options.dst, config, tokenizer, params, info, trained)
-    else:
-        raise ConversionError(f"{options.dst}: our checkpoints are .safetensors files")
+def _tokenizer(options: Options, source: OwnCheckpoint, console: Console) -> str:
+    """The tokenizer's name for our file: one that fits the vocabulary, or "".
+
+    Raises:
+      ConversionError: one was asked for that needs a larger vocabulary.
+    """
+    asked = {"auto": source.tokenizer_name, "none": ""}.get(options.tokenizer, options.tokenizer)
+    vocab_size = source.config.vocab_size
+    if not asked or vocab_size >= TOKENIZER_IDS[asked]:
+        return asked
+    problem = f"the {asked} tokenizer has {TOKENIZER_IDS[asked]} ids, the model {vocab_size}"
+    if options.tokenizer != "auto":
+        raise ConversionError(f"{problem}: choose another --tokenizer, or none")
+    _say(console, f"warning: {problem}; no tokenizer is named in the file")
+    return ""
 
 
-def _summary(dst: Path, target: str, config: ModelConfig) -> str:
+def _official(options: Options, source: OwnCheckpoint, console: Console) -> dict[str, LazyTensor]:
+    """The official tensors; says what of the model they do not tell."""
+    config = source.config
+    tensors = params_to_official(config, source.params, source.info, _dtype(options))
+    lost = lost_in_official(config, tensors)
+    if source.tokenizer_name != tokenizer_of(config.vocab_size):
+        lost.append(f"tokenizer: {source.tokenizer_name}")
+    if source.trained is not None:
+        lost.append(f"training step: {source.trained.step}")
+    if lost:
+        _say(
+            console,
+            f"warning: {options.dst} is an official file, which does not hold these settings "
+            f"(-> what is read back): {', '.join(lost)}. Keep a copy in our layout (.safetensors), "
+            "or give them again when the file is used",
+        )
+    return tensors
+
+
+def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
     return (
-        f"{dst}: {'our layout' if target == 'ours' else 'official layout'}, "
+        f"{dst}: {'official' if official else 'our'} layout, "
         f"{dst.stat().st_size / 1e6:,.1f} MB; {config.num_blocks} RWKV-7 blocks, "
         f"{config.num_attention_blocks} attention blocks, width {config.width}, "
         f"vocabulary {config.vocab_size}"

@@ -6,15 +6,21 @@ manner of Hugging Face that holds one of these.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rwkvx_jax.convert.pth import open_pth, write_pth
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
-from rwkvx_jax.convert.tensors import ConversionError, LazyTensor
+from rwkvx_jax.convert.tensors import (
+    DTYPES,
+    ConversionError,
+    LazyTensor,
+    check_count,
+    check_tensor,
+    read_json,
+)
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _DIRECTORY_FILES = (
@@ -37,11 +43,15 @@ def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[s
     """
     path = Path(path)
     if path.is_dir():
-        return open_tensors(_file_in(path))
+        path = _file_in(path)
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
@@ -53,14 +63,20 @@ def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[s
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    accept: Callable[[], None] | None = None,
 ) -> None:
-    """Writes tensors in the format that the suffix of `path` names; a `.pth` has no metadata."""
+    """Writes tensors in the format that the suffix of `path` names; a `.pth` has no metadata.
+
+    `accept` is called when all is written; if it raises, the file does not appear.
+    """
     suffix = Path(path).suffix
     if suffix == ".safetensors":
-        write_safetensors(path, tensors, metadata)
+        write_safetensors(path, tensors, metadata, accept)
     elif suffix in TORCH_SUFFIXES:
-        write_pth(path, tensors)
+        write_pth(path, tensors, accept)
     else:
         raise ConversionError(
             f"{path}: the destination must end in .safetensors or one of "
@@ -76,21 +92,41 @@ def _file_in(directory: Path) -> Path:
 
 
 def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path}: not an index with a weight_map ({error!r})") from error
-    outside = [shard for shard in shards if Path(shard).name != shard]
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not (isinstance(weight_map, dict) and weight_map):
+        raise ConversionError(f"{path}: not an index with a weight_map")
+    outside = [shard for shard in weight_map.values() if not _is_shard_name(shard)]
     if outside:
-        raise ConversionError(f"{path}: shards {outside} are not plain names beside the index")
-    missing = [shard for shard in shards if not (path.parent / shard).exists()]
+        shown = ", ".join(sorted({f"{shard!r:.60}" for shard in outside})[:8])
+        raise ConversionError(
+            f"{path}: shards {shown} are not plain names of .safetensors or torch files beside "
+            "the index"
+        )
+    try:
+        check_count(len(weight_map))
+        for name in weight_map:
+            check_tensor(name, (), DTYPES["float32"])
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
         raise ConversionError(f"{path}: shards {missing} are missing beside the index")
-    opened = {shard: open_tensors(path.parent / shard)[0] for shard in shards}
+    opened = {shard: _open_file(path.parent / shard)[0] for shard in shards}
     absent = sorted(name for name, shard in weight_map.items() if name not in opened[shard])
     if absent:
         raise ConversionError(
             f"{path}: tensors {absent} are not in the shards that should hold them"
         )
     return {name: opened[shard][name] for name, shard in weight_map.items()}, {}
+
+
+def _is_shard_name(shard: Any) -> bool:
+    return (
+        isinstance(shard, str)
+        and shard.isprintable()
+        and len(shard.encode()) <= 255
+        and Path(shard).name == shard
+        and Path(shard).suffix in (".safetensors", *TORCH_SUFFIXES)
+    )

@@ -9,7 +9,6 @@ change the mathematics, are refused. Reading only: exports are in the official l
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,13 @@ from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.infer import infer_config
 from rwkvx_jax.convert.layout import Naming, check, slots, to_params
-from rwkvx_jax.convert.official import OfficialInfo
-from rwkvx_jax.convert.tensors import ConversionError, LazyTensor
+from rwkvx_jax.convert.official import (
+    OfficialInfo,
+    official_naming,
+    split_dtypes,
+    without_wrappers,
+)
+from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, read_json
 
 _FUSED_ORDER = "rwkvag"
 _FUSED = ".attn.x_x"
@@ -66,7 +70,9 @@ def open_fla(
     """
     path = Path(path)
     options = _read_options(path / "config.json")
-    tensors = _split_fused(open_tensors(path)[0])
+    # "model." belongs to the names here.
+    tensors = without_wrappers(open_tensors(path)[0], ("_orig_mod.", "module."))
+    tensors = _split_fused(tensors)
     if options.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors["model.embeddings.weight"]
     naming = Naming(
@@ -79,17 +85,22 @@ def open_fla(
     wanted = list(slots(config, naming))
     check(tensors, wanted)
     _check_options(path / "config.json", options, config)
-    stored = tensors["model.embeddings.weight"].dtype.name
-    info = OfficialInfo("", naming.first_value_residual, stored)
+    stored = {(slot.parameter, slot.row): tensors[slot.name].dtype.name for slot in wanted}
+    exported = slots(config, official_naming("", naming.first_value_residual))
+    dtypes = {slot.name: stored[slot.parameter, slot.row] for slot in exported}
+    info = OfficialInfo("", naming.first_value_residual, *split_dtypes(dtypes))
     return config, to_params(config, tensors, wanted, dtype), info
 
 
 def _read_options(path: Path) -> dict[str, Any]:
-    try:
-        options = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be read as JSON ({error})") from error
-    kind = options.get("model_type") if isinstance(options, dict) else None
+    options = read_json(path)
+    options = options if isinstance(options, dict) else {}
+    if {"model", "stages"} <= options.keys():
+        raise ConversionError(
+            f"{path.parent} is a training run that has saved no checkpoint yet: wait for its first "
+            "one (run.checkpoint_every)"
+        )
+    kind = options.get("model_type")
     if kind not in ("rwkv7", "rwkv7_fla"):
         raise ConversionError(f"{path}: model_type is {kind!r}; only RWKV-7 can be converted")
     wrong = [

@@ -14,6 +14,7 @@ from rwkvx_jax.config import ConfigError, LowRankRule, ModelConfig, low_rank_wid
 from rwkvx_jax.convert.layout import PARAMETERS, Naming
 from rwkvx_jax.convert.tensors import ConversionError, LazyTensor
 
+_FEW = 200  # missing tensors that are listed one by one even if most are missing
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 
 
@@ -43,6 +44,7 @@ def infer_config(
     attention_blocks = 0
     if naming.attention_block is not None:
         attention_blocks = _count_layers(tensors, naming.attention_block)
+    _check_counts(tensors, naming, blocks, attention_blocks)
     vocab_size, width = _shape(tensors, naming, "embed", blocks)
     hidden_width = _shape(tensors, naming, "blocks.channel_mix.key", blocks)[1]
     ranks = {}
@@ -70,8 +72,22 @@ def infer_config(
 def _count_layers(tensors: Mapping[str, LazyTensor], template: str) -> int:
     """One more than the highest layer number among the names."""
     before = re.escape(template.partition("{i}")[0])
-    matches = (re.match(rf"{before}(\d+)\.", name) for name in tensors)
+    matches = (re.match(rf"{before}([0-9]{{1,18}})\.", name) for name in tensors)
     return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def _check_counts(
+    tensors: Mapping[str, LazyTensor], naming: Naming, blocks: int, attention_blocks: int
+) -> None:
+    """Refuses numbers of blocks that the number of tensors belies, before blocks are listed."""
+    kinds = [p.name.partition(".")[0] for p in PARAMETERS if getattr(p, naming.column)]
+    needed = blocks * kinds.count("blocks") + attention_blocks * kinds.count("attention_blocks")
+    if needed > 2 * len(tensors) + _FEW:
+        raise ConversionError(
+            f"by the highest number in a name there are {blocks} RWKV-7 blocks and "
+            f"{attention_blocks} attention blocks, which have about {needed} tensors, but there "
+            f"are {len(tensors)}: a name is wrong, or most tensors are missing"
+        )
 
 
 def _shape(

@@ -59,18 +59,19 @@ def _vector(ours: str, official: str, fla: str | None = None) -> Parameter:
     return Parameter(ours, "D", Stored(official, "wrapped"), fla_stored)
 
 
-def _low_rank(pair: str) -> list[Parameter]:
-    ours, official, fla = f"blocks.time_mix.{pair}", f"att.{pair}", f"attn.{pair}_lora.lora"
-    rows = [
-        Parameter(
-            f"{ours}1", f"D{pair}", Stored(f"{official}1"), Stored(f"{fla}.0.weight", "transposed")
-        ),
-        Parameter(
-            f"{ours}2", f"{pair}D", Stored(f"{official}2"), Stored(f"{fla}.2.weight", "transposed")
-        ),
-    ]
-    bias = [] if pair == "g" else [_vector(f"{ours}0", f"{official}0", f"{fla}.2.bias")]
-    return bias + rows
+def _time_mix(name: str) -> Parameter:
+    """A vector or low-rank matrix of the time mix, by its official name."""
+    ours, official, fla = f"blocks.time_mix.{name}", f"att.{name}", f"attn.{name}"
+    if name == "r_k":
+        return Parameter(ours, "HK", Stored(official), Stored(fla))
+    if name in ("k_k", "k_a"):
+        return _vector(ours, official, fla)
+    pair, part = name
+    fla = f"attn.{pair}_lora.lora"
+    if part == "0":
+        return _vector(ours, official, f"{fla}.2.bias")
+    dims, layer = (f"D{pair}", 0) if part == "1" else (f"{pair}D", 2)
+    return Parameter(ours, dims, Stored(official), Stored(f"{fla}.{layer}.weight", "transposed"))
 
 
 def _channel_mix(ours: str, fla: str | None) -> list[Parameter]:
@@ -86,16 +87,17 @@ def _channel_mix(ours: str, fla: str | None) -> list[Parameter]:
 
 _PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 
+# Within a block, the table has the order of the released RWKV-7 files, on which readers by order
+# (RWKV-LM's rwkv_v7_numpy.py) rely.
+_TIME_MIX_ORDER = "w0 r_k w1 w2 a1 a2 a0 g1 g2 v2 v1 v0 k_k k_a"
+
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("embed", "WD", Stored("emb.weight"), Stored("model.embeddings.weight")),
     *_norm("ln0", "blocks.0.ln0", "model.layers.0.pre_norm"),
     *_norm("blocks.ln1", "ln1", "attn_norm"),
     *_norm("blocks.ln2", "ln2", "ffn_norm"),
     *(_vector(f"blocks.time_mix.x_{s}", f"att.x_{s}", f"attn.x_{s}") for s in "rwkvag"),
-    *(row for pair in "wavg" for row in _low_rank(pair)),
-    _vector("blocks.time_mix.k_k", "att.k_k", "attn.k_k"),
-    _vector("blocks.time_mix.k_a", "att.k_a", "attn.k_a"),
-    Parameter("blocks.time_mix.r_k", "HK", Stored("att.r_k"), Stored("attn.r_k")),
+    *map(_time_mix, _TIME_MIX_ORDER.split()),
     *(
         _linear(f"blocks.time_mix.{name}", "DD", f"att.{name}", f"attn.{fla}")
         for name, fla in _PROJECTIONS.items()

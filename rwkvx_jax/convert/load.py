@@ -10,7 +10,7 @@ import numpy as np
 from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.fla import is_fla, open_fla
 from rwkvx_jax.convert.official import open_official
-from rwkvx_jax.convert.own import OwnCheckpoint, is_own_metadata, open_own_safetensors
+from rwkvx_jax.convert.own import OwnCheckpoint, is_own_metadata, read_own
 from rwkvx_jax.convert.tensors import ConversionError, in_dtype
 from rwkvx_jax.tokenizer import tokenizer_of
 
@@ -39,7 +39,7 @@ def open_checkpoint(
         return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info)
     tensors, metadata = open_tensors(path)
     if is_own_metadata(metadata):
-        own = open_own_safetensors(path)
+        own = read_own(path, tensors, metadata)
         given = {name: size for name, size in sizes.items() if size is not None}
         config = dataclasses.replace(own.config, **given)
         return own._replace(config=config, params=in_dtype(own.params, dtype))

@@ -3,24 +3,27 @@
 An RWKV-X file has the prefixes `rwkv.` and `moba.`; a plain RWKV-7 file (RWKV-LM) has the same
 names without `rwkv.`. Neither says anything of itself, so the configuration is read off the
 shapes; chunk size and top-k, which no shape shows, take the official values unless given. What
-our own layout does not keep (the prefix, dtypes, whether block 0 has an unused value residual) goes
-into an `OfficialInfo`, so that a round trip gives back every tensor byte by byte.
+our own layout does not keep (the prefix, dtypes, order, whether block 0 has an unused value
+residual) goes into an `OfficialInfo`, so that a round trip gives back every tensor byte by byte.
+Prefixes that a wrapper of torch put before every name are taken off.
 """
 
 from __future__ import annotations
 
 import collections
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.config import ModelConfig, differences
 from rwkvx_jax.convert.infer import infer_config
 from rwkvx_jax.convert.layout import (
     Naming,
+    Slot,
     check,
     check_params,
     from_params,
@@ -29,8 +32,14 @@ from rwkvx_jax.convert.layout import (
 )
 from rwkvx_jax.convert.tensors import DTYPES, ConversionError, LazyTensor, as_lazy
 
+_log = logging.getLogger(__name__)
+
 _PREFIX = "rwkv."
 _ATTENTION_PREFIX = "moba."
+# Before every name: of torch.compile, of data parallelism, of a model kept as an attribute.
+WRAPPERS = ("_orig_mod.", "module.", "model.")
+# Fields of ModelConfig that shapes tell, if in other words.
+_IN_SHAPES = ("low_rank", "low_rank_override", "ffn_width")
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,37 @@ class OfficialInfo:
     """Of most tensors."""
     other_dtypes: dict[str, str] = field(default_factory=dict)
     """Of the remaining ones, by name."""
+    order: tuple[str, ...] = ()
+    """The names in the file's order, if that is another one than of the released files."""
+
+    def __post_init__(self):
+        others = self.other_dtypes
+        dtypes = [self.dtype, *(others.values() if isinstance(others, dict) else [None])]
+        valid = (
+            self.prefix in ("", _PREFIX)
+            and isinstance(self.first_value_residual, bool)
+            and all(isinstance(name, str) and name in DTYPES for name in dtypes)
+            and isinstance(self.order, tuple)
+            and all(isinstance(name, str) for name in self.order)
+        )
+        if not valid:
+            raise ConversionError("the description of the official file it came from is damaged")
 
 
-def _naming(prefix: str, first_value_residual: bool) -> Naming:
+def without_wrappers(
+    tensors: Mapping[str, LazyTensor], wrappers: Iterable[str] = WRAPPERS
+) -> Mapping[str, LazyTensor]:
+    """The tensors without a prefix that all their names have, which is logged."""
+    for wrapper in wrappers:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            _log.warning("every tensor's name begins with %r, which is taken off", wrapper)
+            bare = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+            return without_wrappers(bare, wrappers)
+    return tensors
+
+
+def official_naming(prefix: str, first_value_residual: bool) -> Naming:
+    """The names of an official file."""
     return Naming(
         "official",
         top=prefix + "{}",
@@ -78,21 +115,33 @@ def open_official(
     Raises:
       ConversionError: missing, extra or contradictory tensors, all of them listed.
     """
-    tensors = as_lazy(tensors)
+    tensors = without_wrappers(as_lazy(tensors))
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
     first_value_residual = any(f"{prefix}blocks.0.att.v{i}" in tensors for i in range(3))
-    naming = _naming(prefix, first_value_residual)
+    naming = official_naming(prefix, first_value_residual)
     config = infer_config(tensors, naming, chunk_size, top_k)
-    wanted = list(slots(config, naming))
+    wanted = _in_file_order(slots(config, naming))
     check(tensors, wanted)
-    info = OfficialInfo(prefix, first_value_residual, *_dtypes(tensors))
+    dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
+    order = list(tensors)
+    if order == [slot.name for slot in wanted] or _is_sorted(dtypes):
+        order = []
+    info = OfficialInfo(prefix, first_value_residual, *split_dtypes(dtypes), tuple(order))
     return config, to_params(config, tensors, wanted, dtype), info
 
 
-def _dtypes(tensors: Mapping[str, LazyTensor]) -> tuple[str, dict[str, str]]:
+def _is_sorted(dtypes: Mapping[str, str]) -> bool:
+    """Whether the names of each dtype are sorted, as safetensors' writers sort them."""
+    by_dtype = collections.defaultdict(list)
+    for name, dtype in dtypes.items():
+        by_dtype[dtype].append(name)
+    return all(names == sorted(names) for names in by_dtype.values())
+
+
+def split_dtypes(dtypes: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """The commonest dtype, and that of every tensor of another one."""
-    common = collections.Counter(t.dtype.name for t in tensors.values()).most_common(1)[0][0]
-    return common, {n: t.dtype.name for n, t in tensors.items() if t.dtype.name != common}
+    common = collections.Counter(dtypes.values()).most_common(1)[0][0]
+    return common, {name: dtype for name, dtype in dtypes.items() if dtype != common}
 
 
 def official_to_params(
@@ -113,7 +162,9 @@ def params_to_official(
     info: OfficialInfo | None = None,
     dtype: np.dtype | None = None,
 ) -> dict[str, LazyTensor]:
-    """Official tensors of our parameters, read lazily, in the order of the official files.
+    """Official tensors of our parameters, read lazily.
+
+    They have the order of the file they came from, else that of the released RWKV-7 files.
 
     Args:
       config: the model.
@@ -134,11 +185,16 @@ def params_to_official(
             "convolution on keys; keep it as our own (--to ours)"
         )
     hybrid = config.num_attention_blocks > 0
-    naming = _naming(
+    naming = official_naming(
         info.prefix if info else (_PREFIX if hybrid else ""),
         info.first_value_residual if info else not hybrid,
     )
-    wanted = sorted(slots(config, naming), key=lambda slot: _file_order(slot.name))
+    wanted = _in_file_order(slots(config, naming))
+    if info is not None and info.order:
+        by_name = {slot.name: slot for slot in wanted}
+        if len(info.order) != len(wanted) or set(info.order) != by_name.keys():
+            raise ConversionError("the order of the official file does not name its tensors")
+        wanted = [by_name[name] for name in info.order]
     dtypes = {}
     for slot in wanted:
         if dtype is not None:
@@ -150,9 +206,24 @@ def params_to_official(
     return from_params(params, wanted, dtypes)
 
 
-def _file_order(name: str) -> tuple:
+def lost_in_official(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """Lines "field: value -> value read back" for all that an official file does not tell.
+
+    Args:
+      config: the model.
+      tensors: its official tensors; nothing is read.
+    """
+    lines = differences(config, open_official(tensors)[0])
+    return [line for line in lines if line.partition(":")[0] not in _IN_SHAPES]
+
+
+def _in_file_order(found: Iterable[Slot]) -> list[Slot]:
     """Embedding, blocks by number, final norm, head, attention blocks by number."""
-    attention = name.startswith(_ATTENTION_PREFIX)
-    place = 0 if ".emb." in f".{name}" else 2 if ".ln_out." in f".{name}" else 3
-    layer = re.search(r"(?:blocks|moba)\.(\d+)\.", name)
-    return (attention, 1 if layer else place, int(layer[1]) if layer else 0)
+
+    def place(slot: Slot) -> tuple:
+        attention = slot.name.startswith(_ATTENTION_PREFIX)
+        part = 0 if ".emb." in f".{slot.name}" else 2 if ".ln_out." in f".{slot.name}" else 3
+        layer = re.search(r"(?:blocks|moba)\.(\d+)\.", slot.name)
+        return (attention, 1 if layer else part, int(layer[1]) if layer else 0)
+
+    return sorted(found, key=place)

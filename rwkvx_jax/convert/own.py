@@ -2,7 +2,7 @@
 
 The parameters keep our names and stacked shapes; `__metadata__` holds the whole model
 configuration and the tokenizer's name, and, for a converted model, what its original file needs
-beyond that to be written again exactly.
+beyond that to be written again exactly. Hashes of all of it are checked when it is read.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
 from rwkvx_jax.convert.layout import check_params
 from rwkvx_jax.convert.official import OfficialInfo
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
-from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy
+from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy, parse_json
 
-_FORMAT, _VERSION = "rwkvx_jax_format", "1"
+_FORMAT, _VERSION = "rwkvx_jax_format", "2"
+_READABLE = ("1", _VERSION)  # 1: without the order of the official file, and without hashes
+_TOKENIZERS = ("world", "byte", "")
 
 
 class Trained(NamedTuple):
@@ -44,40 +45,57 @@ def is_own_metadata(metadata: Mapping[str, str]) -> bool:
     return _FORMAT in metadata
 
 
-def is_own(path: str | os.PathLike) -> bool:
-    """Whether a path is one of our safetensors files."""
-    path = Path(path)
-    named = path.suffix == ".safetensors" and path.is_file()
-    return named and is_own_metadata(open_safetensors(path)[1])
-
-
 def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:
-    """Opens one of our checkpoints.
+    """Opens one of our checkpoints; see `read_own`."""
+    return read_own(path, *open_safetensors(path))
+
+
+def read_own(
+    path: str | os.PathLike, tensors: dict[str, LazyTensor], metadata: Mapping[str, str]
+) -> OwnCheckpoint:
+    """One of our checkpoints from the content of its file.
+
+    Args:
+      path: the file, for messages.
+      tensors: of the file.
+      metadata: of the file.
 
     Raises:
       ConversionError: not one of ours, of a newer format, or its parameters do not fit its
         configuration.
     """
-    path = Path(path)
-    tensors, metadata = open_safetensors(path)
     if not is_own_metadata(metadata):
         raise ConversionError(
             f"{path}: a safetensors file without our metadata; convert it first with "
             "`python -m rwkvx_jax.convert`"
         )
-    if metadata[_FORMAT] != _VERSION:
+    if metadata[_FORMAT] not in _READABLE:
         raise ConversionError(
-            f"{path}: format {metadata[_FORMAT]}, but this program reads {_VERSION}: update it"
+            f"{path}: format {metadata[_FORMAT]:.20}, but this program reads "
+            f"{' and '.join(_READABLE)}: update it"
         )
     try:
-        config = from_dict(ModelConfig, json.loads(metadata["model_config"]), "model")
+        config = from_dict(ModelConfig, parse_json(metadata["model_config"].encode()), "model")
         official = metadata.get("official_info")
-        info = from_dict(OfficialInfo, json.loads(official), "info") if official else None
-        trained = Trained(**json.loads(metadata["trained"])) if "trained" in metadata else None
+        info = from_dict(OfficialInfo, parse_json(official.encode()), "info") if official else None
+        trained = metadata.get("trained")
+        trained = _trained(parse_json(trained.encode())) if trained else None
+        if metadata["tokenizer"] not in _TOKENIZERS:
+            raise ConversionError(f"it names the unknown tokenizer {metadata['tokenizer']!r:.60}")
         check_params(config, tensors)
         return OwnCheckpoint(config, metadata["tokenizer"], tensors, info, trained)
-    except (ConfigError, ConversionError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise ConversionError(f"{path}: its metadata lacks {error}") from error
+    except (ConfigError, ConversionError, ArithmeticError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: {error}") from error
+
+
+def _trained(values: Any) -> Trained:
+    trained = Trained(**values)
+    numbers = [trained.step] if trained.length is None else [*trained]
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise ConversionError(f"its training has the impossible step or length {numbers!r:.60}")
+    return trained
 
 
 def write_own_safetensors(
@@ -103,6 +121,16 @@ def write_own_safetensors(
     """
     params = as_lazy(params)
     check_params(config, params)
+    write_safetensors(path, params, own_metadata(config, tokenizer_name, info, trained))
+
+
+def own_metadata(
+    config: ModelConfig,
+    tokenizer_name: str,
+    info: OfficialInfo | None = None,
+    trained: Trained | None = None,
+) -> dict[str, str]:
+    """The metadata of one of our checkpoints; see `write_own_safetensors`."""
     metadata = {
         _FORMAT: _VERSION,
         "model_config": json.dumps(to_dict(config)),
@@ -112,4 +140,4 @@ def write_own_safetensors(
         metadata["official_info"] = json.dumps(to_dict(info))
     if trained is not None:
         metadata["trained"] = json.dumps(trained._asdict())
-    write_safetensors(path, params, metadata)
+    return metadata

@@ -1,29 +1,35 @@
 """Reads and writes torch's checkpoint files (`torch.save`) without torch.
 
 Such a file is a zip archive: a pickle that describes the objects, and one entry of raw bytes for
-each storage. A pickle is a program, and an untrusted one may run anything; the reader here hands
-it four harmless names (tensors, their storages, ordered dictionaries) and refuses every other one
-by name, so nothing in a file is ever executed. Data is read lazily, one tensor at a time.
+each storage, none of them compressed. The pickle is read as data (see `pickled.py`), so nothing in
+a file is ever executed. Data is read lazily, one tensor at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import pickle
+import struct
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rwkvx_jax.convert.pickled import Global, PickleError, read_pickle
 from rwkvx_jax.convert.tensors import (
     DTYPES,
     ConversionError,
     LazyTensor,
     as_lazy,
+    check_count,
+    check_tensor,
+    refuse_pointer,
     write_data,
     written_whole,
 )
@@ -46,19 +52,10 @@ _ALIGNMENT = 64  # torch aligns storages to this, so that it can map the file in
 _LOCAL_HEADER = 30  # bytes of a zip entry's header without its name and extra field
 _READ_BYTES = 1 << 20
 _ROOT = "archive"
-_TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-
-
-class _StorageType:
-    """Stands for a storage class of torch; opaque to the pickle."""
-
-    __slots__ = ("_dtype",)
-
-    def __init__(self, dtype: np.dtype):
-        self._dtype = dtype
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("a pickle may not modify a storage type")
+# A torch pickle takes about 200 bytes for a tensor, and the archive about 80 for its entry.
+_LARGEST_PICKLE = 8 << 20
+_LARGEST_DIRECTORY = 3 << 20
+_UNREADABLE_FLAGS = 0x61  # of a zip entry: encrypted, patched, strongly encrypted
 
 
 class _Storage(NamedTuple):
@@ -91,28 +88,6 @@ class _View(NamedTuple):
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
 
 
-class _Dict(dict):
-    """Takes the place of OrderedDict; state given to it (module metadata) is dropped."""
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Callable:
-    """One thing that a pickle may call; sealed, so that a pickle cannot alter it."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function):
-        self._function = function
-
-    def __call__(self, *args):
-        return self._function(*args)
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("a pickle may not modify a function")
-
-
 def _whole_numbers(values: Any) -> bool:
     return isinstance(values, tuple) and all(type(v) is int and v >= 0 for v in values)
 
@@ -120,17 +95,18 @@ def _whole_numbers(values: Any) -> bool:
 def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, meta=None):
     del requires_grad, hooks, meta
     if not (isinstance(storage, _Storage) and _whole_numbers((offset,))):
-        raise pickle.UnpicklingError("a tensor without a valid storage and offset")
+        raise PickleError("a tensor without a valid storage and offset")
     if not (_whole_numbers(shape) and _whole_numbers(strides) and len(shape) == len(strides)):
-        raise pickle.UnpicklingError(f"a tensor of shape {shape!r} and strides {strides!r}")
+        raise PickleError("a tensor of shape or strides that are not whole numbers, one for each")
+    check_tensor("a tensor", shape, storage.dtype)
     view = _View(storage, offset, shape, strides)
     if math.prod(shape) > storage.size:
-        raise pickle.UnpicklingError(
+        raise PickleError(
             f"a tensor of shape {shape} repeats its storage of {storage.size} elements: save it "
             "after .contiguous()"
         )
     if offset + view.extent > storage.size:
-        raise pickle.UnpicklingError(
+        raise PickleError(
             f"a tensor of shape {shape}, strides {strides} at offset {offset} does not fit into "
             f"its storage of {storage.size} elements"
         )
@@ -140,49 +116,40 @@ def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=
 def _rebuild_parameter(data, requires_grad=False, hooks=None):
     del requires_grad, hooks
     if not isinstance(data, _View):
-        raise pickle.UnpicklingError("a parameter that is not a tensor")
+        raise PickleError("a parameter that is not a tensor")
     return data
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles tensors as `_View`s; every global but four is refused."""
+def _ordered_dict():
+    return {}
 
-    def __init__(self, file, archive: zipfile.ZipFile, root: str):
-        super().__init__(file)
-        self._archive, self._root = archive, root
 
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return _Callable(_Dict)
-        if full == _TENSOR:
-            return _Callable(_rebuild_tensor)
-        if full == _PARAMETER:
-            return _Callable(_rebuild_parameter)
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(_STORAGES[name])
+_CALLABLE = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+}
+_OPAQUE = {f"torch.{name}" for name in _STORAGES}
+
+
+def _storage(archive: zipfile.ZipFile, root: str, pid: Any) -> _Storage:
+    """The storage that a persistent id of a pickle means."""
+    valid = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"
+    if not (valid and isinstance(pid[1], Global) and isinstance(pid[2], str)):
+        raise PickleError("an unknown kind of storage")
+    dtype = _STORAGES.get(pid[1].name.removeprefix("torch."))
+    entry, size = f"{root}/data/{pid[2]}", pid[4]
+    if dtype is None or not _whole_numbers((size,)):
+        raise PickleError(f"a storage of type {pid[1].name} and {size!r:.60} elements")
+    found = archive.NameToInfo.get(entry)
+    if found is None:
+        raise ConversionError(f"its entry {entry!r:.200} is missing: the file is incomplete")
+    if found.file_size != size * dtype.itemsize:
         raise ConversionError(
-            f"its pickle asks for {full}, which is not needed for plain tensors of ordinary "
-            "dtypes: it was refused and nothing was executed. Save a plain dict of tensors "
-            "(a state_dict) instead"
+            f"its entry {entry} has {found.file_size} bytes, but {size} elements of {dtype} "
+            f"need {size * dtype.itemsize}: the file is damaged"
         )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        valid = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"
-        if not (valid and isinstance(pid[1], _StorageType) and isinstance(pid[2], str)):
-            raise pickle.UnpicklingError(f"an unknown kind of storage: {pid!r}")
-        dtype, entry, size = pid[1]._dtype, f"{self._root}/data/{pid[2]}", pid[4]
-        if not _whole_numbers((size,)):
-            raise pickle.UnpicklingError(f"a storage of {size!r} elements")
-        found = self._archive.NameToInfo.get(entry)
-        if found is None:
-            raise ConversionError(f"its entry {entry} is missing: the file is incomplete")
-        if found.file_size != size * dtype.itemsize:
-            raise ConversionError(
-                f"its entry {entry} has {found.file_size} bytes, but {size} elements of {dtype} "
-                f"need {size * dtype.itemsize}: the file is damaged"
-            )
-        return _Storage(dtype, entry, size)
+    return _Storage(dtype, entry, size)
 
 
 def open_pth(path: str | os.PathLike) -> dict[str, LazyTensor]:
@@ -204,20 +171,15 @@ def open_pth(path: str | os.PathLike) -> dict[str, LazyTensor]:
     with _named_errors(path):
         archive = _open_archive(path)
         root = _archive_root(archive)
-        byteorder = archive.NameToInfo.get(f"{root}/byteorder")
-        if byteorder is not None and archive.read(byteorder) != b"little":
+        if _small_entry(archive, f"{root}/byteorder", 16) not in (None, b"little"):
             raise ConversionError("it was written on a big-endian machine: re-save it on another")
-        try:
-            with archive.open(f"{root}/data.pkl") as file:
-                content = _RestrictedUnpickler(file, archive, root).load()
-        except (ConversionError, zipfile.BadZipFile):
-            raise
-        except Exception as error:  # a damaged pickle can fail in any way
-            raise ConversionError(f"its pickle cannot be read: {error}") from error
-        return {
-            name: _lazy(path, archive, name, view)
-            for name, view in _checked_content(content).items()
-        }
+        description = _small_entry(archive, f"{root}/data.pkl", _LARGEST_PICKLE)
+        content = read_pickle(
+            description, _CALLABLE, _OPAQUE, lambda pid: _storage(archive, root, pid)
+        )
+        views = _checked_content(content)
+        _check_total(views, path.stat().st_size)
+        return {name: _lazy(path, archive, name, view) for name, view in views.items()}
 
 
 @contextlib.contextmanager
@@ -227,30 +189,73 @@ def _named_errors(path: Path) -> Iterator[None]:
         yield
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
-    except (zipfile.BadZipFile, EOFError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError) as error:
         raise ConversionError(
             f"{path}: {error}. It is truncated or damaged (or was saved with torch's crc32 option "
             "off); fetch or save it again"
         ) from error
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror or error}") from error
+
+
+class _Bounded(io.BufferedReader):
+    """A file for zipfile, which reads its whole list of entries at once, however long."""
+
+    largest_read = _LARGEST_DIRECTORY
+
+    def read(self, size: int = -1, /) -> bytes:
+        if size > self.largest_read:
+            raise ConversionError(
+                f"its list of entries has {size} bytes; no checkpoint that can be read here needs "
+                f"more than {_LARGEST_DIRECTORY}"
+            )
+        return super().read(size)
 
 
 def _open_archive(path: Path) -> zipfile.ZipFile:
-    if zipfile.is_zipfile(path):
-        return zipfile.ZipFile(path)
+    """The archive, its entries checked: each once, whole, and neither compressed nor encrypted."""
     with path.open("rb") as file:
         start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise ConversionError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
+        size = os.fstat(file.fileno()).st_size
+    refuse_pointer(start)
     if start.startswith(_LEGACY_START):
         raise ConversionError(
             "it is in torch's format of before version 1.6: where torch is installed, re-save it "
             "with torch.save(torch.load(path, weights_only=True), path)"
         )
-    if start.startswith(b"PK\x03\x04"):
-        raise ConversionError("it starts as a zip archive but has no end: it is truncated")
-    raise ConversionError("it is not a zip archive, hence no torch checkpoint")
+    if not zipfile.is_zipfile(path):
+        truncated = "it starts as a zip archive but has no end: it is truncated"
+        other = "it is not a zip archive, hence no torch checkpoint"
+        raise ConversionError(truncated if start.startswith(b"PK\x03\x04") else other)
+    file = _Bounded(io.FileIO(path))
+    archive = zipfile.ZipFile(file)
+    file.largest_read = sys.maxsize
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _UNREADABLE_FLAGS:
+            raise ConversionError(
+                f"its entry {entry.filename[:60]!r} is compressed or encrypted, which torch never "
+                "does: re-save it with torch.save"
+            )
+        sizes = {entry.file_size, entry.compress_size}
+        if len(sizes) > 1 or not 0 <= entry.header_offset <= size - entry.file_size:
+            raise ConversionError(f"its entry {entry.filename[:60]!r} is truncated or damaged")
+    if len(archive.NameToInfo) != len(archive.infolist()):
+        raise ConversionError("two of its entries have the same name: the file is damaged")
+    return archive
+
+
+def _small_entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes | None:
+    """The bytes of an entry that is read whole; None if there is none."""
+    entry = archive.NameToInfo.get(name)
+    if entry is None:
+        return None
+    if entry.file_size > limit:
+        raise ConversionError(
+            f"its entry {name} has {entry.file_size} bytes; no checkpoint that can be read here "
+            f"needs more than {limit}"
+        )
+    with archive.open(entry) as file:
+        return file.read()
 
 
 def _archive_root(archive: zipfile.ZipFile) -> str:
@@ -264,7 +269,7 @@ def _checked_content(content: Any) -> dict[str, _View]:
     if not isinstance(content, dict):
         raise ConversionError(f"it holds a {type(content).__name__}, not a dict of tensors")
     wrong = [
-        f"{key!r}: {'dict' if isinstance(value, dict) else type(value).__name__}"
+        f"{key!r:.60}: {type(value).__name__}"
         for key, value in content.items()
         if not (isinstance(key, str) and isinstance(value, _View))
     ]
@@ -273,7 +278,20 @@ def _checked_content(content: Any) -> dict[str, _View]:
         raise ConversionError(
             f"it holds more than tensors ({shown}): save the plain state_dict by itself"
         )
+    check_count(len(content))
+    for name, view in content.items():
+        check_tensor(name, view.shape, view.storage.dtype)
     return content
+
+
+def _check_total(views: Mapping[str, _View], size: int) -> None:
+    """Tensors may share a storage (tied embeddings do), but not all of them one and the same."""
+    total = sum(math.prod(view.shape) * view.storage.dtype.itemsize for view in views.values())
+    if total > 2 * size:
+        raise ConversionError(
+            f"its tensors have {total} bytes in all, but the file {size}: too many of them share "
+            "their storage; save copies of them"
+        )
 
 
 def _lazy(path: Path, archive: zipfile.ZipFile, name: str, view: _View) -> LazyTensor:
@@ -303,7 +321,9 @@ def _read_view(archive: zipfile.ZipFile, view: _View) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(data.view(dtype), view.shape, strides)
 
 
-def write_pth(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
+def write_pth(
+    path: str | os.PathLike, tensors: Mapping[str, Any], accept: Callable[[], None] | None = None
+) -> None:
     """Writes a dict of tensors that `torch.load(path, weights_only=True)` reads.
 
     Tensors are read and written one at a time; the file appears only when it is complete.
@@ -311,6 +331,7 @@ def write_pth(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
     Args:
       path: destination.
       tensors: arrays or lazy tensors by name.
+      accept: called when all is written; if it raises, the file does not appear.
 
     Raises:
       ConversionError: a dtype that torch's plain storages lack, or an unwritable destination.
@@ -319,7 +340,10 @@ def write_pth(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
     for tensor in tensors.values():
         if tensor.dtype not in _STORAGE_NAMES:
             raise ConversionError(f"{path}: {tensor.name} is {tensor.dtype}: cast it to float32")
-    with written_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        written_whole(path, accept) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
         _write_entry(archive, "byteorder", b"little")
         for key, tensor in enumerate(tensors.values()):
             with archive.open(_aligned(file.tell(), f"data/{key}", tensor.nbytes), "w") as entry:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from rwkvx_jax.storage import new_file
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -27,6 +30,14 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 """Dtypes of parameters, by name."""
+
+# Reading a description (a header, an index, a pickle) takes memory and time that grow with its
+# length, by a factor that the file chooses. These limits are far above any RWKV checkpoint (the
+# largest has about 3000 tensors) and keep a hostile file within seconds and tens of megabytes.
+MOST_TENSORS = 1 << 15
+LARGEST_JSON = 2 << 20
+_MOST_DIMENSIONS = 32  # numpy has a limit as well
+_LONGEST_NAME = 500
 
 
 class ConversionError(ValueError):
@@ -122,14 +133,14 @@ def in_dtype(tensors: Mapping[str, LazyTensor], dtype: np.dtype | None) -> dict[
 
 
 def tracked(
-    tensors: Mapping[str, LazyTensor], advance: Callable[[str, int], None]
+    tensors: Mapping[str, LazyTensor], seen: Callable[[str, np.ndarray], None]
 ) -> dict[str, LazyTensor]:
-    """The same tensors; each reading calls `advance(name, bytes read)`."""
+    """The same tensors; each reading calls `seen(name, array)`."""
 
     def track(tensor: LazyTensor) -> LazyTensor:
         def load(row):
             array = tensor.load(row)
-            advance(tensor.name, array.nbytes)
+            seen(tensor.name, array)
             return array
 
         return dataclasses.replace(tensor, load=load)
@@ -137,31 +148,106 @@ def tracked(
     return {name: track(tensor) for name, tensor in tensors.items()}
 
 
+def check_tensor(name: str, shape: Sequence[int], dtype: np.dtype) -> None:
+    """Checks the description of a tensor that a file gives.
+
+    Raises:
+      ConversionError: a name that can't be shown, or a shape that no memory can hold.
+    """
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        raise ConversionError(f"a tensor has the name {name[:60]!r}, which no checkpoint uses")
+    sizes = math.prod(max(1, size) for size in shape) if len(shape) <= _MOST_DIMENSIONS else None
+    if sizes is None or sizes * dtype.itemsize >= 1 << 63:
+        shown = tuple(shape[:8])
+        raise ConversionError(f"{name} has the impossible shape {shown}: the file is damaged")
+
+
+def check_count(tensors: int) -> None:
+    """Raises ConversionError for more tensors than any model here has."""
+    if tensors > MOST_TENSORS:
+        raise ConversionError(
+            f"it describes {tensors} tensors; no model that can be read here has more than "
+            f"{MOST_TENSORS}"
+        )
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text from a file.
+
+    Raises:
+      ConversionError: not JSON, a key that occurs twice in one object, or more text than any
+        checkpoint needs.
+    """
+    if len(data) > LARGEST_JSON:
+        raise ConversionError(
+            f"its JSON has {len(data)} bytes; no checkpoint that can be read here needs more than "
+            f"{LARGEST_JSON}"
+        )
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"its JSON can't be read ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; see `parse_json`, whose errors here name the file."""
+    try:
+        with path.open("rb") as file:
+            return parse_json(file.read(LARGEST_JSON + 1))
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror or error}") from error
+
+
+def refuse_pointer(start: bytes) -> None:
+    """Raises ConversionError if a file starts as a Git LFS pointer does."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ConversionError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
+
+
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def written_whole(
+    path: str | os.PathLike, accept: Callable[[], None] | None = None
+) -> Iterator[BinaryIO]:
     """A file opened for writing that appears under `path` only once it is complete.
 
-    It is written beside its destination and renamed at the end; whatever fails in between removes
-    it, and a file that was there before stays as it was.
+    Args:
+      path: the file; one that is there already stays as it is until the end.
+      accept: called at the end; if it raises, the file does not appear.
+
+    Raises:
+      ConversionError: no such directory, or the file can't be written (permissions, a full disk);
+        nothing of it stays.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise ConversionError(f"cannot write {path}: directory {path.parent} does not exist")
     if path.is_dir():
         raise ConversionError(f"cannot write {path}: it is a directory")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with new_file(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            if accept is not None:
+                accept()
+    except OSError as error:  # of the destination: readers raise ConversionError
+        raise ConversionError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_data(file: BinaryIO, tensor: LazyTensor) -> None:
+def write_data(file: BinaryIO, tensor: LazyTensor, digest: Any = None) -> None:
     """Writes a tensor's data, row by row where that saves memory.
+
+    Args:
+      file: open for writing.
+      tensor: read once.
+      digest: a hash of hashlib that the bytes written are added to.
 
     Raises:
       ConversionError: the data is not of the size that the tensor declared.
@@ -174,6 +260,8 @@ def write_data(file: BinaryIO, tensor: LazyTensor) -> None:
             )
         data = piece.reshape(-1).view(np.uint8)
         file.write(memoryview(data))
+        if digest is not None:
+            digest.update(memoryview(data))
         written += data.nbytes
         del piece, data  # before the next one is read
     if written != tensor.nbytes:
