@@ -191,8 +191,9 @@ def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, sc
 
     numbers = jnp.arange(chunks, dtype=jnp.int32)
     dq, past = jax.lax.scan(chunk_step, dq, (numbers, *_complete(chunk_size, k, v)))
-    dk_past, dv_past = (x.reshape(chunks * chunk_size, -1) for x in past)
-    return dq, dk.at[: len(dk_past)].add(dk_past), dv.at[: len(dv_past)].add(dv_past)
+    rest = ((0, k.shape[0] - chunks * chunk_size), (0, 0))  # of a chunk that is not complete
+    dk_past, dv_past = (jnp.pad(x.reshape(chunks * chunk_size, -1), rest) for x in past)
+    return dq, dk + dk_past, dv + dv_past
 
 
 def sort_pairs(selection, offset, chunk_size, chunks):

@@ -259,7 +259,8 @@ def _check_decay(log_w: jax.Array, chunk_size: int, implementation: str) -> None
     """
     if isinstance(log_w, jax.core.Tracer) or not getattr(log_w, "is_fully_addressable", True):
         return
-    lowest, highest = float(jnp.min(log_w)), float(jnp.max(log_w))
+    with jax.ensure_compile_time_eval():  # a constant of a program that is being traced
+        lowest, highest = float(jnp.min(log_w)), float(jnp.max(log_w))
     if highest > 0:
         raise ValueError(
             f"wkv7: log_w is the logarithm of a decay, at most 0, got {highest:g}: pass log(w), "
