@@ -1,11 +1,12 @@
 """Clear errors where a hand-written gradient does not support a kind of differentiation.
 
 A function with a gradient of its own has no forward mode, and a loop of data-dependent length no
-reverse mode; JAX's messages name neither the op nor the way out. Here arrays pass through an
-identity whose tangents reach one mode only: the other raises the given message.
+reverse mode; JAX's messages name neither the op nor the way out. Here tangents pass through an
+identity that supports one mode only: in the other it raises the given message.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +17,39 @@ from jax.interpreters import ad, batching, mlir
 def reverse_only(message: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays; forward-mode differentiation of what is made of them raises ValueError(message).
 
-    To be put on the arguments of a function with its own gradient. Integer arrays pass.
+    For the arguments of a function with its own gradient. Integer arrays pass.
     """
-    return _mark(_reverse_only, message, arrays)
-
-
-def forward_only(message: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays; reverse-mode differentiation of how they were made raises ValueError(message).
-
-    To be put on the results of loops of data-dependent length. Integer arrays pass.
-    """
-    return _mark(_forward_only, message, arrays)
-
-
-def _mark(primitive, message, arrays):
     inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-    return tuple(_identity(primitive, message, x) if inexact(x) else x for x in arrays)
+    return tuple(_argument(message, x) if inexact(x) else x for x in arrays)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _identity(primitive, message, x):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _argument(message, x):
     return x
 
 
-@_identity.defjvp
-def _(primitive, message, primals, tangents):
-    return primals[0], primitive.bind(tangents[0], message=message)
+@_argument.defjvp
+def _(message, primals, tangents):
+    return primals[0], _reverse_only.bind(tangents[0], message=message)
+
+
+def forward_only(message: str, run: Callable, plain: Callable) -> Callable:
+    """`run`, differentiable as `plain` in forward mode; reverse mode raises ValueError(message).
+
+    Args:
+      message: names the way out.
+      run: function of arrays that returns a tuple of floating arrays.
+      plain: the same function, in terms that JAX differentiates in forward mode.
+    """
+    result = jax.custom_jvp(run)
+
+    @result.defjvp
+    def _(primals, tangents):
+        # The results apart from their tangents: reverse mode wants them known first.
+        tangents = jax.jvp(plain, primals, tangents)[1]
+        return run(*primals), tuple(_forward_only.bind(x, message=message) for x in tangents)
+
+    return result
 
 
 def _tangent_identity(name, *, evaluate, transpose):

@@ -31,10 +31,6 @@ def fold_vmapped(function):
 
     @folded.def_vmap
     def rule(size, batched, *args):
-        if not any(batched):  # many tangents of one call: JAX batches them itself
-            results = function(*args)
-            return results, jax.tree.map(lambda _: False, results)
-
         def fold(x, is_batched):
             if not is_batched:
                 x = jnp.broadcast_to(x[None], (size, *x.shape))
@@ -76,4 +72,4 @@ def map_heads(function, arrays, offset):
         return jax.tree.map(unflat, jax.lax.map(lambda x: function(*x), inputs))
 
     run = fold_vmapped(functools.partial(partitioned, all_heads))
-    return forward_only(_NO_SECOND_REVERSE, *run(*arrays, offset))
+    return forward_only(_NO_SECOND_REVERSE, run, all_heads)(*arrays, offset)

@@ -9,7 +9,6 @@ shardings do not propagate. An array's type tells which kinds of mesh axes it li
   marked as varying over the same axes, which `vary_together` does.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +65,8 @@ def local(
 def partitioned(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
     """`fn(*arrays)`; over Auto mesh axes each device computes its own batch rows and heads.
 
+    Not differentiable where there are such axes.
+
     Args:
       fn: function of the arrays, row by row and head by head; returns a tuple of arrays.
       arrays: [B], or [B, T, H, ...], as the results are.
@@ -77,10 +78,13 @@ def partitioned(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def _split_by_compiler(fn, arrays):
-    """`fn` as a function that the compiler may split over rows and heads, and differentiable."""
+    """`fn` as a function that the compiler may split over rows and heads."""
 
     def partition(mesh, operands, results):
-        specs = [x.sharding.spec for x in (*results, *operands)]
+        shardings = tuple(x.sharding for x in results), tuple(x.sharding for x in operands)
+        if mesh.empty:  # no array of the program has a sharding: all lie whole on every device
+            return mesh, fn, *shardings
+        specs = [sharding.spec for side in shardings for sharding in side]
         rows = next((s[0] for s in specs if s and s[0]), None)
         heads = next((s[2] for s in specs if len(s) > 2 and s[2]), None)
 
@@ -98,9 +102,7 @@ def _split_by_compiler(fn, arrays):
     rule = " -> ".join(", ".join(map(" ".join, side)) for side in sides)
     split = custom_partitioning(fn)
     split.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
-    result = jax.custom_jvp(split)
-    result.defjvp(functools.partial(jax.jvp, fn))
-    return result
+    return split
 
 
 def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
