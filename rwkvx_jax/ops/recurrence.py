@@ -96,7 +96,7 @@ def wkv7(
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
     _check_chunk_size(chunk_size, implementation)
     run, size = _form(implementation, chunk_size, r)
-    _check_decay(log_w, size, implementation)
+    _check_decay(log_w, implementation, size)
     arrays = (r, log_w, k, v, a, b, state)
     if implementation != "sequential":
         arrays = reverse_only(_NO_FORWARD_MODE, *arrays)
@@ -110,9 +110,10 @@ def wkv7(
 
 
 def _form(implementation: str, chunk_size: int | None, r: jax.Array):
-    """The function of the seven arrays that runs, and the tokens it solves at once."""
+    """The function of the seven arrays that runs, and how many tokens it solves at once: 0 where
+    it takes them one by one."""
     if implementation == "sequential":
-        return wkv7_sequential, 1
+        return wkv7_sequential, 0
     platform, associative = current_platform(), implementation == "associative"
     if implementation == "pallas":
         kernels = importlib.import_module(_KERNELS[platform])
@@ -251,7 +252,7 @@ def _check_arrays(arrays: dict[str, jax.Array], state: jax.Array | None) -> None
         raise ValueError(f"wkv7: state must be float32, got {state.dtype}; cast it")
 
 
-def _check_decay(log_w: jax.Array, chunk_size: int, implementation: str) -> None:
+def _check_decay(log_w: jax.Array, implementation: str, chunk_size: int) -> None:
     """Raises ValueError where `log_w` is known (not traced) and out of the implementation's range.
 
     Over half a chunk of C tokens the decays of a channel may add up to -MAX_EXPONENT; no decay may
@@ -266,7 +267,7 @@ def _check_decay(log_w: jax.Array, chunk_size: int, implementation: str) -> None
             f"wkv7: log_w is the logarithm of a decay, at most 0, got {highest:g}: pass log(w), "
             "with w in (0, 1]"
         )
-    half = chunk_size // 2
+    half = -(-chunk_size // 2)
     if lowest * half >= -MAX_EXPONENT:
         return
     known = np.asarray(log_w, np.float32)
