@@ -268,7 +268,7 @@ def _check_decay(log_w: jax.Array, implementation: str, chunk_size: int) -> None
             "with w in (0, 1]"
         )
     half = -(-chunk_size // 2)
-    if lowest * half >= -MAX_EXPONENT:
+    if not half or lowest * half >= -MAX_EXPONENT:
         return
     known = np.asarray(log_w, np.float32)
     padding = ((0, 0), (0, -known.shape[1] % half), (0, 0), (0, 0))
