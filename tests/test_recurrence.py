@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.ops import dispatch, recurrence
 from rwkvx_jax.ops.recurrence import segment_map, wkv7, wkv7_sequential
@@ -284,24 +282,6 @@ def test_vmap():
     cotangents = cotangents_for(inputs)
     expected = [ORACLE([x[i] for x in inputs], tuple(c[i] for c in cotangents)) for i in (0, 1)]
     assert_same(run(inputs, cotangents), jax.tree.map(lambda *x: jnp.stack(x), *expected))
-
-
-def test_sharded_over_batch_and_heads():
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    inputs = make_inputs("random", 40, batch=2, heads=4)
-    cotangents = cotangents_for(inputs)
-    expected = ORACLE(inputs, cotangents)
-    tokens, state = P("data", None, "tensor"), P("data", "tensor")
-    with jax.set_mesh(mesh):
-        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-        run = with_gradients(FORMS["chunked"])
-        specs = ([tokens] * 6 + [state], (tokens, state))
-        arguments = jax.tree.map(put, (inputs, cotangents), specs)
-        actual = run(*arguments)
-        compiled = run.lower(*arguments).compile().as_text()
-    assert_same(actual, expected)
-    assert actual[0][0].sharding.spec == tokens
-    assert "all-gather" not in compiled and "all-reduce" not in compiled
 
 
 # ------------------------------------------------------------------------------------- bad input

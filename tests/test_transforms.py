@@ -1,8 +1,8 @@
 """The public ops inside other programs: every transformation of JAX, on every kind of mesh axis.
 
 Values and gradients equal those of the oracle, unsharded; outputs and gradients are sharded as the
-inputs are. docs/research.md has the table that these tests fill in. Most cells run with `-m slow`:
-quick ones are the gradient on every kind of axis, and every transformation off a mesh.
+inputs are. docs/research.md has the table that these tests fill in. Quick ones are the gradient on
+every kind of axis, every transformation off a mesh and what raises; the others run with `-m slow`.
 """
 
 import contextlib
@@ -146,7 +146,8 @@ def cells():
     for name in FORMS:
         for transform in COPIES:
             for axes in AXES:
-                quick = name not in ORACLES and (transform is gradient or axes == "none")
+                often = axes == "none" or (transform is gradient and axes != "manual, unchecked")
+                quick = often and name not in (*ORACLES, "wkv7 associative")
                 marks = () if quick else (pytest.mark.slow,)
                 yield pytest.param(
                     name, transform, axes, id=f"{name}-{transform.__name__}-{axes}", marks=marks
@@ -190,35 +191,46 @@ def test_selection(axes):
 # ----------------------------------------------------- what raises, and arrays placed in other ways
 
 
+@pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("name", FORMS)
-def test_forward_mode(name):
+def test_forward_mode(name, axes):
     """The oracles have it; of the others the message says who does."""
-    op, args = FORMS[name].op, arguments(FORMS[name].op.func)
-    tangents = jax.tree.map(np.ones_like, args)
+    op = FORMS[name].op
+    run, args, mesh = on_axes(op, axes, arguments(op.func))
+    tangents = jax.tree.map(jnp.ones_like, args)
+    program = jax.jit(lambda args, tangents: jax.jvp(jax.jit(run), args, tangents)[1])
     if name in ORACLES:
-        assert np.isfinite(jax.jvp(op, args, tangents)[1][0]).all()
+        with in_force(mesh):
+            assert np.isfinite(jax.tree.leaves(program(tuple(args), tuple(tangents)))[0]).all()
         return
     best = "sequential" if op.func is wkv7 else "dense"
     message = f"{op.func.__name__}: only implementation='{best}' .* forward mode"
-    with pytest.raises(ValueError, match=message):
-        jax.jvp(op, args, tangents)
-    with pytest.raises(ValueError, match=message):
-        jax.jit(lambda *tangents: jax.jvp(jax.jit(op), args, tangents))(*tangents)
-    with pytest.raises(ValueError, match=message):
-        jax.jacfwd(op)(*args)
-    with pytest.raises(ValueError, match=message):
-        jax.linearize(op, *args)[1](*tangents)
+    with in_force(mesh), pytest.raises(ValueError, match=message):
+        program.lower(tuple(args), tuple(tangents))
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_reverse_over_reverse(name):
+@pytest.mark.parametrize("name", ["wkv7 chunked", "full_attention blocked"])
+def test_forward_mode_outside_a_program(name):
     op, args = FORMS[name].op, arguments(FORMS[name].op.func)
-    twice = jax.grad(lambda *args: scalar(jax.grad(lambda *args: scalar(op(*args)))(*args)))
-    if op.func is wkv7 or name in ORACLES:
-        jax.eval_shape(twice, *args)
-        return
-    with pytest.raises(ValueError, match="have one reverse mode.*jax.hessian"):
-        jax.eval_shape(twice, *args)
+    with pytest.raises(ValueError, match="forward mode"):
+        jax.jvp(op, args, args)
+    with pytest.raises(ValueError, match="forward mode"):
+        jax.jacfwd(op)(*args)
+    with pytest.raises(ValueError, match="forward mode"):
+        jax.linearize(op, *args)[1](*args)
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("name", FORMS)
+def test_reverse_over_reverse(name, axes):
+    op = FORMS[name].op
+    run, args, mesh = on_axes(op, axes, arguments(op.func))
+    once = jax.grad(lambda *args: scalar(run(*args)))
+    twice = jax.jit(jax.grad(lambda *args: scalar(once(*args))))
+    loops = op.func is not wkv7 and name not in ORACLES
+    refused = pytest.raises(ValueError, match="have one reverse mode.*jax.hessian")
+    with in_force(mesh), refused if loops else contextlib.nullcontext():
+        twice.trace(*args)
 
 
 @pytest.mark.parametrize("axes", ["explicit", "auto"])
