@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.ops import block_sparse
 from rwkvx_jax.ops.block_sparse import sparse_attention
@@ -351,24 +349,6 @@ def test_under_scan_and_checkpoint(implementation):
         return jnp.sum(layer(layer(layer(x))) ** 2)
 
     assert_close(jax.jit(jax.grad(scanned))(q), jax.grad(unrolled)(q), rel=1e-5)
-
-
-@pytest.mark.parametrize("implementation", FORMS)
-@pytest.mark.parametrize("mapped", [False, True])
-def test_on_a_mesh(mapped, implementation):
-    """Batch over "data", heads over "tensor": by the partitioner, and inside shard_map."""
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    spec = P("data", None, "tensor", None)
-    qkv = random_qkv(13, 2, 150)
-    run = functools.partial(loss_gradients, implementation=implementation)
-    expected = run(*qkv)
-    if mapped:
-        run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in qkv]
-    with jax.set_mesh(mesh):
-        actual = jax.jit(run, out_shardings=NamedSharding(mesh, spec))(*sharded)
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, rel=1e-5)
 
 
 @pytest.mark.parametrize(

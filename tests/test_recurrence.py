@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.ops import dispatch, recurrence
 from rwkvx_jax.ops.recurrence import segment_map, wkv7, wkv7_sequential
 from rwkvx_jax.ops.recurrence_chunked import CHUNK_SIZE, Plan, wkv7_chunked
-from tests.helpers import assert_close
+from tests.helpers import assert_close, assert_within
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
 STRONGEST = -np.exp(-0.5)
@@ -286,24 +284,6 @@ def test_vmap():
     assert_same(run(inputs, cotangents), jax.tree.map(lambda *x: jnp.stack(x), *expected))
 
 
-def test_sharded_over_batch_and_heads():
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    inputs = make_inputs("random", 40, batch=2, heads=4)
-    cotangents = cotangents_for(inputs)
-    expected = ORACLE(inputs, cotangents)
-    tokens, state = P("data", None, "tensor"), P("data", "tensor")
-    with jax.set_mesh(mesh):
-        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-        run = with_gradients(FORMS["chunked"])
-        specs = ([tokens] * 6 + [state], (tokens, state))
-        arguments = jax.tree.map(put, (inputs, cotangents), specs)
-        actual = run(*arguments)
-        compiled = run.lower(*arguments).compile().as_text()
-    assert_same(actual, expected)
-    assert actual[0][0].sharding.spec == tokens
-    assert "all-gather" not in compiled and "all-reduce" not in compiled
-
-
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -366,3 +346,52 @@ def test_kernel_is_chosen_where_it_can_run(monkeypatch):
     candidates = lambda keys: recurrence._candidates(x(keys), x(keys))
     assert dispatch.resolve("wkv7", None, candidates(64)) == "pallas"
     assert dispatch.resolve("wkv7", None, candidates(16)) == "chunked"
+
+
+# ------------------------------------------------------------------------------- strong decays
+
+
+def compare_strong(form, inputs):
+    """As `compare`; what little gradient reaches a strong decay is a difference of large terms."""
+    cotangents = cotangents_for(inputs)
+    actual, expected = form(inputs, cotangents), ORACLE(inputs, cotangents)
+    largest = float(jnp.abs(expected[1][0]).max())
+    assert_within(actual[1][1], expected[1][1], 1e-5 * largest)
+    assert_same((actual[0], (actual[1][0], expected[1][1], *actual[1][2:])), expected)
+
+
+def decaying(log_w, time=300):
+    inputs = make_inputs("random", time, heads=1, keys=8, values=8)
+    inputs[1] = np.full_like(inputs[1], log_w)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "implementation, size",
+    [("chunked", 1), ("chunked", 16), ("chunked", 128), ("associative", 32)],
+)
+def test_decays_up_to_the_limit_are_exact(implementation, size):
+    """Half a chunk's sum is what counts: at the limit all is exact, below it refused."""
+    half = -(-size // 2)
+    limit = -recurrence.MAX_EXPONENT / half
+    run = functools.partial(wkv7, implementation=implementation, chunk_size=size)
+    inputs = decaying(limit * 0.999)
+    wkv7(*inputs, implementation="sequential")
+    compare_strong(with_gradients(run), inputs)
+    message = rf"log_w goes down to {limit * 1.01:.4g}.* over {half} tokens; '{implementation}'"
+    with pytest.raises(ValueError, match=message + ".*smaller chunk_size, or .*sequential"):
+        run(*decaying(limit * 1.01))
+
+
+def test_decays_that_cannot_be():
+    with pytest.raises(ValueError, match="logarithm of a decay, at most 0, got 0.1: pass log"):
+        wkv7(*decaying(0.1))
+    with pytest.raises(ValueError, match="at most 0, got 0.1"):
+        jax.jit(lambda r: wkv7(r, *decaying(0.1)[1:]))(decaying(0.1)[0])  # a constant of a program
+    wkv7(*decaying(0.0, time=4))
+    y, _ = wkv7(*decaying(-7.0, time=8), chunk_size=32)  # fits the few tokens there are
+    assert np.isfinite(y).all()
+    one = decaying(-0.5)
+    one[1][:, 7] = -70.0  # a reset of the state
+    wkv7(*one)
+    compare_strong(COMPILED["chunked"], one)

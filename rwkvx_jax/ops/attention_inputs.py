@@ -1,4 +1,4 @@
-"""Checks and positions shared by the attention operations.
+"""Checks, positions and placement shared by the attention operations.
 
 Every attention op takes queries that begin at an absolute position `q_offset` of the key sequence:
 0 in training, the number of tokens already processed when a prompt is prefilled in pieces, one
@@ -7,9 +7,17 @@ and wrong shapes are refused before anything is traced.
 """
 
 import numbers
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from rwkvx_jax.ops.placement import local, vary_together
+
+NO_FORWARD_MODE = (
+    "{}: only implementation='dense' can be differentiated in forward mode (jvp, jacfwd, "
+    "linearize); all others have a reverse mode of their own (grad, vjp, and hessian over it)"
+)
 
 
 def check_attention_inputs(q, k, v, q_offset) -> None:
@@ -103,3 +111,35 @@ def query_positions(q_offset, batch: int, length: int) -> jax.Array:
     """Absolute positions of the queries, int32 [B, Tq]."""
     steps = jnp.arange(length, dtype=jnp.int32)
     return offset_of_rows(q_offset, batch)[:, None] + steps[None, :]
+
+
+def run_attention(
+    run: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    q_offset,
+    *,
+    check_vma: bool = True,
+) -> jax.Array:
+    """`run(*arrays, q_offset=...)`, by each device for its own rows and heads (`placement.local`).
+
+    Args:
+      run: function of arrays [B, T, H, ...], with a keyword argument q_offset, that returns one.
+      arrays: its arguments.
+      q_offset: int, integer scalar or integer [B]; stays an int where it is one.
+      check_vma: as in `jax.shard_map`.
+    """
+    offset = known_or_rows(q_offset, arrays[0].shape[0])
+    if isinstance(offset, int):
+        shard, rows = (lambda *arrays: run(*vary_together(*arrays), q_offset=offset)), ()
+    else:
+        shard, rows = _with_rows(run), (offset,)
+    axes = ("B.H.",) * len(arrays) + ("B",) * len(rows)
+    return local(shard, (*arrays, *rows), axes, "B.H.", check_vma=check_vma)
+
+
+def _with_rows(run):
+    def shard(*arrays_and_offset):
+        *arrays, offset = vary_together(*arrays_and_offset)
+        return run(*arrays, q_offset=offset)
+
+    return shard

@@ -7,15 +7,19 @@ longer than chunk_size * top_k. The selection is an input of every implementatio
 Source: RWKV-X (arXiv 2504.21463), training form, per-head selection.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import block_sparse_gpu, block_sparse_tpu
 from rwkvx_jax.ops.attention_inputs import (
+    NO_FORWARD_MODE,
     check_attention_inputs,
     check_chunking,
     check_scale,
     known_or_rows,
+    run_attention,
 )
 from rwkvx_jax.ops.block_sparse_masked import (
     masking_obstacle,
@@ -24,6 +28,7 @@ from rwkvx_jax.ops.block_sparse_masked import (
 )
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
 from rwkvx_jax.ops.dense_attention import sparse_attention_dense
+from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import MEAN, Selector, check_selector, select_chunks
@@ -62,12 +67,13 @@ def sparse_attention(
       selector: how `select_chunks` scores a chunk, where no selection is given.
 
     Returns:
-      [B, Tq, H, V] in q's dtype. Scores and sums are float32. Differentiable in q, k, v; no
-      gradient flows through the selection.
+      [B, Tq, H, V] in q's dtype. Scores and sums are float32. Differentiable in q, k, v in reverse
+      mode ("dense" in both); no gradient flows through the selection.
 
     Raises:
       ValueError: on shapes or dtypes that do not fit, chunk_size < 1, top_k < 1, a selector that
-        does not fit the chunk, or a named implementation that cannot run here.
+        does not fit the chunk, a named implementation that cannot run here, or forward-mode
+        differentiation of another than "dense".
     """
     check_chunking(chunk_size, top_k)
     check_selector(selector, chunk_size)
@@ -83,8 +89,10 @@ def sparse_attention(
         selection = select_chunks(q, k, **chunking, selector=selector)
     _check_selection(selection, q.shape, top_k)
     selection = selection.astype(jnp.int32)  # numbers of chunks may not fit where entries do
-    run = _IMPLEMENTATIONS[chosen]
-    return run(q, k, v, selection, chunk_size=chunk_size, scale=scale, q_offset=q_offset)
+    if chosen != "dense":
+        q, k, v = reverse_only(NO_FORWARD_MODE.format("sparse_attention"), q, k, v)
+    run = functools.partial(_IMPLEMENTATIONS[chosen], chunk_size=chunk_size, scale=scale)
+    return run_attention(run, (q, k, v, selection), q_offset, check_vma=chosen != "pallas")
 
 
 def _check_selection(selection, q_shape, top_k) -> None:

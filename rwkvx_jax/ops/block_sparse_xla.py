@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import offset_of_rows
+from rwkvx_jax.ops.heads import map_heads
 from rwkvx_jax.ops.loop_bounds import at_most
 
 # Rows of a tile lie between these; float32 scores of a tile number at most MAX_SCORES.
@@ -49,6 +50,8 @@ def sparse_attention_xla(q, k, v, selection, *, chunk_size, scale, q_offset=0):
 def attend_heads(q, k, v, selection, offset, forms, chunk_size, scale):
     """Attention that is computed head by head, with gradients that are written out.
 
+    All arrays vary over the same manual mesh axes (`placement.vary_together`).
+
     Args:
       q, k, v, selection, chunk_size, scale: as in `sparse_attention_xla`.
       offset: int32 [B].
@@ -65,7 +68,7 @@ def attend_heads(q, k, v, selection, offset, forms, chunk_size, scale):
 
 def _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale):
     forward = functools.partial(forms[0], chunk_size=chunk_size, scale=scale)
-    out, lse = blocked.map_heads(forward, (q, k, v, selection), offset)
+    out, lse = map_heads(forward, (q, k, v, selection), offset)
     out = out.astype(q.dtype)
     return out, (q, k, v, selection, offset, out, lse)
 
@@ -73,7 +76,7 @@ def _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale):
 def _attend_heads_bwd(forms, chunk_size, scale, saved, grad):
     q, k, v, selection, offset, out, lse = saved
     backward = functools.partial(forms[1], chunk_size=chunk_size, scale=scale)
-    dq, dk, dv = blocked.map_heads(backward, (q, k, v, selection, out, lse, grad), offset)
+    dq, dk, dv = map_heads(backward, (q, k, v, selection, out, lse, grad), offset)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
@@ -178,8 +181,8 @@ def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, sc
             dq = dq.at[rows].add(dq_rows * scale, mode="drop", unique_indices=True)
             return dq, dk_chunk + dk_tile, dv_chunk + dv_tile
 
-        dk_chunk = jnp.zeros((k.shape[1], chunk_size), jnp.float32)
-        dv_chunk = jnp.zeros((v.shape[1], chunk_size), jnp.float32)
+        dk_chunk = blocked.filled(k, (k.shape[1], chunk_size))
+        dv_chunk = blocked.filled(v, (v.shape[1], chunk_size))
         tiles = _tiles_of(pairs[1], chunk, tile_rows)
         carry = dq, dk_chunk, dv_chunk
         with at_most(_most_tiles(selection.size, tile_rows, chunks) / chunks):
@@ -188,8 +191,9 @@ def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, sc
 
     numbers = jnp.arange(chunks, dtype=jnp.int32)
     dq, past = jax.lax.scan(chunk_step, dq, (numbers, *_complete(chunk_size, k, v)))
-    dk_past, dv_past = (x.reshape(chunks * chunk_size, -1) for x in past)
-    return dq, dk.at[: len(dk_past)].add(dk_past), dv.at[: len(dv_past)].add(dv_past)
+    rest = ((0, k.shape[0] - chunks * chunk_size), (0, 0))  # of a chunk that is not complete
+    dk_past, dv_past = (jnp.pad(x.reshape(chunks * chunk_size, -1), rest) for x in past)
+    return dq, dk + dk_past, dv + dv_past
 
 
 def sort_pairs(selection, offset, chunk_size, chunks):

@@ -48,18 +48,20 @@ def _matmul(a, b, axis):
     )
 
 
-def softmax_start(rows: int, value_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Running softmax of `rows` queries that have seen no key.
+def softmax_start(q: jax.Array, value_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Running softmax of queries q [rows, K] that have seen no key.
 
     Returns:
       (weighted values [rows, V], largest score [rows], sum of weights [rows]), float32. Scores are
       kept unscaled; weights are relative to the largest.
     """
-    return (
-        jnp.zeros((rows, value_size), jnp.float32),
-        jnp.full((rows,), MASKED, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-    )
+    rows = q.shape[0]
+    return filled(q, (rows, value_size)), filled(q, (rows,), MASKED), filled(q, (rows,))
+
+
+def filled(like: jax.Array, shape: tuple[int, ...], value: float = 0.0) -> jax.Array:
+    """A float32 constant for a loop to carry; varies over the manual mesh axes that `like` does."""
+    return jax.lax.full_like(like, value, jnp.float32, shape=shape)
 
 
 def softmax_add(running, q, k, v, scale, visible=None):
@@ -199,7 +201,7 @@ def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, 
 
             return body
 
-        running = softmax_start(rows, blocks.value_size)
+        running = softmax_start(block, blocks.value_size)
         for start, stop, masked in mask.key_blocks(first, blocks.count, blocks.keys):
             with at_most(mask.most_blocks(masked, rows, cols, blocks.count)):
                 running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
@@ -241,8 +243,7 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
 
             return body
 
-        dk = jnp.zeros((k.shape[1], cols), jnp.float32)
-        dv = jnp.zeros((v.shape[1], cols), jnp.float32)
+        dk, dv = filled(k, (k.shape[1], cols)), filled(v, (v.shape[1], cols))
         carry = dq, dk, dv
         for start, stop, masked in mask.query_blocks(index * cols, q.shape[0], offset):
             with at_most(mask.most_blocks(masked, cols, rows, q.shape[0])):
@@ -252,7 +253,7 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
 
     blocks = split_rows(k, cols), split_rows(v, cols)
     numbers = jnp.arange(blocks[0].shape[0], dtype=jnp.int32)
-    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), (numbers, *blocks))
+    dq, (dk, dv) = jax.lax.scan(key_block, filled(q, q.shape), (numbers, *blocks))
     dq = dq.reshape(-1, q.shape[2])[:length] * scale
     return dq, dk.reshape(-1, k.shape[1])[:keys], dv.reshape(-1, v.shape[1])[:keys]
 
@@ -339,57 +340,3 @@ class _Mask:
         edge = side // other + 2
         reach = blocks if self.own is None else self.own // other + edge
         return min(blocks, edge if masked else reach)
-
-
-def fold_vmapped(function):
-    """Makes `jax.vmap` of a function of [B, ...] arrays lengthen axis 0 instead of batching loops.
-
-    A loop of data-dependent length, batched, would run every row for as long as the longest needs
-    and copy all it carries at each step.
-
-    Args:
-      function: arrays with a common leading axis -> tree of arrays with that leading axis.
-    """
-    folded = jax.custom_batching.custom_vmap(function)
-
-    @folded.def_vmap
-    def rule(size, batched, *args):
-        def fold(x, is_batched):
-            if not is_batched:
-                x = jnp.broadcast_to(x[None], (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = folded(*map(fold, args, batched))
-        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return folded
-
-
-def map_heads(function, arrays, offset):
-    """Applies a function of one head to every head of every batch row, one after the other.
-
-    Args:
-      function: (*arrays [T, ...], offset int32 scalar) -> tuple of arrays [T, ...].
-      arrays: tuple of [B, T, H, ...].
-      offset: int32 [B].
-
-    Returns:
-      Tuple of arrays [B, T, H, ...].
-    """
-
-    def all_heads(*arrays_and_offset):
-        *arrays, offset = arrays_and_offset
-        batch, _, heads = arrays[0].shape[:3]
-
-        def flat(x):
-            x = jnp.moveaxis(x, 2, 1)
-            return x.reshape(batch * heads, *x.shape[2:])
-
-        def unflat(x):
-            return jnp.moveaxis(x.reshape(batch, heads, *x.shape[1:]), 1, 2)
-
-        inputs = (*map(flat, arrays), jnp.repeat(offset, heads))
-        return jax.tree.map(unflat, jax.lax.map(lambda x: function(*x), inputs))
-
-    return fold_vmapped(all_heads)(*arrays, offset)

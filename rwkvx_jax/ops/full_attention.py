@@ -13,12 +13,16 @@ import jax.numpy as jnp
 
 from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import (
+    NO_FORWARD_MODE,
     check_attention_inputs,
     check_scale,
     offset_of_rows,
+    run_attention,
 )
 from rwkvx_jax.ops.dense_attention import full_attention_dense
+from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, resolve
+from rwkvx_jax.ops.heads import map_heads
 
 # Blocks of the splash kernel, lengths below which the whole sequence is one block.
 SPLASH_QUERIES = 512
@@ -48,11 +52,11 @@ def full_attention(
         "cudnn" (GPU), or None to choose by platform, shapes and dtype.
 
     Returns:
-      [B, Tq, H, V] in q's dtype, differentiable in q, k, v.
+      [B, Tq, H, V] in q's dtype, differentiable in q, k, v in reverse mode ("dense" in both).
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit, or a named implementation that cannot run
-        here.
+      ValueError: on shapes or dtypes that do not fit, a named implementation that cannot run here,
+        or forward-mode differentiation of another than "dense".
     """
     check_attention_inputs(q, k, v, q_offset)
     scale = check_scale(scale, q.shape[-1])
@@ -62,8 +66,11 @@ def full_attention(
         Candidate("blocked"),
         Candidate("dense"),
     )
-    run = _IMPLEMENTATIONS[resolve("full_attention", implementation, candidates)]
-    return run(q, k, v, scale=scale, q_offset=q_offset)
+    chosen = resolve("full_attention", implementation, candidates)
+    if chosen != "dense":
+        q, k, v = reverse_only(NO_FORWARD_MODE.format("full_attention"), q, k, v)
+    run = functools.partial(_IMPLEMENTATIONS[chosen], scale=scale)
+    return run_attention(run, (q, k, v), q_offset, check_vma=chosen in ("blocked", "dense"))
 
 
 def _splash_obstacle(q, k, v, q_offset) -> str | None:
@@ -145,7 +152,7 @@ def _blocked_fwd(q, k, v, offset, scale):
         running = blocked.causal_forward(q, k, v, offset, scale=scale)
         return blocked.softmax_finish(running, scale)
 
-    out, lse = blocked.map_heads(forward, (q, k, v), offset)
+    out, lse = map_heads(forward, (q, k, v), offset)
     out = out.astype(q.dtype)
     return out, (q, k, v, offset, out, lse)
 
@@ -157,7 +164,7 @@ def _blocked_bwd(scale, saved, grad):
         delta = blocked.output_dot(grad, out)
         return blocked.causal_backward(q, k, v, grad, lse, delta, offset, scale=scale)
 
-    dq, dk, dv = blocked.map_heads(backward, (q, k, v, out, lse, grad), offset)
+    dq, dk, dv = map_heads(backward, (q, k, v, out, lse, grad), offset)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -10,8 +10,11 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
+from rwkvx_jax.ops.placement import local, vary_together
 from rwkvx_jax.ops.recurrence_chunked import (
     CHUNK_SIZE,
     MAX_CHUNK_SIZE,
@@ -20,6 +23,14 @@ from rwkvx_jax.ops.recurrence_chunked import (
     wkv7_chunked,
 )
 
+# Forms that solve several tokens at once scale by e to the decays summed over half of them: e^80
+# leaves float32 a factor of 6000 for the inputs, and e^-80 one of 1500 before precision is lost.
+MAX_EXPONENT = 80
+
+_NO_FORWARD_MODE = (
+    "wkv7: only implementation='sequential' can be differentiated in forward mode (jvp, jacfwd, "
+    "linearize); all others have a reverse mode of their own (grad, vjp, and hessian over it)"
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 # Each module has `wkv7(r, log_w, k, v, a, b, state)` and `unsupported_reason(K, V, dtype)`.
@@ -45,14 +56,16 @@ def wkv7(
         S_t = S_{t-1} diag(exp(log_w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T
         y_t = S_t r_t
 
-    Differentiable (in reverse mode) in all seven arrays. The state is never reset inside a
-    sequence. Feeding a sequence in pieces, each from the final state of the one before, gives the
-    same result as feeding it whole.
+    Differentiable in all seven arrays, in reverse mode ("sequential" in both modes). The state is
+    never reset inside a sequence. Feeding a sequence in pieces, each from the final state of the
+    one before, gives the same result as feeding it whole.
 
     Args:
       r: receptance, reads the state; float32, bfloat16 or float16.
       log_w: natural logarithm of the decay, within [-exp(-1/2), 0) in RWKV-7; 0 means no decay.
-        float32, or the dtype of r. The chunked forms rely on that range.
+        float32, or the dtype of r. Lower ones underflow or overflow in forms that solve several
+        tokens at once: each sum over half a chunk must be at least -MAX_EXPONENT. This is checked
+        where the values are known, outside `jax.jit`; traced ones give NaN.
       k: key, addresses what is written; dtype of r.
       v: value, what is written; dtype of r. V may differ from K.
       a: what is removed, -kk in RWKV-7, where kk is a normalised key; dtype of r.
@@ -68,8 +81,9 @@ def wkv7(
       y [B, T, H, V] in v's dtype, and the final state [B, H, V, K] in float32.
 
     Raises:
-      ValueError: shapes or dtypes do not agree, chunk_size is not allowed, or the implementation is
-        unknown or cannot run here; the message names the argument and the remedy.
+      ValueError: shapes or dtypes do not agree, chunk_size is not allowed, log_w is positive or too
+        low, or the implementation is unknown, cannot run here or lacks a forward mode; the message
+        names the argument and the remedy.
 
     Example:
       y, state = wkv7(r, log_w, k, v, -kk, kk * iclr)
@@ -81,11 +95,29 @@ def wkv7(
         batch, _, heads, width = v.shape
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
     _check_chunk_size(chunk_size, implementation)
+    run, size = _form(implementation, chunk_size, r)
+    _check_decay(log_w, implementation, size)
+    arrays = (r, log_w, k, v, a, b, state)
+    if implementation != "sequential":
+        arrays = reverse_only(_NO_FORWARD_MODE, *arrays)
+    return local(
+        lambda *arrays: run(*vary_together(*arrays)),
+        arrays,
+        ("B.H.",) * 6 + ("BH..",),
+        ("B.H.", "BH.."),
+        check_vma=implementation != "pallas",
+    )
+
+
+def _form(implementation: str, chunk_size: int | None, r: jax.Array):
+    """The function of the seven arrays that runs, and how many tokens it solves at once: 0 where
+    it takes them one by one."""
     if implementation == "sequential":
-        return wkv7_sequential(r, log_w, k, v, a, b, state)
+        return wkv7_sequential, 0
     platform, associative = current_platform(), implementation == "associative"
     if implementation == "pallas":
-        return importlib.import_module(_KERNELS[platform]).wkv7(r, log_w, k, v, a, b, state)
+        kernels = importlib.import_module(_KERNELS[platform])
+        return kernels.wkv7, kernels.TileConfig().chunk
     plan = Plan(
         chunk_size=chunk_size or CHUNK_SIZE.get(platform, CHUNK_SIZE["cpu"]),
         segment=None if associative else SEGMENT.get(platform, SEGMENT["cpu"]),
@@ -94,7 +126,7 @@ def wkv7(
         # bfloat16 passes lose nothing that the inputs had.
         precision=jax.lax.Precision.HIGHEST if r.dtype == jnp.float32 else jax.lax.Precision.HIGH,
     )
-    return wkv7_chunked(r, log_w, k, v, a, b, state, plan=plan)
+    return functools.partial(wkv7_chunked, plan=plan), plan.fit(r.shape[1])[0].chunk_size
 
 
 @jax.jit
@@ -218,6 +250,36 @@ def _check_arrays(arrays: dict[str, jax.Array], state: jax.Array | None) -> None
         raise ValueError(f"wkv7: state must be [B, H, V, K] = {shape}, got {state.shape}")
     if state.dtype != jnp.float32:
         raise ValueError(f"wkv7: state must be float32, got {state.dtype}; cast it")
+
+
+def _check_decay(log_w: jax.Array, implementation: str, chunk_size: int) -> None:
+    """Raises ValueError where `log_w` is known (not traced) and out of the implementation's range.
+
+    Over half a chunk of C tokens the decays of a channel may add up to -MAX_EXPONENT; no decay may
+    be positive. Every log_w of RWKV-7, at least -exp(-1/2), is within it.
+    """
+    if isinstance(log_w, jax.core.Tracer) or not getattr(log_w, "is_fully_addressable", True):
+        return
+    with jax.ensure_compile_time_eval():  # a constant of a program that is being traced
+        lowest, highest = float(jnp.min(log_w)), float(jnp.max(log_w))
+    if highest > 0:
+        raise ValueError(
+            f"wkv7: log_w is the logarithm of a decay, at most 0, got {highest:g}: pass log(w), "
+            "with w in (0, 1]"
+        )
+    half = -(-chunk_size // 2)
+    if not half or lowest * half >= -MAX_EXPONENT:
+        return
+    known = np.asarray(log_w, np.float32)
+    padding = ((0, 0), (0, -known.shape[1] % half), (0, 0), (0, 0))
+    known = np.pad(known, padding)
+    total = known.reshape(known.shape[0], -1, half, *known.shape[2:]).sum(2).min()
+    if total < -MAX_EXPONENT:
+        raise ValueError(
+            f"wkv7: log_w goes down to {lowest:g} and sums to {total:g} over {half} tokens; "
+            f"{implementation!r} with chunks of {chunk_size} needs sums of at least "
+            f"-{MAX_EXPONENT}: use a smaller chunk_size, or implementation='sequential'"
+        )
 
 
 def _check_chunk_size(chunk_size: int | None, implementation: str) -> None:

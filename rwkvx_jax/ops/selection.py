@@ -18,8 +18,8 @@ from pallas_kernels import selection_tpu
 from rwkvx_jax.ops.attention_inputs import (
     check_chunking,
     check_offset,
-    known_or_rows,
     query_positions,
+    run_attention,
 )
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 
@@ -298,17 +298,22 @@ def select_chunks(
 
     candidates = Candidate("pallas", ("tpu",), problem), Candidate("xla")
     chosen = resolve("select_chunks", implementation, candidates)
-    if chosen == "pallas" and complete and top_k > 1:
-        return selection_tpu.select_by_keys(
-            *kernel_factors(*jax.lax.stop_gradient((q, k)), chunk_size, selector),
-            known_or_rows(q_offset, q.shape[0]),
-            chunk_size=chunk_size,
-            count=top_k - 1,
-        )
+    by_kernel = chosen == "pallas" and complete > 0 and top_k > 1
+    options = {"chunk_size": chunk_size, "count": top_k - 1, "selector": selector}
+    run = partial(_select_by_kernel if by_kernel else _select_in_xla, **options)
+    return run_attention(run, jax.lax.stop_gradient((q, k)), q_offset, check_vma=not by_kernel)
+
+
+def _select_by_kernel(q, k, *, chunk_size, count, selector, q_offset):
+    factors = kernel_factors(q, k, chunk_size, selector)
+    return selection_tpu.select_by_keys(*factors, q_offset, chunk_size=chunk_size, count=count)
+
+
+def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset):
     positions = query_positions(q_offset, q.shape[0], q.shape[1])
-    rows = selector.rows_of(k[:, : complete * chunk_size], chunk_size)
+    rows = selector.rows_of(k[:, : k.shape[1] // chunk_size * chunk_size], chunk_size)
     return select_from_rows(
-        q, rows, positions, chunk_size=chunk_size, count=top_k - 1, selector=selector
+        q, rows, positions, chunk_size=chunk_size, count=count, selector=selector
     )
 
 

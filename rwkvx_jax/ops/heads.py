@@ -1,0 +1,75 @@
+"""Attention ops as a loop over batch rows and heads, under every transformation of JAX.
+
+The functions of one head hold loops of data-dependent length, which can't be batched, partitioned
+or differentiated in reverse as they are. What each transformation does instead is said here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rwkvx_jax.ops.derivatives import forward_only
+from rwkvx_jax.ops.placement import partitioned
+
+_NO_SECOND_REVERSE = (
+    "attention: loops of data-dependent length have one reverse mode, not a second one over it; "
+    "use jax.hessian or jax.jvp of jax.grad, or implementation='dense'"
+)
+
+
+def fold_vmapped(function):
+    """Makes `jax.vmap` of a function of [B, ...] arrays lengthen axis 0 instead of batching loops.
+
+    A loop of data-dependent length, batched, would run every row for as long as the longest needs
+    and copy all it carries at each step.
+
+    Args:
+      function: arrays with a common leading axis -> tree of arrays with that leading axis.
+    """
+    folded = jax.custom_batching.custom_vmap(function)
+
+    @folded.def_vmap
+    def rule(size, batched, *args):
+        def fold(x, is_batched):
+            if not is_batched:
+                x = jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = folded(*map(fold, args, batched))
+        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return folded
+
+
+def map_heads(function, arrays, offset):
+    """Applies a function of one head to every head of every batch row, one after the other.
+
+    Differentiable in forward mode only.
+
+    Args:
+      function: (*arrays [T, ...], offset int32 scalar) -> tuple of arrays [T, ...].
+      arrays: tuple of [B, T, H, ...].
+      offset: int32 [B].
+
+    Returns:
+      Tuple of arrays [B, T, H, ...].
+    """
+
+    def all_heads(*arrays_and_offset):
+        *arrays, offset = arrays_and_offset
+        batch, _, heads = arrays[0].shape[:3]
+
+        def flat(x):
+            x = jnp.moveaxis(x, 2, 1)
+            return x.reshape(batch * heads, *x.shape[2:])
+
+        def unflat(x):
+            return jnp.moveaxis(x.reshape(batch, heads, *x.shape[1:]), 1, 2)
+
+        inputs = (*map(flat, arrays), jnp.repeat(offset, heads))
+        return jax.tree.map(unflat, jax.lax.map(lambda x: function(*x), inputs))
+
+    run = fold_vmapped(functools.partial(partitioned, all_heads))
+    return forward_only(_NO_SECOND_REVERSE, run, all_heads)(*arrays, offset)
