@@ -1,10 +1,10 @@
 """Continues many prompts at once: prompts are read in pieces, then one jitted step per token.
 
 Pieces have one length and the cache one size, so that each of the two functions is compiled once;
-the cache is donated and written in place. What a text gets does not depend on its neighbours: one that
-has ended stays as it is while the others go on. On a CPU each layer's weights lie in arrays of their own
-(`model.unstack`), which a decode step reads at the speed of memory. Tokens reach the caller as they
-come, as text that never ends inside a UTF-8 character.
+the cache is donated and written in place. What a text gets does not depend on its neighbours: one
+that has ended stays as it is while the others go on. On a CPU each layer's weights lie in arrays of
+their own (`model.unstack`), which a decode step reads at the speed of memory. Tokens reach the
+caller as they come, as text that never ends inside a UTF-8 character.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from rwkvx_jax.cache import Cache, CachePolicy, Snapshot, rewind, snapshot
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.generate.memory import check_memory
-from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, count_token, sample
+from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed, count_token, sample
 from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.tokenizer import Tokenizer
@@ -336,16 +336,6 @@ class Engine:
             keep = lambda x, old: jnp.where(active.reshape(-1, *[1] * (old.ndim - 1)), x, old)
             new = jax.tree.map(keep, new, progress)
         return jnp.where(active, token, ENDED), new, cache
-
-
-def check_seed(seed: int, name: str = "seed") -> None:
-    """Refuses what JAX would cut to 32 bits.
-
-    Raises:
-      ConfigError: outside 0 to 2^32 - 1.
-    """
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"{name} is {seed}: it must lie between 0 and {2**32 - 1}")
 
 
 class TextStream:

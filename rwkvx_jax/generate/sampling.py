@@ -53,6 +53,16 @@ class Sampling:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuses what JAX would cut to 32 bits.
+
+    Raises:
+      ConfigError: outside 0 to 2^32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"{name} is {seed}: it must lie between 0 and {2**32 - 1}")
+
+
 def sample(
     logits: jax.Array,  # [B, W]
     keys: jax.Array,  # [B] PRNG keys
@@ -86,36 +96,6 @@ def _checked(token: jax.Array, best: jax.Array) -> jax.Array:
     """Tokens [B] where the best logits [B] are finite: they are NaN or infinite if any one is NaN
     or +inf. (A logit of -inf beside finite ones is a probability of zero.)"""
     return jnp.where(jnp.isfinite(best), token, NOT_FINITE)
-
-
-def penalizes(self) -> bool:
-        return self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-def sample(
-    logits: jax.Array,  # [B, W]
-    keys: jax.Array,  # [B] PRNG keys
-    sampling: Sampling,
-    counts: jax.Array | None = None,  # [B, W] float32
-) -> jax.Array:
-    """The next token of each text, int32 [B]; NOT_FINITE where its logits are not finite.
-
-    Args:
-      logits: of the next token.
-      keys: one for each text, so that a text does not depend on its neighbours.
-      sampling: the rule.
-      counts: decayed number of times each token was generated; None without penalties.
-    """
-    if counts is not None:
-        logits = penalize(logits, counts, sampling)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = truncate(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), sampling)
-    # Relative to the largest, so that any temperature above 0, however small, leaves it at 0: then
-    # the others fall to -inf, and the draw becomes the argmax. (A tiny one may be 0 in float32.)
-    below = logits - logits.max(axis=-1, keepdims=True)
-    below = jnp.where(below < 0, below / sampling.temperature, 0.0)
-    return jax.vmap(jax.random.categorical)(keys, below).astype(jnp.int32)
 
 
 def penalize(logits: jax.Array, counts: jax.Array, sampling: Sampling) -> jax.Array:
