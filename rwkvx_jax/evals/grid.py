@@ -81,7 +81,7 @@ Policy = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions(EvalOptions):
-    """Flags of every grid; subclasses have lengths, depths and trials, which `check_plan` checks."""
+    """Flags of every grid."""
 
     piece: int | None = None
     """Tokens of a prompt read at once. Default: 2048, on a CPU 256. What consecutive prompts begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import sys
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def _read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise ConfigError(f"no prompts file {path}")
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     texts = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:

@@ -85,7 +85,7 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is not valid UTF-8: {error.reason} at byte {error.start}"
