@@ -62,7 +62,7 @@ class AnswerFile:
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
-            match jsonfiles.parse(line, f"{path}, line {number}"):
+            match jsonfiles.parse(line, f"{path}, line {number}", "remove the file"):
                 case [str(key), int() | float() | str() | [float(), bool()] as answer]:
                     self._answers[key] = answer
                 case _:

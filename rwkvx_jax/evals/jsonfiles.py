@@ -46,8 +46,13 @@ def as_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, allow_nan=False, indent=indent)
 
 
-def parse(data: bytes | str, where: str) -> Any:
+def parse(data: bytes | str, where: str, remedy: str = "mend it") -> Any:
     """The value that JSON stands for.
+
+    Args:
+      data: the JSON.
+      where: names it in errors.
+      remedy: what to do about one that is damaged.
 
     Raises:
       ConfigError: `where` is not JSON, or holds a number that is not finite.
@@ -56,18 +61,15 @@ def parse(data: bytes | str, where: str) -> Any:
         value = json.loads(data)
         name = not_finite(value)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON ({error})") from error
+        raise ConfigError(f"{where} is not JSON ({error}): {remedy}") from error
     if name:
-        raise ConfigError(
-            f"{where}: {name} is not finite (NaN or infinity), which is neither JSON nor a result: "
-            "remove the file and evaluate again"
-        )
+        raise ConfigError(f"{where}: {name} is not finite (NaN or infinity): {remedy}")
     return value
 
 
 def read(path: Path) -> Any:
-    """`parse` of a file."""
-    return parse(path.read_bytes(), str(path))
+    """`parse` of a file of results."""
+    return parse(path.read_bytes(), str(path), "remove it, or use another --output")
 
 
 def write(path: Path, value: Any) -> None:
