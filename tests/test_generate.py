@@ -1,5 +1,8 @@
 """The engine against the model's own forward pass; streaming; one compilation; bad input."""
 
+import io
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +10,11 @@ import pytest
 
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
+from rwkvx_jax.data.chat import render_chat
 from rwkvx_jax.generate import __main__ as cli
 from rwkvx_jax.generate.engine import ENDED, Engine, NotFiniteError, TextStream, generate
 from rwkvx_jax.generate.sampling import Sampling
+from rwkvx_jax.generate.terminal import show
 from rwkvx_jax.model import create_model, get_params, unstack, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.helpers import assert_close
@@ -251,12 +256,79 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
     options = cli.Options(checkpoint=tmp_path, chat=True, max_tokens=3, piece=16, max_length=200)
     cli.run(options, ask=lambda _: next(said))
     assert capsys.readouterr().out.count("Assistant:") == 2
-    for bad in (
-        ["--top-p", "0", "--prompt", "a"],
-        [],
-        ["--prompt", ""],
-        ["--chat", "--prompt", "a"],
+    (tmp_path / "bad.txt").write_bytes(b"one\n\xff\n")
+    (tmp_path / "gap.txt").write_bytes(b"one\n\ntwo")
+    for bad, message in (
+        (["--top-p", "0", "--prompt", "a"], "top_p is 0"),
+        (["--temperature", "inf", "--prompt", "a"], "temperature is inf"),
+        ([], "give either --chat"),
+        (["--prompt", ""], "prompt 0 is empty"),
+        (["--prompt", "a\udcff"], "prompt 0 is not valid UTF-8"),
+        (["--chat", "--prompt", "a"], "give either --chat"),
+        (["--seed", str(2**70), "--prompt", "a"], "between 0 and 4294967295"),
+        (["--max-tokens", "999999999999", "--prompt", "a"], "a cache of 1,000,000,000,000 tokens"),
+        (["--max-tokens", "999999999999", "--prompt", "a"], "--max-tokens"),
+        (["--prompts-file", str(tmp_path / "bad.txt")], "line 2: not valid UTF-8"),
+        (["--prompts-file", str(tmp_path / "gap.txt")], "line 2 is empty"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*common, *bad])
-        assert "error" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
+
+
+def test_prompts_are_lines_and_nothing_else(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\nt\x0cw\xe2\x80\xa8o\n three")
+    options = cli.Options(checkpoint=path, prompts_file=path, prompt=("zero",))
+    assert options.prompts() == ["zero", "one", "t\x0cw\u2028o", " three"]
+
+
+def test_a_turn_is_tokenized_as_in_training():
+    """Blank lines are joined, and its pieces are those of data/chat.py."""
+    byte = load_tokenizer("byte")
+    said = byte.decode(cli.user_turn(byte, " a\n \n\t\nb\nc \n"))
+    assert said == "User: a\nb\nc\n\nAssistant:"
+    world = pytest.importorskip("pyrwkv_tokenizer") and load_tokenizer("world")
+    tokens, mask = render_chat(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}], world
+    )
+    assert cli.user_turn(world, "hi") == tokens[: int(np.argmax(mask))].tolist()
+
+
+@pytest.mark.parametrize("said, closed", [(" a\nb\n\nUser", " a\nb\n\n"), (" abc", " abc")])
+def test_an_answer_ends_with_its_first_blank_line(monkeypatch, capsys, tmp_path, said, closed):
+    fed = []
+
+    class Fake:
+        batch = 1
+
+        def start(self, texts, seeds):
+            fed.append(texts[0])
+            return SimpleNamespace(speed="fast")
+
+        def feed(self, session, texts):
+            fed.append(list(map(int, texts[0])))
+
+        def stream(self, session, count, stop):
+            yield from byte.encode(said)[:count, None]
+
+    byte, turns = load_tokenizer("byte"), iter(["hello", ""])
+    options = cli.Options(checkpoint=tmp_path, chat=True)
+    cli._chat(Fake(), byte, options, lambda _: next(turns))
+    ending = [] if closed.endswith("\n\n") else [byte.encode("\n\n").tolist()]
+    assert fed == [byte.encode("User: hello\n\nAssistant:").tolist(), *ending]
+    assert capsys.readouterr().out == f"Assistant:{closed.rstrip()}\n\n"
+
+
+def test_a_terminal_is_steered_by_no_text():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    text = "a\x1b[31m\r\x07\x9b1m\tb\n漢\udcff"
+    for stream, shown in (
+        (Terminal(), "a\\x1b[31m\\r\\x07\\x9b1m\tb\n漢\\udcff"),
+        (io.StringIO(), text),
+    ):
+        show(text, stream)
+        assert stream.getvalue() == shown
