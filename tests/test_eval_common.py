@@ -25,6 +25,7 @@ from rwkvx_jax.evals.common import (
     share_with_interval,
     wilson,
 )
+from rwkvx_jax.evals.heatmap import HeatMap, draw
 from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
 from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.model import abstract_model, with_params
@@ -109,6 +110,19 @@ def test_reader_continues_as_full_passes_do(subject, attention):
     )
     np.testing.assert_array_equal(cut[:, :3], answers[:, :3])
     assert not cut[:, 3:].any() and seen == [1] * 3 + [2] * 3 + [3] * 3
+    # An answer's end does not depend on its neighbours', nor do damaged ones touch them.
+    ends = {prompt: int(answers[i, i]) for i, prompt in enumerate("abc")}
+    cut = reader(prompts, 8, read.append, lambda answer: answer[-1] in ends.values())
+    for row, whole in zip(cut, answers, strict=True):
+        stop = int(np.argmax(np.isin(whole, list(ends.values()))))
+        np.testing.assert_array_equal(row, [*whole[: stop + 1], *[0] * (7 - stop)])
+    engine = reader._engine
+    embed = engine.params["embed"].at[prompts[1][3], 0].set(jnp.nan)
+    engine.params = engine.params | {"embed": embed}
+    clean = [i for i in (0, 2) if prompts[1][3] not in [*prompts[i], *answers[i]]]
+    damaged = reader(prompts, 8, read.append)
+    assert (damaged[1] == -2).all() and clean
+    np.testing.assert_array_equal(damaged[clean], answers[clean])
 
 
 @pytest.mark.parametrize("attention", [True, False])
@@ -227,11 +241,28 @@ def test_open_subjects_refuses_what_cannot_be_compared(tmp_path):
         (["a"], {"chunk_size": 0}, "--chunk-size is 0"),
         (["a"], {"piece": -1}, "--piece is -1"),
         (["a"], {"seed": -1}, "--seed is -1"),
+        (["a"], {"seed": 2**70}, "it must lie between 0 and 4294967295"),
     ],
 )
 def test_bad_flags(paths, flags, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         options(*paths, **flags)
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="file is a file; name a folder"):
+            EvalOptions(checkpoint=(Path("a"),), output=output)
+
+
+def test_names_of_models_are_one_line(tmp_path):
+    path = save(tmp_path / "a\x1b[31m\n$b$.safetensors", TINY, "byte")
+    (subject,) = open_subjects(options(path))
+    assert subject.label == "a\\x1b[31m\\n$b$.safetensors"
+    map_of = HeatMap(subject.label + "$", "", (8,), (0.5,), *np.ones((2, 1, 1), int), None)
+    draw([map_of] * 2, tmp_path / "x.png", title="t", x_label="x", y_label="y")
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_subject_tokenizer_is_the_models(subject):

@@ -184,6 +184,43 @@ def test_two_processes_that_write_one_file_lose_nothing(tmp_path, caplog):
     assert panel == results.document["panels"][0]
 
 
+def test_answers_that_are_not_finite_are_refused_and_the_others_kept(tmp_path):
+    class Failing(FakeReader):
+        """Gives a sign of logits that are not finite at depth 0."""
+
+        def __call__(self, subject, **sizes):
+            reader = super().__call__(subject, **sizes)
+
+            def answer(prompts, *rest):
+                answers = reader(prompts, *rest)
+                answers[[i for i, _ in enumerate(prompts) if self.number in (0, 3)], 1:] = -2
+                self.number += 1
+                return answers
+
+            self.number = 0
+            return answer
+
+    options = make_options(tmp_path, batch=1)
+    with pytest.raises(ConfigError, match="a logit of passkey trial length 128, depth 0.0, "):
+        evaluate(options, [make_subject()], QUIET, Failing(copy_key))
+    assert not (tmp_path / "passkey.json").exists()
+    whole = make_options(tmp_path)
+    with pytest.raises(ConfigError, match="nothing of it is stored"):
+        evaluate(whole, [make_subject()], QUIET, Failing(copy_key))
+    assert "NaN" not in "".join(p.read_text() for p in tmp_path.glob("*.json"))
+
+
+def test_a_file_with_nan_is_refused(tmp_path):
+    evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    path = tmp_path / "passkey.json"
+    path.write_text(path.read_text().replace('"correct": true', '"correct": NaN', 1))
+    with pytest.raises(ConfigError, match=r"panels\[0\].trials\[0\].correct is not finite"):
+        evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    path.write_text(path.read_text().replace("NaN", "true").replace('"trials": [', '"trials": [3,'))
+    with pytest.raises(ConfigError, match="another shape than a results file"):
+        evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+
+
 def test_a_file_system_without_locks_is_said_once(tmp_path, caplog, monkeypatch):
     def refuse(*_):
         raise OSError("no locks available")
@@ -241,6 +278,8 @@ def test_a_foreign_file_is_left_alone(tmp_path, content):
     "flags, message",
     [
         ({"lengths": (90, 128)}, "prompt of 90 tokens is too short"),
+        ({"lengths": (2**31 - 1,)}, "2 prompts of 2,147,483,647 tokens needs .* GB"),
+        ({"lengths": (2**20,), "batch": 10**12, "trials": 10**5}, "a batch of 300,000 prompts"),
         ({"protocol": "official"}, "runs/model uses the byte tokenizer: use --protocol exact"),
     ],
 )
@@ -270,6 +309,10 @@ def test_nothing_to_take_out(tmp_path):
     [
         ({"depths": 0}, "--depths is 0"),
         ({"trials": 0}, "--trials is 0"),
+        ({"trials": 999_999_999}, "make 5,999,999,994 trials"),
+        ({"depths": 10**12}, "lower --depths or --trials"),
+        ({"lengths": (-5,)}, r"--lengths is \(-5,\): give numbers"),
+        ({"lengths": (10**12,)}, "--lengths has 1,000,000,000,000"),
         ({"keys": "official", "trials": 200}, "may occur in training texts"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import prefill_speed
 from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, measure
+from rwkvx_jax.evals.timings import Timings
 from tests.eval_models import QUIET, TINY, run_command, write_checkpoint
 
 
@@ -35,7 +36,7 @@ class FakeReader:
     def __init__(self):
         self.read = []
 
-    def __call__(self, config, run, params, piece, longest):
+    def __call__(self, config, run, params, piece, rows):
         kind = "full" if config.attention == "full" else "sparse"
         kind = "rwkv" if not config.num_attention_blocks else kind
 
@@ -48,10 +49,10 @@ class FakeReader:
 
 def test_rows_are_measured_once(tmp_path):
     options = PrefillOptions(output=tmp_path, lengths=(20, 10, 40), repeats=2, full_limit=20)
-    document, path = {"rows": []}, tmp_path / "prefill.json"
-    run = lambda options, reader: measure(
-        options, TINY, RunConfig(), {}, document, path, QUIET, reader
-    )
+    path = tmp_path / "prefill.json"
+    timings = Timings(path, {"rows": []}, same=(), size="length")
+    document = timings.document
+    run = lambda options, reader: measure(options, TINY, RunConfig(), {}, timings, QUIET, reader)
     first = FakeReader()
     run(options, first)
     lengths = {"sparse": (10, 20, 40), "rwkv": (10, 20, 40), "full": (10, 20)}
@@ -103,3 +104,31 @@ def test_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_command(monkeypatch, "prefill", *flags[:-5], "--repeats", 2)
     assert "holds another measurement" in capsys.readouterr().err
+
+
+def test_rows_of_two_processes_are_kept(tmp_path):
+    open_file = lambda: Timings(tmp_path / "t.json", {"task": "t", "rows": []}, **KEYS)
+    first, second = open_file(), open_file()
+    first.add(rows("sparse", {10: 1.0}))
+    second.add(rows("sparse", {10: 2.0, 20: 2.0}))
+    assert [row["seconds"] for row in open_file().document["rows"]] == [2.0, 2.0]
+    assert first.has("sparse", 10) and not first.has("sparse", 20)
+    (tmp_path / "t.json").write_text('{"task": "t", "rows": [3]}')
+    with pytest.raises(ConfigError, match="no results file of this task"):
+        open_file()
+
+
+def test_prompts_beyond_the_memory_are_refused(tmp_path, monkeypatch, capsys):
+    flags = ["--output", tmp_path, "--width", 64, "--vocab-size", 99, "--num-blocks", 4]
+    for more, message in (
+        (["--lengths", 10**12], "a prompt of 1,000,000,000,000 tokens"),
+        (["--piece", 10**12], "read 1,000,000,000,000 at once"),
+        (["--num-blocks", 10**9], "1,000,000,004 blocks of width 64"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command(monkeypatch, "prefill", *flags, *more)
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+KEYS = {"same": ("task",), "size": "length"}

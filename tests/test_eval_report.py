@@ -85,10 +85,10 @@ def test_markdown_of_every_task(others):
     text = as_markdown("All of it", sections(find_runs([others])))
     assert text.startswith("# All of it\n")
     for line in (
-        "| m <1> | 47.0 ± 1.0 | 67.9 ± 1.0 | 57.5 |",
+        r"| m \<1\> | 47.0 ± 1.0 | 67.9 ± 1.0 | 57.5 |",
         "| model (nats per token at positions) | 0–64 | 64–128 | all |",
-        "| m <1> | 2.500 | 1.500 | 2.2500 |",
-        f"| {others / 'v'}: sparse | 10.24 | 81.92 |",
+        r"| m \<1\> | 2.500 | 1.500 | 2.2500 |",
+        f"| {str(others / 'v').replace('_', chr(92) + '_')}: sparse | 10.24 | 81.92 |",
         "    eval.py long-loss",
     ):
         assert line in text.splitlines(), line
@@ -147,3 +147,55 @@ def test_files_that_are_none(tmp_path):
         find_runs([tmp_path])
     with pytest.raises(ConfigError, match="name at least one"):
         ReportOptions(inputs=(), output=tmp_path)
+
+
+def test_only_figures_that_lie_there_are_shown(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        passkey_run(tmp_path / name, make_subject(name))
+    secret = tmp_path / "secret"
+    secret.write_bytes(PIXEL + b"TOKEN")
+    (tmp_path / "a" / "passkey.png").unlink()
+    (tmp_path / "a" / "passkey.png").symlink_to(secret)
+    (tmp_path / "b" / "passkey.png").write_bytes(b"TOKEN")
+    (part,) = sections(find_runs([tmp_path]))
+    assert [figure for _, figure in part.figures] == [tmp_path / "c" / "passkey.png"]
+    run_command(monkeypatch, "report", tmp_path, "--output", tmp_path / "out")
+    assert capsys.readouterr().out.count("passkey.png is left out") == 2
+
+
+def test_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    """They mean nothing to Markdown, HTML or the terminal."""
+    label = "a[b](http://x) `c` _d_ [/red] $e$ <script>\x1b[31m\n| f"
+    panel = {"label": label, "tokenizer": "byte", "summary": {"selectors": {}}}
+    found = {m: {"mean": 0.5} for m in ("share", "past", "recall")}
+    panel["summary"]["selectors"]["own"] = found
+    write(tmp_path / "[red]s", "selection", settings={}, panels=[panel])
+    parts = sections(find_runs([tmp_path]))
+    (line,) = [x for x in as_markdown("t", parts).splitlines() if x.startswith("| a")]
+    assert line == (
+        r"| a\[b\](http://x) \`c\` \_d\_ \[/red\] \$e\$ \<script\>\\x1b\[31m\\n\| f: own "
+        "| 50.0 | 50.0 | 50.0 |"
+    )
+    page = as_html("t", parts)
+    assert "<script>" not in page and "\x1b" not in page
+    run_command(monkeypatch, "report", tmp_path, "--output", tmp_path / "[/b]out")
+    assert f"wrote {tmp_path / '[/b]out' / 'report.md'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"task": "passkey"}', "names the task 'passkey', but has another shape"),
+        (
+            '{"task": "passkey", "panels": [{"label": "m", "x": NaN}]}',
+            r"panels\[0\].x is not finite",
+        ),
+        ('{"task": "speed", "rows": [1, 1e999]}', r"rows\[1\] is not finite"),
+        ('{"task": "passkey", ' + '"a": [' * 50_000, "is not JSON"),
+        ('{"task": "passkey", "pan', "is not JSON"),
+    ],
+)
+def test_damaged_results_are_refused(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        find_runs([tmp_path])

@@ -107,9 +107,54 @@ def test_answers_are_found_again(subject, tmp_path):
     assert three[:2] == two and (first.requests, second.requests) == (2, 1)
     third = make_model(subject, tmp_path)
     assert third.loglikelihood(asked("loglikelihood", *pairs)) == three and third.requests == 0
-    (tmp_path / "answers.jsonl").write_text('["a", 1]\nnonsense\n["b", 2]\n')
-    with pytest.raises(ConfigError, match="answers.jsonl, line 2"):
-        make_model(subject, tmp_path)
+    for line, message in (
+        ("nonsense", "line 2 is not JSON"),
+        ('["c", [NaN, true]]', r"line 2: \[1\]\[0\] is not finite"),
+        ("5", "line 2: no answer"),
+        ('["c", [1.0]]', "line 2: no answer"),
+    ):
+        (tmp_path / "answers.jsonl").write_text(f'["a", 1.5]\n{line}\n["b", "x"]\n')
+        with pytest.raises(ConfigError, match=message):
+            make_model(subject, tmp_path)
+
+
+def test_one_process_at_a_time_has_an_answers_file_open(tmp_path):
+    path = tmp_path / "below" / "answers.jsonl"
+    with AnswerFile.open(path) as answers:
+        answers.add({"a": "x"})
+        with pytest.raises(ConfigError, match="another evaluation writes .*answers.jsonl"):
+            with AnswerFile.open(path):
+                pass
+    with AnswerFile.open(path) as answers:
+        assert answers["a"] == "x"
+
+
+def test_requests_that_fail_lose_no_others(subject, tmp_path):
+    """Empty continuations, settings that mean nothing, and logits that are not finite."""
+    pairs = [("one", " two"), ("three", ""), ("five", " six")]
+    model = make_model(subject, tmp_path)
+    with pytest.raises(ConfigError, match=r"m, request \('three', ''\): the continuation is empty"):
+        model.loglikelihood(asked("loglikelihood", *pairs))
+    assert model.requests == 2
+    good = model.loglikelihood(asked("loglikelihood", *pairs[::2]))
+    assert model.requests == 2  # they were kept
+    wrong = [{"do_sample": True, "temperature": 0.7}, {"max_gen_toks": "x"}, {"until": [3]}]
+    requests = [("a", own) for own in [*wrong, {"max_gen_toks": None, "until": ["e"]}]]
+    with pytest.raises(ConfigError, match="random sampling.* 2 more like it; all others are kept"):
+        model.generate_until(asked("generate_until", *requests))
+    assert model.requests == 3
+
+    params = {**subject.params, "embed": subject.params["embed"].copy()}
+    params["embed"][BYTE.encode("f")[0], 0] = np.nan
+    (tmp_path / "answers.jsonl").unlink()
+    damaged = make_model(subject._replace(params=params), tmp_path, batch=1)
+    with pytest.raises(ConfigError, match=r"request \('five', ' six'\): its logits are not finite"):
+        damaged.loglikelihood(asked("loglikelihood", *pairs[::2]))
+    assert damaged.loglikelihood(asked("loglikelihood", pairs[0])) == [pytest.approx(good[0])]
+    with pytest.raises(ConfigError, match=r"request \('of',\): its logits are not finite"):
+        damaged.loglikelihood_rolling(asked("loglikelihood_rolling", ("of",), ("one",)))
+    assert "NaN" not in (tmp_path / "answers.jsonl").read_text()
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
 
 
 def test_whole_texts(subject, log_probs, tmp_path):

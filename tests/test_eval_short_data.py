@@ -95,7 +95,7 @@ def test_bad_records_are_named_with_file_and_line(task, change, message, tmp_pat
 def test_malformed_lines_and_empty_files(tmp_path):
     path = tmp_path / "piqa.jsonl"
     for content, message in (
-        ('{"goal": "x"\n', "line 1: not json"),
+        ('{"goal": "x"\n', "line 1 is not JSON"),
         ("\n[1]\n", "line 2: expected an object with goal, sol1, sol2, label"),
         ('{"goal": "x"}\n', 'line 1: no field "sol1"'),
         ("\n\n", "is empty: it needs at least one record of piqa"),

@@ -33,6 +33,7 @@ def test_bytes_of_a_token(selector, kept):
         ({"contexts": (0, 5)}, r"--contexts is \(0, 5\)"),
         ({"kinds": ()}, "--kinds is empty"),
         ({"full_limit": 0}, "--full-limit is 0"),
+        ({"memory_gb": float("nan")}, "--memory-gb is nan"),
     ],
 )
 def test_bad_flags(flags, message):
@@ -58,3 +59,12 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert all(len(r["samples"]) == 2 and r["milliseconds"] > 0 for r in document["rows"])
     assert [left["context"] for left in document["left_out"]] == [100_000]
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+    before = document["rows"]
+    flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--steps", 1, "--kinds", "sparse"]
+    run_command(monkeypatch, "speed", *flags, "--contexts", "24,16")
+    document = json.loads((tmp_path / "speed.json").read_text())
+    assert [row for row in document["rows"] if row["context"] != 24] == before
+    assert [(r["kind"], r["context"]) for r in document["rows"]][3] == ("sparse", 24)
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "speed", "--output", tmp_path, "--width", 64, "--num-blocks", 4)
+    assert "model, weights differ" in capsys.readouterr().err

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.generate.sampling import Sampling, count_token, penalize, sample, truncate
+from rwkvx_jax.generate.sampling import (
+    NOT_FINITE,
+    Sampling,
+    count_token,
+    penalize,
+    sample,
+    truncate,
+)
 
 
 def _expected(logits, temperature, top_p, top_k):
@@ -79,3 +86,30 @@ def test_penalties_and_their_decay():
 def test_bad_settings(field, value):
     with pytest.raises(ConfigError, match=field):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-46, 1e-300])
+def test_the_lower_the_temperature_the_nearer_to_the_argmax(temperature):
+    """No matter how small: also where it, or its inverse, is no float32 any more."""
+    logits = jax.random.normal(jax.random.key(0), (3, 50)) * 5
+    keys = jax.random.split(jax.random.key(1), 3)
+    for sampling in (Sampling(temperature), Sampling(temperature, top_p=0.9, top_k=3)):
+        np.testing.assert_array_equal(sample(logits, keys, sampling), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0.9, 3)], ids=["greedy", "drawn"])
+def test_no_token_is_chosen_from_logits_that_are_not_finite(sampling, bad):
+    logits = jnp.zeros((3, 9)).at[1, 4].set(bad)
+    token = sample(logits, jax.random.split(jax.random.key(0), 3), sampling)
+    assert token[1] == NOT_FINITE and token[0] >= 0 and token[2] >= 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_numbers_that_mean_nothing_are_refused(bad):
+    for field in ("temperature", "top_p", "penalty_decay"):
+        with pytest.raises(ConfigError, match=field):
+            Sampling(**{field: bad})
+    for field in ("presence_penalty", "frequency_penalty"):
+        with pytest.raises(ConfigError, match=field):
+            Sampling(**{field: bad * 1e7})

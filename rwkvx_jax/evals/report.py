@@ -9,17 +9,21 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
-from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals import jsonfiles
+from rwkvx_jax.evals.common import check_output, open_console
 from rwkvx_jax.evals.niah import TITLES
 from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
+from rwkvx_jax.generate.terminal import one_line
+from rwkvx_jax.storage import new_file
 
 Record = dict[str, Any]
 
@@ -37,6 +41,7 @@ class ReportOptions:
     def __post_init__(self):
         if not self.inputs:
             raise ConfigError("name at least one results file or a folder of them")
+        check_output(self.output)
 
 
 class Table(NamedTuple):
@@ -70,13 +75,14 @@ def find_runs(inputs: Sequence[Path]) -> list[Run]:
     """The results files at these paths; those named directly must be some, others are passed over.
 
     Raises:
-      ConfigError: a path that does not exist, a named file that is none, or nothing found.
+      ConfigError: a path that does not exist, a named file that is none, nothing found, or a
+        results file that is damaged: of another shape, or with numbers that are not finite.
     """
     runs: list[Run] = []
     for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
-        files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+        files = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*.json")))
         for file in files:
             document = _read(file)
             if document is not None:
@@ -90,12 +96,21 @@ def find_runs(inputs: Sequence[Path]) -> list[Run]:
 
 def _read(file: Path) -> Record | None:
     """The document of a results file, None for any other file."""
-    try:
-        document = json.loads(file.read_text())
-    except ValueError:
+    data = file.read_bytes()
+    if not any(f'"{task}"'.encode() in data for task in _TASKS):  # much else ends in .json
         return None
-    known = isinstance(document, dict) and _maker(document.get("task", "")) is not None
-    return document if known else None
+    document = jsonfiles.parse(data, str(file), "remove it, or evaluate again")
+    if not isinstance(document, dict) or document.get("task") not in _TASKS:
+        return None
+    run = Run(file, document)
+    try:
+        _section([run])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ConfigError(
+            f"{file} names the task {document['task']!r}, but has another shape than its results "
+            f"({error!r}): remove it, or name the other files one by one"
+        ) from error
+    return document
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -136,10 +151,19 @@ def _section(runs: list[Run]) -> Section:
         figures=[
             (str(run.path.parent), run.path.with_suffix(".png"))
             for run in runs
-            if run.path.with_suffix(".png").exists()
+            if _is_figure(run.path.with_suffix(".png"))
         ],
-        commands=[run.document["command"] for run in runs],
+        commands=[one_line(run.document["command"]) for run in runs],
     )
+
+
+def _is_figure(path: Path) -> bool:
+    """Whether a page may show a file: a PNG that lies there itself. A link could show any file of
+    this machine to whoever reads the page."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_PNG)) == _PNG
 
 
 def _labelled(run: Run, runs: list[Run]) -> list[Record]:
@@ -256,10 +280,20 @@ def _selection_table(panels: list[Record]) -> Table:
     return Table(columns, rows)
 
 
-def _maker(task: str) -> Callable[[list[Record]], Table] | None:
-    """What makes a task's table; None for what is no task."""
-    if task == "passkey" or task.removeprefix("niah_") in TITLES:
-        return _grid_table
+_TASKS = {
+    "passkey",
+    "short",
+    "long-loss",
+    "selection",
+    "speed",
+    "prefill",
+    *(f"niah_{name}" for name in TITLES),
+}
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _maker(task: str) -> Callable[[list[Record]], Table]:
+    """What makes a task's table."""
     makers = {
         "short": _short_table,
         "long-loss": _loss_table,
@@ -267,7 +301,7 @@ def _maker(task: str) -> Callable[[list[Record]], Table] | None:
         "speed": _speed_table,
         "prefill": _prefill_table,
     }
-    return makers.get(task)
+    return makers.get(task, _grid_table)
 
 
 _TITLES = {
@@ -286,16 +320,22 @@ def _title(task: str) -> str:
 
 def as_markdown(title: str, parts: Sequence[Section]) -> str:
     """The tables as GitHub shows them."""
-    lines = [f"# {title}"]
+    lines = [f"# {_escape(title)}"]
     for part in parts:
-        lines += ["", f"## {part.title}", "", "; ".join(part.notes), ""]
-        escape = lambda text: text.replace("|", "\\|")
-        lines.append("| " + " | ".join(map(escape, part.table.columns)) + " |")
+        lines += ["", f"## {_escape(part.title)}", "", _escape("; ".join(part.notes)), ""]
+        lines.append("| " + " | ".join(map(_escape, part.table.columns)) + " |")
         lines.append("|---" + "|---:" * (len(part.table.columns) - 1) + "|")
-        lines += ["| " + " | ".join(map(escape, row)) + " |" for row in part.table.rows]
+        lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in part.table.rows]
         lines += ["", *[f"    {command}" for command in part.commands]]
     return "\n".join(lines) + "\n"
 
+
+def _escape(text: str) -> str:
+    """Text of which Markdown makes nothing but itself."""
+    return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&!]")
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
@@ -315,33 +355,36 @@ code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
+def _plain(text: str) -> str:
+    """Text of which HTML makes nothing but itself."""
+    return html.escape(one_line(text))
+
+
 def as_html(title: str, parts: Sequence[Section]) -> str:
     """One page that needs no other file: figures are inside it."""
-    links = " ".join(
-        f'<a href="#part{i}">{html.escape(part.title)}</a>' for i, part in enumerate(parts)
-    )
+    links = " ".join(f'<a href="#part{i}">{_plain(part.title)}</a>' for i, part in enumerate(parts))
     body = "".join(_html_section(i, part) for i, part in enumerate(parts))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1><nav>{links}</nav>{body}</body></html>\n"
+        f"<title>{_plain(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{_plain(title)}</h1><nav>{links}</nav>{body}</body></html>\n"
     )
 
 
 def _html_section(number: int, part: Section) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
+    cells = lambda row, tag: "".join(f"<{tag}>{_plain(text)}</{tag}>" for text in row)
     rows = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in part.table.rows)
     figures = "".join(
-        f'<figure><img alt="{html.escape(part.title)}" src="data:image/png;base64,'
+        f'<figure><img alt="{_plain(part.title)}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f"<figcaption>{_plain(caption)}</figcaption></figure>"
         for caption, path in part.figures
     )
-    commands = "".join(f"<code>{html.escape(command)}</code>" for command in part.commands)
+    commands = "".join(f"<code>{_plain(command)}</code>" for command in part.commands)
     return (
-        f'\n<section id="part{number}"><h2>{html.escape(part.title)}</h2>'
-        f'<p class="notes">{html.escape("; ".join(part.notes))}</p>'
+        f'\n<section id="part{number}"><h2>{_plain(part.title)}</h2>'
+        f'<p class="notes">{_plain("; ".join(part.notes))}</p>'
         f'<div class="wide"><table><thead><tr>{cells(part.table.columns, "th")}</tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>{figures}{commands}</section>"
     )
@@ -349,12 +392,17 @@ def _html_section(number: int, part: Section) -> str:
 
 def run(options: ReportOptions) -> None:
     """The command: writes report.html and report.md."""
-    console = Console(highlight=False)
-    parts = sections(find_runs(options.inputs))
+    console = open_console()
+    runs = find_runs(options.inputs)
+    for figure in (run.path.with_suffix(".png") for run in runs):
+        if (figure.is_symlink() or figure.exists()) and not _is_figure(figure):
+            console.print(f"{figure} is left out: it is a link, or no PNG", soft_wrap=True)
+    parts = sections(runs)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, text in (
         ("report.md", as_markdown(options.title, parts)),
         ("report.html", as_html(options.title, parts)),
     ):
-        (options.output / name).write_text(text)
+        with new_file(options.output / name) as file:
+            file.write(text.encode(errors="backslashreplace"))
         console.print(f"wrote {options.output / name}", soft_wrap=True)
