@@ -303,7 +303,7 @@ def test_an_answer_ends_with_its_first_blank_line(monkeypatch, capsys, tmp_path,
         batch = 1
 
         def start(self, texts, seeds):
-            fed.append(texts[0])
+            fed.append(list(map(int, texts[0])))
             return SimpleNamespace(speed="fast")
 
         def feed(self, session, texts):
