@@ -13,6 +13,8 @@ ROOMS = [
     "rwkvx_jax.storage",
     "rwkvx_jax.sharding",
     "rwkvx_jax.hosts",
+    "rwkvx_jax.digest",
+    "rwkvx_jax.checkpoint_store",
     "rwkvx_jax.ops",
     "rwkvx_jax.cache",
     "rwkvx_jax.modules",
