@@ -86,7 +86,8 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy, cleanup_tmp_directories=True
             )
-        with _quiet("Given directory is read only"):  # as asked for, not worth a warning
+        # Read only as asked for; and what is damaged is told when it is read.
+        with _quiet("Given directory is read only", "Metadata file does not", "Failed to json"):
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_names=_ITEMS
             )
@@ -261,14 +262,17 @@ class Checkpoints:
     def _intact(self, step: int, items: Sequence[str]) -> bool:
         """Whether items of a step can be read and are what was saved."""
         try:
-            with _silenced(), _reading("metadata"):
-                trees = self._manager.item_metadata(step)
-                targets = {item: jax.tree.map(_spread, trees[item].tree) for item in items}
             with _silenced():
-                self._read(step, targets)
+                self._read(step, {item: self._stored_shapes(step, item) for item in items})
         except _Damage:
             return False
         return True
+
+    def _stored_shapes(self, step: int, item: str) -> Any:
+        """A target for all arrays of an item, from what is stored of it."""
+        with _reading(item):
+            metadata = ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / item)
+            return jax.tree.map(_spread, metadata.tree)
 
     # ----------------------------------------------------------------------------- setting aside
 
