@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import inspect
 import logging
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ CHECKPOINTS = "checkpoints"
 SET_ASIDE = "checkpoints-set-aside"
 _ITEMS = ("params", "optimizer", "progress")
 _RECORD = {"config", "stage", "stage_step", "data"}  # its keys, see `checkpoint.progress_record`
-_SETTLE_SECONDS = 0.5  # in which reads that have failed end
+_SETTLE_SECONDS = 0.5  # in which reads and writes that have failed end
 
 _log = logging.getLogger(__name__)
 
@@ -86,22 +89,34 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy, cleanup_tmp_directories=True
             )
-        # Read only as asked for; and what is damaged is told when it is read.
-        with _quiet("Given directory is read only", "Metadata file does not", "Failed to json"):
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_names=_ITEMS
-            )
+        self._failed = False
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(_only_our_messages())
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        try:
-            with self._writing():
-                self._manager.close()
-        except CheckpointFailed:
-            if kind is None:  # else that error says more
-                raise
+        with self._held:
+            try:
+                with self._writing():
+                    self._manager.close()
+            except CheckpointFailed:
+                if kind is None:  # else that error says more
+                    raise
+            finally:
+                if self._failed:
+                    self._settle()
+
+    def _settle(self) -> None:
+        """Waits for what failed reads and writes have left behind, and removes half checkpoints."""
+        time.sleep(_SETTLE_SECONDS)
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            gc.collect()
+        if isinstance(self._directory, Path) and jax.process_index() == 0:
+            for half in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, ascending."""
@@ -169,8 +184,11 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            self._failed = True
+            cause = ": ".join(str(error).split(": ")[-2:])  # the last of a chain of places
+            _forget_frames(error)
             raise CheckpointFailed(
-                f"no checkpoint could be written to {self._directory}: {error}"
+                f"no checkpoint could be written to {self._directory}: {cause}"
             ) from error
 
     # ------------------------------------------------------------------------------------ reading
@@ -236,9 +254,9 @@ class Checkpoints:
     def _explained(self, step: int, items: Sequence[str]) -> Iterator[None]:
         """Makes one error of damage, with the newest step whose `items` are intact."""
         try:
-            with _silenced():
-                yield
+            yield
         except _Damage as damage:
+            self._failed = True
             raise DamagedCheckpoint(
                 f"checkpoint {step} in {self._directory} is damaged: {damage}. Nothing was changed."
                 f"\n{self._remedy(step, items)}"
@@ -262,8 +280,7 @@ class Checkpoints:
     def _intact(self, step: int, items: Sequence[str]) -> bool:
         """Whether items of a step can be read and are what was saved."""
         try:
-            with _silenced():
-                self._read(step, {item: self._stored_shapes(step, item) for item in items})
+            self._read(step, {item: self._stored_shapes(step, item) for item in items})
         except _Damage:
             return False
         return True
@@ -334,41 +351,43 @@ def _reading(item: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).strip("'\"").splitlines() or [""]
+        _forget_frames(error)
         raise _Damage(f"{item}: {type(error).__name__}: {text[0][:300]}") from error
 
 
+def _forget_frames(error: BaseException) -> None:
+    """Lets go of the unfinished tasks that the frames of an error hold."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
 @contextlib.contextmanager
-def _quiet(*beginnings: str) -> Iterator[None]:
-    """Keeps messages of Orbax and asyncio that begin so out of the log; none given: all of them."""
-    keep = lambda record: bool(beginnings) and not record.getMessage().startswith(beginnings)
+def _only_our_messages() -> Iterator[None]:
+    """Keeps what Orbax says of failures to itself, since all of them are raised as errors of ours.
+
+    Where one array can't be read or written, it leaves the work on others behind, each of which
+    prints a traceback of its own when it ends, from other threads.
+    """
+
+    def ours(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        orbax = record.levelno >= logging.WARNING and "orbax" in record.pathname
+        expected = ("Given directory is read only", "Metadata file does not exist")
+        told = record.levelno >= logging.ERROR or text.startswith(expected)
+        return not (orbax and told) and "exception was never retrieved" not in text
+
+    def unraisable(event: Any) -> None:
+        left_behind = inspect.iscoroutine(event.object)
+        if not left_behind and str(event.exc_value) != "Event loop is closed":
+            before(event)
+
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = sys.unraisablehook
     for logger in loggers:
-        logger.addFilter(keep)
+        logger.addFilter(ours)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = before
         for logger in loggers:
-            logger.removeFilter(keep)
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Lets nothing but the exception tell of a failed read.
-
-    Where one array can't be read, Orbax leaves the reads of others behind, each of which prints a
-    traceback of its own when it ends, from other threads.
-    """
-    hooks = sys.excepthook, sys.unraisablehook
-    sys.excepthook = sys.unraisablehook = lambda *_: None
-    try:
-        with _quiet():
-            try:
-                yield
-            except _Damage as damage:
-                # With the frames of the first error go the tasks that they hold.
-                damage.__cause__ = damage.__context__ = None
-                time.sleep(_SETTLE_SECONDS)
-                gc.collect()
-                raise
-    finally:
-        sys.excepthook, sys.unraisablehook = hooks
+            logger.removeFilter(ours)

@@ -1,5 +1,6 @@
 """Step directories: what is kept, what damage is found, and what is said of it."""
 
+import gc
 import json
 import logging
 import shutil
@@ -283,6 +284,7 @@ def test_damage_is_one_message(run, capfd, caplog, kind):
 
         with pytest.raises(DamagedCheckpoint, match=f"checkpoint {newest} in .*{message}") as error:
             resume()
+    gc.collect()
     intact = 4 if kind == "empty step" else 2
     assert f"newest intact one is of step {intact}: " in str(error.value)
     assert f"--resume-step {intact}" in str(error.value)

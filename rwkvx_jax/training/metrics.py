@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkvx_jax.storage import write_whole
+from rwkvx_jax.training.board import Board
 
 _log = logging.getLogger(__name__)
 
@@ -144,9 +145,7 @@ class MetricsWriter:
             cut_back(path, resume_step)
         self._metrics, self._timing = map(_Lines, paths)
         if isinstance(workdir, Path):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            self._board = Board(workdir / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, step: int, stage: str, values: dict[str, float]) -> None:
         """One record of metrics.jsonl, and its scalars for TensorBoard."""
@@ -163,9 +162,9 @@ class MetricsWriter:
         known = lambda value: not isinstance(value, float) or math.isfinite(value)
         record = {key: value if known(value) else None for key, value in record.items()}
         getattr(self, name).add(json.dumps(record, allow_nan=False) + "\n")
-        for key, value in record.items():
-            if isinstance(value, float) and self._board is not None:
-                self._board.add_scalar(key, value, record["step"])
+        if self._board is not None:
+            scalars = {key: value for key, value in record.items() if isinstance(value, float)}
+            self._board.add(record["step"], scalars)
 
     def upload(self) -> None:
         """To be called with each checkpoint: what it continues from has to be there as well."""
