@@ -7,8 +7,7 @@ import sys
 
 import tyro
 
-from rwkvx_jax.cli import friendly_errors, settle_platform
-from rwkvx_jax.convert.tensors import ConversionError
+from rwkvx_jax.cli import command_line, settle_platform
 from rwkvx_jax.evals import (
     long_loss,
     niah,
@@ -34,7 +33,7 @@ TASKS = {
 
 def main(argv: list[str]) -> None:
     settle_platform()
-    with friendly_errors(ConversionError):
+    with command_line("eval.py", argv):
         options = tyro.extras.subcommand_cli_from_dict(
             {name: options for name, (options, _) in TASKS.items()},
             args=argv,

@@ -12,12 +12,12 @@ from rwkvx_jax.checkpoint import load_initial_params, work_path
 from rwkvx_jax.cli import (
     accelerator_attached,
     add_host_flags,
-    friendly_errors,
+    command_line,
     parse_with_overrides,
     settle_platform,
 )
 from rwkvx_jax.hosts import join_hosts
-from rwkvx_jax.training.loop import TrainingStopped, fit
+from rwkvx_jax.training.loop import fit
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     )
     add_host_flags(parser)
     settle_platform()
-    with friendly_errors(TrainingStopped):
+    with command_line("train.py", argv):
         flags, config = parse_with_overrides(parser, argv)
         join_hosts(
             flags.coordinator,

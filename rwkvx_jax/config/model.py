@@ -110,7 +110,7 @@ class ModelConfig(Checked):
         require_positive("model.low_rank_override", **self.ranks._asdict())
         blocks, attention = self.num_blocks, self.num_attention_blocks
         if attention:
-            divisors = [m for m in range(1, blocks + 1) if blocks % m == 0]
+            divisors = [m for m in range(1, min(blocks, 256) + 1) if blocks % m == 0]
             require(
                 blocks % attention == 0,
                 f"model.num_attention_blocks {attention} does not divide model.num_blocks "
@@ -130,6 +130,22 @@ class ModelConfig(Checked):
         if self.low_rank_override is not None:
             return LowRankWidths(*self.low_rank_override)
         return low_rank_widths(self.width, self.low_rank)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all arrays of the model; costs nothing, whatever its size."""
+        width, ranks = self.width, self.ranks
+        norm, square = 2 * width, width * width
+        channel_mix = width + 2 * width * self.hidden_width
+        time_mix = 4 * square + (6 + 3 + 3) * width + norm  # shifts; w0 a0 v0; k_k k_a r_k; ln_x
+        time_mix += 2 * width * sum(ranks)
+        attention = 4 * square + self.key_conv * width
+        return (
+            2 * self.vocab_size * width
+            + 2 * norm
+            + self.num_blocks * (2 * norm + time_mix + channel_mix)
+            + self.num_attention_blocks * (2 * norm + attention + channel_mix)
+        )
 
     @property
     def blocks_per_group(self) -> int:

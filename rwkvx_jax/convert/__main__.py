@@ -8,6 +8,7 @@ the destination appears only when it is complete.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkvx_jax.cli import friendly_errors, settle_platform
+from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
 from rwkvx_jax.convert.load import open_checkpoint
@@ -135,13 +136,12 @@ def _summary(dst: Path, target: str, config: ModelConfig) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of the command line."""
-    options = tyro.cli(Options, prog="python -m rwkvx_jax.convert", args=argv)
+def main(argv: list[str]) -> None:
+    prog = "python -m rwkvx_jax.convert"
     settle_platform()
-    with friendly_errors(ConversionError, OSError):
-        convert(options, Console(stderr=True))
+    with command_line(prog, argv):
+        convert(parse(Options, argv, prog), Console(stderr=True))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

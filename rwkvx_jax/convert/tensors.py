@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from rwkvx_jax.config import UserError
+
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -29,7 +31,7 @@ DTYPES = {
 """Dtypes of parameters, by name."""
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError, ValueError):
     """A checkpoint that cannot be read, written or converted; the message says what to do."""
 
 

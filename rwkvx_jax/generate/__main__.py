@@ -12,9 +12,8 @@ import tyro
 
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import load_checkpoint
-from rwkvx_jax.cli import friendly_errors, settle_platform
+from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.generate.engine import Engine, Session, TextStream, generate
 from rwkvx_jax.generate.sampling import Sampling
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
@@ -195,16 +194,10 @@ def _show(text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    prog = "python -m rwkvx_jax.generate"
     settle_platform()
-    with friendly_errors(ConversionError):
-        run(
-            tyro.cli(
-                Options,
-                args=argv,
-                prog="python -m rwkvx_jax.generate",
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-        )
+    with command_line(prog, argv):
+        run(parse(Options, argv, prog))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from rwkvx_jax.cache import Cache
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.plan import model_flops
+from rwkvx_jax.plan.roofline import GIB
 from rwkvx_jax.sharding import batch_sharding, partition_spec
 from rwkvx_jax.training.step import param_shardings, stage_program
 
@@ -45,6 +46,31 @@ class Program:
     total_tokens: int | None = None
     stage: Stage | None = None
     variant: tuple[str, ...] = ()
+
+
+def train_size(config: Config, stage: Stage) -> tuple[str, int]:
+    """What a train step holds at the very least, for people and in bytes, over all devices."""
+    model = config.stage_model(stage)
+    tokens = stage.global_batch * stage.seq_len // stage.accumulation
+    what = f"stage {stage.name!r}: {model.num_parameters:.3g} parameters in float32 and the "
+    what += f"residual stream of {tokens:.3g} tokens"
+    return what, 4 * model.num_parameters + 2 * tokens * model.width
+
+
+def read_size(model: ModelConfig, batch: int, length: int) -> tuple[str, int]:
+    """What a prefill or decode step holds at the very least, likewise."""
+    rows = batch * length
+    what = f"{model.num_parameters:.3g} parameters in float32 and a cache of {rows:.3g} rows"
+    return what, 4 * model.num_parameters + 4 * rows * model.width * model.num_attention_blocks
+
+
+def check_possible(what: str, size: int, memory: float) -> None:
+    """Raises ConfigError where a program can't fit by arithmetic alone, before it is compiled."""
+    if size > memory:
+        raise ConfigError(
+            f"{what} take at least {size / GIB:,.1f} GiB, and all devices together have "
+            f"{memory / GIB:,.1f} GiB: make it smaller, or plan for more devices"
+        )
 
 
 def train_program(config: Config, stage: Stage, mesh: Mesh) -> Program:

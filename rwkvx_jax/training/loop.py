@@ -21,7 +21,7 @@ from rwkvx_jax.checkpoint import (
     check_resumable,
     progress_record,
 )
-from rwkvx_jax.config import Config, ConfigError, RunConfig, Stage, to_dict
+from rwkvx_jax.config import Config, ConfigError, RunConfig, Stage, UserError, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.hosts import check_joined, global_batch, host_rows, stop_signal
 from rwkvx_jax.model import Params
@@ -34,7 +34,7 @@ from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, st
 CONFIG_FILE = "config.json"
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError, RuntimeError):
     """Training can't go on; the message says at which step and what was kept."""
 
 
