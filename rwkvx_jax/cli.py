@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import re
+import select
 import shlex
 import sys
 import traceback
@@ -170,17 +171,30 @@ def _printable(text: str) -> str:
 
 
 def _throw_away_unwritable(stream: TextIO) -> bool:
-    """Whether what a stream still holds can't be written (its reader is gone, its disk full).
+    """Whether a stream can't be written any more (its reader is gone, its disk full).
 
-    It then goes nowhere, so that the interpreter's own flush at exit has nothing to complain of.
+    What it still holds then goes nowhere, so that the interpreter's own flush at exit has nothing
+    to complain of.
     """
     try:
         stream.flush()
-        return False
+        if not _reader_is_gone(stream):
+            return False
     except OSError:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
-        return True
+        pass
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+    return True
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    try:
+        number = stream.fileno()
+    except io.UnsupportedOperation:  # no file of the operating system
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def settle_platform() -> None:

@@ -59,9 +59,10 @@ def train_size(config: Config, stage: Stage) -> tuple[str, int]:
 
 def read_size(model: ModelConfig, batch: int, length: int) -> tuple[str, int]:
     """What a prefill or decode step holds at the very least, likewise."""
-    rows = batch * length
-    what = f"{model.num_parameters:.3g} parameters in float32 and a cache of {rows:.3g} rows"
-    return what, 4 * model.num_parameters + 4 * rows * model.width * model.num_attention_blocks
+    what = f"{model.num_parameters:.3g} parameters in float32 and the caches of {batch:.3g} texts"
+    states = 4 * batch * model.num_blocks * model.width * model.head_size
+    rows = 4 * batch * length * model.num_attention_blocks * model.width  # bfloat16 keys, values
+    return f"{what} of {length:.3g} rows", 4 * model.num_parameters + states + rows
 
 
 def check_possible(what: str, size: int, memory: float) -> None:
