@@ -4,6 +4,7 @@ Run again with the same output directory, it does only what is not finished yet.
 """
 
 import sys
+from typing import Any
 
 import tyro
 
@@ -31,16 +32,21 @@ TASKS = {
 }
 
 
+def parse(argv: list[str]) -> Any:
+    """The options of the task that the flags name."""
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: options for name, (options, _) in TASKS.items()},
+        args=argv,
+        prog="eval.py",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
 def main(argv: list[str]) -> None:
     settle_platform()
     with command_line("eval.py", argv):
-        options = tyro.extras.subcommand_cli_from_dict(
-            {name: options for name, (options, _) in TASKS.items()},
-            args=argv,
-            prog="eval.py",
-            description=__doc__,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        options = parse(argv)
         for kind, run in TASKS.values():
             if type(options) is kind:
                 run(options)

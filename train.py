@@ -22,7 +22,7 @@ from rwkvx_jax.training.loop import fit
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment file")
     parser.add_argument(
@@ -32,9 +32,13 @@ def main(argv: list[str]) -> None:
         "--init-from", help="start from these parameters: a workdir, .safetensors or .pth"
     )
     add_host_flags(parser)
+    return parser
+
+
+def main(argv: list[str]) -> None:
     settle_platform()
     with command_line("train.py", argv):
-        flags, config = parse_with_overrides(parser, argv)
+        flags, config = parse_with_overrides(make_parser(), argv)
         join_hosts(
             flags.coordinator,
             flags.num_processes,

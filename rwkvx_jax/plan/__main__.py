@@ -40,7 +40,7 @@ _KINDS = ("train", "prefill", "decode")
 def main(argv: Sequence[str]) -> int:
     topology.on_cpu()
     with command_line("python -m rwkvx_jax.plan", argv):
-        flags, config = parse_with_overrides(_parser(), argv)
+        flags, config = parse_with_overrides(make_parser(), argv)
         generation = topology.generation(flags.topology)
         if generation not in CHIPS:
             raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if fits else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rwkvx_jax.plan", description=__doc__.splitlines()[0], add_help=False
     )
