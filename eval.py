@@ -4,11 +4,11 @@ Run again with the same output directory, it does only what is not finished yet.
 """
 
 import sys
+from typing import Any
 
 import tyro
 
-from rwkvx_jax.cli import friendly_errors, settle_platform
-from rwkvx_jax.convert.tensors import ConversionError
+from rwkvx_jax.cli import command_line, settle_platform
 from rwkvx_jax.evals import (
     long_loss,
     niah,
@@ -32,16 +32,21 @@ TASKS = {
 }
 
 
+def parse(argv: list[str]) -> Any:
+    """The options of the task that the flags name."""
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: options for name, (options, _) in TASKS.items()},
+        args=argv,
+        prog="eval.py",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
 def main(argv: list[str]) -> None:
     settle_platform()
-    with friendly_errors(ConversionError):
-        options = tyro.extras.subcommand_cli_from_dict(
-            {name: options for name, (options, _) in TASKS.items()},
-            args=argv,
-            prog="eval.py",
-            description=__doc__,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+    with command_line("eval.py", argv):
+        options = parse(argv)
         for kind, run in TASKS.values():
             if type(options) is kind:
                 run(options)

@@ -12,17 +12,17 @@ from rwkvx_jax.checkpoint import load_initial_params, work_path
 from rwkvx_jax.cli import (
     accelerator_attached,
     add_host_flags,
-    friendly_errors,
+    command_line,
     parse_with_overrides,
     settle_platform,
 )
 from rwkvx_jax.hosts import join_hosts
-from rwkvx_jax.training.loop import TrainingStopped, fit
+from rwkvx_jax.training.loop import fit
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment file")
     parser.add_argument(
@@ -37,9 +37,13 @@ def main(argv: list[str]) -> None:
         help="continue from the checkpoint of this step; later ones are moved aside",
     )
     add_host_flags(parser)
+    return parser
+
+
+def main(argv: list[str]) -> None:
     settle_platform()
-    with friendly_errors(TrainingStopped):
-        flags, config = parse_with_overrides(parser, argv)
+    with command_line("train.py", argv):
+        flags, config = parse_with_overrides(make_parser(), argv)
         join_hosts(
             flags.coordinator,
             flags.num_processes,

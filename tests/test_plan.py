@@ -65,6 +65,14 @@ needs_compiler = pytest.mark.skipif(
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("changes", [{"key_conv": 3, "ffn_width": 33}, {"low_rank": "rwkv_lm"}])
+def test_parameters_are_counted_without_a_model(changes):
+    for config in (ModelConfig.tiny(), ModelConfig.tiny().without_attention()):
+        config = dataclasses.replace(config, **changes)
+        leaves = jax.tree.leaves(get_params(abstract_model(config)))
+        assert config.num_parameters == sum(math.prod(leaf.shape) for leaf in leaves)
+
+
 def test_matrix_products_are_those_of_the_parameters():
     """Every matrix but the embedding multiplies every token once."""
     config = ModelConfig(
@@ -400,6 +408,16 @@ def run_cli(tmp_path, *arguments):
                 "510",
             ],
             "seq_len a multiple of mesh.context 4 = 4",
+        ),
+        (["--topology", "v5e:2x2", "--slices", "99999"], "are 399,996 chips: this plans for at"),
+        (
+            ["--topology", "v5e:2x2", "--model.num-blocks", "999999998"],
+            "all devices together have 63",
+        ),
+        (["--topology", "v5e:2x2", "--stages.0.seq-len", "999999999999"], "residual stream of 4e"),
+        (
+            ["--topology", "v5e:2x2", "--programs", "decode", "--batch", "9" * 18],
+            "caches of 1e.18 texts of 6.55e.04 rows take at least",
         ),
         (
             ["--topology", "v5e:2x2", "--programs", "prefill", "--piece", "99", "--length", "9"],

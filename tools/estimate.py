@@ -7,13 +7,15 @@ flops at its peak, bytes at its bandwidth, and a least charge for every DMA desc
 import dataclasses
 from collections.abc import Iterable
 
+from rwkvx_jax.plan import roofline
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """Of one core: clock (Hz) and matrix peak (bfloat16 flop/s); memory bandwidth (bytes/s).
 
-    Peaks and bandwidths are the vendor's; clocks are inferred from peak / (matrix units * their
-    size^2 * 2). A DMA is charged at least `copy_seconds`, an assumption on the safe side.
+    The figures are the planner's (plan/roofline.py), whose table is of whole chips. A DMA is
+    charged at least `copy_seconds`, an assumption on the safe side.
     """
 
     clock: float
@@ -22,11 +24,11 @@ class Chip:
     copy_seconds: float = 2e-7
 
 
-CHIPS = {
-    "v5e": Chip(clock=1.5e9, flops=197e12, bandwidth=819e9),
-    "v5p": Chip(clock=1.75e9, flops=459e12 / 2, bandwidth=2765e9 / 2),
-    "v6e": Chip(clock=1.75e9, flops=918e12, bandwidth=1640e9),
-}
+def _one_core(chip: roofline.Chip) -> Chip:
+    return Chip(chip.clock, chip.flops / chip.cores, chip.hbm_bandwidth / chip.cores)
+
+
+CHIPS = {name: _one_core(roofline.CHIPS[name]) for name in ("v5e", "v5p", "v6e")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rwkvx_jax.config.experiment import (
 )
 from rwkvx_jax.config.model import LowRankRule, LowRankWidths, ModelConfig, low_rank_widths
 from rwkvx_jax.config.run import MeshConfig, Recurrence, RunConfig, SparseAttention
-from rwkvx_jax.config.values import ConfigError, differences, from_dict, to_dict
+from rwkvx_jax.config.values import ConfigError, UserError, differences, from_dict, to_dict
 
 __all__ = [
     "Config",
@@ -35,6 +35,7 @@ __all__ = [
     "SparseAttention",
     "Stage",
     "Targets",
+    "UserError",
     "differences",
     "from_dict",
     "low_rank_widths",

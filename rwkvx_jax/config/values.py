@@ -13,7 +13,14 @@ from typing import Any, Literal
 FLOAT32_RANGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """An error that its reader can mend: the message alone says what is wrong and what to do.
+
+    Command lines print that message; any other exception is a bug, and keeps its traceback.
+    """
+
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot work; the message names the value and the remedy."""
 
 
@@ -40,6 +47,8 @@ class Checked:
 
 def _mismatch(hint: Any, value: Any) -> str:
     """Why a value is not of a declared type, as a remedy; "" if it is."""
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "it does not fit 64 bits; use a smaller number"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "" if value in arguments else f"choose one of {list(arguments)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rwkvx_jax.cli import friendly_errors, settle_platform
+from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
 from rwkvx_jax.convert.finite import describe, nonfinite_values
@@ -203,13 +204,12 @@ def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of the command line."""
-    options = tyro.cli(Options, prog="python -m rwkvx_jax.convert", args=argv)
+def main(argv: list[str]) -> None:
+    prog = "python -m rwkvx_jax.convert"
     settle_platform()
-    with friendly_errors(ConversionError, OSError):
-        convert(options, Console(stderr=True))
+    with command_line(prog, argv):
+        convert(parse(Options, argv, prog), Console(stderr=True))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

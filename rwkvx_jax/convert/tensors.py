@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from rwkvx_jax.config import UserError
 from rwkvx_jax.storage import new_file
 
 DTYPES = {
@@ -40,7 +41,7 @@ _MOST_DIMENSIONS = 32  # numpy has a limit as well
 _LONGEST_NAME = 500
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError, ValueError):
     """A checkpoint that cannot be read, written or converted; the message says what to do."""
 
 

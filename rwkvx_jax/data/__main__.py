@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rwkvx_jax.cli import command_line, parse
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.binidx import Binidx, binidx_file
 from rwkvx_jax.data.sources import open_corpus
@@ -39,7 +40,7 @@ class Arguments:
     """Processes; 0: one for each core."""
 
 
-def main(arguments: Arguments) -> None:
+def tokenize(arguments: Arguments) -> None:
     """Runs the command.
 
     Raises:
@@ -60,9 +61,12 @@ def main(arguments: Arguments) -> None:
     print(f"{index.with_suffix('')}: {len(written.sizes):,} documents, {len(written):,} tokens")
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    prog = "python -m rwkvx_jax.data"
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main(tyro.cli(Arguments, prog="python -m rwkvx_jax.data"))
-    except (ConfigError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with command_line(prog, argv):
+        tokenize(parse(Arguments, argv, prog))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import tyro
 from rich.console import Console
 
 from rwkvx_jax.checkpoint import work_path
-from rwkvx_jax.cli import friendly_errors, load_config, settle_platform
+from rwkvx_jax.cli import command_line, load_config, parse, settle_platform
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.doctor import machine
 from rwkvx_jax.doctor.findings import Findings
@@ -94,25 +93,21 @@ def _case(options: Options, model: ModelConfig, dtype: str) -> Case:
 
 def main(argv: list[str]) -> int:
     """Entry point of the command line; returns the exit status."""
+    prog = "python -m rwkvx_jax.doctor"
     settle_platform()
-    with friendly_errors():
-        options = tyro.cli(
-            Options,
-            args=argv,
-            prog="python -m rwkvx_jax.doctor",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+    with command_line(prog, argv):
+        options = parse(Options, argv, prog)
         config = load_config(Path(options.config)) if options.config else _tiny()
-    findings = diagnose(options, config, Console())
-    if options.json is not None:
-        options.json.write_text(json.dumps(findings.report(), indent=1, allow_nan=False) + "\n")
-    if not findings.failed:
-        print(f"PASS: {len(findings.all)} checks")
-        return 0
-    print(f"FAIL: {len(findings.failed)} of {len(findings.all)} checks:")
-    for finding in findings.failed:
-        print(f"  {finding.name}: {finding.problem}")
-    return 1
+        findings = diagnose(options, config, Console())
+        if options.json is not None:
+            options.json.write_text(json.dumps(findings.report(), indent=1, allow_nan=False) + "\n")
+        if not findings.failed:
+            print(f"PASS: {len(findings.all)} checks")
+            return 0
+        print(f"FAIL: {len(findings.failed)} of {len(findings.all)} checks:")
+        for finding in findings.failed:
+            print(f"  {finding.name}: {finding.problem}")
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Converts short-context sets: `python -m rwkvx_jax.evals DST --icl DIR --hellaswag FILE`."""
 
-import tyro
+import sys
 
-from rwkvx_jax.cli import friendly_errors
+from rwkvx_jax.cli import command_line, parse
 from rwkvx_jax.evals.convert_tasks import Options, convert
 
 
-def main() -> None:
-    with friendly_errors():
-        for task, count in convert(tyro.cli(Options, prog="python -m rwkvx_jax.evals")).items():
+def main(argv: list[str]) -> None:
+    prog = "python -m rwkvx_jax.evals"
+    with command_line(prog, argv):
+        for task, count in convert(parse(Options, argv, prog)).items():
             print(f"{task}: {count} records")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

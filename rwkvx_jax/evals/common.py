@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.generate.sampling import check_seed
-from rwkvx_jax.generate.terminal import accept_any_text, one_line
+from rwkvx_jax.generate.terminal import one_line
 from rwkvx_jax.model import Params, get_params
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -191,7 +190,6 @@ def open_console() -> Console:
 
     Names are shown as they are (`[b]` is no markup), but for control characters.
     """
-    accept_any_text(sys.stdout)
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 240

@@ -13,13 +13,12 @@ import tyro
 
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import load_checkpoint
-from rwkvx_jax.cli import friendly_errors, settle_platform
+from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.data.chat import chat_prompt
 from rwkvx_jax.generate.engine import Engine, stream_texts
 from rwkvx_jax.generate.sampling import Sampling, check_seed
-from rwkvx_jax.generate.terminal import accept_any_text, show
+from rwkvx_jax.generate.terminal import show
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_LENGTH = 4096  # of a chat, or of a text whose length nobody gave
@@ -214,18 +213,10 @@ def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[
 
 
 def main(argv: list[str]) -> None:
+    prog = "python -m rwkvx_jax.generate"
     settle_platform()
-    accept_any_text(sys.stdout)
-    accept_any_text(sys.stderr)
-    with friendly_errors(ConversionError):
-        run(
-            tyro.cli(
-                Options,
-                args=argv,
-                prog="python -m rwkvx_jax.generate",
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-        )
+    with command_line(prog, argv):
+        run(parse(Options, argv, prog))
 
 
 if __name__ == "__main__":

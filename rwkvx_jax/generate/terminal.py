@@ -30,9 +30,3 @@ def show(text: str, stream: TextIO | None = None) -> None:
     stream = sys.stdout if stream is None else stream
     stream.write(printable(text) if stream.isatty() else text)
     stream.flush()
-
-
-def accept_any_text(stream: TextIO) -> None:
-    """Makes a stream spell out what its encoding lacks, instead of failing."""
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")

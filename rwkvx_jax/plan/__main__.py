@@ -14,15 +14,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from rwkvx_jax.cli import friendly_errors, parse_with_overrides
+from rwkvx_jax.cli import command_line, parse_with_overrides
 from rwkvx_jax.config import Config, ConfigError
 from rwkvx_jax.plan import report, topology
 from rwkvx_jax.plan.advice import advise
 from rwkvx_jax.plan.planner import make_plan
-from rwkvx_jax.plan.programs import Program, read_program, train_program
+from rwkvx_jax.plan.programs import (
+    Program,
+    check_possible,
+    read_program,
+    read_size,
+    train_program,
+    train_size,
+)
 from rwkvx_jax.plan.roofline import CHIPS
 from rwkvx_jax.sharding import check_fits, make_mesh
 
@@ -30,17 +38,16 @@ _KINDS = ("train", "prefill", "decode")
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = _parser()
     topology.on_cpu()
-    with friendly_errors(ValueError, RuntimeError):
-        flags, config = parse_with_overrides(parser, argv)
+    with command_line("python -m rwkvx_jax.plan", argv):
+        flags, config = parse_with_overrides(make_parser(), argv)
         generation = topology.generation(flags.topology)
         if generation not in CHIPS:
             raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
         mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
         check_fits(config, mesh)
         sizes = dict(mesh.shape)
-        programs = list(_programs(flags, config, mesh))
+        programs = list(_programs(flags, config, mesh, CHIPS[generation].hbm * mesh.size))
         records, fits = [], True
         place = flags.topology if flags.slices == 1 else f"{flags.slices} x {flags.topology}"
         title = report.header(config, flags.config, place, sizes)
@@ -64,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if fits else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rwkvx_jax.plan", description=__doc__.splitlines()[0], add_help=False
     )
@@ -94,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _programs(flags: argparse.Namespace, config: Config, mesh) -> Iterator[Program]:
+def _programs(
+    flags: argparse.Namespace, config: Config, mesh: Mesh, memory: float
+) -> Iterator[Program]:
+    """The programs asked for; `memory` is that of all devices together, in bytes."""
     kinds = flags.programs.split(",")
     if unknown := [kind for kind in kinds if kind not in _KINDS]:
         raise ConfigError(f"--programs names {unknown}: choose from {', '.join(_KINDS)}")
@@ -104,7 +114,10 @@ def _programs(flags: argparse.Namespace, config: Config, mesh) -> Iterator[Progr
     if "train" in kinds:
         for stage in config.stages:
             if not flags.stage or stage.name in flags.stage:
+                check_possible(*train_size(config, stage), memory)
                 yield train_program(config, stage, mesh)
+    if {"prefill", "decode"} & set(kinds):
+        check_possible(*read_size(config.model, flags.batch, flags.length), memory)
     if "prefill" in kinds:
         yield read_program(config, mesh, flags.batch, flags.length, flags.piece)
     if "decode" in kinds:

@@ -7,8 +7,6 @@ here, so that a better implementation shows as a better utilisation.
 
 from __future__ import annotations
 
-import numpy as np
-
 from rwkvx_jax.config import Config, ModelConfig, Stage
 from rwkvx_jax.training.losses import longce_starts
 
@@ -27,18 +25,27 @@ def rwkv_block_flops(config: ModelConfig) -> float:
 
 def visible_keys(config: ModelConfig, time: int) -> float:
     """Keys that a query attends to, on average over the queries of a sequence."""
-    position = np.arange(time)
     if config.attention == "full":
-        return float(np.mean(position + 1))
-    past = np.minimum(position // config.chunk_size, config.top_k - 1)
-    return float(np.mean(position % config.chunk_size + 1 + past * config.chunk_size))
+        return (time + 1) / 2
+    size = config.chunk_size
+    whole, rest = divmod(time, size)
+    own = whole * size * (size + 1) // 2 + rest * (rest + 1) // 2
+    return (own + size * _past_chunks(config, time, config.top_k - 1)) / time
+
+
+def _past_chunks(config: ModelConfig, time: int, most: int) -> int:
+    """Past chunks of each query, at most `most` of them, summed over the queries of a sequence."""
+    whole, rest = divmod(time, config.chunk_size)
+    few = min(whole, most)  # chunks with fewer than `most` before them
+    chunks = few * (few - 1) // 2 + (whole - few) * most
+    return chunks * config.chunk_size + rest * few
 
 
 def attention_flops(config: ModelConfig, time: int) -> float:
     """Forward products of one token's attention itself: scores, weighted values and gate."""
     gate = 0.0
     if config.attention == "sparse":
-        gate = 2.0 * config.width * float(np.mean(np.arange(time) // config.chunk_size))
+        gate = 2.0 * config.width * _past_chunks(config, time, time) / time
     return 4.0 * config.width * visible_keys(config, time) + gate
 
 

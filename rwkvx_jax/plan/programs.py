@@ -18,6 +18,7 @@ from rwkvx_jax.cache import Cache
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.plan import model_flops
+from rwkvx_jax.plan.roofline import GIB
 from rwkvx_jax.sharding import batch_sharding, partition_spec
 from rwkvx_jax.training.step import param_shardings, stage_program
 
@@ -45,6 +46,32 @@ class Program:
     total_tokens: int | None = None
     stage: Stage | None = None
     variant: tuple[str, ...] = ()
+
+
+def train_size(config: Config, stage: Stage) -> tuple[str, int]:
+    """What a train step holds at the very least, for people and in bytes, over all devices."""
+    model = config.stage_model(stage)
+    tokens = stage.global_batch * stage.seq_len // stage.accumulation
+    what = f"stage {stage.name!r}: {model.num_parameters:.3g} parameters in float32 and the "
+    what += f"residual stream of {tokens:.3g} tokens"
+    return what, 4 * model.num_parameters + 2 * tokens * model.width
+
+
+def read_size(model: ModelConfig, batch: int, length: int) -> tuple[str, int]:
+    """What a prefill or decode step holds at the very least, likewise."""
+    what = f"{model.num_parameters:.3g} parameters in float32 and the caches of {batch:.3g} texts"
+    states = 4 * batch * model.num_blocks * model.width * model.head_size
+    rows = 4 * batch * length * model.num_attention_blocks * model.width  # bfloat16 keys, values
+    return f"{what} of {length:.3g} rows", 4 * model.num_parameters + states + rows
+
+
+def check_possible(what: str, size: int, memory: float) -> None:
+    """Raises ConfigError where a program can't fit by arithmetic alone, before it is compiled."""
+    if size > memory:
+        raise ConfigError(
+            f"{what} take at least {size / GIB:,.1f} GiB, and all devices together have "
+            f"{memory / GIB:,.1f} GiB: make it smaller, or plan for more devices"
+        )
 
 
 def train_program(config: Config, stage: Stage, mesh: Mesh) -> Program:

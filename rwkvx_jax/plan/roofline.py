@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkvx_jax.config import ConfigError
 from rwkvx_jax.plan.collectives import Collective
 from rwkvx_jax.plan.work import Work
 
@@ -56,10 +57,11 @@ class Chip:
 
 
 # Peaks, memory bandwidths and interconnects: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in
-# 2026. A link's bandwidth is the chip's total ("bidirectional", both directions added) over twice
-# its ports: 400 GB/s / 8 on v5e, 1200 / 12 on v5p, 800 / 8 on v6e; v4 from its 2400 Gbit/s one way
-# over 6 ports. Data-centre network a chip: 50 Gbit/s (v5p), 6.4 Tbit/s over 256 chips (v5e); that
-# of v6e and v4 is not on those pages: v6e is taken as four times v5e's, v4 as v5p's.
+# 2026. Clocks are inferred from peak / (matrix units * their size^2 * 2). A link's bandwidth is the
+# chip's total ("bidirectional", both directions added) over twice its ports: 400 GB/s / 8 on v5e,
+# 1200 / 12 on v5p, 800 / 8 on v6e; v4 from its 2400 Gbit/s one way over 6 ports. Data-centre
+# network a chip: 50 Gbit/s (v5p), 6.4 Tbit/s over 256 chips (v5e); that of v6e and v4 is not on
+# those pages: v6e is taken as four times v5e's, v4 as v5p's.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(275e12, 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9),
@@ -89,10 +91,10 @@ class Machine:
         """The machine that devices of a TPU topology make.
 
         Raises:
-          ValueError: no figures are known for the generation.
+          ConfigError: no figures are known for the generation.
         """
         if generation not in CHIPS:
-            raise ValueError(
+            raise ConfigError(
                 f"no peaks are known for {generation}; the planner knows {', '.join(CHIPS)}"
             )
         chip = CHIPS[generation]

@@ -17,8 +17,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from rwkvx_jax.config import ConfigError
+
 _GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _NAME = re.compile(r"^(?P<generation>[a-z0-9]+):(?P<shape>\d+(x\d+)*)$")
+_MOST_CHIPS = 2**16  # descriptions of more take minutes to make, and nobody has them
 
 # libtpu asks the machine it runs on who it is; on a machine without TPUs these answers stop it
 # from querying a metadata server. The accelerator type does not limit the topologies on offer.
@@ -58,11 +61,11 @@ def generation(name: str) -> str:
     """The TPU generation of a topology name: "v5e" for "v5e:2x2".
 
     Raises:
-      ValueError: the name is not GENERATION:AxBxC, or the generation is unknown.
+      ConfigError: the name is not GENERATION:AxBxC, or the generation is unknown.
     """
     match = _NAME.match(name)
     if match is None or match["generation"] not in _GENERATIONS:
-        raise ValueError(
+        raise ConfigError(
             f"topology {name!r} is not understood; write GENERATION:SHAPE with a generation of "
             f"{', '.join(_GENERATIONS)} and a shape such as 2x2 or 4x4x8, e.g. 'v5e:2x2'"
         )
@@ -88,16 +91,21 @@ def topology_devices(name: str, slices: int = 1) -> list:
       generation with one device a chip.
 
     Raises:
-      ValueError: the name is not understood, or libtpu refuses the shape.
-      RuntimeError: libtpu (for a GPU: the CUDA plugin) is not installed.
+      ConfigError: the name is not understood, libtpu refuses the shape, or libtpu (for a GPU: the
+        CUDA plugin) is not installed.
     """
     if name in _GPUS:
         return _gpu_devices(name)
     generation(name)
     if slices < 1:
-        raise ValueError(f"{slices} slices of {name}: there must be at least 1")
+        raise ConfigError(f"{slices} slices of {name}: there must be at least 1")
+    chips = slices * math.prod(map(int, _NAME.match(name)["shape"].split("x")))
+    if chips > _MOST_CHIPS:
+        raise ConfigError(
+            f"{slices} x {name} are {chips:,} chips: this plans for at most {_MOST_CHIPS:,}"
+        )
     if not is_available():
-        raise RuntimeError(
+        raise ConfigError(
             f"compiling for {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU needed)"
         )
     for key, value in _LIBTPU_ENVIRONMENT.items():
@@ -106,7 +114,7 @@ def topology_devices(name: str, slices: int = 1) -> list:
         several = {"num_slices": slices} if slices > 1 else {}
         description = topologies.get_topology_desc(name, "tpu", **several)
     except Exception as error:  # jax raises its own runtime error types, depending on the version
-        raise ValueError(f"the TPU compiler does not know topology {name!r}: {error}") from error
+        raise ConfigError(f"the TPU compiler does not know topology {name!r}: {error}") from error
     return list(description.devices)
 
 
@@ -116,7 +124,7 @@ def _gpu_devices(name: str) -> list:
             topology_name=name, platform="cuda", target_config=_GPUS[name], topology="1x1x1"
         )
     except Exception as error:  # jax raises its own runtime error types, depending on the version
-        raise RuntimeError(
+        raise ConfigError(
             f"compiling for {name} needs jax's CUDA plugin of the same version as jax (pip install "
             f"--no-deps jax-cuda13-plugin jax-cuda13-pjrt; no GPU needed): {error}"
         ) from error
@@ -139,14 +147,13 @@ def topology_mesh(
       `jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))`.
 
     Raises:
-      ValueError: the name is not understood, or the axes need more devices than there are.
-      RuntimeError: libtpu is not installed.
+      ConfigError: as `topology_devices`, or the axes need more devices than there are.
     """
     devices = topology_devices(name)
     axes = {"devices": len(devices)} if axes is None else dict(axes)
     count = math.prod(axes.values())
     if not 1 <= count <= len(devices):
-        raise ValueError(f"mesh axes {axes} need {count} devices; {name} has {len(devices)}")
+        raise ConfigError(f"mesh axes {axes} need {count} devices; {name} has {len(devices)}")
     grid = np.array(devices[:count]).reshape(tuple(axes.values()))
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rwkvx_jax.checkpoint import check_resumable, progress_record
 from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
-from rwkvx_jax.config import Config, ConfigError, Stage, to_dict
+from rwkvx_jax.config import Config, ConfigError, Stage, UserError, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.hosts import check_joined, first_does, global_batch, host_rows, stop_signal
 from rwkvx_jax.model import Params
@@ -34,7 +34,7 @@ CONFIG_FILE = "config.json"
 LOCK_FILE = "train.lock"
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError, RuntimeError):
     """Training can't go on; the message says at which step and what was kept."""
 
 
