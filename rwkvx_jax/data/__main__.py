@@ -55,7 +55,12 @@ def tokenize(arguments: Arguments) -> None:
         kind = "jsonl" if arguments.source.lower().endswith(".jsonl") else "text"
     source = "" if arguments.source == "embedded" else arguments.source
     workers = arguments.workers or os.cpu_count() or 1
-    build(open_corpus(kind, source), tokenizer, arguments.destination, workers=workers)
+    build(
+        open_corpus(kind, source),
+        tokenizer,
+        arguments.destination,
+        workers=workers if workers > 1 else 0,
+    )
     written = Binidx(arguments.destination)
     written.check_vocabulary(tokenizer.vocab_size)
     print(f"{index.with_suffix('')}: {len(written.sizes):,} documents, {len(written):,} tokens")
