@@ -30,17 +30,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import alignment, routing
+from pallas_kernels.common import F32, LANES, LOG2_E, NT, SUBLANES, TN, dot
 from pallas_kernels.tpu_chips import current_chip
 
-_LANES = 128
-_SUBLANES = 8
 _TABLE_ENTRIES = 1 << 17  # tiles a call: their chunks fill half of scalar memory
 _MOST_ENTRIES = 13 << 14  # where one pack has more: four fifths; nothing larger was compiled
-_LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
-_F32 = jnp.float32
-# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
-_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +63,8 @@ class TileConfig:
     def __post_init__(self):
         for name in ("rows", "keys", "joined", "diagonal"):
             value = getattr(self, name)
-            if value < _LANES or value % _LANES:
-                raise ValueError(f"{name} must be a positive multiple of {_LANES}, got {value}")
+            if value < LANES or value % LANES:
+                raise ValueError(f"{name} must be a positive multiple of {LANES}, got {value}")
         if self.together not in (1, 2, 4, 8):
             raise ValueError(f"together must be 1, 2, 4 or 8, got {self.together}")
         if not 0 < self.segment_bytes <= self.vmem_limit_bytes:
@@ -115,14 +110,6 @@ def unsupported_reason(
 # --------------------------------------------------------------------------------------------
 
 
-def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
-    """Product with float32 accumulation: one pass for bfloat16 operands, full float32 otherwise."""
-    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
-    )
-
-
 def _lane(shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
@@ -151,7 +138,7 @@ class _Shape:
     @property
     def heads(self) -> int:
         """Heads of a pack."""
-        return _LANES // self.head
+        return LANES // self.head
 
     @property
     def parts(self) -> int:
@@ -166,7 +153,7 @@ class _Shape:
     @property
     def log2_scale(self) -> float:
         """Turns q . k into exponents of 2."""
-        return self.scale * _LOG2_E
+        return self.scale * LOG2_E
 
     def block(self, limit: int) -> int:
         """Rows the diagonal is cut into: whole chunks, as many as fit the limit, at least one."""
@@ -222,9 +209,9 @@ def _numbers(rows_ref, tile, first: int, rows: int, zero=0) -> list:
     A view a group of 8 keeps offsets within it in registers; an offset of its own for each row
     would cost one more scalar instruction a row.
     """
-    start = pl.multiple_of(zero + tile * rows + first, _SUBLANES)
-    view = rows_ref.at[0, 0, 0, pl.ds(start, _SUBLANES)]
-    return [view[r] for r in range(_SUBLANES)]
+    start = pl.multiple_of(zero + tile * rows + first, SUBLANES)
+    view = rows_ref.at[0, 0, 0, pl.ds(start, SUBLANES)]
+    return [view[r] for r in range(SUBLANES)]
 
 
 def _gather(rows_ref, tile, rows: int, sources) -> list[jax.Array]:
@@ -233,14 +220,14 @@ def _gather(rows_ref, tile, rows: int, sources) -> list[jax.Array]:
     Row number n stands at 8 + n. A load of 8 rows that begins r rows earlier brings row n to
     sublane r, where a select puts it in place: one load and one select a row, no store.
     """
-    sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
     found = [[] for _ in sources]
-    for first in range(0, rows, _SUBLANES):
+    for first in range(0, rows, SUBLANES):
         numbers = _numbers(rows_ref, tile, first, rows)
         for source, pieces in zip(sources, found, strict=True):
-            x = source[pl.ds(numbers[0] + _SUBLANES, _SUBLANES), :]
-            for r in range(1, _SUBLANES):
-                row = source[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
+            x = source[pl.ds(numbers[0] + SUBLANES, SUBLANES), :]
+            for r in range(1, SUBLANES):
+                row = source[pl.ds(numbers[r] + SUBLANES - r, SUBLANES), :]
                 x = jnp.where(sublane == r, row, x)
             pieces.append(x)
     return [jnp.concatenate(pieces, axis=0) for pieces in found]
@@ -255,15 +242,15 @@ def _scatter(rows_ref, tile, pairs, zero, lanes=True) -> None:
         numbers it read to gather, for which there are not enough registers.
       lanes: bool [8, 128], the lanes to write.
     """
-    sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
-    masks = [(sublane == r) & lanes for r in range(_SUBLANES)]
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    masks = [(sublane == r) & lanes for r in range(SUBLANES)]
     rows = pairs[0][0].shape[0]
-    for first in range(0, rows, _SUBLANES):
+    for first in range(0, rows, SUBLANES):
         numbers = _numbers(rows_ref, tile, first, rows, zero)
         for source, target in pairs:
-            x = source[first : first + _SUBLANES]
-            for r in range(_SUBLANES):
-                window = target.at[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
+            x = source[first : first + SUBLANES]
+            for r in range(SUBLANES):
+                window = target.at[pl.ds(numbers[r] + SUBLANES - r, SUBLANES), :]
                 pltpu.store(window, x, mask=masks[r])
 
 
@@ -344,7 +331,7 @@ def _each_tile(table_ref, step: _Step, chunk: int, routes: routing.Plan, functio
 
 
 def _rows_of(segment, size: int):
-    return pl.ds(pl.multiple_of(segment * size, _SUBLANES), size)
+    return pl.ds(pl.multiple_of(segment * size, SUBLANES), size)
 
 
 # --------------------------------------------------------------------------------------------
@@ -362,7 +349,7 @@ def _start_kernel(
 
     A word holds elements i (lower half) and 32 + i (upper half) of a query.
     """
-    words = pltpu.bitcast(q_ref[0].astype(_F32), jnp.int32)  # its upper half is the element
+    words = pltpu.bitcast(q_ref[0].astype(F32), jnp.int32)  # its upper half is the element
     half, quarter = shape.head, shape.head // 2
     pairs = pltpu.roll(words, half, 1) | lax.shift_right_logical(
         pltpu.roll(words, half + quarter, 1), 16
@@ -371,7 +358,7 @@ def _start_kernel(
     for h in range(shape.heads):
         row = jnp.where(lane == shape.stat_lane(h) + 1, _NO_SCORE, 0.0)
         row = jnp.where(shape.in_query(lane, h), pairs, pltpu.bitcast(row, jnp.int32))
-        results_ref[0, h, 0] = pltpu.bitcast(row, _F32)
+        results_ref[0, h, 0] = pltpu.bitcast(row, F32)
 
 
 def _query(row: jax.Array, shape: _Shape, head) -> jax.Array:
@@ -379,7 +366,7 @@ def _query(row: jax.Array, shape: _Shape, head) -> jax.Array:
     words = jnp.where(shape.in_query(_lane(row.shape), head), pltpu.bitcast(row, jnp.int32), 0)
 
     def move(x, lanes):  # two rows share a word of bfloat16
-        x = pltpu.bitcast(x, _F32).astype(shape.dtype)
+        x = pltpu.bitcast(x, F32).astype(shape.dtype)
         return pltpu.roll(pltpu.bitcast(x, jnp.int32), lanes, 1)
 
     upper = move(words & jnp.int32(-65536), shape.head)
@@ -409,9 +396,9 @@ def _past_forward_kernel(
     parts, sources, head = shape.parts, 1 - shape.packed, step.head
     q_ref, (k_ref, v_ref), _, (results_ref,) = take(sources), take(2), take(1), take(1)
     queries, running, (sems,) = take(sources), take(parts), take(1)
-    size = running[0].shape[0] - 2 * _SUBLANES
-    body, window = pl.ds(_SUBLANES, size), _rows_of(step.segment, size)
-    lane = pl.ds(pl.multiple_of(step.pack % packs * _LANES, _LANES), _LANES)
+    size = running[0].shape[0] - 2 * SUBLANES
+    body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
+    lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
 
     @pl.when(step.first_of_segment)
     def _():
@@ -428,7 +415,7 @@ def _past_forward_kernel(
 
     lanes = True
     if shape.packed:
-        lanes = ~shape.in_query(_lane((_SUBLANES, _LANES)), head)
+        lanes = ~shape.in_query(_lane((SUBLANES, LANES)), head)
 
     def attend(number, start):
         gathered = _gather(rows_ref, number, routes.rows, [*queries, *running])
@@ -441,11 +428,11 @@ def _past_forward_kernel(
         total = _column(stats, stat) if parts > 1 else None
         for piece in _pieces(shape.chunk, keys):
             at = pl.ds(start + piece.start, piece.stop - piece.start)
-            scores = _dot(q, k_ref[0, at, :], _NT) * shape.log2_scale
+            scores = dot(q, k_ref[0, at, :], NT) * shape.log2_scale
             new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
             weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
             values = shape.values_and_ones(v_ref[0, at, :], head)
-            acc = acc * shrink + _dot(weights.astype(shape.dtype), values)
+            acc = acc * shrink + dot(weights.astype(shape.dtype), values)
             if parts > 1:
                 total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
             largest = new
@@ -507,15 +494,15 @@ def _own_forward_kernel(
     seen = _visible(row, column, shape, side)
     for h in range(shape.heads):
         stat = shape.stat_lane(h)
-        q = shape.own(q_ref[0].astype(_F32), h).astype(shape.dtype)
-        scores = _dot(q, k_ref[0], _NT) * shape.log2_scale
+        q = shape.own(q_ref[0].astype(F32), h).astype(shape.dtype)
+        scores = dot(q, k_ref[0], NT) * shape.log2_scale
         scores = jnp.where(seen, scores, _NO_SCORE)
         stats = running[-1][h]
         largest = stats[:, stat + 1 : stat + 2]
         new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
         weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
         acc = running[0][h] * shrink
-        acc = acc + _dot(weights.astype(shape.dtype), shape.values_and_ones(v_ref[0], h))
+        acc = acc + dot(weights.astype(shape.dtype), shape.values_and_ones(v_ref[0], h))
         if parts > 1:
             running[0][h] = acc
             total = stats[:, stat : stat + 1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
@@ -526,8 +513,8 @@ def _own_forward_kernel(
 
     @pl.when(column == row)
     def _():
-        out = jnp.zeros(out_ref.shape[1:], _F32)
-        logs = jnp.zeros(out.shape, _F32)
+        out = jnp.zeros(out_ref.shape[1:], F32)
+        logs = jnp.zeros(out.shape, F32)
         for h in range(shape.heads):
             stat = shape.stat_lane(h)
             stats = running[-1][h]
@@ -545,22 +532,22 @@ def _own_forward_kernel(
 
 def _probabilities(q, k, do, v, lse, delta, shape: _Shape, seen=None):
     """Weights and gradients of the scores (without the scale), [rows, keys], in the dtype."""
-    exponents = _dot(q, k, _NT) * shape.log2_scale - lse
+    exponents = dot(q, k, NT) * shape.log2_scale - lse
     if seen is not None:
         exponents = jnp.where(seen, exponents, _NO_SCORE)
     weights = jnp.exp2(exponents)
-    dscores = weights * (_dot(do, v, _NT) - delta)
+    dscores = weights * (dot(do, v, NT) - delta)
     return weights.astype(shape.dtype), dscores.astype(shape.dtype)
 
 
 def _unpack(tiles, shape: _Shape, head) -> tuple[jax.Array, jax.Array]:
     """q and dO [rows, 128] of gathered rows, the pack's other head cleared."""
-    if shape.dtype == _F32:
+    if shape.dtype == F32:
         q, do = tiles
     else:  # one word holds both: q in the upper half
         words = pltpu.bitcast(tiles[0], jnp.int32)
-        q = pltpu.bitcast(words & jnp.int32(-65536), _F32)
-        do = pltpu.bitcast(lax.shift_left(words, 16), _F32)
+        q = pltpu.bitcast(words & jnp.int32(-65536), F32)
+        do = pltpu.bitcast(lax.shift_left(words, 16), F32)
     return tuple(shape.own(x, head).astype(shape.dtype) for x in (q, do))
 
 
@@ -590,18 +577,18 @@ def _past_backward_kernel(
     (dk, dv), (sems,) = take(2), take(1)
     step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
     head, stat = step.head, shape.stat_lane(step.head)
-    size = queries[0].shape[0] - 2 * _SUBLANES
-    body, window = pl.ds(_SUBLANES, size), _rows_of(step.segment, size)
+    size = queries[0].shape[0] - 2 * SUBLANES
+    body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
     batch = step.pack // packs
-    lane = pl.ds(pl.multiple_of(step.pack % packs * _LANES, _LANES), _LANES)
+    lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
     block_rows = _rows_of(step.block, routes.joined * shape.chunk)
 
     @pl.when(step.first_of_segment)
     def _():
-        end = pl.ds(_SUBLANES + size, _SUBLANES)  # where rows without a query point
+        end = pl.ds(SUBLANES + size, SUBLANES)  # where rows without a query point
         for x in (*queries, *running):
-            x[end, :] = jnp.zeros((_SUBLANES, _LANES), _F32)
-        lanes = _lane((_SUBLANES, _LANES))
+            x[end, :] = jnp.zeros((SUBLANES, LANES), F32)
+        lanes = _lane((SUBLANES, LANES))
         running[-1][end, :] = jnp.where(lanes == stat, -_NO_SCORE, 0.0)
         _copy(
             *(
@@ -626,14 +613,14 @@ def _past_backward_kernel(
         q, do = _unpack(gathered[:sources], shape, head)
         dq, stats = gathered[sources], gathered[-1]
         lse, delta = _column(stats, stat), _column(stats, stat + 1)
-        more = jnp.zeros(stats.shape, _F32)
+        more = jnp.zeros(stats.shape, F32)
         for piece in _pieces(shape.chunk, keys):
             at = pl.ds(start + piece.start, piece.stop - piece.start)
             k, v = k_ref[0, at, :], v_ref[0, at, :]
             weights, dscores = _probabilities(q, k, do, v, lse, delta, shape)
-            more = more + _dot(dscores, k)
-            dk[at, :] += _dot(dscores, q, _TN)
-            dv[at, :] += _dot(weights, do, _TN)
+            more = more + dot(dscores, k)
+            dk[at, :] += dot(dscores, q, TN)
+            dv[at, :] += dot(weights, do, TN)
         dq = dq + shape.own(more, head)
         _scatter(rows_ref, number, [(dq, running[0])], step.zero)
 
@@ -688,15 +675,15 @@ def _own_backward_kernel(
     for h in range(shape.heads):
         stat = shape.stat_lane(h)
         q, do = (
-            shape.own(ref[0, at_row, :].astype(_F32), h).astype(shape.dtype)
+            shape.own(ref[0, at_row, :].astype(F32), h).astype(shape.dtype)
             for ref in (q_ref, do_ref)
         )
         stats = results_ref[0, h, shape.parts - 1, at_row, :]
         lse, delta = stats[:, stat : stat + 1], stats[:, stat + 1 : stat + 2]
         weights, dscores = _probabilities(q, k, do, v, lse, delta, shape, seen)
-        dq[at_row, :] += shape.own(_dot(dscores, k), h)
-        dk[at_column, :] += _dot(dscores, q, _TN)
-        dv[at_column, :] += _dot(weights, do, _TN)
+        dq[at_row, :] += shape.own(dot(dscores, k), h)
+        dk[at_column, :] += dot(dscores, q, TN)
+        dv[at_column, :] += dot(weights, do, TN)
 
     @pl.when(last)
     def _():
@@ -745,12 +732,12 @@ class _Plan:
     @property
     def results(self) -> tuple[int, ...]:
         """Shape of the rows of results: [packs, heads, parts, T, 128]."""
-        return self.all_packs, self.shape.heads, self.shape.parts, self.queries, _LANES
+        return self.all_packs, self.shape.heads, self.shape.parts, self.queries, LANES
 
     @property
     def sources(self) -> int:
         """Arrays whose rows the backward gathers beside the results."""
-        return 2 if self.shape.dtype == _F32 else 1
+        return 2 if self.shape.dtype == F32 else 1
 
     @property
     def problem(self) -> str | None:
@@ -813,9 +800,9 @@ def _segment(
     queries: int, block: int, tile: TileConfig, shape: _Shape, chunks: int, slots: int
 ) -> tuple[int, int]:
     """Queries a segment and segments: whole blocks, as few segments as VMEM and integers allow."""
-    sources = 2 if shape.dtype == _F32 else 1
+    sources = 2 if shape.dtype == F32 else 1
     limit = min(
-        tile.segment_bytes // ((sources + shape.parts) * _LANES * 4),
+        tile.segment_bytes // ((sources + shape.parts) * LANES * 4),
         routing.SORTED_IN_VMEM // max(1, slots),
         routing.largest_segment(chunks, slots),
     )
@@ -892,11 +879,11 @@ def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
         pack = first[0] + g
         return pack // packs, lax.div(table[g, h, t * together], 2 * joined), pack % packs
 
-    return [pl.BlockSpec((1, joined * plan.shape.chunk, _LANES), index)] * 2
+    return [pl.BlockSpec((1, joined * plan.shape.chunk, LANES), index)] * 2
 
 
 def _segment_rows(plan: _Plan):
-    return pltpu.VMEM((plan.routing.segment + 2 * _SUBLANES, _LANES), _F32)
+    return pltpu.VMEM((plan.routing.segment + 2 * SUBLANES, LANES), F32)
 
 
 def _start(plan: _Plan, q, interpret):
@@ -908,9 +895,9 @@ def _start(plan: _Plan, q, interpret):
     return pl.pallas_call(
         functools.partial(_start_kernel, shape=shape),
         grid=(plan.all_packs, plan.queries // rows),
-        in_specs=[pl.BlockSpec((1, rows, _LANES), lambda p, t: (p // packs, t, p % packs))],
-        out_specs=pl.BlockSpec((1, shape.heads, 1, rows, _LANES), lambda p, t: (p, 0, 0, t, 0)),
-        out_shape=jax.ShapeDtypeStruct(plan.results, _F32),
+        in_specs=[pl.BlockSpec((1, rows, LANES), lambda p, t: (p // packs, t, p % packs))],
+        out_specs=pl.BlockSpec((1, shape.heads, 1, rows, LANES), lambda p, t: (p, 0, 0, t, 0)),
+        out_shape=jax.ShapeDtypeStruct(plan.results, F32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=2 * q.size + 4 * math.prod(plan.results)
@@ -922,7 +909,7 @@ def _start(plan: _Plan, q, interpret):
 
 def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
     parts, sources = plan.shape.parts, 1 - plan.shape.packed
-    queries = [] if plan.shape.packed else [q.astype(_F32)]
+    queries = [] if plan.shape.packed else [q.astype(F32)]
     kernel = functools.partial(
         _past_forward_kernel,
         shape=plan.shape,
@@ -954,10 +941,10 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
     parts, sources = plan.shape.parts, plan.sources
     if sources == 1:
         upper, lower = (lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (q, do))
-        rows = [lax.bitcast_convert_type(upper << 16 | lower, _F32)]
+        rows = [lax.bitcast_convert_type(upper << 16 | lower, F32)]
     else:
         rows = [q, do]
-    zeros = [jnp.zeros(k.shape, _F32)] * 2
+    zeros = [jnp.zeros(k.shape, F32)] * 2
     kernel = functools.partial(
         _past_backward_kernel,
         shape=plan.shape,
@@ -966,7 +953,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
         routes=plan.routing,
         sources=sources,
     )
-    block = pltpu.VMEM((plan.routing.joined * plan.shape.chunk, _LANES), _F32)
+    block = pltpu.VMEM((plan.routing.joined * plan.shape.chunk, LANES), F32)
     count = sources + parts
     return _past_call(
         plan,
@@ -997,11 +984,11 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
     def column(b, p, n, t, rows, columns, first):
         return b, (first[b] + n) * per_block + columns[t], p
 
-    tokens = lambda index: pl.BlockSpec((1, side, _LANES), index)
+    tokens = lambda index: pl.BlockSpec((1, side, LANES), index)
     rows, columns = plan.triangle()
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), _F32),
+        jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), F32),
     ]
     return pl.pallas_call(
         functools.partial(_own_forward_kernel, shape=shape),
@@ -1013,7 +1000,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
                 tokens(column),
                 tokens(column),
                 pl.BlockSpec(
-                    (1, shape.heads, shape.parts, side, _LANES),
+                    (1, shape.heads, shape.parts, side, LANES),
                     lambda b, p, n, t, rows, columns, first: (
                         b * packs + p,
                         0,
@@ -1034,7 +1021,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
                     ),
                 ),
             ],
-            scratch_shapes=[pltpu.VMEM((shape.heads, side, _LANES), _F32)] * shape.parts,
+            scratch_shapes=[pltpu.VMEM((shape.heads, side, LANES), F32)] * shape.parts,
         ),
         out_shape=out_shape,
         compiler_params=plan.compiler_params(4),
@@ -1048,7 +1035,7 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
     shape, block, packs = plan.shape, plan.block, plan.packs
     query = lambda b, p, n, t, rows, columns, first: (b, n, p)
     key = lambda b, p, n, t, rows, columns, first: (b, first[b] + n, p)
-    tokens = lambda index: pl.BlockSpec((1, block, _LANES), index)
+    tokens = lambda index: pl.BlockSpec((1, block, LANES), index)
     rows, columns = plan.triangle()
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     return pl.pallas_call(
@@ -1062,14 +1049,14 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
                 tokens(key),
                 tokens(query),
                 pl.BlockSpec(
-                    (1, shape.heads, shape.parts, block, _LANES),
+                    (1, shape.heads, shape.parts, block, LANES),
                     lambda b, p, n, t, *tables: (b * packs + p, 0, 0, n, 0),
                 ),
                 tokens(key),
                 tokens(key),
             ],
             out_specs=[tokens(query), tokens(key), tokens(key)],
-            scratch_shapes=[pltpu.VMEM((block, _LANES), _F32)] * 3,
+            scratch_shapes=[pltpu.VMEM((block, LANES), F32)] * 3,
         ),
         out_shape=out_shape,
         compiler_params=plan.compiler_params(4),
@@ -1088,7 +1075,7 @@ def _stat_lanes(shape: _Shape, offset: int) -> jax.Array:
     """True in lane `stat_lane + offset` of the last part, [1, heads, parts, 1, 128]."""
     lanes = jnp.asarray([shape.stat_lane(h) + offset for h in range(shape.heads)], jnp.int32)
     lanes = lanes[:, None, None, None]
-    size = (shape.heads, shape.parts, 1, _LANES)
+    size = (shape.heads, shape.parts, 1, LANES)
     last = lax.broadcasted_iota(jnp.int32, size, 1) == shape.parts - 1
     return (last & (lax.broadcasted_iota(jnp.int32, size, 3) == lanes))[None]
 
@@ -1119,13 +1106,13 @@ def _attention_forward(q, k, v, selection, first, plan, interpret):
 def _attention_backward(plan, interpret, saved, do):
     q, k, v, first, out, lse, routed = saved
     shape = plan.shape
-    delta = (do.astype(_F32) * out.astype(_F32)).reshape(*q.shape[:2], -1, shape.head).sum(axis=-1)
+    delta = (do.astype(F32) * out.astype(F32)).reshape(*q.shape[:2], -1, shape.head).sum(axis=-1)
     delta = delta.transpose(0, 2, 1).reshape(lse.shape)
     rows = lambda x: x[:, :, None, :, None]
     results = jnp.where(_stat_lanes(shape, 1), rows(delta), 0.0)
     results = jnp.where(_stat_lanes(shape, 0), rows(lse), results)
     if plan.routing is None:
-        dk_past = dv_past = jnp.zeros(k.shape, _F32)
+        dk_past = dv_past = jnp.zeros(k.shape, F32)
     else:
         results, dk_past, dv_past = _past_backward(plan, routed, q, k, v, do, results, interpret)
     dq, dk, dv = _own_backward(plan, q, k, v, do, results, dk_past, dv_past, first, interpret)
