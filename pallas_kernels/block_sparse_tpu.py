@@ -31,10 +31,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import alignment, routing
 from pallas_kernels.common import F32, LANES, LOG2_E, NT, SUBLANES, TN, dot
-from pallas_kernels.tpu_chips import current_chip
+from pallas_kernels.tpu_chips import SCALAR_WORDS, current_chip, grid_options
 
-_TABLE_ENTRIES = 1 << 17  # tiles a call: their chunks fill half of scalar memory
-_MOST_ENTRIES = 13 << 14  # where one pack has more: four fifths; nothing larger was compiled
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
 
 
@@ -50,6 +48,7 @@ class TileConfig:
       diagonal: largest number of rows and of columns of a tile of the own chunk.
       segment_bytes: VMEM for the rows of a segment of queries and their results.
       vmem_limit_bytes: VMEM the compiler may use.
+      cores: cores that share the packs of a call: 2 on v5p, whose chips are one device.
     """
 
     rows: int = 256
@@ -59,6 +58,7 @@ class TileConfig:
     diagonal: int = 512
     segment_bytes: int = 34 * 1024 * 1024
     vmem_limit_bytes: int = 60 * 1024 * 1024
+    cores: int = 1
 
     def __post_init__(self):
         for name in ("rows", "keys", "joined", "diagonal"):
@@ -67,6 +67,8 @@ class TileConfig:
                 raise ValueError(f"{name} must be a positive multiple of {LANES}, got {value}")
         if self.together not in (1, 2, 4, 8):
             raise ValueError(f"together must be 1, 2, 4 or 8, got {self.together}")
+        if self.cores < 1:
+            raise ValueError(f"cores must be at least 1, got {self.cores}")
         if not 0 < self.segment_bytes <= self.vmem_limit_bytes:
             raise ValueError(
                 f"segment_bytes must be positive and at most vmem_limit_bytes "
@@ -75,7 +77,7 @@ class TileConfig:
 
 
 _LARGE = TileConfig(segment_bytes=68 * 1024 * 1024, vmem_limit_bytes=100 * 1024 * 1024)
-TILES = {"v5e": _LARGE, "v5p": TileConfig(), "v6e": _LARGE}  # a v5p core has half the VMEM
+TILES = {"v5e": _LARGE, "v5p": TileConfig(cores=2), "v6e": _LARGE}  # a v5p core has half the VMEM
 
 
 def default_tile() -> TileConfig:
@@ -317,17 +319,20 @@ class _Step:
 
 def _each_tile(table_ref, step: _Step, chunk: int, routes: routing.Plan, function) -> None:
     """Calls function(number, first row of its chunk in the block of keys) for each of its tiles."""
-    if routes.together == 1:
-        function(0, 0)
-        return
 
-    def one(number, carry):
-        place = step.number * routes.together + number
-        first = (table_ref[step.group, step.head, place] // 2 - step.block * routes.joined) * chunk
-        function(number, pl.multiple_of(first, math.gcd(chunk, 64)))
+    def one(number, carry=0):
+        first = 0
+        if routes.joined > 1:
+            place = step.number * routes.together + number
+            chunks = table_ref[step.group, step.head, place] // 2 - step.block * routes.joined
+            first = pl.multiple_of(chunks * chunk, math.gcd(chunk, 64))
+        function(number, first)
         return carry
 
-    lax.fori_loop(0, routes.together, one, 0)
+    if routes.together == 1:
+        one(0)
+    else:
+        lax.fori_loop(0, routes.together, one, 0)
 
 
 def _rows_of(segment, size: int):
@@ -742,14 +747,16 @@ class _Plan:
     @property
     def problem(self) -> str | None:
         """Why a chip has no room for the choices of a single pack; None if it has."""
-        routes = self.routing
+        routes, each = self.routing, routing.SORTED_IN_VMEM
         if routes is None:
             return None
-        entries, each = self.shape.heads * routes.all_tiles, routing.SORTED_IN_VMEM
-        if entries > _MOST_ENTRIES:
-            room = f"{entries} tiles, and scalar memory has room for {_MOST_ENTRIES}"
-        elif routes.pairs > each:
+        if routes.pairs > each:
             room = f"{routes.pairs} pairs a segment, and vector memory has room for {each}"
+        elif not self.parts(1):
+            words = self.scalar_words(1, max(routes.tiles))
+            room = f"{words} words of tables a segment, and scalar memory has {SCALAR_WORDS}"
+        elif routes.emit_words > SCALAR_WORDS:
+            room = f"{routes.emit_words} words of tables, and scalar memory has {SCALAR_WORDS}"
         else:
             return None
         return (
@@ -757,21 +764,36 @@ class _Plan:
             f"{room}: take fewer or larger chunks, or shorter sequences"
         )
 
+    def scalar_words(self, packs: int, tiles: int) -> int:
+        """Words of scalar memory that a call of a past kernel takes: the chunk of every tile, the
+        segment of every step, the first pack, and the rows of two steps."""
+        together = self.routing.together
+        steps = tiles // together
+        return packs * self.shape.heads * tiles + steps + 1 + 2 * together * self.tile.rows
+
+    def parts(self, packs: int) -> list[slice]:
+        """The tiles of each call that takes `packs` packs, whole segments, as few calls as scalar
+        memory allows; none where it has no room for a segment."""
+        parts, stop = [], 0
+        for tiles in self.routing.tiles:
+            start, stop = stop, stop + tiles
+            if parts and self.scalar_words(packs, stop - parts[-1].start) <= SCALAR_WORDS:
+                start = parts.pop().start
+            elif self.scalar_words(packs, tiles) > SCALAR_WORDS:
+                return []
+            parts.append(slice(start, stop))
+        return parts
+
     @property
     def packs_together(self) -> int:
-        """Packs that one call of a past kernel takes: as many as scalar memory has room for."""
-        together = _TABLE_ENTRIES // (self.shape.heads * self.routing.all_tiles)
-        together = max(1, min(self.all_packs, together))
-        while self.all_packs % together:
-            together -= 1
-        return together
+        """Packs that one call of a past kernel takes: equally many for each core of a chip if that
+        can be, else what makes the fewest calls."""
+        packs = [n for n in range(1, self.all_packs + 1) if not self.all_packs % n]
+        calls = {n: len(self.parts(n)) * self.all_packs // n for n in packs}
+        return min((n for n in packs if calls[n]), key=lambda n: (n % self.tile.cores, calls[n], n))
 
-    def compiler_params(self, dimensions: int):
-        """Of a grid whose last two dimensions are walked in order."""
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (dimensions - 2) + ("arbitrary",) * 2,
-            vmem_limit_bytes=self.tile.vmem_limit_bytes,
-        )
+    def grid_options(self, grid: tuple[int, ...], parallel: int) -> dict:
+        return grid_options(grid, parallel, self.tile.vmem_limit_bytes)
 
     def triangle(self) -> tuple[jax.Array, jax.Array]:
         """Row and column of each tile of a diagonal block."""
@@ -779,20 +801,22 @@ class _Plan:
         rows, columns = zip(*pairs, strict=True)
         return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
 
-    def past_cost(self, products: int, arrays) -> pl.CostEstimate:
-        """Useful work: `products` products [pairs, K] x [K, chunk], every slot taken."""
+    def past_cost(self, products: int, arrays, part: slice) -> pl.CostEstimate:
+        """Useful work of a call: `products` products [pairs, K] x [K, chunk], every slot taken."""
         pairs = self.all_packs * self.shape.heads * self.queries * self.routing.slots
-        return self._cost(pairs * self.shape.chunk, products, arrays)
+        share = self.packs_together * (part.stop - part.start)
+        whole = self.all_packs * self.routing.all_tiles
+        return self._cost(pairs * self.shape.chunk, products, arrays, share, whole)
 
     def own_cost(self, products: int, arrays) -> pl.CostEstimate:
         rows = self.all_packs * self.shape.heads * self.queries
         return self._cost(rows * (self.shape.chunk + 1) // 2, products, arrays)
 
-    def _cost(self, scores: int, products: int, arrays) -> pl.CostEstimate:
+    def _cost(self, scores: int, products: int, arrays, share=1, whole=1) -> pl.CostEstimate:
         return pl.CostEstimate(
-            flops=2 * products * scores * self.shape.head,
-            transcendentals=scores,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+            flops=2 * products * scores * self.shape.head * share // whole,
+            transcendentals=scores * share // whole,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays) * share // whole,
         )
 
 
@@ -813,17 +837,29 @@ def _segment(
 
 
 def _past_call(
-    plan: _Plan, kernel, routed, inputs, in_specs, outputs, scratch, cost, interpret, name
+    plan: _Plan,
+    kernel,
+    routed,
+    inputs,
+    in_specs,
+    outputs,
+    scratch,
+    products,
+    parallel,
+    interpret,
+    name,
 ):
-    """Runs a kernel over all tiles of the past part.
+    """Runs a kernel over all tiles of the past part, in as few calls as scalar memory allows.
 
-    As many packs at once as scalar memory has room for their tables; the arrays in `outputs` are
-    updated in place.
+    Args:
+      inputs, in_specs: beside the tables and rows.
+      outputs: arrays that are updated in place.
+      products: of queries, or of scores, with keys or values: for the cost estimate.
+      parallel: how many of the grid's axes (pack, head, step) are independent.
     """
     rows, chunk, count = routed
-    heads, tiles = plan.shape.heads, plan.routing.all_tiles
+    heads, tiles, each = plan.shape.heads, plan.routing.all_tiles, plan.routing.together
     table = (2 * chunk + (count > 0)).reshape(plan.all_packs, heads, tiles)
-    each = plan.routing.together
     number = plan.routing.segment_of_tile()[::each]
     edge = [s != r for s, r in zip(number[1:], number[:-1], strict=True)]
     segments = jnp.asarray(
@@ -835,34 +871,48 @@ def _past_call(
     )
     together = plan.packs_together
     any_memory = pl.BlockSpec(memory_space=pltpu.HBM)
-    row_block = pl.BlockSpec(
-        (1, 1, 1, each * plan.tile.rows),
-        lambda g, h, t, table, segments, first: ((first[0] + g) * heads + h, t, 0, 0),
-        memory_space=pltpu.SMEM,
-    )
-    call = pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(together, heads, tiles // each),
-            in_specs=[row_block, *in_specs, *[any_memory] * len(outputs)],
-            out_specs=[any_memory] * len(outputs),
-            scratch_shapes=scratch,
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        input_output_aliases={4 + len(inputs) + i: i for i in range(len(outputs))},
-        compiler_params=plan.compiler_params(3),
-        cost_estimate=cost,
-        interpret=interpret,
-        name=name,
-    )
     rows = rows.reshape(plan.all_packs * heads, tiles // each, 1, each * plan.tile.rows)
     rows, *inputs = routing.in_main_memory(interpret, rows, *inputs)
 
+    def call(part: slice):
+        grid = together, heads, (part.stop - part.start) // each
+        row_block = pl.BlockSpec(
+            (1, 1, 1, each * plan.tile.rows),
+            lambda g, h, t, table, segments, first: (
+                (first[0] + g) * heads + h,
+                part.start // each + t,
+                0,
+                0,
+            ),
+            memory_space=pltpu.SMEM,
+        )
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=grid,
+                in_specs=[row_block, *in_specs, *[any_memory] * len(outputs)],
+                out_specs=[any_memory] * len(outputs),
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+            input_output_aliases={4 + len(inputs) + i: i for i in range(len(outputs))},
+            cost_estimate=plan.past_cost(products, [*inputs, *outputs, *outputs], part),
+            interpret=interpret,
+            name=name,
+            **plan.grid_options(grid, parallel),
+        )
+
+    calls = [(part, call(part)) for part in plan.parts(together)]
+
     def run(first, outputs):
-        part = lax.dynamic_slice_in_dim(table, first, together)
-        outputs = routing.in_main_memory(interpret, *outputs)
-        return tuple(call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs))
+        packs = lax.dynamic_slice_in_dim(table, first, together)
+        for part, call in calls:
+            steps = segments[part.start // each : part.stop // each]
+            outputs = routing.in_main_memory(interpret, *outputs)
+            tables = packs[:, :, part], steps, jnp.reshape(first, 1)
+            outputs = call(*tables, rows, *inputs, *outputs)
+        return tuple(outputs)
 
     if together == plan.all_packs:
         return run(jnp.int32(0), outputs)
@@ -892,13 +942,14 @@ def _start(plan: _Plan, q, interpret):
     if not shape.packed or plan.routing is None:
         start = jnp.where(_stat_lanes(shape, 1), _NO_SCORE, 0.0)
         return jnp.broadcast_to(start, plan.results)
+    grid = plan.all_packs, plan.queries // rows
     return pl.pallas_call(
         functools.partial(_start_kernel, shape=shape),
-        grid=(plan.all_packs, plan.queries // rows),
+        grid=grid,
         in_specs=[pl.BlockSpec((1, rows, LANES), lambda p, t: (p // packs, t, p % packs))],
         out_specs=pl.BlockSpec((1, shape.heads, 1, rows, LANES), lambda p, t: (p, 0, 0, t, 0)),
         out_shape=jax.ShapeDtypeStruct(plan.results, F32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        **grid_options(grid, 2),
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=2 * q.size + 4 * math.prod(plan.results)
         ),
@@ -929,7 +980,8 @@ def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
             *[_segment_rows(plan)] * count,
             pltpu.SemaphoreType.DMA((parts + 1,)),
         ],
-        plan.past_cost(2, [*queries, k, v, results, results]),
+        2,
+        2,  # the heads of a pack have rows of results of their own
         interpret,
         "block_sparse_past_forward",
     )
@@ -967,7 +1019,8 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
             *[block] * 2,
             pltpu.SemaphoreType.DMA((count,)),
         ],
-        plan.past_cost(5, [*rows, k, v, results, results, *zeros]),
+        5,
+        1,  # the heads of a pack add to the same rows of dK and dV
         interpret,
         "block_sparse_past_backward",
     )
@@ -986,6 +1039,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
 
     tokens = lambda index: pl.BlockSpec((1, side, LANES), index)
     rows, columns = plan.triangle()
+    grid = plan.batch, packs, plan.queries // plan.block, rows.size
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), F32),
@@ -994,7 +1048,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
         functools.partial(_own_forward_kernel, shape=shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(plan.batch, packs, plan.queries // plan.block, rows.size),
+            grid=grid,
             in_specs=[
                 tokens(row),
                 tokens(column),
@@ -1024,7 +1078,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
             scratch_shapes=[pltpu.VMEM((shape.heads, side, LANES), F32)] * shape.parts,
         ),
         out_shape=out_shape,
-        compiler_params=plan.compiler_params(4),
+        **plan.grid_options(grid, 3),
         cost_estimate=plan.own_cost(2, [q, k, v, results, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_forward",
@@ -1037,12 +1091,13 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
     key = lambda b, p, n, t, rows, columns, first: (b, first[b] + n, p)
     tokens = lambda index: pl.BlockSpec((1, block, LANES), index)
     rows, columns = plan.triangle()
+    grid = plan.batch, packs, plan.queries // block, rows.size
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     return pl.pallas_call(
         functools.partial(_own_backward_kernel, shape=shape, side=plan.side),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(plan.batch, packs, plan.queries // block, rows.size),
+            grid=grid,
             in_specs=[
                 tokens(query),
                 tokens(key),
@@ -1059,7 +1114,7 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
             scratch_shapes=[pltpu.VMEM((block, LANES), F32)] * 3,
         ),
         out_shape=out_shape,
-        compiler_params=plan.compiler_params(4),
+        **plan.grid_options(grid, 3),
         cost_estimate=plan.own_cost(5, [q, k, v, do, results, dk, dv, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_backward",

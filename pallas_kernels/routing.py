@@ -77,6 +77,12 @@ class Plan:
     def all_tiles(self) -> int:
         return sum(self.tiles)
 
+    @property
+    def emit_words(self) -> int:
+        """Words of scalar memory that cutting into tiles takes: the segment of every step, and the
+        starts and counts of the tiles of two steps."""
+        return self.all_tiles // _GROUP + 2 * 2 * _GROUP
+
     def segment_of_tile(self) -> list[int]:
         return [s for s, count in enumerate(self.tiles) for _ in range(count)]
 

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import common
 from pallas_kernels.common import F32, LANES, NT, SUBLANES, dot
 from pallas_kernels.routing import in_main_memory
-from pallas_kernels.tpu_chips import grid_options
+from pallas_kernels.tpu_chips import SCALAR_WORDS, grid_options
 
 _CHUNKS = 128  # chunks scored at once
 
@@ -191,6 +191,13 @@ def select_by_keys(
         return jnp.pad(x, more).reshape(batch, time, packs * LANES)
 
     query, chunk = _walk(first, steps, blocks, queries, block, chunk_size)
+    if (
+        2 * query.size + batch > SCALAR_WORDS and steps > 1
+    ):  # the tables of the walk must fit its memory
+        half = steps // 2 * queries
+        options = dict(chunk_size=chunk_size, count=count, interpret=interpret)
+        parts = (q[:, :half], keys, first), (q[:, half:], keys, first + half)
+        return jnp.concatenate([select_by_keys(*part, **options) for part in parts], axis=1)
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
     arrays = pack(q, steps * queries), pack(keys.astype(F32), blocks * block)
     arrays = in_main_memory(interpret, *arrays)

@@ -5,6 +5,10 @@ import math
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+SCALAR_WORDS = 15 << 14
+"""Words of scalar memory for the tables and scalar blocks of a kernel; it has 2^18, of which the
+compiler needs some."""
+
 _DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 
 

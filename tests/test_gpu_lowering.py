@@ -119,7 +119,11 @@ with jax.sharding.use_abstract_mesh(mesh):
 def test_without_triton_all_but_the_gpu_kernels_works():
     """JAX has announced to remove it: a process in which it cannot be imported."""
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", WITHOUT_TRITON],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
     errors = result.stdout.splitlines()
