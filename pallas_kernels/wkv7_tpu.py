@@ -39,29 +39,32 @@ class TileConfig:
         of a pack share 128 lanes) 128. Decays inside a chunk are scaled by at most
         exp(0.6065 * C / 2), which float32 holds.
       max_packs: largest number of 128-lane packs a grid step; the largest divisor of the number
-        of packs up to this is used. More packs hide the latency of dependent products.
+        of packs up to this is used with which the cores have equally many steps, if there is one.
+        More packs hide the latency of dependent products.
       max_items: largest number of (pack, chunk) pairs a grid step. What the packs leave is used
         up by consecutive chunks, whose state-free parts run side by side.
       vmem_limit_bytes: scratchpad the compiler may use.
+      cores: cores that share the steps of sequences and packs: 2 on v5p, whose chips are one
+        device.
     """
 
     chunk: int = 64
     max_packs: int = 6
     max_items: int = 12
     vmem_limit_bytes: int = 64 * 1024 * 1024
+    cores: int = 1
 
     def __post_init__(self):
         if self.chunk not in (16, 32, 64, 128):
             raise ValueError(f"chunk must be 16, 32, 64 or 128, got {self.chunk}")
-        if self.max_packs < 1 or self.max_items < 1:
-            raise ValueError(
-                f"max_packs and max_items must be positive, got {self.max_packs}, {self.max_items}"
-            )
+        for name in ("max_packs", "max_items", "cores"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 TILES = {
     "v5e": TileConfig(),
-    "v5p": TileConfig(vmem_limit_bytes=48 * 1024 * 1024),
+    "v5p": TileConfig(vmem_limit_bytes=48 * 1024 * 1024, cores=2),
     "v6e": TileConfig(),
 }
 
@@ -490,8 +493,9 @@ def _source_gradients(
 # --------------------------------------------------------------------------------------------
 
 
-def _divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
+def _divisors(number: int, limit: int) -> list[int]:
+    """Divisors of a number up to a limit of at least 1."""
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -514,11 +518,13 @@ class _Plan:
 
     @property
     def packs(self) -> int:
-        return _divisor(self.all_packs, self.tile.max_packs)
+        divisors = _divisors(self.all_packs, self.tile.max_packs)
+        even = [n for n in divisors if not self.batch * self.all_packs // n % self.tile.cores]
+        return max(even or divisors)
 
     @property
     def chunks(self) -> int:
-        return _divisor(self.all_chunks, max(1, self.tile.max_items // self.packs))
+        return max(_divisors(self.all_chunks, max(1, self.tile.max_items // self.packs)))
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 Needs the TPU compiler (libtpu), no TPU. The counts are the compiler's static schedule.
 """
 
+import functools
 import math
 import re
 import time
@@ -16,8 +17,9 @@ from pallas_kernels import routing
 from rwkvx_jax.config import Config, LongCEConfig, MeshConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.ops.selection import Selector
-from rwkvx_jax.plan import topology
+from rwkvx_jax.plan import hlo, topology, work
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.training.step import param_shardings, stage_program
 from tools import static_costs
@@ -56,6 +58,27 @@ def test_schedule(case):
     assert result["compile_seconds"] < 60
     bar = BARS.get(case.kernel, {}).get(case.chip)
     assert bar is None or result["bundles_per_unit"] <= bar
+
+
+@pytest.mark.parametrize("heads, shared", [(12, True), (2, False)])
+def test_the_cores_of_a_v5p_share_one_row(heads, shared):
+    """Packs of heads are cut so that both have as many steps; the planner reads how many. A single
+    pack cannot be cut."""
+    mesh = topology.topology_mesh("v5p:2x2x1", {"device": 1})
+    x = jax.ShapeDtypeStruct(
+        (1, 128, heads, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(
+            functools.partial(wkv7, implementation="pallas"),
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        text = jax.jit(run).lower(*[x] * 6).compile().as_text()
+    works, _ = work.read_work(hlo.parse(text), 1)
+    (steps,) = [one.parallel_steps for one in works if one.kernel == "wkv7_forward"]
+    assert (steps % 2 == 0) == shared and (shared or steps == 1)
 
 
 def test_topologies():

@@ -4,6 +4,7 @@ included; and the precision of a model's products.
 Needs the TPU compiler (libtpu), no TPU.
 """
 
+import re
 from functools import partial
 
 import jax
@@ -91,7 +92,10 @@ def test_products_are_as_precise_as_the_compute_dtype(dtype):
     for computation in module.computations.values():
         for one in computation.instructions.values():
             if one.opcode in ("dot", "convolution"):
-                precise = "operand_precision={highest,highest}" in one.attributes
-                found[computation.operands(one)[0].array.dtype].add(precise)
-    assert found["f32"] == {True}
-    assert found["bf16"] == (set() if dtype == "float32" else {False})
+                precision = re.search(r"operand_precision=\{(\w+),\1\}", one.attributes)
+                precision = precision[1] if precision else "default"
+                found[computation.operands(one)[0].array.dtype].add(precision)
+    if dtype == "float32":
+        assert found == {"f32": {"highest"}, "bf16": set()}
+    else:  # float32 inside the recurrence, of inputs that three passes hold, and in attention
+        assert found == {"f32": {"highest", "high"}, "bf16": {"default"}}
