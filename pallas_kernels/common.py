@@ -1,8 +1,6 @@
 """What the kernels share: sizes of a vector register, products, and which inputs they take."""
 
-import importlib
 import math
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +35,12 @@ def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeL
     return None
 
 
-_TRITON = "jax.experimental.pallas.triton"
-
-
-def triton() -> ModuleType:
+def triton():
     """Pallas' Triton backend, imported where a GPU kernel is built and nowhere else: JAX has
     announced to remove it, and everything but the GPU kernels works without."""
-    return importlib.import_module(_TRITON)
+    from jax.experimental.pallas import triton as module
+
+    return module
 
 
 def missing_triton() -> str | None:
@@ -52,7 +49,7 @@ def missing_triton() -> str | None:
         triton()
     except ImportError:
         return (
-            f"jax {jax.__version__} has no {_TRITON}, which the GPU kernels are written with: "
-            "install a jax that has it (0.10 does)"
+            f"jax {jax.__version__} has no jax.experimental.pallas.triton, which the GPU kernels "
+            "are written with: install a jax that has it (0.10 does)"
         )
     return None

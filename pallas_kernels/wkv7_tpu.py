@@ -64,7 +64,7 @@ class TileConfig:
 
 TILES = {
     "v5e": TileConfig(),
-    "v5p": TileConfig(vmem_limit_bytes=48 * 1024 * 1024, cores=1),
+    "v5p": TileConfig(vmem_limit_bytes=48 * 1024 * 1024, cores=2),
     "v6e": TileConfig(),
 }
 
