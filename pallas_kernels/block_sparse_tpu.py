@@ -787,10 +787,11 @@ class _Plan:
     @property
     def packs_together(self) -> int:
         """Packs that one call of a past kernel takes: equally many for each core of a chip if that
-        can be, else what makes the fewest calls."""
+        can be, with the fewest parts to compile, and then as many as possible."""
         packs = [n for n in range(1, self.all_packs + 1) if not self.all_packs % n]
-        calls = {n: len(self.parts(n)) * self.all_packs // n for n in packs}
-        return min((n for n in packs if calls[n]), key=lambda n: (n % self.tile.cores, calls[n], n))
+        parts = {n: len(self.parts(n)) for n in packs}
+        choices = [n for n in packs if parts[n]]
+        return min(choices, key=lambda n: (n % self.tile.cores, parts[n], -n))
 
     def grid_options(self, grid: tuple[int, ...], parallel: int) -> dict:
         return grid_options(grid, parallel, self.tile.vmem_limit_bytes)

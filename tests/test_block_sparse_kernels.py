@@ -185,7 +185,7 @@ def test_all_tables_of_a_call_fit_scalar_memory(chip, length, heads, size, chunk
         chunks = together * plan.shape.heads * (part.stop - part.start)
         steps = (part.stop - part.start) // routes.together
         rows = 2 * routes.together * routes.rows  # of this step and the next
-        assert chunks + steps + 1 + rows <= 2**18 - 2**14
+        assert chunks + steps + 1 + rows <= 150_000  # of 2^18, or the compiler spills its own
     assert stop == routes.all_tiles
 
 
