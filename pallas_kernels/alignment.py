@@ -8,20 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import common
+
 
 def unsupported_reason(
     head_size: int, value_size: int, chunk_size: int, dtype: jax.typing.DTypeLike
 ) -> str | None:
     """Why these kernels cannot take such inputs; None if they can."""
-    if head_size != value_size:
-        return f"key size {head_size} and value size {value_size} differ"
-    if head_size not in (64, 128):
-        return f"head size {head_size} is not 64 or 128"
     if chunk_size != 32 and (not 64 <= chunk_size <= 2048 or chunk_size % 64):
         return f"chunk size {chunk_size} is not 32 or a multiple of 64 up to 2048"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
-    return None
+    return common.unsupported_reason(head_size, value_size, dtype)
 
 
 def check(q, k, v, selection) -> None:

@@ -10,28 +10,23 @@ programs run in any order. Pairs of a query and a chunk are sorted by chunk (`ro
 * dK and dV: a program a block of keys, which walks the later queries of its own chunk and the pairs
   that chose it: no atomic additions.
 
-Everything that names Triton is in this file and wkv7_gpu.py: the backend is deprecated from jax
-0.11 on, but still what runs on Ampere and Hopper alike.
+Everything that names Triton is in this file and wkv7_gpu.py. The backend is deprecated from jax
+0.11 on, but still what runs on Ampere and Hopper alike; it is imported where a kernel is built.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from pallas_kernels import alignment, routing
+from pallas_kernels.common import F32, LOG2_E, NT, TN, dot, missing_triton, triton
 
-_LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
 _BLOCK = 64  # queries begin on a multiple of this; a tile's rows divide it
-_F32 = jnp.float32
-# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
-_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +65,13 @@ def unsupported_reason(
 ) -> str | None:
     """Why these kernels cannot take such inputs; None if they can. As in block_sparse_tpu.py."""
     del k, slots, q_offset  # any length, position and number of chunks will do
-    return alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    reason = alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    return reason or missing_triton()
 
 
 # --------------------------------------------------------------------------------------------
 # Inside a kernel
 # --------------------------------------------------------------------------------------------
-
-
-def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
-    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
-    )
 
 
 def _iota(size: int) -> jax.Array:
@@ -110,7 +99,7 @@ class _Plan:
 
     @property
     def log2_scale(self) -> float:
-        return self.scale * _LOG2_E
+        return self.scale * LOG2_E
 
     @property
     def pairs(self) -> int:
@@ -128,25 +117,25 @@ def _softmax_add(carry, scores, v):
     largest, total, acc = carry
     new = jnp.maximum(largest, jnp.max(scores, axis=1))
     weights, shrink = jnp.exp2(scores - new[:, None]), jnp.exp2(largest - new)
-    acc = acc * shrink[:, None] + _dot(weights.astype(v.dtype), v)
+    acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v)
     return new, total * shrink + jnp.sum(weights, axis=1), acc
 
 
 def _start(rows: int, head: int):
     return (
-        jnp.full((rows,), _NO_SCORE, _F32),
-        jnp.zeros((rows,), _F32),
-        jnp.zeros((rows, head), _F32),
+        jnp.full((rows,), _NO_SCORE, F32),
+        jnp.zeros((rows,), F32),
+        jnp.zeros((rows, head), F32),
     )
 
 
 def _score_gradients(q, k, do, v, lse, delta, log2_scale, seen=None):
     """Weights and gradients of the scores, without the scale, [R, C] in the inputs' dtype."""
-    exponents = _dot(q, k, _NT) * log2_scale - lse[:, None]
+    exponents = dot(q, k, NT) * log2_scale - lse[:, None]
     if seen is not None:
         exponents = jnp.where(seen, exponents, _NO_SCORE)
     weights = jnp.exp2(exponents)
-    gradient = weights * (_dot(do, v, _NT) - delta[:, None])
+    gradient = weights * (dot(do, v, NT) - delta[:, None])
     return weights.astype(q.dtype), gradient.astype(q.dtype)
 
 
@@ -158,7 +147,7 @@ def _pairs_of_tile(tables, plan: _Plan):
     segment = segment_ref[tile]
     used = _iota(rows) < count_ref[tile]
     index = segment * sorted_.slots * sorted_.segment + start_ref[tile] + _iota(rows)
-    number = triton.load(pairs_ref.at[index], mask=used, other=0)
+    number = triton().load(pairs_ref.at[index], mask=used, other=0)
     query = segment * sorted_.segment + number % sorted_.segment
     # Results of a pair lie at slot * T + query; of no pair, behind them all.
     target = number // sorted_.segment * plan.queries + query
@@ -170,7 +159,7 @@ def _pairs_of_tile(tables, plan: _Plan):
 def _rows_at(ref, rows, mask):
     shape = rows.shape[0], ref.shape[1]
     mask = jnp.broadcast_to(mask[:, None], shape)
-    return triton.load(ref.at[_elements(rows, shape)], mask=mask, other=0)
+    return triton().load(ref.at[_elements(rows, shape)], mask=mask, other=0)
 
 
 def _elements(rows, shape):
@@ -199,13 +188,13 @@ def _past_forward_kernel(
 
     def step(i, carry):
         at = pl.ds(chunk * plan.chunk + i * keys, keys)
-        scores = _dot(q, k_ref[at, :], _NT) * plan.log2_scale
+        scores = dot(q, k_ref[at, :], NT) * plan.log2_scale
         return _softmax_add(carry, scores, v_ref[at, :])
 
     largest, total, acc = lax.fori_loop(0, blocks, step, _start(plan.tile.rows, q.shape[1]))
     out = (acc / total[:, None]).astype(out_ref.dtype)
-    triton.store(out_ref.at[_elements(target, out.shape)], out)
-    triton.store(lse_ref.at[target], largest + jnp.log2(total))
+    triton().store(out_ref.at[_elements(target, out.shape)], out)
+    triton().store(lse_ref.at[target], largest + jnp.log2(total))
 
 
 def _own_blocks(first_ref, plan: _Plan):
@@ -246,17 +235,17 @@ def _own_forward_kernel(
 
     def step(i, carry):
         at, seen = _own_keys(own, i, position, plan)
-        scores = _dot(q, k_ref[at, :], _NT) * plan.log2_scale
+        scores = dot(q, k_ref[at, :], NT) * plan.log2_scale
         return _softmax_add(carry, jnp.where(seen, scores, _NO_SCORE), v_ref[at, :])
 
     def merge(j, carry):
         selection_ref, out_pairs_ref, lse_pairs_ref = pair_refs
         at, chosen = _slot(selection_ref, j, index, own, plan)
-        lse = triton.load(lse_pairs_ref.at[at], mask=chosen, other=_NO_SCORE)
+        lse = triton().load(lse_pairs_ref.at[at], mask=chosen, other=_NO_SCORE)
         largest, total, acc = carry
         new = jnp.maximum(largest, lse)
         weight, shrink = jnp.exp2(lse - new), jnp.exp2(largest - new)
-        pair = _rows_at(out_pairs_ref, at, chosen).astype(_F32)
+        pair = _rows_at(out_pairs_ref, at, chosen).astype(F32)
         return new, total * shrink + weight, acc * shrink[:, None] + weight[:, None] * pair
 
     carry = lax.fori_loop(0, blocks, step, _start(plan.tile.rows, q.shape[1]))
@@ -285,16 +274,16 @@ def _past_dq_kernel(
         at = pl.ds(chunk * plan.chunk + i * keys, keys)
         k = k_ref[at, :]
         _, gradient = _score_gradients(q, k, do, v_ref[at, :], lse, delta, plan.log2_scale)
-        return dq + _dot(gradient, k)
+        return dq + dot(gradient, k)
 
-    dq = lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, _F32))
-    triton.store(dq_ref.at[_elements(target, dq.shape)], dq.astype(dq_ref.dtype))
+    dq = lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, F32))
+    triton().store(dq_ref.at[_elements(target, dq.shape)], dq.astype(dq_ref.dtype))
 
 
 def _queries(q_ref, do_ref, lse_ref, delta_ref, at, mask):
     """q, dO and the statistics of some queries; those masked out contribute nothing."""
-    lse = triton.load(lse_ref.at[at], mask=mask, other=-_NO_SCORE)
-    delta = triton.load(delta_ref.at[at], mask=mask, other=0.0)
+    lse = triton().load(lse_ref.at[at], mask=mask, other=-_NO_SCORE)
+    delta = triton().load(delta_ref.at[at], mask=mask, other=0.0)
     return _rows_at(q_ref, at, mask), _rows_at(do_ref, at, mask), lse, delta
 
 
@@ -314,13 +303,13 @@ def _own_dq_kernel(
         at, seen = _own_keys(own, i, position, plan)
         k = k_ref[at, :]
         _, gradient = _score_gradients(q, k, do, v_ref[at, :], lse, delta, plan.log2_scale, seen)
-        return dq + _dot(gradient, k)
+        return dq + dot(gradient, k)
 
     def add(j, dq):
         selection_ref, dq_pairs_ref = pair_refs
-        return dq + _rows_at(dq_pairs_ref, *_slot(selection_ref, j, index, own, plan)).astype(_F32)
+        return dq + _rows_at(dq_pairs_ref, *_slot(selection_ref, j, index, own, plan)).astype(F32)
 
-    dq = lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, _F32))
+    dq = lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, F32))
     if pair_refs:
         dq = lax.fori_loop(0, plan.routing.slots, add, dq)
     dq_ref[rows, :] = (dq * plan.scale).astype(dq_ref.dtype)
@@ -345,7 +334,7 @@ def _dkv_kernel(
         dk, dv = carry
         q, do, lse, delta = _queries(q_ref, do_ref, lse_ref, delta_ref, query, mask)
         weights, gradient = _score_gradients(q, k, do, v, lse, delta, plan.log2_scale, seen)
-        return dk + _dot(gradient, q, _TN), dv + _dot(weights, do, _TN)
+        return dk + dot(gradient, q, TN), dv + dot(weights, do, TN)
 
     def own(i, carry):
         query = first_key // rows * rows + i * rows + _iota(rows)
@@ -354,7 +343,7 @@ def _dkv_kernel(
         return add(carry, query, (query >= 0) & (query < plan.queries), seen)
 
     blocks = (chunk + 1) * plan.chunk // rows - first_key // rows
-    zeros = jnp.zeros(k.shape, _F32)
+    zeros = jnp.zeros(k.shape, F32)
     carry = lax.fori_loop(0, blocks, own, (zeros, zeros))
     if pair_refs:
         pairs_ref, starts_ref = pair_refs
@@ -371,7 +360,7 @@ def _dkv_kernel(
                 index = start + i * rows + _iota(rows)
                 used = index < end
                 base = s * sorted_.slots * sorted_.segment
-                number = triton.load(pairs_ref.at[base + index], mask=used, other=0)
+                number = triton().load(pairs_ref.at[base + index], mask=used, other=0)
                 return add(carry, s * sorted_.segment + number % sorted_.segment, used)
 
             return lax.fori_loop(0, (end - start + rows - 1) // rows, past, carry)
@@ -415,7 +404,7 @@ def _call(plan: _Plan, kernel, steps: int, inputs, outputs, products, scores, in
         in_specs=[spec(x) for x, spec in inputs],
         out_specs=[spec(x) for x, spec in outputs],
         out_shape=[x for x, _ in outputs],
-        compiler_params=triton.CompilerParams(num_warps=plan.tile.warps, num_stages=1),
+        compiler_params=triton().CompilerParams(num_warps=plan.tile.warps, num_stages=1),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * heads * scores * head,
             transcendentals=batch * heads * scores,
@@ -456,7 +445,7 @@ def _forward(plan: _Plan, interpret, q, k, v, selection, first):
     if plan.routing is not None:
         routed = _route(plan, selection, first)
         shape = (batch, heads, plan.places)
-        outputs = [jax.ShapeDtypeStruct((*shape, head), q.dtype), jax.ShapeDtypeStruct(shape, _F32)]
+        outputs = [jax.ShapeDtypeStruct((*shape, head), q.dtype), jax.ShapeDtypeStruct(shape, F32)]
         results = call(
             kernel=_past_forward_kernel,
             steps=plan.routing.all_tiles,
@@ -473,7 +462,7 @@ def _forward(plan: _Plan, interpret, q, k, v, selection, first):
         inputs=[(first, _first), *((x, _tokens) for x in (q, k, v)), *pairs],
         outputs=[
             (jax.ShapeDtypeStruct(q.shape, q.dtype), _tokens),
-            (jax.ShapeDtypeStruct((batch, heads, time), _F32), _per_head),
+            (jax.ShapeDtypeStruct((batch, heads, time), F32), _per_head),
         ],
         products=2,
         scores=own,
@@ -496,7 +485,7 @@ def _attention_backward(plan, interpret, saved, do):
     q, k, v, selection, first, out, lse, routed = saved
     batch, time, heads, head = q.shape
     own, past = _scores(plan)
-    delta = jnp.sum(do.astype(_F32) * out.astype(_F32), axis=-1).transpose(0, 2, 1)
+    delta = jnp.sum(do.astype(F32) * out.astype(F32), axis=-1).transpose(0, 2, 1)
     inputs = [(x, _tokens) for x in (q, k, v, do)] + [(lse, _per_head), (delta, _per_head)]
     call = functools.partial(_call, plan, interpret=interpret)
     of_pairs, of_keys = [], []

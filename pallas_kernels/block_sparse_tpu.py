@@ -30,17 +30,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import alignment, routing
-from pallas_kernels.tpu_chips import current_chip
+from pallas_kernels.common import F32, LANES, LOG2_E, NT, SUBLANES, TN, dot
+from pallas_kernels.tpu_chips import SCALAR_WORDS, current_chip, grid_options
 
-_LANES = 128
-_SUBLANES = 8
-_TABLE_ENTRIES = 1 << 17  # tiles a call: their chunks fill half of scalar memory
-_MOST_ENTRIES = 13 << 14  # where one pack has more: four fifths; nothing larger was compiled
-_LOG2_E = math.log2(math.e)
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
-_F32 = jnp.float32
-# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
-_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +48,7 @@ class TileConfig:
       diagonal: largest number of rows and of columns of a tile of the own chunk.
       segment_bytes: VMEM for the rows of a segment of queries and their results.
       vmem_limit_bytes: VMEM the compiler may use.
+      cores: cores that share the packs of a call: 2 on v5p, whose chips are one device.
     """
 
     rows: int = 256
@@ -64,14 +58,17 @@ class TileConfig:
     diagonal: int = 512
     segment_bytes: int = 34 * 1024 * 1024
     vmem_limit_bytes: int = 60 * 1024 * 1024
+    cores: int = 1
 
     def __post_init__(self):
         for name in ("rows", "keys", "joined", "diagonal"):
             value = getattr(self, name)
-            if value < _LANES or value % _LANES:
-                raise ValueError(f"{name} must be a positive multiple of {_LANES}, got {value}")
+            if value < LANES or value % LANES:
+                raise ValueError(f"{name} must be a positive multiple of {LANES}, got {value}")
         if self.together not in (1, 2, 4, 8):
             raise ValueError(f"together must be 1, 2, 4 or 8, got {self.together}")
+        if self.cores < 1:
+            raise ValueError(f"cores must be at least 1, got {self.cores}")
         if not 0 < self.segment_bytes <= self.vmem_limit_bytes:
             raise ValueError(
                 f"segment_bytes must be positive and at most vmem_limit_bytes "
@@ -80,7 +77,7 @@ class TileConfig:
 
 
 _LARGE = TileConfig(segment_bytes=68 * 1024 * 1024, vmem_limit_bytes=100 * 1024 * 1024)
-TILES = {"v5e": _LARGE, "v5p": TileConfig(), "v6e": _LARGE}  # a v5p core has half the VMEM
+TILES = {"v5e": _LARGE, "v5p": TileConfig(cores=2), "v6e": _LARGE}  # a v5p core has half the VMEM
 
 
 def default_tile() -> TileConfig:
@@ -115,14 +112,6 @@ def unsupported_reason(
 # --------------------------------------------------------------------------------------------
 
 
-def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
-    """Product with float32 accumulation: one pass for bfloat16 operands, full float32 otherwise."""
-    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
-    )
-
-
 def _lane(shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
@@ -151,7 +140,7 @@ class _Shape:
     @property
     def heads(self) -> int:
         """Heads of a pack."""
-        return _LANES // self.head
+        return LANES // self.head
 
     @property
     def parts(self) -> int:
@@ -166,7 +155,7 @@ class _Shape:
     @property
     def log2_scale(self) -> float:
         """Turns q . k into exponents of 2."""
-        return self.scale * _LOG2_E
+        return self.scale * LOG2_E
 
     def block(self, limit: int) -> int:
         """Rows the diagonal is cut into: whole chunks, as many as fit the limit, at least one."""
@@ -222,9 +211,9 @@ def _numbers(rows_ref, tile, first: int, rows: int, zero=0) -> list:
     A view a group of 8 keeps offsets within it in registers; an offset of its own for each row
     would cost one more scalar instruction a row.
     """
-    start = pl.multiple_of(zero + tile * rows + first, _SUBLANES)
-    view = rows_ref.at[0, 0, 0, pl.ds(start, _SUBLANES)]
-    return [view[r] for r in range(_SUBLANES)]
+    start = pl.multiple_of(zero + tile * rows + first, SUBLANES)
+    view = rows_ref.at[0, 0, 0, pl.ds(start, SUBLANES)]
+    return [view[r] for r in range(SUBLANES)]
 
 
 def _gather(rows_ref, tile, rows: int, sources) -> list[jax.Array]:
@@ -233,14 +222,14 @@ def _gather(rows_ref, tile, rows: int, sources) -> list[jax.Array]:
     Row number n stands at 8 + n. A load of 8 rows that begins r rows earlier brings row n to
     sublane r, where a select puts it in place: one load and one select a row, no store.
     """
-    sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
     found = [[] for _ in sources]
-    for first in range(0, rows, _SUBLANES):
+    for first in range(0, rows, SUBLANES):
         numbers = _numbers(rows_ref, tile, first, rows)
         for source, pieces in zip(sources, found, strict=True):
-            x = source[pl.ds(numbers[0] + _SUBLANES, _SUBLANES), :]
-            for r in range(1, _SUBLANES):
-                row = source[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
+            x = source[pl.ds(numbers[0] + SUBLANES, SUBLANES), :]
+            for r in range(1, SUBLANES):
+                row = source[pl.ds(numbers[r] + SUBLANES - r, SUBLANES), :]
                 x = jnp.where(sublane == r, row, x)
             pieces.append(x)
     return [jnp.concatenate(pieces, axis=0) for pieces in found]
@@ -255,15 +244,15 @@ def _scatter(rows_ref, tile, pairs, zero, lanes=True) -> None:
         numbers it read to gather, for which there are not enough registers.
       lanes: bool [8, 128], the lanes to write.
     """
-    sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
-    masks = [(sublane == r) & lanes for r in range(_SUBLANES)]
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    masks = [(sublane == r) & lanes for r in range(SUBLANES)]
     rows = pairs[0][0].shape[0]
-    for first in range(0, rows, _SUBLANES):
+    for first in range(0, rows, SUBLANES):
         numbers = _numbers(rows_ref, tile, first, rows, zero)
         for source, target in pairs:
-            x = source[first : first + _SUBLANES]
-            for r in range(_SUBLANES):
-                window = target.at[pl.ds(numbers[r] + _SUBLANES - r, _SUBLANES), :]
+            x = source[first : first + SUBLANES]
+            for r in range(SUBLANES):
+                window = target.at[pl.ds(numbers[r] + SUBLANES - r, SUBLANES), :]
                 pltpu.store(window, x, mask=masks[r])
 
 
@@ -330,21 +319,24 @@ class _Step:
 
 def _each_tile(table_ref, step: _Step, chunk: int, routes: routing.Plan, function) -> None:
     """Calls function(number, first row of its chunk in the block of keys) for each of its tiles."""
-    if routes.together == 1:
-        function(0, 0)
-        return
 
-    def one(number, carry):
-        place = step.number * routes.together + number
-        first = (table_ref[step.group, step.head, place] // 2 - step.block * routes.joined) * chunk
-        function(number, pl.multiple_of(first, math.gcd(chunk, 64)))
+    def one(number, carry=0):
+        first = 0
+        if routes.joined > 1:
+            place = step.number * routes.together + number
+            chunks = table_ref[step.group, step.head, place] // 2 - step.block * routes.joined
+            first = pl.multiple_of(chunks * chunk, math.gcd(chunk, 64))
+        function(number, first)
         return carry
 
-    lax.fori_loop(0, routes.together, one, 0)
+    if routes.together == 1:
+        one(0)
+    else:
+        lax.fori_loop(0, routes.together, one, 0)
 
 
 def _rows_of(segment, size: int):
-    return pl.ds(pl.multiple_of(segment * size, _SUBLANES), size)
+    return pl.ds(pl.multiple_of(segment * size, SUBLANES), size)
 
 
 # --------------------------------------------------------------------------------------------
@@ -362,7 +354,7 @@ def _start_kernel(
 
     A word holds elements i (lower half) and 32 + i (upper half) of a query.
     """
-    words = pltpu.bitcast(q_ref[0].astype(_F32), jnp.int32)  # its upper half is the element
+    words = pltpu.bitcast(q_ref[0].astype(F32), jnp.int32)  # its upper half is the element
     half, quarter = shape.head, shape.head // 2
     pairs = pltpu.roll(words, half, 1) | lax.shift_right_logical(
         pltpu.roll(words, half + quarter, 1), 16
@@ -371,7 +363,7 @@ def _start_kernel(
     for h in range(shape.heads):
         row = jnp.where(lane == shape.stat_lane(h) + 1, _NO_SCORE, 0.0)
         row = jnp.where(shape.in_query(lane, h), pairs, pltpu.bitcast(row, jnp.int32))
-        results_ref[0, h, 0] = pltpu.bitcast(row, _F32)
+        results_ref[0, h, 0] = pltpu.bitcast(row, F32)
 
 
 def _query(row: jax.Array, shape: _Shape, head) -> jax.Array:
@@ -379,7 +371,7 @@ def _query(row: jax.Array, shape: _Shape, head) -> jax.Array:
     words = jnp.where(shape.in_query(_lane(row.shape), head), pltpu.bitcast(row, jnp.int32), 0)
 
     def move(x, lanes):  # two rows share a word of bfloat16
-        x = pltpu.bitcast(x, _F32).astype(shape.dtype)
+        x = pltpu.bitcast(x, F32).astype(shape.dtype)
         return pltpu.roll(pltpu.bitcast(x, jnp.int32), lanes, 1)
 
     upper = move(words & jnp.int32(-65536), shape.head)
@@ -409,9 +401,9 @@ def _past_forward_kernel(
     parts, sources, head = shape.parts, 1 - shape.packed, step.head
     q_ref, (k_ref, v_ref), _, (results_ref,) = take(sources), take(2), take(1), take(1)
     queries, running, (sems,) = take(sources), take(parts), take(1)
-    size = running[0].shape[0] - 2 * _SUBLANES
-    body, window = pl.ds(_SUBLANES, size), _rows_of(step.segment, size)
-    lane = pl.ds(pl.multiple_of(step.pack % packs * _LANES, _LANES), _LANES)
+    size = running[0].shape[0] - 2 * SUBLANES
+    body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
+    lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
 
     @pl.when(step.first_of_segment)
     def _():
@@ -428,7 +420,7 @@ def _past_forward_kernel(
 
     lanes = True
     if shape.packed:
-        lanes = ~shape.in_query(_lane((_SUBLANES, _LANES)), head)
+        lanes = ~shape.in_query(_lane((SUBLANES, LANES)), head)
 
     def attend(number, start):
         gathered = _gather(rows_ref, number, routes.rows, [*queries, *running])
@@ -441,11 +433,11 @@ def _past_forward_kernel(
         total = _column(stats, stat) if parts > 1 else None
         for piece in _pieces(shape.chunk, keys):
             at = pl.ds(start + piece.start, piece.stop - piece.start)
-            scores = _dot(q, k_ref[0, at, :], _NT) * shape.log2_scale
+            scores = dot(q, k_ref[0, at, :], NT) * shape.log2_scale
             new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
             weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
             values = shape.values_and_ones(v_ref[0, at, :], head)
-            acc = acc * shrink + _dot(weights.astype(shape.dtype), values)
+            acc = acc * shrink + dot(weights.astype(shape.dtype), values)
             if parts > 1:
                 total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
             largest = new
@@ -507,15 +499,15 @@ def _own_forward_kernel(
     seen = _visible(row, column, shape, side)
     for h in range(shape.heads):
         stat = shape.stat_lane(h)
-        q = shape.own(q_ref[0].astype(_F32), h).astype(shape.dtype)
-        scores = _dot(q, k_ref[0], _NT) * shape.log2_scale
+        q = shape.own(q_ref[0].astype(F32), h).astype(shape.dtype)
+        scores = dot(q, k_ref[0], NT) * shape.log2_scale
         scores = jnp.where(seen, scores, _NO_SCORE)
         stats = running[-1][h]
         largest = stats[:, stat + 1 : stat + 2]
         new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
         weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
         acc = running[0][h] * shrink
-        acc = acc + _dot(weights.astype(shape.dtype), shape.values_and_ones(v_ref[0], h))
+        acc = acc + dot(weights.astype(shape.dtype), shape.values_and_ones(v_ref[0], h))
         if parts > 1:
             running[0][h] = acc
             total = stats[:, stat : stat + 1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
@@ -526,8 +518,8 @@ def _own_forward_kernel(
 
     @pl.when(column == row)
     def _():
-        out = jnp.zeros(out_ref.shape[1:], _F32)
-        logs = jnp.zeros(out.shape, _F32)
+        out = jnp.zeros(out_ref.shape[1:], F32)
+        logs = jnp.zeros(out.shape, F32)
         for h in range(shape.heads):
             stat = shape.stat_lane(h)
             stats = running[-1][h]
@@ -545,22 +537,22 @@ def _own_forward_kernel(
 
 def _probabilities(q, k, do, v, lse, delta, shape: _Shape, seen=None):
     """Weights and gradients of the scores (without the scale), [rows, keys], in the dtype."""
-    exponents = _dot(q, k, _NT) * shape.log2_scale - lse
+    exponents = dot(q, k, NT) * shape.log2_scale - lse
     if seen is not None:
         exponents = jnp.where(seen, exponents, _NO_SCORE)
     weights = jnp.exp2(exponents)
-    dscores = weights * (_dot(do, v, _NT) - delta)
+    dscores = weights * (dot(do, v, NT) - delta)
     return weights.astype(shape.dtype), dscores.astype(shape.dtype)
 
 
 def _unpack(tiles, shape: _Shape, head) -> tuple[jax.Array, jax.Array]:
     """q and dO [rows, 128] of gathered rows, the pack's other head cleared."""
-    if shape.dtype == _F32:
+    if shape.dtype == F32:
         q, do = tiles
     else:  # one word holds both: q in the upper half
         words = pltpu.bitcast(tiles[0], jnp.int32)
-        q = pltpu.bitcast(words & jnp.int32(-65536), _F32)
-        do = pltpu.bitcast(lax.shift_left(words, 16), _F32)
+        q = pltpu.bitcast(words & jnp.int32(-65536), F32)
+        do = pltpu.bitcast(lax.shift_left(words, 16), F32)
     return tuple(shape.own(x, head).astype(shape.dtype) for x in (q, do))
 
 
@@ -590,18 +582,18 @@ def _past_backward_kernel(
     (dk, dv), (sems,) = take(2), take(1)
     step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
     head, stat = step.head, shape.stat_lane(step.head)
-    size = queries[0].shape[0] - 2 * _SUBLANES
-    body, window = pl.ds(_SUBLANES, size), _rows_of(step.segment, size)
+    size = queries[0].shape[0] - 2 * SUBLANES
+    body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
     batch = step.pack // packs
-    lane = pl.ds(pl.multiple_of(step.pack % packs * _LANES, _LANES), _LANES)
+    lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
     block_rows = _rows_of(step.block, routes.joined * shape.chunk)
 
     @pl.when(step.first_of_segment)
     def _():
-        end = pl.ds(_SUBLANES + size, _SUBLANES)  # where rows without a query point
+        end = pl.ds(SUBLANES + size, SUBLANES)  # where rows without a query point
         for x in (*queries, *running):
-            x[end, :] = jnp.zeros((_SUBLANES, _LANES), _F32)
-        lanes = _lane((_SUBLANES, _LANES))
+            x[end, :] = jnp.zeros((SUBLANES, LANES), F32)
+        lanes = _lane((SUBLANES, LANES))
         running[-1][end, :] = jnp.where(lanes == stat, -_NO_SCORE, 0.0)
         _copy(
             *(
@@ -626,14 +618,14 @@ def _past_backward_kernel(
         q, do = _unpack(gathered[:sources], shape, head)
         dq, stats = gathered[sources], gathered[-1]
         lse, delta = _column(stats, stat), _column(stats, stat + 1)
-        more = jnp.zeros(stats.shape, _F32)
+        more = jnp.zeros(stats.shape, F32)
         for piece in _pieces(shape.chunk, keys):
             at = pl.ds(start + piece.start, piece.stop - piece.start)
             k, v = k_ref[0, at, :], v_ref[0, at, :]
             weights, dscores = _probabilities(q, k, do, v, lse, delta, shape)
-            more = more + _dot(dscores, k)
-            dk[at, :] += _dot(dscores, q, _TN)
-            dv[at, :] += _dot(weights, do, _TN)
+            more = more + dot(dscores, k)
+            dk[at, :] += dot(dscores, q, TN)
+            dv[at, :] += dot(weights, do, TN)
         dq = dq + shape.own(more, head)
         _scatter(rows_ref, number, [(dq, running[0])], step.zero)
 
@@ -688,15 +680,15 @@ def _own_backward_kernel(
     for h in range(shape.heads):
         stat = shape.stat_lane(h)
         q, do = (
-            shape.own(ref[0, at_row, :].astype(_F32), h).astype(shape.dtype)
+            shape.own(ref[0, at_row, :].astype(F32), h).astype(shape.dtype)
             for ref in (q_ref, do_ref)
         )
         stats = results_ref[0, h, shape.parts - 1, at_row, :]
         lse, delta = stats[:, stat : stat + 1], stats[:, stat + 1 : stat + 2]
         weights, dscores = _probabilities(q, k, do, v, lse, delta, shape, seen)
-        dq[at_row, :] += shape.own(_dot(dscores, k), h)
-        dk[at_column, :] += _dot(dscores, q, _TN)
-        dv[at_column, :] += _dot(weights, do, _TN)
+        dq[at_row, :] += shape.own(dot(dscores, k), h)
+        dk[at_column, :] += dot(dscores, q, TN)
+        dv[at_column, :] += dot(weights, do, TN)
 
     @pl.when(last)
     def _():
@@ -745,24 +737,26 @@ class _Plan:
     @property
     def results(self) -> tuple[int, ...]:
         """Shape of the rows of results: [packs, heads, parts, T, 128]."""
-        return self.all_packs, self.shape.heads, self.shape.parts, self.queries, _LANES
+        return self.all_packs, self.shape.heads, self.shape.parts, self.queries, LANES
 
     @property
     def sources(self) -> int:
         """Arrays whose rows the backward gathers beside the results."""
-        return 2 if self.shape.dtype == _F32 else 1
+        return 2 if self.shape.dtype == F32 else 1
 
     @property
     def problem(self) -> str | None:
         """Why a chip has no room for the choices of a single pack; None if it has."""
-        routes = self.routing
+        routes, each = self.routing, routing.SORTED_IN_VMEM
         if routes is None:
             return None
-        entries, each = self.shape.heads * routes.all_tiles, routing.SORTED_IN_VMEM
-        if entries > _MOST_ENTRIES:
-            room = f"{entries} tiles, and scalar memory has room for {_MOST_ENTRIES}"
-        elif routes.pairs > each:
+        if routes.pairs > each:
             room = f"{routes.pairs} pairs a segment, and vector memory has room for {each}"
+        elif not self.parts(1):
+            words = self.scalar_words(1, max(routes.tiles))
+            room = f"{words} words of tables a segment, and scalar memory has {SCALAR_WORDS}"
+        elif routes.emit_words > SCALAR_WORDS:
+            room = f"{routes.emit_words} words of tables, and scalar memory has {SCALAR_WORDS}"
         else:
             return None
         return (
@@ -770,21 +764,37 @@ class _Plan:
             f"{room}: take fewer or larger chunks, or shorter sequences"
         )
 
+    def scalar_words(self, packs: int, tiles: int) -> int:
+        """Words of scalar memory that a call of a past kernel takes: the chunk of every tile, the
+        segment of every step, the first pack, and the rows of two steps."""
+        together = self.routing.together
+        steps = tiles // together
+        return packs * self.shape.heads * tiles + steps + 1 + 2 * together * self.tile.rows
+
+    def parts(self, packs: int) -> list[slice]:
+        """The tiles of each call that takes `packs` packs, whole segments, as few calls as scalar
+        memory allows; none where it has no room for a segment."""
+        parts, stop = [], 0
+        for tiles in self.routing.tiles:
+            start, stop = stop, stop + tiles
+            if parts and self.scalar_words(packs, stop - parts[-1].start) <= SCALAR_WORDS:
+                start = parts.pop().start
+            elif self.scalar_words(packs, tiles) > SCALAR_WORDS:
+                return []
+            parts.append(slice(start, stop))
+        return parts
+
     @property
     def packs_together(self) -> int:
-        """Packs that one call of a past kernel takes: as many as scalar memory has room for."""
-        together = _TABLE_ENTRIES // (self.shape.heads * self.routing.all_tiles)
-        together = max(1, min(self.all_packs, together))
-        while self.all_packs % together:
-            together -= 1
-        return together
+        """Packs that one call of a past kernel takes: equally many for each core of a chip if that
+        can be, with the fewest parts to compile, and then as many as possible."""
+        packs = [n for n in range(1, self.all_packs + 1) if not self.all_packs % n]
+        parts = {n: len(self.parts(n)) for n in packs}
+        choices = [n for n in packs if parts[n]]
+        return min(choices, key=lambda n: (n % self.tile.cores, parts[n], -n))
 
-    def compiler_params(self, dimensions: int):
-        """Of a grid whose last two dimensions are walked in order."""
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (dimensions - 2) + ("arbitrary",) * 2,
-            vmem_limit_bytes=self.tile.vmem_limit_bytes,
-        )
+    def grid_options(self, grid: tuple[int, ...], parallel: int) -> dict:
+        return grid_options(grid, parallel, self.tile.vmem_limit_bytes)
 
     def triangle(self) -> tuple[jax.Array, jax.Array]:
         """Row and column of each tile of a diagonal block."""
@@ -792,20 +802,22 @@ class _Plan:
         rows, columns = zip(*pairs, strict=True)
         return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
 
-    def past_cost(self, products: int, arrays) -> pl.CostEstimate:
-        """Useful work: `products` products [pairs, K] x [K, chunk], every slot taken."""
+    def past_cost(self, products: int, arrays, part: slice) -> pl.CostEstimate:
+        """Useful work of a call: `products` products [pairs, K] x [K, chunk], every slot taken."""
         pairs = self.all_packs * self.shape.heads * self.queries * self.routing.slots
-        return self._cost(pairs * self.shape.chunk, products, arrays)
+        share = self.packs_together * (part.stop - part.start)
+        whole = self.all_packs * self.routing.all_tiles
+        return self._cost(pairs * self.shape.chunk, products, arrays, share, whole)
 
     def own_cost(self, products: int, arrays) -> pl.CostEstimate:
         rows = self.all_packs * self.shape.heads * self.queries
         return self._cost(rows * (self.shape.chunk + 1) // 2, products, arrays)
 
-    def _cost(self, scores: int, products: int, arrays) -> pl.CostEstimate:
+    def _cost(self, scores: int, products: int, arrays, share=1, whole=1) -> pl.CostEstimate:
         return pl.CostEstimate(
-            flops=2 * products * scores * self.shape.head,
-            transcendentals=scores,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+            flops=2 * products * scores * self.shape.head * share // whole,
+            transcendentals=scores * share // whole,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays) * share // whole,
         )
 
 
@@ -813,9 +825,9 @@ def _segment(
     queries: int, block: int, tile: TileConfig, shape: _Shape, chunks: int, slots: int
 ) -> tuple[int, int]:
     """Queries a segment and segments: whole blocks, as few segments as VMEM and integers allow."""
-    sources = 2 if shape.dtype == _F32 else 1
+    sources = 2 if shape.dtype == F32 else 1
     limit = min(
-        tile.segment_bytes // ((sources + shape.parts) * _LANES * 4),
+        tile.segment_bytes // ((sources + shape.parts) * LANES * 4),
         routing.SORTED_IN_VMEM // max(1, slots),
         routing.largest_segment(chunks, slots),
     )
@@ -826,17 +838,29 @@ def _segment(
 
 
 def _past_call(
-    plan: _Plan, kernel, routed, inputs, in_specs, outputs, scratch, cost, interpret, name
+    plan: _Plan,
+    kernel,
+    routed,
+    inputs,
+    in_specs,
+    outputs,
+    scratch,
+    products,
+    parallel,
+    interpret,
+    name,
 ):
-    """Runs a kernel over all tiles of the past part.
+    """Runs a kernel over all tiles of the past part, in as few calls as scalar memory allows.
 
-    As many packs at once as scalar memory has room for their tables; the arrays in `outputs` are
-    updated in place.
+    Args:
+      inputs, in_specs: beside the tables and rows.
+      outputs: arrays that are updated in place.
+      products: of queries, or of scores, with keys or values: for the cost estimate.
+      parallel: how many of the grid's axes (pack, head, step) are independent.
     """
     rows, chunk, count = routed
-    heads, tiles = plan.shape.heads, plan.routing.all_tiles
+    heads, tiles, each = plan.shape.heads, plan.routing.all_tiles, plan.routing.together
     table = (2 * chunk + (count > 0)).reshape(plan.all_packs, heads, tiles)
-    each = plan.routing.together
     number = plan.routing.segment_of_tile()[::each]
     edge = [s != r for s, r in zip(number[1:], number[:-1], strict=True)]
     segments = jnp.asarray(
@@ -848,34 +872,48 @@ def _past_call(
     )
     together = plan.packs_together
     any_memory = pl.BlockSpec(memory_space=pltpu.HBM)
-    row_block = pl.BlockSpec(
-        (1, 1, 1, each * plan.tile.rows),
-        lambda g, h, t, table, segments, first: ((first[0] + g) * heads + h, t, 0, 0),
-        memory_space=pltpu.SMEM,
-    )
-    call = pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(together, heads, tiles // each),
-            in_specs=[row_block, *in_specs, *[any_memory] * len(outputs)],
-            out_specs=[any_memory] * len(outputs),
-            scratch_shapes=scratch,
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        input_output_aliases={4 + len(inputs) + i: i for i in range(len(outputs))},
-        compiler_params=plan.compiler_params(3),
-        cost_estimate=cost,
-        interpret=interpret,
-        name=name,
-    )
     rows = rows.reshape(plan.all_packs * heads, tiles // each, 1, each * plan.tile.rows)
     rows, *inputs = routing.in_main_memory(interpret, rows, *inputs)
 
+    def call(part: slice):
+        grid = together, heads, (part.stop - part.start) // each
+        row_block = pl.BlockSpec(
+            (1, 1, 1, each * plan.tile.rows),
+            lambda g, h, t, table, segments, first: (
+                (first[0] + g) * heads + h,
+                part.start // each + t,
+                0,
+                0,
+            ),
+            memory_space=pltpu.SMEM,
+        )
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=grid,
+                in_specs=[row_block, *in_specs, *[any_memory] * len(outputs)],
+                out_specs=[any_memory] * len(outputs),
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+            input_output_aliases={4 + len(inputs) + i: i for i in range(len(outputs))},
+            cost_estimate=plan.past_cost(products, [*inputs, *outputs, *outputs], part),
+            interpret=interpret,
+            name=name,
+            **plan.grid_options(grid, parallel),
+        )
+
+    calls = [(part, call(part)) for part in plan.parts(together)]
+
     def run(first, outputs):
-        part = lax.dynamic_slice_in_dim(table, first, together)
-        outputs = routing.in_main_memory(interpret, *outputs)
-        return tuple(call(part, segments, jnp.reshape(first, 1), rows, *inputs, *outputs))
+        packs = lax.dynamic_slice_in_dim(table, first, together)
+        for part, call in calls:
+            steps = segments[part.start // each : part.stop // each]
+            outputs = routing.in_main_memory(interpret, *outputs)
+            tables = packs[:, :, part], steps, jnp.reshape(first, 1)
+            outputs = call(*tables, rows, *inputs, *outputs)
+        return tuple(outputs)
 
     if together == plan.all_packs:
         return run(jnp.int32(0), outputs)
@@ -892,11 +930,11 @@ def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
         pack = first[0] + g
         return pack // packs, lax.div(table[g, h, t * together], 2 * joined), pack % packs
 
-    return [pl.BlockSpec((1, joined * plan.shape.chunk, _LANES), index)] * 2
+    return [pl.BlockSpec((1, joined * plan.shape.chunk, LANES), index)] * 2
 
 
 def _segment_rows(plan: _Plan):
-    return pltpu.VMEM((plan.routing.segment + 2 * _SUBLANES, _LANES), _F32)
+    return pltpu.VMEM((plan.routing.segment + 2 * SUBLANES, LANES), F32)
 
 
 def _start(plan: _Plan, q, interpret):
@@ -905,13 +943,14 @@ def _start(plan: _Plan, q, interpret):
     if not shape.packed or plan.routing is None:
         start = jnp.where(_stat_lanes(shape, 1), _NO_SCORE, 0.0)
         return jnp.broadcast_to(start, plan.results)
+    grid = plan.all_packs, plan.queries // rows
     return pl.pallas_call(
         functools.partial(_start_kernel, shape=shape),
-        grid=(plan.all_packs, plan.queries // rows),
-        in_specs=[pl.BlockSpec((1, rows, _LANES), lambda p, t: (p // packs, t, p % packs))],
-        out_specs=pl.BlockSpec((1, shape.heads, 1, rows, _LANES), lambda p, t: (p, 0, 0, t, 0)),
-        out_shape=jax.ShapeDtypeStruct(plan.results, _F32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        grid=grid,
+        in_specs=[pl.BlockSpec((1, rows, LANES), lambda p, t: (p // packs, t, p % packs))],
+        out_specs=pl.BlockSpec((1, shape.heads, 1, rows, LANES), lambda p, t: (p, 0, 0, t, 0)),
+        out_shape=jax.ShapeDtypeStruct(plan.results, F32),
+        **grid_options(grid, 2),
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=2 * q.size + 4 * math.prod(plan.results)
         ),
@@ -922,7 +961,7 @@ def _start(plan: _Plan, q, interpret):
 
 def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
     parts, sources = plan.shape.parts, 1 - plan.shape.packed
-    queries = [] if plan.shape.packed else [q.astype(_F32)]
+    queries = [] if plan.shape.packed else [q.astype(F32)]
     kernel = functools.partial(
         _past_forward_kernel,
         shape=plan.shape,
@@ -942,7 +981,8 @@ def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
             *[_segment_rows(plan)] * count,
             pltpu.SemaphoreType.DMA((parts + 1,)),
         ],
-        plan.past_cost(2, [*queries, k, v, results, results]),
+        2,
+        2,  # the heads of a pack have rows of results of their own
         interpret,
         "block_sparse_past_forward",
     )
@@ -954,10 +994,10 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
     parts, sources = plan.shape.parts, plan.sources
     if sources == 1:
         upper, lower = (lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (q, do))
-        rows = [lax.bitcast_convert_type(upper << 16 | lower, _F32)]
+        rows = [lax.bitcast_convert_type(upper << 16 | lower, F32)]
     else:
         rows = [q, do]
-    zeros = [jnp.zeros(k.shape, _F32)] * 2
+    zeros = [jnp.zeros(k.shape, F32)] * 2
     kernel = functools.partial(
         _past_backward_kernel,
         shape=plan.shape,
@@ -966,7 +1006,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
         routes=plan.routing,
         sources=sources,
     )
-    block = pltpu.VMEM((plan.routing.joined * plan.shape.chunk, _LANES), _F32)
+    block = pltpu.VMEM((plan.routing.joined * plan.shape.chunk, LANES), F32)
     count = sources + parts
     return _past_call(
         plan,
@@ -980,7 +1020,8 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
             *[block] * 2,
             pltpu.SemaphoreType.DMA((count,)),
         ],
-        plan.past_cost(5, [*rows, k, v, results, results, *zeros]),
+        5,
+        1,  # the heads of a pack add to the same rows of dK and dV
         interpret,
         "block_sparse_past_backward",
     )
@@ -997,23 +1038,24 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
     def column(b, p, n, t, rows, columns, first):
         return b, (first[b] + n) * per_block + columns[t], p
 
-    tokens = lambda index: pl.BlockSpec((1, side, _LANES), index)
+    tokens = lambda index: pl.BlockSpec((1, side, LANES), index)
     rows, columns = plan.triangle()
+    grid = plan.batch, packs, plan.queries // plan.block, rows.size
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), _F32),
+        jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), F32),
     ]
     return pl.pallas_call(
         functools.partial(_own_forward_kernel, shape=shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(plan.batch, packs, plan.queries // plan.block, rows.size),
+            grid=grid,
             in_specs=[
                 tokens(row),
                 tokens(column),
                 tokens(column),
                 pl.BlockSpec(
-                    (1, shape.heads, shape.parts, side, _LANES),
+                    (1, shape.heads, shape.parts, side, LANES),
                     lambda b, p, n, t, rows, columns, first: (
                         b * packs + p,
                         0,
@@ -1034,10 +1076,10 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
                     ),
                 ),
             ],
-            scratch_shapes=[pltpu.VMEM((shape.heads, side, _LANES), _F32)] * shape.parts,
+            scratch_shapes=[pltpu.VMEM((shape.heads, side, LANES), F32)] * shape.parts,
         ),
         out_shape=out_shape,
-        compiler_params=plan.compiler_params(4),
+        **plan.grid_options(grid, 3),
         cost_estimate=plan.own_cost(2, [q, k, v, results, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_forward",
@@ -1048,31 +1090,32 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
     shape, block, packs = plan.shape, plan.block, plan.packs
     query = lambda b, p, n, t, rows, columns, first: (b, n, p)
     key = lambda b, p, n, t, rows, columns, first: (b, first[b] + n, p)
-    tokens = lambda index: pl.BlockSpec((1, block, _LANES), index)
+    tokens = lambda index: pl.BlockSpec((1, block, LANES), index)
     rows, columns = plan.triangle()
+    grid = plan.batch, packs, plan.queries // block, rows.size
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     return pl.pallas_call(
         functools.partial(_own_backward_kernel, shape=shape, side=plan.side),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(plan.batch, packs, plan.queries // block, rows.size),
+            grid=grid,
             in_specs=[
                 tokens(query),
                 tokens(key),
                 tokens(key),
                 tokens(query),
                 pl.BlockSpec(
-                    (1, shape.heads, shape.parts, block, _LANES),
+                    (1, shape.heads, shape.parts, block, LANES),
                     lambda b, p, n, t, *tables: (b * packs + p, 0, 0, n, 0),
                 ),
                 tokens(key),
                 tokens(key),
             ],
             out_specs=[tokens(query), tokens(key), tokens(key)],
-            scratch_shapes=[pltpu.VMEM((block, _LANES), _F32)] * 3,
+            scratch_shapes=[pltpu.VMEM((block, LANES), F32)] * 3,
         ),
         out_shape=out_shape,
-        compiler_params=plan.compiler_params(4),
+        **plan.grid_options(grid, 3),
         cost_estimate=plan.own_cost(5, [q, k, v, do, results, dk, dv, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_backward",
@@ -1088,7 +1131,7 @@ def _stat_lanes(shape: _Shape, offset: int) -> jax.Array:
     """True in lane `stat_lane + offset` of the last part, [1, heads, parts, 1, 128]."""
     lanes = jnp.asarray([shape.stat_lane(h) + offset for h in range(shape.heads)], jnp.int32)
     lanes = lanes[:, None, None, None]
-    size = (shape.heads, shape.parts, 1, _LANES)
+    size = (shape.heads, shape.parts, 1, LANES)
     last = lax.broadcasted_iota(jnp.int32, size, 1) == shape.parts - 1
     return (last & (lax.broadcasted_iota(jnp.int32, size, 3) == lanes))[None]
 
@@ -1119,13 +1162,13 @@ def _attention_forward(q, k, v, selection, first, plan, interpret):
 def _attention_backward(plan, interpret, saved, do):
     q, k, v, first, out, lse, routed = saved
     shape = plan.shape
-    delta = (do.astype(_F32) * out.astype(_F32)).reshape(*q.shape[:2], -1, shape.head).sum(axis=-1)
+    delta = (do.astype(F32) * out.astype(F32)).reshape(*q.shape[:2], -1, shape.head).sum(axis=-1)
     delta = delta.transpose(0, 2, 1).reshape(lse.shape)
     rows = lambda x: x[:, :, None, :, None]
     results = jnp.where(_stat_lanes(shape, 1), rows(delta), 0.0)
     results = jnp.where(_stat_lanes(shape, 0), rows(lse), results)
     if plan.routing is None:
-        dk_past = dv_past = jnp.zeros(k.shape, _F32)
+        dk_past = dv_past = jnp.zeros(k.shape, F32)
     else:
         results, dk_past, dv_past = _past_backward(plan, routed, q, k, v, do, results, interpret)
     dq, dk, dv = _own_backward(plan, q, k, v, do, results, dk_past, dv_past, first, interpret)

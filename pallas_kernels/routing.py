@@ -22,8 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_LANES, _SUBLANES = 128, 8
-_REGISTER = _LANES * _SUBLANES
+from pallas_kernels.common import LANES, SUBLANES
+from pallas_kernels.tpu_chips import grid_options
+
+_REGISTER = LANES * SUBLANES
 _UNROLL = 2  # groups of up to 8 registers compared side by side, to fill one another's waits
 _GROUP = 8  # tiles that one step of the emitting kernel writes
 _NO_PAIR = jnp.iinfo(jnp.int32).max
@@ -75,6 +77,12 @@ class Plan:
     def all_tiles(self) -> int:
         return sum(self.tiles)
 
+    @property
+    def emit_words(self) -> int:
+        """Words of scalar memory that cutting into tiles takes: the segment of every step, and the
+        starts and counts of the tiles of two steps."""
+        return self.all_tiles // _GROUP + 2 * 2 * _GROUP
+
     def segment_of_tile(self) -> list[int]:
         return [s for s, count in enumerate(self.tiles) for _ in range(count)]
 
@@ -105,8 +113,8 @@ def make_plan(
     """
     if queries % segment:
         raise ValueError(f"{queries} queries are not whole segments of {segment}")
-    if rows < 1 or (rows % _LANES and not numbered):
-        raise ValueError(f"a tile's rows must be a multiple of {_LANES}, got {rows}")
+    if rows < 1 or (rows % LANES and not numbered):
+        raise ValueError(f"a tile's rows must be a multiple of {LANES}, got {rows}")
     tiles = []
     for start in range(0, queries, segment):
         pairs, groups = segment * slots, chunks
@@ -289,13 +297,13 @@ def in_main_memory(interpret, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def _iota(dimension: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), dimension)
+    return lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), dimension)
 
 
 def _exchange(x: jax.Array, bit: int) -> jax.Array:
     """Within a register [8, 128]: the smaller of each pair first. The lowest 3 bits of a place
     number sublanes, the other 7 lanes."""
-    axis, step, size = (0, 1 << bit, _SUBLANES) if bit < 3 else (1, 1 << bit - 3, _LANES)
+    axis, step, size = (0, 1 << bit, SUBLANES) if bit < 3 else (1, 1 << bit - 3, LANES)
     upper = (_iota(axis) & step) != 0
     below = pltpu.roll(x, step, axis)
     above = below if 2 * step == size else pltpu.roll(x, size - step, axis)
@@ -309,7 +317,7 @@ def _descending(level: int, register_bits: int):
     """
     bit = level - register_bits
     if bit >= 10:
-        return jnp.zeros((_SUBLANES, _LANES), jnp.int32)
+        return jnp.zeros((SUBLANES, LANES), jnp.int32)
     place = _iota(0) | (_iota(1) << 3)
     return -((place >> bit) & 1)
 
@@ -328,8 +336,8 @@ def _sort_pass(source, target, level: int, bits: range, register_bits: int, grou
     """
     low, above = bits.start, bits.stop
     first = group >> low << above | group & ((1 << low) - 1)
-    places = [(first + (j << low)) * _SUBLANES for j in range(1 << len(bits))]
-    at = [pl.ds(pl.multiple_of(place, _SUBLANES), _SUBLANES) for place in places]
+    places = [(first + (j << low)) * SUBLANES for j in range(1 << len(bits))]
+    at = [pl.ds(pl.multiple_of(place, SUBLANES), SUBLANES) for place in places]
     x = [source[rows, :] for rows in at]
     if above == min(level, register_bits):
         for j in range(len(x)):
@@ -356,20 +364,18 @@ def _sort_pass(source, target, level: int, bits: range, register_bits: int, grou
 
 def _reorder(work_ref, sorted_ref, registers: int) -> None:
     """From the network's order (lane, sublane, register) to rows of 128, by transposes."""
-    height = min(registers, _LANES)  # registers a transpose takes of one sublane
-    for row in range(registers * _SUBLANES // _LANES):
-        start = row * _LANES
+    height = min(registers, LANES)  # registers a transpose takes of one sublane
+    for row in range(registers * SUBLANES // LANES):
+        start = row * LANES
         pieces = [
             work_ref[
-                pl.ds(
-                    (first % registers) * _SUBLANES + first // registers, height, stride=_SUBLANES
-                ),
+                pl.ds((first % registers) * SUBLANES + first // registers, height, stride=SUBLANES),
                 :,
             ]
-            for first in range(start, start + _LANES, height)
+            for first in range(start, start + LANES, height)
         ]
         square = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)
-        rows = pl.ds(row, _LANES, stride=registers * _SUBLANES // _LANES)
+        rows = pl.ds(row, LANES, stride=registers * SUBLANES // LANES)
         sorted_ref[rows, :] = square.T
 
 
@@ -383,7 +389,7 @@ def _sort_kernel(
 ):
     """A bitonic network. An element's place is (lane, sublane, register), registers lowest: the
     network compares close places most often, and between registers that takes no shuffle."""
-    registers, high = keys_ref.shape[0] // _SUBLANES, counts_ref.shape[0]
+    registers, high = keys_ref.shape[0] // SUBLANES, counts_ref.shape[0]
     register_bits = registers.bit_length() - 1
     source = keys_ref
     for level in range(1, register_bits + 11):
@@ -402,24 +408,24 @@ def _sort_kernel(
     _reorder(work_ref, sorted_ref, registers)
 
     def at(register):
-        return pl.ds(pl.multiple_of(register * _SUBLANES, _SUBLANES), _SUBLANES)
+        return pl.ds(pl.multiple_of(register * SUBLANES, SUBLANES), SUBLANES)
 
-    sorted_ref[at(registers), :] = jnp.full((_SUBLANES, _LANES), _NO_PAIR, jnp.int32)
+    sorted_ref[at(registers), :] = jnp.full((SUBLANES, LANES), _NO_PAIR, jnp.int32)
 
     def count(i, total):
         chunk = lax.shift_right_logical(sorted_ref[at(i), :], bits)
-        for r in range(_SUBLANES):
+        for r in range(SUBLANES):
             row = chunk[r : r + 1]
-            number = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
-            low = jnp.where((row & (_LANES - 1)) == number, 1.0, 0.0).astype(jnp.bfloat16)
-            number = lax.broadcasted_iota(jnp.int32, (high, _LANES), 0)
-            top = jnp.where(row // _LANES == number, 1.0, 0.0).astype(jnp.bfloat16)
+            number = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+            low = jnp.where((row & (LANES - 1)) == number, 1.0, 0.0).astype(jnp.bfloat16)
+            number = lax.broadcasted_iota(jnp.int32, (high, LANES), 0)
+            top = jnp.where(row // LANES == number, 1.0, 0.0).astype(jnp.bfloat16)
             total = total + lax.dot_general(
                 top, low, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
             )
         return total
 
-    total = lax.fori_loop(0, registers, count, jnp.zeros((high, _LANES), jnp.float32))
+    total = lax.fori_loop(0, registers, count, jnp.zeros((high, LANES), jnp.float32))
     counts_ref[...] = total.astype(jnp.int32)
 
 
@@ -429,24 +435,22 @@ def _sort_call(keys: jax.Array, plan: Plan, interpret) -> tuple[jax.Array, jax.A
     keys = jnp.pad(
         keys, ((0, 0), (0, 0), (0, plan.pairs - keys.shape[-1])), constant_values=_NO_PAIR
     )
-    rows = plan.pairs // _LANES
-    high = -(-plan.chunks // _REGISTER) * _SUBLANES
-    block = lambda rows: pl.BlockSpec((None, None, rows, _LANES), lambda g, s: (g, s, 0, 0))
+    rows = plan.pairs // LANES
+    high = -(-plan.chunks // _REGISTER) * SUBLANES
+    block = lambda rows: pl.BlockSpec((None, None, rows, LANES), lambda g, s: (g, s, 0, 0))
     levels = plan.pairs.bit_length() - 1
     lead = (groups, plan.segments)
     ordered, counts = pl.pallas_call(
         functools.partial(_sort_kernel, bits=plan.bits),
         grid=lead,
         in_specs=[block(rows)],
-        out_specs=[block(rows + _SUBLANES), block(high)],
+        out_specs=[block(rows + SUBLANES), block(high)],
         out_shape=[
-            jax.ShapeDtypeStruct((*lead, rows + _SUBLANES, _LANES), jnp.int32),
-            jax.ShapeDtypeStruct((*lead, high, _LANES), jnp.int32),
+            jax.ShapeDtypeStruct((*lead, rows + SUBLANES, LANES), jnp.int32),
+            jax.ShapeDtypeStruct((*lead, high, LANES), jnp.int32),
         ],
-        scratch_shapes=[pltpu.VMEM((rows, _LANES), jnp.int32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
-        ),
+        scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.int32)],
+        **grid_options(lead, 2, 64 * 1024 * 1024),
         cost_estimate=pl.CostEstimate(
             flops=groups * plan.segments * plan.pairs * levels * (levels + 1) // 2,
             transcendentals=0,
@@ -454,7 +458,7 @@ def _sort_call(keys: jax.Array, plan: Plan, interpret) -> tuple[jax.Array, jax.A
         ),
         interpret=interpret,
         name="routing_sort",
-    )(*in_main_memory(interpret, keys.reshape(*lead, rows, _LANES)))
+    )(*in_main_memory(interpret, keys.reshape(*lead, rows, LANES)))
     return ordered, counts.reshape(*lead, -1)[..., : plan.chunks]
 
 
@@ -474,19 +478,19 @@ def _emit_kernel(
     nothing: int,
 ):
     del segment_ref
-    height = rows // _LANES
-    lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
+    height = rows // LANES
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     for tile in range(_GROUP):
         start, count = info_ref[0, 0, 0, 2 * tile], info_ref[0, 0, 0, 2 * tile + 1]
-        row, shift = start // _LANES, start % _LANES
+        row, shift = start // LANES, start % LANES
         # Rotated left by `shift`; a lane beyond the end of its row comes from the next one.
         parts = [
-            pltpu.roll(sorted_ref[0, 0, pl.ds(row + i, 1)], (_LANES - shift) % _LANES, 1)
+            pltpu.roll(sorted_ref[0, 0, pl.ds(row + i, 1)], (LANES - shift) % LANES, 1)
             for i in range(height + 1)
         ]
         for i in range(height):
-            pair = jnp.where(lane < _LANES - shift, parts[i], parts[i + 1])
-            used = lane < count - i * _LANES
+            pair = jnp.where(lane < LANES - shift, parts[i], parts[i + 1])
+            used = lane < count - i * LANES
             query = jnp.where(used, pair & ((1 << bits) - 1), nothing)
             rows_ref[0, tile * height + i : tile * height + i + 1] = query
 
@@ -494,7 +498,7 @@ def _emit_kernel(
 def _emit_call(ordered, start, count, plan: Plan, interpret) -> jax.Array:
     """Rows of all tiles, int32 [G, tiles, rows]."""
     groups = ordered.shape[0]
-    steps, height = plan.all_tiles // _GROUP, plan.rows // _LANES
+    steps, height = plan.all_tiles // _GROUP, plan.rows // LANES
     info = jnp.stack([start, count], axis=-1).reshape(groups, steps, 1, 2 * _GROUP)
     segments = jnp.asarray(plan.segment_of_tile()[::_GROUP], jnp.int32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -506,15 +510,13 @@ def _emit_call(ordered, start, count, plan: Plan, interpret) -> jax.Array:
             ),
             pl.BlockSpec((1, 1, *ordered.shape[2:]), lambda g, i, seg: (g, seg[i], 0, 0)),
         ],
-        out_specs=pl.BlockSpec((1, _GROUP * height, _LANES), lambda g, i, seg: (g, i, 0)),
+        out_specs=pl.BlockSpec((1, _GROUP * height, LANES), lambda g, i, seg: (g, i, 0)),
     )
     rows = pl.pallas_call(
         functools.partial(_emit_kernel, rows=plan.rows, bits=plan.bits, nothing=plan.segment),
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((groups, plan.all_tiles * height, _LANES), jnp.int32),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
-        ),
+        out_shape=jax.ShapeDtypeStruct((groups, plan.all_tiles * height, LANES), jnp.int32),
+        **grid_options((groups, steps), 2, 64 * 1024 * 1024),
         cost_estimate=pl.CostEstimate(
             flops=0,
             transcendentals=0,

@@ -16,20 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import common
+from pallas_kernels.common import F32, LANES, NT, SUBLANES, dot
 from pallas_kernels.routing import in_main_memory
+from pallas_kernels.tpu_chips import SCALAR_WORDS, grid_options
 
-_LANES, _SUBLANES = 128, 8
 _CHUNKS = 128  # chunks scored at once
-_F32 = jnp.float32
 
 
 def unsupported_reason(head_size: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Why this kernel cannot take such inputs; None if it can."""
-    if head_size not in (64, 128):
-        return f"head size {head_size} is not 64 or 128"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(_F32)):
-        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
-    return None
+    return common.unsupported_reason(head_size, head_size, dtype)
 
 
 def _some_past(first, step, block, queries: int, chunks: int, chunk_size: int):
@@ -54,7 +51,7 @@ def _kernel(
 ):  # fmt: skip
     step = pl.program_id(1)
     block = block_ref[step]
-    queries, heads = q_ref.shape[1], _LANES // head
+    queries, heads = q_ref.shape[1], LANES // head
     count = keys_ref.shape[1]
     first = first_ref[pl.program_id(0) // packs] + query_ref[step] * queries
     last = step == pl.num_programs(1) - 1
@@ -62,32 +59,32 @@ def _kernel(
 
     @pl.when(block == 0)
     def _():
-        best_ref[...] = jnp.full(best_ref.shape, -jnp.inf, _F32)
+        best_ref[...] = jnp.full(best_ref.shape, -jnp.inf, F32)
         chunks_ref[...] = jnp.full(chunks_ref.shape, -1, jnp.int32)
 
     @pl.when(_some_past(first, 0, block, queries, count, chunk_size))
     def _():
         keys = _terms(keys_ref[0], q_ref.dtype)
-        for i in range(queries // _LANES):  # one register wide: more would spill
+        for i in range(queries // LANES):  # one register wide: more would spill
             for h in range(heads):
-                q = q_ref[0, i * _LANES : (i + 1) * _LANES].astype(_F32)
+                q = q_ref[0, i * LANES : (i + 1) * LANES].astype(F32)
                 if heads > 1:
                     q = jnp.where(lax.broadcasted_iota(jnp.int32, q.shape, 1) // head == h, q, 0.0)
-                start = (h * queries // _LANES + i) * count
+                start = (h * queries // LANES + i) * count
                 scores_ref[start : start + count, :] = _scores(keys, q.astype(q_ref.dtype))
-        row, lane = (lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), x) for x in (0, 1))
-        own = (first + row % (queries // _LANES) * _LANES + lane) // chunk_size
+        row, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), x) for x in (0, 1))
+        own = (first + row % (queries // LANES) * LANES + lane) // chunk_size
 
         def some(i, best):
-            for c in range(_SUBLANES):
-                chunk = i * _SUBLANES + c
-                scores = scores_ref[pl.ds(chunk, _SUBLANES, stride=count), :]
+            for c in range(SUBLANES):
+                chunk = i * SUBLANES + c
+                scores = scores_ref[pl.ds(chunk, SUBLANES, stride=count), :]
                 number = block * count + chunk
                 best = _insert(best, jnp.where(number < own, scores, -jnp.inf), number)
             return best
 
         best = [best_ref[j] for j in range(slots)], [chunks_ref[j] for j in range(slots)]
-        best = lax.fori_loop(0, count // _SUBLANES, some, best)
+        best = lax.fori_loop(0, count // SUBLANES, some, best)
         for j in range(slots):
             best_ref[j], chunks_ref[j] = best[0][j], best[1][j]
 
@@ -95,18 +92,18 @@ def _kernel(
     def _():
         for j in range(slots):
             for h in range(heads):
-                for i in range(queries // _LANES):
-                    row = h * queries // _LANES + i
-                    lanes = slice(i * _LANES, (i + 1) * _LANES)
+                for i in range(queries // LANES):
+                    row = h * queries // LANES + i
+                    lanes = slice(i * LANES, (i + 1) * LANES)
                     chosen_ref[0, h, j : j + 1, lanes] = chunks_ref[j, row : row + 1]
 
 
 def _terms(keys: jax.Array, dtype) -> list[jax.Array]:
     """Terms in the dtype whose sum is the float32 keys; three bfloat16 ones hold a key exactly."""
     terms = []
-    for _ in range(1 if dtype == _F32 else 3):
+    for _ in range(1 if dtype == F32 else 3):
         terms.append(keys.astype(dtype))
-        keys = keys - terms[-1].astype(_F32)
+        keys = keys - terms[-1].astype(F32)
     return terms
 
 
@@ -115,14 +112,7 @@ def _scores(keys: list[jax.Array], q: jax.Array) -> jax.Array:
 
     With bfloat16 queries that takes three passes of the matrix unit, with float32 ones six.
     """
-    precision = lax.Precision.HIGHEST if q.dtype == _F32 else lax.Precision.DEFAULT
-    dot = functools.partial(
-        lax.dot_general,
-        dimension_numbers=(((1,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=_F32,
-    )
-    return functools.reduce(jnp.add, [dot(term, q) for term in reversed(keys)])
+    return functools.reduce(jnp.add, [dot(term, q, NT) for term in reversed(keys)])
 
 
 def _insert(best, scores: jax.Array, number) -> tuple[list, list]:
@@ -190,19 +180,26 @@ def select_by_keys(
     reason = unsupported_reason(head, q.dtype)
     if reason:
         raise ValueError(f"select_by_keys on TPU: {reason}")
-    each = _LANES // head
+    each = LANES // head
     packs, chunks = -(-heads // each), keys.shape[1]
-    queries = _SUBLANES * _LANES // each
-    block = min(_CHUNKS, -(-chunks // _SUBLANES) * _SUBLANES)
+    queries = SUBLANES * LANES // each
+    block = min(_CHUNKS, -(-chunks // SUBLANES) * SUBLANES)
     blocks, steps = -(-chunks // block), -(-length // queries)
 
     def pack(x, time):
         more = ((0, 0), (0, time - x.shape[1]), (0, packs * each - heads), (0, 0))
-        return jnp.pad(x, more).reshape(batch, time, packs * _LANES)
+        return jnp.pad(x, more).reshape(batch, time, packs * LANES)
 
     query, chunk = _walk(first, steps, blocks, queries, block, chunk_size)
+    if (
+        2 * query.size + batch > SCALAR_WORDS and steps > 1
+    ):  # the tables of the walk must fit its memory
+        half = steps // 2 * queries
+        options = dict(chunk_size=chunk_size, count=count, interpret=interpret)
+        parts = (q[:, :half], keys, first), (q[:, half:], keys, first + half)
+        return jnp.concatenate([select_by_keys(*part, **options) for part in parts], axis=1)
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
-    arrays = pack(q, steps * queries), pack(keys.astype(_F32), blocks * block)
+    arrays = pack(q, steps * queries), pack(keys.astype(F32), blocks * block)
     arrays = in_main_memory(interpret, *arrays)
     chosen = pl.pallas_call(
         functools.partial(_kernel, head=head, packs=packs, chunk_size=chunk_size, slots=count),
@@ -211,23 +208,23 @@ def select_by_keys(
             grid=(batch * packs, query.size),
             in_specs=[
                 pl.BlockSpec(
-                    (1, queries, _LANES), lambda g, t, q, c, first: (g // packs, q[t], g % packs)
+                    (1, queries, LANES), lambda g, t, q, c, first: (g // packs, q[t], g % packs)
                 ),
                 pl.BlockSpec(
-                    (1, block, _LANES), lambda g, t, q, c, first: (g // packs, c[t], g % packs)
+                    (1, block, LANES), lambda g, t, q, c, first: (g // packs, c[t], g % packs)
                 ),
             ],
             out_specs=pl.BlockSpec(
                 (1, each, count, queries), lambda g, t, q, c, first: (g, 0, 0, q[t])
             ),
             scratch_shapes=[
-                pltpu.VMEM((_SUBLANES * block, _LANES), _F32),
-                pltpu.VMEM((count, _SUBLANES, _LANES), _F32),
-                pltpu.VMEM((count, _SUBLANES, _LANES), jnp.int32),
+                pltpu.VMEM((SUBLANES * block, LANES), F32),
+                pltpu.VMEM((count, SUBLANES, LANES), F32),
+                pltpu.VMEM((count, SUBLANES, LANES), jnp.int32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch * packs, each, count, steps * queries), jnp.int32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        **grid_options((batch * packs, query.size), 1),
         cost_estimate=pl.CostEstimate(
             flops=2 * math.prod(q.shape) * chunks,
             transcendentals=0,

@@ -6,8 +6,8 @@ registers; chunks are small (16 or 32 tokens), so that everything of a chunk sta
 too. The forward keeps the state before every chunk; the backward
 walks the chunks in reverse and recomputes the rest from it.
 
-Everything that names Triton is in this file: the backend is deprecated from jax 0.11 on, but still
-what runs on Ampere and Hopper alike.
+The backend is deprecated from jax 0.11 on, but still what runs on Ampere and Hopper alike; it is
+imported where a kernel is built.
 """
 
 import dataclasses
@@ -17,11 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-_F32 = jnp.float32
-# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
-_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+from pallas_kernels import common
+from pallas_kernels.common import F32, NT, TN, dot, triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +55,7 @@ def default_tile(head_size: int) -> TileConfig:
 
 def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Why these kernels cannot take such inputs; None if they can."""
-    if head_size != value_size:
-        return f"key size {head_size} and value size {value_size} differ"
-    if head_size not in (64, 128):
-        return f"head size {head_size} is not 64 or 128"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(_F32)):
-        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
-    return None
-
-
-def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
-    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
-    )
+    return common.unsupported_reason(head_size, value_size, dtype) or common.missing_triton()
 
 
 def _iota(size: int, dimension: int) -> jax.Array:
@@ -89,8 +74,8 @@ def _inverse(ab: jax.Array, dtype) -> jax.Array:
         if block == 1:
             x = x + corner
         else:
-            half = _dot(x.astype(dtype), corner.astype(dtype))
-            x = x + _dot(half.astype(dtype), x.astype(dtype))
+            half = dot(x.astype(dtype), corner.astype(dtype))
+            x = x + dot(half.astype(dtype), x.astype(dtype))
         block *= 2
     return x.astype(dtype)
 
@@ -121,7 +106,7 @@ class _Chunk:
         inverse_scale = jnp.exp(middle - inclusive)
 
         def scaled(x, scale):
-            return (x.astype(_F32) * scale).astype(dtype)
+            return (x.astype(F32) * scale).astype(dtype)
 
         return cls(
             a=scaled(a, a_scale),
@@ -138,7 +123,7 @@ class _Chunk:
 
     def scores(self, targets: jax.Array, sources: jax.Array, *, strict: bool) -> jax.Array:
         """[C, C] products with later sources dropped; a select, as those can be huge."""
-        product = _dot(targets, sources, _NT)
+        product = dot(targets, sources, NT)
         row, column = _iota(product.shape[0], 0), _iota(product.shape[0], 1)
         return jnp.where(row > column if strict else row >= column, product, 0.0)
 
@@ -148,8 +133,8 @@ class _Chunk:
         dtype = self.v.dtype
         inverse = _inverse(self.scores(self.a, self.b, strict=True), dtype)
         ak = self.scores(self.a, self.k, strict=True).astype(dtype)
-        z = _dot(self.a, state, _NT) + _dot(ak, self.v)
-        return _dot(inverse, z.astype(dtype)).astype(dtype), inverse, ak
+        z = dot(self.a, state, NT) + dot(ak, self.v)
+        return dot(inverse, z.astype(dtype)).astype(dtype), inverse, ak
 
 
 def _forward_kernel(
@@ -173,9 +158,9 @@ def _forward_kernel(
         u, _, _ = x.removed(operand)
         rb = x.scores(x.r, x.b, strict=False).astype(dtype)
         rk = x.scores(x.r, x.k, strict=False).astype(dtype)
-        y = _dot(x.r, operand, _NT) + _dot(rb, u) + _dot(rk, x.v)
+        y = dot(x.r, operand, NT) + dot(rb, u) + dot(rk, x.v)
         y_ref[rows, :] = y.astype(y_ref.dtype)
-        return (state + _dot(u, x.b, _TN) + _dot(x.v, x.k, _TN)) * x.to_end
+        return (state + dot(u, x.b, TN) + dot(x.v, x.k, TN)) * x.to_end
 
     end_ref[...] = lax.fori_loop(0, r_ref.shape[0] // chunk, step, start_ref[...])
 
@@ -208,32 +193,32 @@ def _backward_kernel(
         dend = dstate.astype(dtype)
 
         rb = x.scores(x.r, x.b, strict=False).astype(dtype)
-        du = _dot(rb, dy, _TN) + _dot(x.b, dend, _NT)
-        dz = _dot(inverse, du.astype(dtype), _TN).astype(dtype)
+        du = dot(rb, dy, TN) + dot(x.b, dend, NT)
+        dz = dot(inverse, du.astype(dtype), TN).astype(dtype)
         rk = x.scores(x.r, x.k, strict=False).astype(dtype)
-        dv = _dot(rk, dy, _TN) + _dot(x.k, dend, _NT) + _dot(ak, dz, _TN)
+        dv = dot(rk, dy, TN) + dot(x.k, dend, NT) + dot(ak, dz, TN)
         dv_ref[rows, :] = dv.astype(dv_ref.dtype)
 
         dab = x.scores(dz, u, strict=True).astype(dtype)
         dak = x.scores(dz, x.v, strict=True).astype(dtype)
         drb = x.scores(dy, u, strict=False).astype(dtype)
         drk = x.scores(dy, x.v, strict=False).astype(dtype)
-        da = (_dot(dab, x.b) + _dot(dak, x.k) + _dot(dz, state)) * x.a_scale
-        dr = (_dot(drb, x.b) + _dot(drk, x.k) + _dot(dy, state)) * x.r_scale
-        db = _dot(dab, x.a, _TN) + _dot(drb, x.r, _TN) + _dot(u, dend)
-        dk = _dot(dak, x.a, _TN) + _dot(drk, x.r, _TN) + _dot(x.v, dend)
+        da = (dot(dab, x.b) + dot(dak, x.k) + dot(dz, state)) * x.a_scale
+        dr = (dot(drb, x.b) + dot(drk, x.k) + dot(dy, state)) * x.r_scale
+        db = dot(dab, x.a, TN) + dot(drb, x.r, TN) + dot(u, dend)
+        dk = dot(dak, x.a, TN) + dot(drk, x.r, TN) + dot(x.v, dend)
         db, dk = db * x.inverse_scale, dk * x.inverse_scale
 
-        a_da = a_ref[rows, :].astype(_F32) * da
-        dlog = r_ref[rows, :].astype(_F32) * dr + a_da
-        dlog -= b_ref[rows, :].astype(_F32) * db + k_ref[rows, :].astype(_F32) * dk
+        a_da = a_ref[rows, :].astype(F32) * da
+        dlog = r_ref[rows, :].astype(F32) * dr + a_da
+        dlog -= b_ref[rows, :].astype(F32) * db + k_ref[rows, :].astype(F32) * dk
         # Sum from each row to the chunk's end; a's decay excludes its own row.
         after = jnp.sum(dlog, axis=0, keepdims=True) - jnp.cumsum(dlog, axis=0) + dlog
         dw_ref[rows, :] = after - a_da + dlast
         for ref, value in ((dr_ref, dr), (dk_ref, dk), (da_ref, da), (db_ref, db)):
             ref[rows, :] = value.astype(ref.dtype)
 
-        dstate = (dstate + _dot(dz, x.a, _TN) + _dot(dy, x.r, _TN)) * x.to_middle
+        dstate = (dstate + dot(dz, x.a, TN) + dot(dy, x.r, TN)) * x.to_middle
         return dstate, jnp.sum(dstate * before, axis=0, keepdims=True)
 
     dend = dend_ref[...]
@@ -281,19 +266,19 @@ def _forward_call(tokens, start, *, tile, residuals, interpret):
     out_specs = [specs["values"], specs["state"]]
     out_shape = [
         jax.ShapeDtypeStruct(r.shape, r.dtype),
-        jax.ShapeDtypeStruct(start.shape, _F32),
+        jax.ShapeDtypeStruct(start.shape, F32),
     ]
     if residuals:
         states = (batch, time // tile.chunk, heads, head, head)
         out_specs.append(specs["states"])
-        out_shape.append(jax.ShapeDtypeStruct(states, _F32))
+        out_shape.append(jax.ShapeDtypeStruct(states, F32))
     return pl.pallas_call(
         functools.partial(_forward_kernel, chunk=tile.chunk, dtype=r.dtype),
         grid=_grid(r.shape, tile),
         in_specs=[*_token_specs(specs), specs["state"]],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=triton.CompilerParams(num_warps=tile.forward_warps, num_stages=1),
+        compiler_params=triton().CompilerParams(num_warps=tile.forward_warps, num_stages=1),
         cost_estimate=_cost(r.shape, 9, 4, tile.chunk, [*tokens, start, *out_shape]),
         interpret=interpret,
         name="wkv7_forward",
@@ -307,7 +292,7 @@ def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
     # Gradients of what all value blocks share leave the kernel as one float32 share a block.
     out_specs, out_shape = [], []
     for name, x in zip("rwkvab", tokens, strict=True):
-        dtype = _F32 if name == "w" or (grid[2] > 1 and name != "v") else x.dtype
+        dtype = F32 if name == "w" or (grid[2] > 1 and name != "v") else x.dtype
         shape = x.shape if name == "v" else (grid[2], *x.shape)
         out_specs.append(specs["values"] if name == "v" else specs["shares"])
         out_shape.append(jax.ShapeDtypeStruct(shape, dtype))
@@ -323,14 +308,14 @@ def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
             specs["state"],
         ],
         out_specs=[*out_specs, specs["state"]],
-        out_shape=[*out_shape, jax.ShapeDtypeStruct(end.shape, _F32)],
-        compiler_params=triton.CompilerParams(num_warps=tile.backward_warps, num_stages=1),
+        out_shape=[*out_shape, jax.ShapeDtypeStruct(end.shape, F32)],
+        compiler_params=triton().CompilerParams(num_warps=tile.backward_warps, num_stages=1),
         cost_estimate=_cost(r.shape, 22, 9, tile.chunk, [*inputs, *out_shape]),
         interpret=interpret,
         name="wkv7_backward",
     )(*inputs)
     grads = [
-        x if name == "v" else jnp.sum(x, axis=0).astype(_F32 if name == "w" else r.dtype)
+        x if name == "v" else jnp.sum(x, axis=0).astype(F32 if name == "w" else r.dtype)
         for name, x in zip("rwkvab", shares, strict=True)
     ]
     return (*grads, dstart)
@@ -388,9 +373,9 @@ def wkv7(
     _check(r, log_w, k, v, a, b, state)
     if state is None:
         batch, _, heads, head = r.shape
-        state = jnp.zeros((batch, heads, head, head), _F32)
+        state = jnp.zeros((batch, heads, head, head), F32)
     tile = default_tile(r.shape[-1]) if tile is None else tile
-    return _wkv7(r, log_w.astype(_F32), k, v, a, b, state.astype(_F32), tile, interpret)
+    return _wkv7(r, log_w.astype(F32), k, v, a, b, state.astype(F32), tile, interpret)
 
 
 def _check(r, log_w, k, v, a, b, state) -> None:

@@ -23,14 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_chips import current_chip
+from pallas_kernels import common
+from pallas_kernels.common import F32, LANES, LOG2_E, NT, TN, dot
+from pallas_kernels.tpu_chips import current_chip, grid_options
 
-_LANES = 128
 _DIAGONAL = 8  # size of the diagonal blocks inverted on the vector unit: one register of sublanes
-_LOG2_E = math.log2(math.e)
-_F32 = jnp.float32
-# Contracted dimensions of x @ y, x @ y^T, x^T @ y.
-_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,29 +39,32 @@ class TileConfig:
         of a pack share 128 lanes) 128. Decays inside a chunk are scaled by at most
         exp(0.6065 * C / 2), which float32 holds.
       max_packs: largest number of 128-lane packs a grid step; the largest divisor of the number
-        of packs up to this is used. More packs hide the latency of dependent products.
+        of packs up to this is used with which the cores have equally many steps, if there is one.
+        More packs hide the latency of dependent products.
       max_items: largest number of (pack, chunk) pairs a grid step. What the packs leave is used
         up by consecutive chunks, whose state-free parts run side by side.
       vmem_limit_bytes: scratchpad the compiler may use.
+      cores: cores that share the steps of sequences and packs: 2 on v5p, whose chips are one
+        device.
     """
 
     chunk: int = 64
     max_packs: int = 6
     max_items: int = 12
     vmem_limit_bytes: int = 64 * 1024 * 1024
+    cores: int = 1
 
     def __post_init__(self):
         if self.chunk not in (16, 32, 64, 128):
             raise ValueError(f"chunk must be 16, 32, 64 or 128, got {self.chunk}")
-        if self.max_packs < 1 or self.max_items < 1:
-            raise ValueError(
-                f"max_packs and max_items must be positive, got {self.max_packs}, {self.max_items}"
-            )
+        for name in ("max_packs", "max_items", "cores"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 TILES = {
     "v5e": TileConfig(),
-    "v5p": TileConfig(vmem_limit_bytes=48 * 1024 * 1024),
+    "v5p": TileConfig(vmem_limit_bytes=48 * 1024 * 1024, cores=2),
     "v6e": TileConfig(),
 }
 
@@ -77,13 +77,7 @@ def default_tile() -> TileConfig:
 
 def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Why these kernels cannot take such inputs; None if they can."""
-    if head_size != value_size:
-        return f"key size {head_size} and value size {value_size} differ"
-    if head_size not in (64, 128):
-        return f"head size {head_size} is not 64 or 128"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(_F32)):
-        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float32"
-    return None
+    return common.unsupported_reason(head_size, value_size, dtype)
 
 
 # --------------------------------------------------------------------------------------------
@@ -93,14 +87,6 @@ def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeL
 
 def _iota(shape: tuple[int, int], dimension: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, dimension)
-
-
-def _dot(x: jax.Array, y: jax.Array, contracted=_NN) -> jax.Array:
-    """Product with float32 accumulation: one pass for bfloat16 operands, full float32 otherwise."""
-    precision = lax.Precision.HIGHEST if x.dtype == _F32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=_F32
-    )
 
 
 def _rows(*parts: jax.Array) -> jax.Array:
@@ -126,7 +112,7 @@ class _Shape:
 
     @property
     def heads(self) -> int:
-        return _LANES // self.head
+        return LANES // self.head
 
     @property
     def wide(self) -> int:
@@ -175,13 +161,13 @@ class _Shape:
         keeps 17 bits of each summand, and add both in one product of depth 2 C.
         """
         terms = [x]
-        if self.dtype != _F32:
+        if self.dtype != F32:
             high = x.astype(self.dtype)
-            terms = [high, (x - high.astype(_F32)).astype(self.dtype)]
+            terms = [high, (x - high.astype(F32)).astype(self.dtype)]
         shape = (self.chunk, self.chunk * len(terms))
         row, column = _iota(shape, 0), _iota(shape, 1) % self.chunk
         ones = jnp.where(column >= row if reverse else column <= row, 1.0, 0.0)
-        return _dot(ones.astype(self.dtype), _rows(*terms))
+        return dot(ones.astype(self.dtype), _rows(*terms))
 
 
 def _diagonal_inverse(shape: _Shape, ab: jax.Array) -> jax.Array:
@@ -213,7 +199,7 @@ def _inverse(shape: _Shape, ab: jax.Array) -> Generator[None, None, jax.Array]:
     binomially when keys repeat. Only the lower halves are computed where they are whole registers.
     """
     chunk, dtype = shape.chunk, shape.dtype
-    whole_rows = 8 if dtype == _F32 else 16
+    whole_rows = 8 if dtype == F32 else 16
     x = _diagonal_inverse(shape, ab)
     row, column = shape.times(ab)
     size = _DIAGONAL
@@ -224,18 +210,18 @@ def _inverse(shape: _Shape, ab: jax.Array) -> Generator[None, None, jax.Array]:
         halves = size % whole_rows == 0
         left = _rows(*(x[s + size : s + 2 * size] for s in starts)) if halves else x
         yield
-        product = _dot(left, corner).astype(dtype)
+        product = dot(left, corner).astype(dtype)
         right = shape.stack(x)
         yield
-        product = _dot(product, right)
+        product = dot(product, right)
         if halves:  # the new entries fall where x is zero
             parts = []
             for i, s in enumerate(starts):
-                low = x[s + size : s + 2 * size].astype(_F32) + product[i * size : (i + 1) * size]
+                low = x[s + size : s + 2 * size].astype(F32) + product[i * size : (i + 1) * size]
                 parts += [x[s : s + size], low.astype(dtype)]
             x = _rows(*parts)
         else:
-            x = (x.astype(_F32) + product).astype(dtype)
+            x = (x.astype(F32) + product).astype(dtype)
         size *= 2
     return x
 
@@ -263,13 +249,13 @@ class _Item:
     def window(self) -> tuple:
         size = self.shape.chunk
         rows = slice(self.chunk * size, (self.chunk + 1) * size)
-        return 0, rows, slice(self.pack * _LANES, (self.pack + 1) * _LANES)
+        return 0, rows, slice(self.pack * LANES, (self.pack + 1) * LANES)
 
     def get(self, ref) -> jax.Array:
         return ref[self.window]
 
     def get_f32(self, ref) -> jax.Array:
-        return ref[self.window].astype(_F32)
+        return ref[self.window].astype(F32)
 
     def get_operand(self, ref) -> jax.Array:
         return ref[self.window].astype(self.shape.dtype)
@@ -289,7 +275,7 @@ class _Decay:
 
     @classmethod
     def of(cls, shape: _Shape, log_w: jax.Array) -> "_Decay":
-        step = log_w * _LOG2_E
+        step = log_w * LOG2_E
         inclusive = shape.cumulate(step)
         half, end = shape.chunk // 2, shape.chunk
         return cls(step, inclusive, inclusive[half - 1 : half], inclusive[end - 1 : end])
@@ -344,17 +330,17 @@ def _forward_kernel(
         k = (item.get_f32(k_ref) * decay.inverse_scale()).astype(dtype)
         a_r, b_stack = _rows(a, r), shape.stack(b)
         yield
-        product = _dot(a_r, b_stack, _NT)
+        product = dot(a_r, b_stack, NT)
         ab = shape.earlier(product[:size], strict=True)
         rb = shape.earlier(product[size:], strict=False).astype(dtype)
         k_stack, v = shape.stack(k), item.get_operand(v_ref)
         yield
-        product = _dot(a_r, k_stack, _NT)
+        product = dot(a_r, k_stack, NT)
         ak = shape.earlier(product[:size], strict=True)
         rk = shape.earlier(product[size:], strict=False)
         ak_rk, v_stack = _rows(ak, rk).astype(dtype), shape.stack(v)
         yield
-        from_v = _dot(ak_rk, v_stack)
+        from_v = dot(ak_rk, v_stack)
         x = yield from _inverse(shape, ab)
         if residuals:
             inverse_ref[0, item.chunk, pack] = x
@@ -366,17 +352,17 @@ def _forward_kernel(
         if residuals:
             states_ref[0, item.chunk, pack] = state
         state = state * decay.state_to_middle()
-        z_y = from_v + _dot(a_r, shape.stack(state.astype(dtype)), _NT)
+        z_y = from_v + dot(a_r, shape.stack(state.astype(dtype)), NT)
         z_stack = shape.stack(z_y[:size].astype(dtype))
         yield
-        u = _dot(x, z_stack).astype(dtype)
+        u = dot(x, z_stack).astype(dtype)
         if residuals:
             item.put(u_ref, u)
         u_stack, u_v = shape.stack(u), _rows(u, v)
         yield
-        state = state + shape.unstack(_dot(u_v, _rows(b, k), _TN))
+        state = state + shape.unstack(dot(u_v, _rows(b, k), TN))
         state_ref[pack] = state * decay.middle_to_end()
-        item.put(y_ref, z_y[size:] + _dot(rb, u_stack))
+        item.put(y_ref, z_y[size:] + dot(rb, u_stack))
 
     _interleave(solve(_Item(g, j, shape)) for j in range(chunks) for g in range(packs))
 
@@ -422,13 +408,13 @@ def _backward_kernel(
         a_stack, r_stack, dy_stack = shape.stack(a), shape.stack(r), shape.stack(dy)
         yield
         # Rows are sources here: transposed by exchanging the operands, not by moving data.
-        product = _dot(b_k, r_stack, _NT)
+        product = dot(b_k, r_stack, NT)
         br = shape.earlier(product[:size], strict=False, transposed=True)
         kr = shape.earlier(product[size:], strict=False, transposed=True)
         br_kr = _rows(br, kr).astype(dtype)
-        ka = shape.earlier(_dot(k, a_stack, _NT), strict=True, transposed=True).astype(dtype)
+        ka = shape.earlier(dot(k, a_stack, NT), strict=True, transposed=True).astype(dtype)
         yield
-        du_dv = _dot(br_kr, dy_stack)
+        du_dv = dot(br_kr, dy_stack)
         # The part below needs the state's gradient; an earlier chunk waits for the later ones.
         for _ in range(3 * (chunks - 1 - index)):
             yield
@@ -438,23 +424,23 @@ def _backward_kernel(
         dstate = dstate * decay.middle_to_end()
         dstate_stack = shape.stack(dstate.astype(dtype))
         yield
-        du_dv = du_dv + _dot(b_k, dstate_stack, _NT)
+        du_dv = du_dv + dot(b_k, dstate_stack, NT)
         du = du_dv[:size].astype(dtype)
         yield
-        dz = shape.unstack(_dot(inverse_ref[0, index, pack], du, _TN)).astype(dtype)
+        dz = shape.unstack(dot(inverse_ref[0, index, pack], du, TN)).astype(dtype)
         dz_dy, dz_stack = _rows(dz, dy), shape.stack(dz)
         yield
-        dstate = dstate + shape.unstack(_dot(dz_dy, a_r, _TN))
+        dstate = dstate + shape.unstack(dot(dz_dy, a_r, TN))
         dstate_ref[pack] = dstate * decay.state_to_middle()
-        item.put(dv_ref, du_dv[size:] + _dot(ka, dz_stack))
+        item.put(dv_ref, du_dv[size:] + dot(ka, dz_stack))
         u_stack, v_stack = shape.stack(u), shape.stack(v)
         yield
-        product = _dot(dz_dy, u_stack, _NT)
+        product = dot(dz_dy, u_stack, NT)
         dab = shape.earlier(product[:size], strict=True)
         drb = shape.earlier(product[size:], strict=False)
         dab_drb = _rows(dab, drb).astype(dtype)
         yield
-        product = _dot(dz_dy, v_stack, _NT)
+        product = dot(dz_dy, v_stack, NT)
         dak = shape.earlier(product[:size], strict=True)
         drk = shape.earlier(product[size:], strict=False)
         dak_drk = _rows(dak, drk).astype(dtype)
@@ -464,9 +450,9 @@ def _backward_kernel(
         state_stack = shape.stack((before * decay.state_to_middle()).astype(dtype))
         b_stack, k_stack = shape.stack(b), shape.stack(k)
         yield
-        da_dr = _dot(dz_dy, state_stack) + _dot(dab_drb, b_stack)
+        da_dr = dot(dz_dy, state_stack) + dot(dab_drb, b_stack)
         yield
-        da_dr = da_dr + _dot(dak_drk, k_stack)
+        da_dr = da_dr + dot(dak_drk, k_stack)
         da, dr = da_dr[:size] * a_scale, da_dr[size:] * r_scale
         item.put(da_ref, da)
         item.put(dr_ref, dr)
@@ -474,7 +460,7 @@ def _backward_kernel(
         # Gradient of the inclusive log decays; a's, of the exclusive one, is corrected below.
         dlog = item.get_f32(r_ref) * dr + a_da
         yield
-        db_dk = _dot(_rows(u, v), dstate_stack)
+        db_dk = dot(_rows(u, v), dstate_stack)
         yield
         from_a_r = _source_gradients(shape, dab_drb, dak_drk, a_r)
         db = (db_dk[:size] + from_a_r[0]) * inverse_scale
@@ -496,9 +482,9 @@ def _source_gradients(
     shape: _Shape, dab_drb: jax.Array, dak_drk: jax.Array, a_r: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Both [2 C, wide]^T @ [a; r], wide [C, 128]; one product where it stays register-aligned."""
-    if shape.wide % _LANES:
-        return tuple(shape.unstack(_dot(x, a_r, _TN)) for x in (dab_drb, dak_drk))
-    both = _dot(jnp.concatenate([dab_drb, dak_drk], axis=1), a_r, _TN)
+    if shape.wide % LANES:
+        return tuple(shape.unstack(dot(x, a_r, TN)) for x in (dab_drb, dak_drk))
+    both = dot(jnp.concatenate([dab_drb, dak_drk], axis=1), a_r, TN)
     return shape.unstack(both[: shape.wide]), shape.unstack(both[shape.wide :])
 
 
@@ -507,8 +493,9 @@ def _source_gradients(
 # --------------------------------------------------------------------------------------------
 
 
-def _divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
+def _divisors(number: int, limit: int) -> list[int]:
+    """Divisors of a number up to a limit of at least 1."""
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -523,7 +510,7 @@ class _Plan:
 
     @property
     def all_packs(self) -> int:
-        return self.width // _LANES
+        return self.width // LANES
 
     @property
     def all_chunks(self) -> int:
@@ -531,11 +518,13 @@ class _Plan:
 
     @property
     def packs(self) -> int:
-        return _divisor(self.all_packs, self.tile.max_packs)
+        divisors = _divisors(self.all_packs, self.tile.max_packs)
+        even = [n for n in divisors if not self.batch * self.all_packs // n % self.tile.cores]
+        return max(even or divisors)
 
     @property
     def chunks(self) -> int:
-        return _divisor(self.all_chunks, max(1, self.tile.max_items // self.packs))
+        return max(_divisors(self.all_chunks, max(1, self.tile.max_items // self.packs)))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -548,11 +537,11 @@ class _Plan:
             return last - c if reverse else c
 
         shape, packs, chunks = self.shape, self.packs, self.chunks
-        state = (packs, shape.head, _LANES)
+        state = (packs, shape.head, LANES)
         inverse = (packs, shape.chunk, shape.wide)
         return {
             "tokens": pl.BlockSpec(
-                (1, chunks * shape.chunk, packs * _LANES), lambda i, j, c: (i, time(c), j)
+                (1, chunks * shape.chunk, packs * LANES), lambda i, j, c: (i, time(c), j)
             ),
             "state": pl.BlockSpec((1, *state), lambda i, j, c: (i, j, 0, 0)),
             "states": pl.BlockSpec((1, chunks, *state), lambda i, j, c: (i, time(c), j, 0, 0)),
@@ -560,25 +549,22 @@ class _Plan:
         }
 
     def shapes(self) -> dict[str, Callable | jax.ShapeDtypeStruct]:
-        state = (self.all_packs, self.shape.head, _LANES)
+        state = (self.all_packs, self.shape.head, LANES)
         inverse = (self.all_packs, self.shape.chunk, self.shape.wide)
         lead = (self.batch, self.all_chunks)
         tokens = (self.batch, self.time, self.width)
         return {
             "tokens": functools.partial(jax.ShapeDtypeStruct, tokens),
-            "state": jax.ShapeDtypeStruct((self.batch, *state), _F32),
-            "states": jax.ShapeDtypeStruct((*lead, *state), _F32),
+            "state": jax.ShapeDtypeStruct((self.batch, *state), F32),
+            "states": jax.ShapeDtypeStruct((*lead, *state), F32),
             "inverse": jax.ShapeDtypeStruct((*lead, *inverse), self.shape.dtype),
         }
 
     def scratch(self):
-        return pltpu.VMEM((self.packs, self.shape.head, _LANES), _F32)
+        return pltpu.VMEM((self.packs, self.shape.head, LANES), F32)
 
-    def compiler_params(self):
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=self.tile.vmem_limit_bytes,
-        )
+    def options(self) -> dict:
+        return grid_options(self.grid, 2, self.tile.vmem_limit_bytes)
 
     def cost(self, square: int, mixed: int, arrays: Iterable) -> pl.CostEstimate:
         """Useful work: `square` products C x C x K and `mixed` ones C x K x V a chunk and head."""
@@ -621,7 +607,7 @@ def _forward_call(tokens, start, *, head, tile, residuals, interpret):
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[plan.scratch()],
-        compiler_params=plan.compiler_params(),
+        **plan.options(),
         cost_estimate=plan.cost(9, 4, [*tokens, start, *out_shape]),
         interpret=interpret,
         name="wkv7_forward",
@@ -632,7 +618,7 @@ def _backward_call(tokens, saved, dy, dend, *, head, tile, interpret):
     """saved: (states, end, inverse, u) of the forward call, packed as there."""
     plan = _plan(tokens[0], head, tile)
     specs, shapes = plan.specs(reverse=True), plan.shapes()
-    out_shape = [shapes["tokens"](_F32 if i == 1 else x.dtype) for i, x in enumerate(tokens)]
+    out_shape = [shapes["tokens"](F32 if i == 1 else x.dtype) for i, x in enumerate(tokens)]
     out_shape.append(shapes["state"])
     inputs = (*tokens, *saved, dy, dend)
     saved_specs = [specs["states"], specs["state"], specs["inverse"], specs["tokens"]]
@@ -646,7 +632,7 @@ def _backward_call(tokens, saved, dy, dend, *, head, tile, interpret):
         out_specs=[specs["tokens"]] * 6 + [specs["state"]],
         out_shape=out_shape,
         scratch_shapes=[plan.scratch(), plan.scratch()],
-        compiler_params=plan.compiler_params(),
+        **plan.options(),
         cost_estimate=plan.cost(17, 8, [*inputs, *out_shape]),
         interpret=interpret,
         name="wkv7_backward",
@@ -656,7 +642,7 @@ def _backward_call(tokens, saved, dy, dend, *, head, tile, interpret):
 def _pad(x: jax.Array, tile: TileConfig) -> jax.Array:
     """[B, T, H, K] -> [B, T', P * 128]: whole chunks, whole packs; zeros change no state."""
     batch, time, heads, head = x.shape
-    more_time, more_heads = -time % tile.chunk, -heads % (_LANES // head)
+    more_time, more_heads = -time % tile.chunk, -heads % (LANES // head)
     if more_time or more_heads:
         x = jnp.pad(x, ((0, 0), (0, more_time), (0, more_heads), (0, 0)))
     return x.reshape(batch, time + more_time, (heads + more_heads) * head)
@@ -670,11 +656,11 @@ def _crop(x: jax.Array, like: tuple[int, ...]) -> jax.Array:
 def _pack_state(state: jax.Array) -> jax.Array:
     """[B, H, V, K] -> [B, P, V, 128]: the heads of a pack side by side in lanes."""
     batch, heads, value, key = state.shape
-    each = _LANES // key
+    each = LANES // key
     if heads % each:
         state = jnp.pad(state, ((0, 0), (0, -heads % each), (0, 0), (0, 0)))
     state = state.reshape(batch, -1, each, value, key).swapaxes(2, 3)
-    return state.reshape(batch, -1, value, _LANES)
+    return state.reshape(batch, -1, value, LANES)
 
 
 def _unpack_state(packed: jax.Array, heads: int) -> jax.Array:
@@ -690,7 +676,7 @@ def _check(r, log_w, k, v, a, b, state, tile) -> None:
     reason = unsupported_reason(head, v.shape[-1], r.dtype)
     if reason:
         raise ValueError(f"wkv7 on TPU: {reason}")
-    if tile.chunk * (_LANES // head) > _LANES:
+    if tile.chunk * (LANES // head) > LANES:
         raise ValueError(f"wkv7 on TPU: chunk {tile.chunk} needs head size 128, got {head}; use 64")
     if time < 1:
         raise ValueError("wkv7 on TPU: T must be at least 1")
@@ -786,5 +772,5 @@ def wkv7(
         raise ValueError(f"wkv7 on TPU: r, k, v, a, b must share a dtype, got {found}")
     if state is None:
         batch, _, heads, head = r.shape
-        state = jnp.zeros((batch, heads, head, head), _F32)
-    return _wkv7(r, log_w.astype(_F32), k, v, a, b, state.astype(_F32), tile, interpret)
+        state = jnp.zeros((batch, heads, head, head), F32)
+    return _wkv7(r, log_w.astype(F32), k, v, a, b, state.astype(F32), tile, interpret)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from rwkvx_jax.config import ConfigError, ModelConfig
+from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.ops.selection import MEAN, Selector
 
 Gate = Literal["per_head", "shared"]
@@ -301,7 +302,8 @@ def compress(
     keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
     row = jnp.arange(keys.shape[2])
     past = row[None] < (length - policy.window)[:, None]  # [B, S]
-    scores = jnp.einsum("bhk,bhsk->bhs", q, keys, preferred_element_type=jnp.float32)
+    options = {"precision": precision_of(q.dtype), "preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bhk,bhsk->bhs", q, keys, **options)
     scores = jnp.where(past[:, None], scores * size**-0.5, -jnp.inf)
     _, chosen = jax.lax.top_k(scores, policy.keep - policy.window)
     recent = (length - policy.window)[:, None] + jnp.arange(policy.window)[None]  # [B, window]

@@ -21,6 +21,7 @@ from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
 from rwkvx_jax.modules.channel_mix import last_valid
 from rwkvx_jax.modules.parameters import layer_norm, orthogonal, parameter, uniform
+from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -37,8 +38,12 @@ class Head(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Float32 logits [..., W] of features [..., D]."""
-        weight = self.weight[...].astype(x.dtype)
-        return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+        return jnp.matmul(
+            x,
+            self.weight[...].astype(x.dtype),
+            precision=precision_of(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
 
 
 class RWKVX(nnx.Module):

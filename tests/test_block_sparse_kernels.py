@@ -5,6 +5,7 @@ to bfloat16 where those are). Lengths are deliberately unround: a ragged last ch
 of heads, several segments of queries. Tiles are small, so that every chunk fills several.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -154,12 +155,46 @@ def test_programs_of_a_gpu_stay_within_the_keys():
     assert int(first[0]) * 64 + plan.queries <= plan.keys
 
 
+def plan_for(chip, length, heads, size, chunk_size, slots):
+    x = jax.ShapeDtypeStruct((1, length, heads, size), jnp.bfloat16)
+    tile = block_sparse_tpu.TILES[chip]
+    return block_sparse_tpu._plan_of(x, x, slots, chunk_size, 1.0, 0, tile)
+
+
+@pytest.mark.parametrize(
+    "chip, length, heads, size, chunk_size, slots",
+    [
+        ("v5e", 131072, 12, 64, 2048, 2),
+        ("v5p", 1 << 20, 12, 64, 512, 15),
+        ("v5p", 1 << 20, 1, 128, 2048, 31),
+        ("v5e", 1 << 19, 2, 64, 32, 63),
+    ],
+)
+def test_all_tables_of_a_call_fit_scalar_memory(chip, length, heads, size, chunk_size, slots):
+    """Both tables and the scalar blocks; every tile is in one call, a segment's in the same."""
+    plan = plan_for(chip, length, heads, size, chunk_size, slots)
+    routes, together = plan.routing, plan.packs_together
+    assert plan.problem is None and plan.all_packs % together == 0
+    assert together % plan.tile.cores == 0 or plan.all_packs == 1
+    segments = np.asarray(routes.segment_of_tile())
+    stop = 0
+    for part in plan.parts(together):
+        assert part.start == stop
+        stop = part.stop
+        assert stop == routes.all_tiles or segments[stop - 1] != segments[stop]
+        chunks = together * plan.shape.heads * (part.stop - part.start)
+        steps = (part.stop - part.start) // routes.together
+        rows = 2 * routes.together * routes.rows  # of this step and the next
+        assert chunks + steps + 1 + rows <= 150_000  # of 2^18, or the compiler spills its own
+    assert stop == routes.all_tiles
+
+
 def test_too_many_tiles_are_named():
-    """A pack's table must fit scalar memory: 63 of 16384 chunks do not, at 524,288 tokens."""
+    """The tables of one pack and one segment must fit, wherever they are cut."""
     x = lambda length: jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
     reason = functools.partial(block_sparse_tpu.unsupported_reason, chunk_size=32, tile=V5E)
-    assert reason(x(65536), x(65536), x(65536), 63) is None
-    assert "524288 queries that choose 63 chunks of 32" in reason(*[x(524288)] * 3, 63)
+    assert reason(*[x(524288)] * 3, 63) is None
+    assert "4194304 queries that choose 7 chunks of 32" in reason(*[x(1 << 22)] * 3, 7)
     assert "pairs a segment" in reason(*[x(4096)] * 3, 8191)
 
 
@@ -212,6 +247,14 @@ def test_default_tile(length, chunk_size, top_k):
     check(qkv, chosen, chunk_size, tile=TileConfig())
 
 
+@pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_fewer_tiles_a_step_of_joined_chunks(together):
+    """A tile's chunk lies anywhere in the block of keys, however many tiles share the step."""
+    tile = dataclasses.replace(SMALL, together=together)
+    qkv = random_qkv(20, 1, LENGTH, heads=1, size=64)
+    check(qkv, random_selection(21, 1, LENGTH, 1, CHUNK, 3), CHUNK, tile=tile)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [0, 4])
 @pytest.mark.parametrize("size", [64, 128])
@@ -223,22 +266,54 @@ def test_skewed_over_segments(size, target):
 
 @pytest.mark.slow
 def test_tables_in_several_calls(monkeypatch):
-    """More tiles than scalar memory has room for: packs are taken a few at a time."""
-    monkeypatch.setattr(block_sparse_tpu, "_TABLE_ENTRIES", 100)
+    """More tiles than scalar memory has room for: one pack and one segment at a time."""
+    monkeypatch.setattr(block_sparse_tpu, "SCALAR_WORDS", 1061)
     qkv = random_qkv(12, 2, 310, heads=5, size=64)
     check(qkv, random_selection(13, 2, 310, 5, CHUNK, 3), CHUNK)
+
+
+def interpreted_by_cores(cores):
+    return pltpu.InterpretParams(
+        uninitialized_memory="nan", detect_races=True, num_cores_or_threads=cores
+    )
+
+
+def assert_no_races():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, size", [(jnp.float32, 128), (jnp.bfloat16, 64)])
 def test_tpu_semantics(dtype, size):
     """DMA, semaphores, NaN in memory nobody wrote, and no two accesses that race."""
-    interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
     qkv = random_qkv(14, 1, 290, heads=1, size=size, dtype=dtype)
-    check(qkv, random_selection(15, 1, 290, 1, CHUNK, 3), CHUNK, interpret=interpret)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    chosen = random_selection(15, 1, 290, 1, CHUNK, 3)
+    check(qkv, chosen, CHUNK, interpret=interpreted_by_cores(1))
+    assert_no_races()
 
-    assert not interpret_pallas_call.races.races_found
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, size", [(jnp.float32, 128), (jnp.bfloat16, 64)])
+def test_two_cores(dtype, size):
+    """Routing, forward and backward of two packs, on the two cores of a v5p."""
+    heads = 2 * 128 // size
+    qkv = random_qkv(16, 1, 130, heads=heads, size=size, dtype=dtype)
+    chosen = random_selection(17, 1, 130, heads, CHUNK, 3)
+    tile = dataclasses.replace(SMALL, cores=2)
+    check(qkv, chosen, CHUNK, tile=tile, interpret=interpreted_by_cores(2))
+    assert_no_races()
+
+
+@pytest.mark.slow
+def test_two_cores_choose():
+    q, k, _ = random_qkv(18, 2, 300, heads=2, size=64)
+    keys, options = chunk_key_sums(k, 64), {"chunk_size": 64, "count": 2}
+    found = selection_tpu.select_by_keys(q, keys, 0, **options, interpret=interpreted_by_cores(2))
+    assert_no_races()
+    expected = selection_tpu.select_by_keys(q, keys, 0, **options, interpret=True)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +336,7 @@ def test_bad_inputs_are_named(change, message):
 
 
 @pytest.mark.parametrize(
-    "field", [{"rows": 100}, {"keys": 0}, {"diagonal": 64}, {"segment_bytes": 0}]
+    "field", [{"rows": 100}, {"keys": 0}, {"diagonal": 64}, {"segment_bytes": 0}, {"cores": 0}]
 )
 def test_bad_tiles_are_named(field):
     with pytest.raises(ValueError, match=next(iter(field))):
@@ -305,6 +380,15 @@ def test_the_gate_chooses_as_the_reference(length, keys, chunk_size, count, offs
     assert actual.dtype == jnp.int32
     np.testing.assert_array_equal(actual, expected)
     assert len(np.unique(expected)) > count + 1
+
+
+def test_the_gate_takes_fewer_queries_where_its_tables_are_long(monkeypatch):
+    q, k, _ = random_qkv(2, 2, 1200, heads=1, size=64)
+    rows = chunk_key_sums(k, 4), jnp.asarray([0, 7])
+    choose = functools.partial(selection_tpu.select_by_keys, chunk_size=4, count=2, interpret=True)
+    whole = choose(q, *rows)
+    monkeypatch.setattr(selection_tpu, "SCALAR_WORDS", 10)
+    np.testing.assert_array_equal(choose(q, *rows), whole)
 
 
 def test_the_gate_reads_bfloat16_exactly():

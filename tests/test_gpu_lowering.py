@@ -81,6 +81,61 @@ def test_many_small_chunks_lower_for_cuda():
     assert text.count(TRITON) == 5
 
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None  # importing it now fails
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+import rwkvx_jax
+from pallas_kernels import block_sparse_gpu, wkv7_gpu
+from rwkvx_jax.model import create_model
+from tests.model_cases import FLOAT32, TINY
+
+tokens = jnp.arange(20, dtype=jnp.int32)[None]
+logits = jax.jit(lambda model, tokens: model(tokens))(create_model(TINY, FLOAT32), tokens)
+assert jnp.isfinite(logits).all()
+
+x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+def sparse(implementation):
+    settings = {"chunk_size": 32, "top_k": 2, "implementation": implementation}
+    return jax.eval_shape(lambda *x: rwkvx_jax.sparse_attention(*x, **settings), x, x, x)
+def recurrence(implementation):
+    op = lambda *x: rwkvx_jax.wkv7(*x, implementation=implementation)
+    return jax.eval_shape(op, *[x] * 6)
+with jax.sharding.use_abstract_mesh(mesh):
+    for op in (sparse, recurrence):
+        op(None)  # another form, with a warning
+        try:
+            op("pallas")
+        except ValueError as error:
+            print(error)
+"""
+
+
+def test_without_triton_all_but_the_gpu_kernels_works():
+    """JAX has announced to remove it: a process in which it cannot be imported."""
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    errors = result.stdout.splitlines()
+    assert len(errors) == 2
+    for error, op in zip(errors, ("sparse_attention", "wkv7"), strict=True):
+        assert error.startswith(f"{op}: implementation 'pallas' cannot run here: jax ")
+        assert "has no jax.experimental.pallas.triton" in error and "install a jax" in error
+        assert "use '" in error  # what can run
+    for op in ("sparse_attention", "wkv7"):
+        assert f"{op}: falling back to" in result.stderr
+
+
 COMPILE = """
 import sys
 import jax

@@ -202,6 +202,15 @@ def test_kernels_of_another_chunk_size_are_others():
     assert KernelCosts("v5e", table, ("C2048", "K4")).bundles("k", 200) is None
 
 
+def test_cores_share_a_kernels_grid_as_it_is():
+    """An odd number of parallel steps leaves one idle at the end, a single one throughout."""
+    case = {"bundles": 100, "hbm_bytes": 10, "parallel_steps": 4}
+    costs = KernelCosts("v5p", {"k/v5p/T": case})
+    for steps, bundles in ((4, 100), (None, 100), (1, 200), (3, 400 / 3)):
+        assert costs.bundles("k", 10, steps) == pytest.approx(bundles)
+    assert KernelCosts("v5e", {"k/v5e/T": case}).bundles("k", 10, 1) == 100
+
+
 def test_the_two_devices_of_a_chip_share_it():
     devices = [SimpleNamespace(coords=(i // 2, 0, 0), slice_index=None) for i in range(4)]
     found = Machine.of("v4", devices).chip

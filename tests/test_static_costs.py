@@ -155,7 +155,9 @@ def test_stages_add():
 
 def test_a_body_is_counted_per_grid_step():
     """The two passes that fill and drain the pipeline are not work."""
-    facts = dict(units=6, hbm_bytes=120, contract_bytes=100, compile_seconds=1.0, jax="x")
+    facts = dict(
+        parallel_steps=2, units=6, hbm_bytes=120, contract_bytes=100, compile_seconds=1.0, jax="x"
+    )
     case = Case("wkv7_forward", "v5e", 768, 4096)
     result = static_costs._account(case, read_schedule(SCHEDULE), {}, facts)
     body = 8 + 11 * (3 + 6 * 4)

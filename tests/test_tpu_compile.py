@@ -3,6 +3,7 @@
 Needs the TPU compiler (libtpu), no TPU. The counts are the compiler's static schedule.
 """
 
+import functools
 import math
 import re
 import time
@@ -16,8 +17,9 @@ from pallas_kernels import routing
 from rwkvx_jax.config import Config, LongCEConfig, MeshConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.ops.selection import Selector
-from rwkvx_jax.plan import topology
+from rwkvx_jax.plan import hlo, topology, work
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.training.step import param_shardings, stage_program
 from tools import static_costs
@@ -56,6 +58,27 @@ def test_schedule(case):
     assert result["compile_seconds"] < 60
     bar = BARS.get(case.kernel, {}).get(case.chip)
     assert bar is None or result["bundles_per_unit"] <= bar
+
+
+@pytest.mark.parametrize("heads, shared", [(12, True), (2, False)])
+def test_the_cores_of_a_v5p_share_one_row(heads, shared):
+    """Packs of heads are cut so that both have as many steps; the planner reads how many. A single
+    pack cannot be cut."""
+    mesh = topology.topology_mesh("v5p:2x2x1", {"device": 1})
+    x = jax.ShapeDtypeStruct(
+        (1, 128, heads, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(
+            functools.partial(wkv7, implementation="pallas"),
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        text = jax.jit(run).lower(*[x] * 6).compile().as_text()
+    works, _ = work.read_work(hlo.parse(text), 1)
+    (steps,) = [one.parallel_steps for one in works if one.kernel == "wkv7_forward"]
+    assert (steps % 2 == 0) == shared and (shared or steps == 1)
 
 
 def test_topologies():
@@ -186,27 +209,34 @@ def test_memory_of_sparse_attention():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "chip, length, dtype",
+    "chip, length, size, chunk_size, top_k, dtype",
     [
-        (chip, 65536, dtype)
+        (chip, 65536, 64, 32, 64, dtype)
         for chip in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
         for dtype in (jnp.bfloat16, jnp.float32)
     ]
-    + [("v5e:2x2", 262144, jnp.bfloat16)],
+    + [
+        ("v5e:2x2", 262144, 64, 32, 64, jnp.bfloat16),
+        ("v5p:2x2x1", 1 << 20, 64, 512, 16, jnp.bfloat16),
+        ("v5p:2x2x1", 1 << 20, 128, 2048, 32, jnp.bfloat16),
+    ],
 )
-def test_many_small_chunks(chip, length, dtype):
-    """The sizes of configs/recall_64k.py: 4 million pairs a head, sorted in parts that fit VMEM."""
+def test_long_tables(chip, length, size, chunk_size, top_k, dtype):
+    """The sizes of configs/recall_64k.py, 4 million pairs a head, sorted in parts that fit VMEM;
+    and tables that fill scalar memory more than once."""
     mesh = topology.topology_mesh(chip, {"device": 1})
     everywhere = NamedSharding(mesh, PartitionSpec())
-    x = jax.ShapeDtypeStruct((1, length, 2, 64), dtype, sharding=everywhere)
-    settings = dict(chunk_size=32, top_k=64, selector=Selector("bounds"), implementation="pallas")
+    x = jax.ShapeDtypeStruct((1, length, 128 // size, size), dtype, sharding=everywhere)
+    settings = {"chunk_size": chunk_size, "top_k": top_k, "implementation": "pallas"}
+    settings["selector"] = Selector("bounds" if chunk_size == 32 else "mean")
 
     def total(*qkv):
         return sparse_attention(*qkv, **settings).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
-    absent = {"block_sparse_start"} if dtype == jnp.float32 else set()  # of bfloat16 alone
+    packed = dtype == jnp.bfloat16 and size == 64
+    absent = set() if packed else {"block_sparse_start"}
     for name in set(BLOCK_SPARSE) - absent:
         assert re.search(rf"%[\w.]*{name}[\w.]* = .*custom-call\(.*tpu_custom_call", compiled), name
 

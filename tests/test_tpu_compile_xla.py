@@ -1,9 +1,10 @@
 """What README's table calls "compiled (v5e)" beside the kernels: every form XLA compiles, gradients
-included.
+included; and the precision of a model's products.
 
 Needs the TPU compiler (libtpu), no TPU.
 """
 
+import re
 from functools import partial
 
 import jax
@@ -12,8 +13,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rwkvx_jax import full_attention, select_chunks, sparse_attention, wkv7
+from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.config import RunConfig
+from rwkvx_jax.model import abstract_model
 from rwkvx_jax.ops.selection import Selector
-from rwkvx_jax.plan import topology
+from rwkvx_jax.plan import hlo, topology
+from tests.model_cases import TINY
 
 pytestmark = pytest.mark.skipif(
     not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
@@ -65,3 +70,31 @@ def test_the_gate_compiles(kind):
 def _inputs(mesh, arrays):
     sharding = NamedSharding(mesh, PartitionSpec())
     return [jax.ShapeDtypeStruct((B, T, H, K), jnp.float32, sharding=sharding)] * arrays
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_as_precise_as_the_compute_dtype(dtype):
+    """A sequence, a piece with compression, and one token: float32 is float32 in every product."""
+    policy = CachePolicy(trigger=20, keep=16, window=4)
+
+    def run(model, tokens):
+        logits, cache = model.prefill(tokens, model.init_cache(1, 64, policy=policy))
+        return model(tokens), logits, model.decode(tokens[:, 0], cache)[0]
+
+    mesh = topology.topology_mesh("v5e:2x2", {"data": 4})
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+    model = jax.tree.map(place, abstract_model(TINY, RunConfig(compute_dtype=dtype)))
+    tokens = place(jax.ShapeDtypeStruct((1, 24), jnp.int32))
+    module = hlo.parse(jax.jit(run).lower(model, tokens).compile().as_text())
+    found = {"f32": set(), "bf16": set()}
+    for computation in module.computations.values():
+        for one in computation.instructions.values():
+            if one.opcode in ("dot", "convolution"):
+                precision = re.search(r"operand_precision=\{(\w+),\1\}", one.attributes)
+                precision = precision[1] if precision else "default"
+                found[computation.operands(one)[0].array.dtype].add(precision)
+    if dtype == "float32":
+        assert found == {"f32": {"highest"}, "bf16": set()}
+    else:  # float32 arrays inside the recurrence, whose inputs three passes hold, and attention
+        assert found["f32"] == {"highest", "high"} and "default" in found["bf16"]

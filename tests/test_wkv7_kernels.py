@@ -5,6 +5,7 @@ Cases are deliberately unround: an odd number of heads, T around and off multipl
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from tests.helpers import assert_close
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
 # One pack, two chunks a grid step: small to compile, and the state crosses chunks both ways.
 SMALL = TileConfig(max_packs=1, max_items=2)
+V5P = wkv7_tpu.TILES["v5p"]
 KINDS = ("random", "strong", "repeated", "constant")
 
 
@@ -165,22 +167,22 @@ def test_gpu_any_length(time, size):
     check("random", jnp.bfloat16, time, 1, size, tile=wkv7_gpu.default_tile(size))
 
 
-def tpu_semantics():
-    return pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
-
-
 @pytest.mark.parametrize(
-    "dtype, time, heads, size",
+    "dtype, time, heads, size, cores",
     [
-        (jnp.float32, 40, 1, 64),
-        pytest.param(jnp.bfloat16, 200, 3, 64, marks=pytest.mark.slow),
-        pytest.param(jnp.float32, 65, 2, 128, marks=pytest.mark.slow),
+        (jnp.float32, 40, 1, 64, 1),
+        pytest.param(jnp.bfloat16, 200, 3, 64, 1, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, 65, 2, 128, 1, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, 40, 4, 64, 2, marks=pytest.mark.slow),
     ],
 )
-def test_tpu_semantics(dtype, time, heads, size):
+def test_tpu_semantics(dtype, time, heads, size, cores):
     """DMA, semaphores, NaN in memory nobody wrote, and no two accesses that race."""
-    tile = TileConfig(chunk=16 if time < 64 else 64, max_packs=1, max_items=2)
-    check("random", dtype, time, heads, size, tile=tile, interpret=tpu_semantics())
+    tile = TileConfig(chunk=16 if time < 64 else 64, max_packs=cores, max_items=2, cores=cores)
+    interpret = pltpu.InterpretParams(
+        uninitialized_memory="nan", detect_races=True, num_cores_or_threads=cores
+    )
+    check("random", dtype, time, heads, size, tile=tile, interpret=interpret)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.races.races_found
@@ -229,7 +231,17 @@ def test_a_chunk_of_128_needs_heads_of_128():
         wkv7_tpu.wkv7(*inputs, tile=TileConfig(chunk=128))
 
 
-@pytest.mark.parametrize("field", [{"chunk": 48}, {"max_packs": 0}, {"max_items": 0}])
+@pytest.mark.parametrize(
+    "batch, heads, packs",
+    [(1, 12, 3), (2, 12, 6), (1, 40, 5), (1, 2, 1), (1, 6, 3), (3, 12, 3), (1, 4, 1)],
+)
+def test_two_cores_get_as_many_steps_where_packs_can_be_cut_so(batch, heads, packs):
+    plan = wkv7_tpu._plan(jax.ShapeDtypeStruct((batch, 128, 64 * heads), "bfloat16"), 64, V5P)
+    assert plan.packs == packs
+    assert math.prod(plan.grid[:2]) % 2 == 0 or batch * heads // 2 % 2
+
+
+@pytest.mark.parametrize("field", [{"chunk": 48}, {"max_packs": 0}, {"max_items": 0}, {"cores": 0}])
 def test_bad_tiles_are_named(field):
     with pytest.raises(ValueError, match=next(iter(field)).split("_")[0]):
         TileConfig(**field)

@@ -13,6 +13,7 @@ for memory is not in them. `estimate` turns them into an estimate, and calls it 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,22 +55,30 @@ def _compile(case: Case) -> dict:
         function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
     )
     start = time.process_time()  # not the wall's: other work on the machine must not count
-    compiled = jax.jit(mapped).lower(*arguments).compile()
+    lowered = jax.jit(mapped).lower(*arguments)
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
     return {
         "compile_seconds": time.process_time() - start,
         "hbm_bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
         "contract_bytes": minimum,
         "units": units,
+        "parallel_steps": _parallel_steps(lowered),
         "jax": jax.__version__,
     }
+
+
+def _parallel_steps(lowered) -> int:
+    """Steps of the kernel's grid that the cores of a chip may share."""
+    return int(re.search(r'"parallel_steps\W+(\d+)', lowered.as_text().replace("\\22", '"'))[1])
 
 
 def measure(case: Case) -> dict:
     """Compiles a case in a child process and reads its schedule.
 
     Returns:
-      body: bundles of one grid step, inner loops multiplied; steps: grid steps; bundles_per_unit:
+      body: bundles of one grid step, inner loops multiplied; steps: grid steps of one core;
+      parallel_steps: those that the cores of a chip share, once around; bundles_per_unit:
       body * steps per token and head pair (two 64-wide heads); bundles: all bundles, the passes
       that fill and drain the pipeline included though they skip most of the body; copies,
       hbm_bytes (arguments and results, padding included), contract_bytes, traffic (their ratio),
@@ -118,6 +127,7 @@ def _account(case: Case, program: Loop, slots: dict, facts: dict) -> dict:
         "bundles_per_unit": round(body * steps / facts["units"], 3),
         "body": body,
         "steps": steps,
+        "parallel_steps": facts["parallel_steps"],
         "copies": stage.copies,
         "hbm_bytes": facts["hbm_bytes"],
         "contract_bytes": facts["contract_bytes"],

@@ -16,7 +16,7 @@ from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, selector_of, wri
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.channel_mix import previous_token
-from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
+from rwkvx_jax.modules.parameters import orthogonal, parameter, project, uniform
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
@@ -177,9 +177,7 @@ class Attention(nnx.Module):
           tail: keys of the tokens before, oldest first; None: h begins a sequence.
           lengths: valid tokens of each row, where there is a tail.
         """
-        q, k, v = (
-            h @ getattr(self, n)[...].astype(h.dtype) for n in ("receptance", "key", "value")
-        )
+        q, k, v = (project(h, getattr(self, n)[...]) for n in ("receptance", "key", "value"))
         if self.config.key_conv:
             k, tail = self._convolve(k, tail, lengths)
         heads = self.config.num_heads
@@ -207,4 +205,4 @@ class Attention(nnx.Module):
     def combine(self, out: jax.Array) -> jax.Array:
         """Output projection: [B, T, H, K] -> [B, T, D]."""
         out = out.reshape(*out.shape[:2], -1)
-        return out @ self.output[...].astype(out.dtype)
+        return project(out, self.output[...])

@@ -8,7 +8,7 @@ from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.modules import context
-from rwkvx_jax.modules.parameters import LayerConstants, orthogonal, parameter, uniform
+from rwkvx_jax.modules.parameters import LayerConstants, orthogonal, parameter, project, uniform
 from rwkvx_jax.sharding import constrain, sequence_parts
 
 
@@ -56,8 +56,7 @@ class ChannelMix(nnx.Module):
         lengths: jax.Array | None = None,  # [B]
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the output [B, T, D] in h's dtype and the new shift [B, D]."""
-        dtype = h.dtype
-        x = h + (previous_token(h, shift) - h) * self.x_k[...][None, None].astype(dtype)
-        hidden = constrain(x @ self.key[...].astype(dtype), "batch", "time", "ffn")
-        out = jnp.square(jax.nn.relu(hidden)) @ self.value[...].astype(dtype)
+        x = h + (previous_token(h, shift) - h) * self.x_k[...][None, None].astype(h.dtype)
+        hidden = constrain(project(x, self.key[...]), "batch", "time", "ffn")
+        out = project(jnp.square(jax.nn.relu(hidden)), self.value[...])
         return out, last_valid(h, shift, lengths)

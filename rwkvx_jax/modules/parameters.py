@@ -13,12 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.ops.precision import precision_of
 
 
 def parameter(value: jax.Array, *axes: str) -> nnx.Param:
     """A float32 parameter with one logical axis name per dimension (stacking adds "layers")."""
     assert value.ndim == len(axes), (value.shape, axes)
     return nnx.Param(value.astype(jnp.float32), axes=axes)
+
+
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., D] times weight [D, E] in x's dtype, which decides the precision: [..., E]."""
+    return jnp.matmul(x, weight.astype(x.dtype), precision=precision_of(x.dtype))
 
 
 def layer_norm(width: int, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:

@@ -17,6 +17,7 @@ from rwkvx_jax.modules.parameters import (
     low_rank_out,
     orthogonal,
     parameter,
+    project,
     uniform,
 )
 from rwkvx_jax.ops.recurrence import wkv7
@@ -110,25 +111,25 @@ class TimeMix(nnx.Module):
         bonus = (r * k).astype(jnp.float32) * self.r_k[...][None, None]
         y = self.ln_x(y) + bonus.sum(-1, keepdims=True) * v.astype(jnp.float32)
         y = y.reshape(h.shape).astype(h.dtype) * g
-        out = y @ self.output[...].astype(h.dtype)
+        out = project(y, self.output[...])
         return out, v_first, TimeMixState(last_valid(h, before, lengths), wkv)
 
     def projections(self, h: jax.Array, shift: jax.Array | None) -> tuple[jax.Array, ...]:
         """r, log_w (float32), k, v, a (float32), g and the share of v_first in v: [B, T, D]."""
-        weight = lambda name: getattr(self, name)[...].astype(h.dtype)
+        times = lambda x, name: project(x, getattr(self, name)[...])
         difference = previous_token(h, shift) - h
         mixed = {name: h + difference * self._vector(f"x_{name}", h.dtype) for name in "rwkvag"}
         # Second matrix of a low-rank pair: float32, as what follows is sensitive.
-        low_rank = lambda inner, name: (inner @ weight(name)).astype(jnp.float32)
+        low_rank = lambda inner, name: times(inner, name).astype(jnp.float32)
 
-        r = mixed["r"] @ weight("receptance")
-        k = mixed["k"] @ weight("key")
-        v = mixed["v"] @ weight("value")
-        z = self._vector("w0") + low_rank(jnp.tanh(mixed["w"] @ weight("w1")), "w2")
+        r = times(mixed["r"], "receptance")
+        k = times(mixed["k"], "key")
+        v = times(mixed["v"], "value")
+        z = self._vector("w0") + low_rank(jnp.tanh(times(mixed["w"], "w1")), "w2")
         log_w = -DECAY_BOUND * jax.nn.sigmoid(z)
-        a = jax.nn.sigmoid(self._vector("a0") + low_rank(mixed["a"] @ weight("a1"), "a2"))
-        g = jax.nn.sigmoid(mixed["g"] @ weight("g1")) @ weight("g2")
-        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(mixed["v"] @ weight("v1"), "v2"))
+        a = jax.nn.sigmoid(self._vector("a0") + low_rank(times(mixed["a"], "a1"), "a2"))
+        g = times(jax.nn.sigmoid(times(mixed["g"], "g1")), "g2")
+        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(times(mixed["v"], "v1"), "v2"))
         return r, log_w, k, v, a, g, residual.astype(h.dtype)
 
     def _vector(self, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -43,7 +43,7 @@ class Chip:
       torus: axes at least this long are closed to rings; shorter ones are lines.
       dcn: share of a chip in its host's data-centre network, bytes/s.
       clock: Hz; inferred from the peak and the size and number of matrix units.
-      cores: of which each runs its part of a kernel's bundles.
+      cores: which share the parallel steps of a kernel's grid.
     """
 
     flops: float
@@ -170,6 +170,7 @@ class KernelCosts:
         """
         if table is None:
             table = json.loads(_COSTS.read_text())["cases"] if _COSTS.exists() else {}
+        self._cores = CHIPS[generation].cores if generation in CHIPS else 1
         self._cases: dict[str, list[Mapping]] = {}
         for name, case in table.items():
             kernel, chip, *parts = name.split("/")
@@ -177,16 +178,30 @@ class KernelCosts:
             if chip == generation and own <= set(variant):
                 self._cases.setdefault(kernel, []).append(case)
 
-    def bundles(self, kernel: str, size: float) -> float | None:
-        """Bundles of one call whose arguments and results have `size` bytes.
+    def bundles(self, kernel: str, size: float, parallel_steps: int | None = None) -> float | None:
+        """Bundles that the busiest core issues in one call.
 
-        Those of the case nearest in size, scaled by the bytes; None where the table has no case.
+        Those of the case nearest in size, scaled by the bytes and by the share of the grid that a
+        core gets.
+
+        Args:
+          kernel: its name.
+          size: bytes of its arguments and results.
+          parallel_steps: see `Work`.
+
+        Returns:
+          None where the table has no case.
         """
         cases = self._cases.get(kernel)
         if not cases or not size:
             return None
         near = min(cases, key=lambda case: abs(math.log(case["hbm_bytes"] / size)))
-        return near["bundles"] * size / near["hbm_bytes"]
+        share = self._share(parallel_steps) / self._share(near.get("parallel_steps"))
+        return near["bundles"] * size / near["hbm_bytes"] * share
+
+    def _share(self, steps: int | None) -> float:
+        """Part of a grid that the busiest core runs; an equal one where the steps are not known."""
+        return 1 / self._cores if steps is None else -(-steps // self._cores) / steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +263,7 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
     for one in work:
         seconds = max(one.passes / chip.flops, one.bytes / chip.hbm_bandwidth)
         if one.kernel:
-            bundles = costs.bundles(one.kernel, one.kernel_bytes)
+            bundles = costs.bundles(one.kernel, one.kernel_bytes, one.parallel_steps)
             seconds = max(seconds, (bundles or 0.0) / chip.clock)
             kernel = kernels.setdefault(one.kernel, {"times": 0.0, "bundles_known": True})
             kernel["times"] += one.times

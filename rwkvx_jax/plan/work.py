@@ -53,6 +53,8 @@ class Work:
       bytes: read from and written to main memory, once.
       kernel: name of the Pallas kernel, or None.
       kernel_bytes: arguments and results of the kernel, wherever they lie.
+      parallel_steps: steps of the kernel's grid that cores may share (see
+        `pallas_kernels.tpu_chips.grid_options`); None where the kernel does not say.
       collective: what it exchanges, or None.
       source: (file, function) of the Python calls that made it, innermost first.
     """
@@ -64,6 +66,7 @@ class Work:
     bytes: float = 0.0
     kernel: str | None = None
     kernel_bytes: float = 0.0
+    parallel_steps: int | None = None
     collective: Collective | None = None
     source: tuple[tuple[str, str], ...] = ()
 
@@ -117,12 +120,15 @@ class _Reader:
 
     def _operation(self, computation: Computation, instruction: Instruction, times: float) -> Work:
         flops, passes, collective, kernel, kernel_bytes = 0.0, 0.0, None, None, 0.0
+        parallel_steps = None
         if instruction.opcode == "custom-call":
             flops = passes = _estimated_flops(instruction)
             if '"tpu_custom_call"' in instruction.attributes:
                 kernel = instruction.name.split(".")[0]
                 given = (a for x in computation.operands(instruction) for a in x.arrays)
                 kernel_bytes = sum(a.bytes for a in (*given, *instruction.arrays))
+                steps = re.search(r'"parallel_steps":"(\d+)"', instruction.attributes)
+                parallel_steps = int(steps[1]) if steps else None
         elif instruction.opcode == "fusion":
             inner = self.module.computations[instruction.called("calls")]
             flops, passes = self._products(inner)
@@ -139,6 +145,7 @@ class _Reader:
             bytes=self._bytes(computation, instruction),
             kernel=kernel,
             kernel_bytes=kernel_bytes,
+            parallel_steps=parallel_steps,
             collective=collective,
             source=tuple(self.module.source(instruction)),
         )
