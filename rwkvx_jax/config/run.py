@@ -14,8 +14,10 @@ class RunConfig(Checked):
 
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and matrix products; parameters and states stay float32."""
-    remat: Literal["none", "block"] = "block"
-    """"block": recompute each block in the backward pass instead of saving its activations."""
+    remat: Literal["none", "block", "save_projections", "offload"] = "block"
+    """What the backward pass keeps of a block and what it computes again. "block": its input, so
+    that all is computed again; "save_projections": results of large matrix products and of kernels
+    too; "none": everything."""
     recurrence: str | None = None
     """Implementation of the recurrence; None lets the op choose."""
     sparse_attention: str | None = None

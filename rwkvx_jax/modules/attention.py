@@ -17,6 +17,7 @@ from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.channel_mix import previous_token
 from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
+from rwkvx_jax.modules.remat import projection
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
@@ -178,7 +179,8 @@ class Attention(nnx.Module):
           lengths: valid tokens of each row, where there is a tail.
         """
         q, k, v = (
-            h @ getattr(self, n)[...].astype(h.dtype) for n in ("receptance", "key", "value")
+            projection(h @ getattr(self, n)[...].astype(h.dtype))
+            for n in ("receptance", "key", "value")
         )
         if self.config.key_conv:
             k, tail = self._convolve(k, tail, lengths)
