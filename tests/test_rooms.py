@@ -11,6 +11,7 @@ ROOMS = [
     "pallas_kernels",
     "rwkvx_jax.config",
     "rwkvx_jax.storage",
+    "rwkvx_jax.xla_flags",
     "rwkvx_jax.sharding",
     "rwkvx_jax.hosts",
     "rwkvx_jax.ops",

@@ -47,6 +47,9 @@ class RunConfig(Checked):
     """Skipped steps in a row after which "skip" stops as well."""
     profile_steps: str = ""
     """"10:13" writes a trace of steps 10 to 12 for TensorBoard."""
+    xla_flags: str = "none"
+    """Flags of the TPU compiler: "none", "auto" (those of the chip's generation in
+    rwkvx_jax/xla_flags.py), or flags such as "--name=value --name=value"."""
     compilation_cache: str = ""
     """Directory of compiled programs that later runs use again; empty: none."""
 

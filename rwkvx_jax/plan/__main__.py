@@ -32,6 +32,7 @@ from rwkvx_jax.plan.planner import make_plan
 from rwkvx_jax.plan.programs import Program, read_program, train_program
 from rwkvx_jax.plan.roofline import CHIPS
 from rwkvx_jax.sharding import check_fits, make_mesh
+from rwkvx_jax.xla_flags import apply_xla_flags
 
 _KINDS = ("train", "prefill", "decode")
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
         generation = topology.generation(flags.topology)
         if generation not in CHIPS:
             raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
+        apply_xla_flags(config.run.xla_flags, generation)
         if flags.sweep:
             return _sweep(flags, config)
         mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
