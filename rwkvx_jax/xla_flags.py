@@ -6,7 +6,7 @@ the table that the installed libtpu refuses are left out. Nothing here imports J
 
 The flags are those that MaxText publishes for dense models (benchmarks/xla_flags_library.py and the
 model configs beside it, read in 2026). Their effect was judged on compiled schedules only: see
-docs/pods.md.
+docs/plan.md.
 """
 
 from __future__ import annotations

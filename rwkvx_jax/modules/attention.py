@@ -17,7 +17,7 @@ from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.channel_mix import previous_token
 from rwkvx_jax.modules.parameters import orthogonal, parameter, uniform
-from rwkvx_jax.modules.remat import projection
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
@@ -179,8 +179,7 @@ class Attention(nnx.Module):
           lengths: valid tokens of each row, where there is a tail.
         """
         q, k, v = (
-            projection(h @ getattr(self, n)[...].astype(h.dtype))
-            for n in ("receptance", "key", "value")
+            keep(h @ getattr(self, n)[...].astype(h.dtype)) for n in ("receptance", "key", "value")
         )
         if self.config.key_conv:
             k, tail = self._convolve(k, tail, lengths)

@@ -9,7 +9,7 @@ from flax import nnx
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.parameters import LayerConstants, orthogonal, parameter, uniform
-from rwkvx_jax.modules.remat import projection
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.sharding import constrain, sequence_parts
 
 
@@ -59,6 +59,6 @@ class ChannelMix(nnx.Module):
         """Returns the output [B, T, D] in h's dtype and the new shift [B, D]."""
         dtype = h.dtype
         x = h + (previous_token(h, shift) - h) * self.x_k[...][None, None].astype(dtype)
-        hidden = projection(constrain(x @ self.key[...].astype(dtype), "batch", "time", "ffn"))
+        hidden = keep(constrain(x @ self.key[...].astype(dtype), "batch", "time", "ffn"))
         out = jnp.square(jax.nn.relu(hidden)) @ self.value[...].astype(dtype)
         return out, last_valid(h, shift, lengths)

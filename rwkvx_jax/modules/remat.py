@@ -2,8 +2,9 @@
 
 A backward pass needs the values inside a block. Keeping all of them takes more memory than most
 chips have; computing all of them again costs one more forward pass. The policies between the two
-keep what is expensive to compute per byte: results of large matrix products, which modules mark
-with `projection`, and results of Pallas kernels. The elementwise rest is computed again.
+keep what is expensive to compute per byte: results of large matrix products and what other devices
+sent, which modules mark with `keep`, and results of Pallas kernels. The rest, which is elementwise,
+is computed again.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-_PROJECTION, _INPUT = "projection", "block_input"
+_KEPT, _INPUT = "kept", "block_input"
 
 
-def projection(x: jax.Array) -> jax.Array:
-    """Marks the result of a large matrix product; the value is unchanged."""
-    return checkpoint_name(x, _PROJECTION)
+def keep(x: jax.Array) -> jax.Array:
+    """Marks a value that is expensive to compute again for its bytes; it is unchanged."""
+    return checkpoint_name(x, _KEPT)
 
 
 def block_input(x: jax.Array) -> jax.Array:
@@ -49,7 +50,7 @@ _policies = jax.checkpoint_policies
 _POLICIES = {
     "block": _policies.nothing_saveable,
     "save_projections": _policies.save_from_both_policies(
-        _policies.save_only_these_names(_PROJECTION), _is_kernel
+        _policies.save_only_these_names(_KEPT), _is_kernel
     ),
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -19,7 +19,7 @@ from rwkvx_jax.modules.parameters import (
     parameter,
     uniform,
 )
-from rwkvx_jax.modules.remat import projection
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
@@ -122,15 +122,15 @@ class TimeMix(nnx.Module):
         # Second matrix of a low-rank pair: float32, as what follows is sensitive.
         low_rank = lambda inner, name: (inner @ weight(name)).astype(jnp.float32)
 
-        # By name: what has D rows of a matrix to each byte. The second matrix of a pair has few.
-        dear = lambda name, matrix: projection(mixed[name] @ weight(matrix))
+        # Not the second matrix of a low-rank pair: computing it again costs less than keeping it.
+        product = lambda name, matrix: keep(mixed[name] @ weight(matrix))
 
-        r, k, v = dear("r", "receptance"), dear("k", "key"), dear("v", "value")
-        z = self._vector("w0") + low_rank(jnp.tanh(dear("w", "w1")), "w2")
+        r, k, v = product("r", "receptance"), product("k", "key"), product("v", "value")
+        z = self._vector("w0") + low_rank(jnp.tanh(product("w", "w1")), "w2")
         log_w = -DECAY_BOUND * jax.nn.sigmoid(z)
-        a = jax.nn.sigmoid(self._vector("a0") + low_rank(dear("a", "a1"), "a2"))
-        g = jax.nn.sigmoid(dear("g", "g1")) @ weight("g2")
-        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(dear("v", "v1"), "v2"))
+        a = jax.nn.sigmoid(self._vector("a0") + low_rank(product("a", "a1"), "a2"))
+        g = jax.nn.sigmoid(product("g", "g1")) @ weight("g2")
+        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(product("v", "v1"), "v2"))
         return r, log_w, k, v, a, g, residual.astype(h.dtype)
 
     def _vector(self, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
