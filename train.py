@@ -18,6 +18,7 @@ from rwkvx_jax.cli import (
 )
 from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.training.loop import fit
+from rwkvx_jax.xla_flags import apply_xla_flags
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
 
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> None:
     settle_platform()
     with command_line("train.py", argv):
         flags, config = parse_with_overrides(make_parser(), argv)
+        if xla_flags := apply_xla_flags(config.run.xla_flags):
+            print(f"flags of the TPU compiler: {' '.join(xla_flags)}", flush=True)
         join_hosts(
             flags.coordinator,
             flags.num_processes,

@@ -21,6 +21,7 @@ from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
 from rwkvx_jax.modules.channel_mix import last_valid
 from rwkvx_jax.modules.parameters import layer_norm, orthogonal, parameter, uniform
+from rwkvx_jax.modules.remat import block_input, rematerialize
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.sharding import constrain
 
@@ -90,17 +91,16 @@ class RWKVX(nnx.Module):
 
         def rwkv(carry, scanned):
             block, first = scanned
-            x, v_first, _ = block(*carry, first, self.run)
+            x, v_first, _ = block(*map(block_input, carry), first, self.run)
             return (x, v_first), None
 
         def attention(x, block):
+            x = block_input(x)
             attend = lambda attention, h: (attention(h, self.run), look(attention, h))
             x, _, seen = block(x, attend)
             return x, seen
 
-        if self.run.remat == "block":
-            rwkv = jax.checkpoint(rwkv, prevent_cse=False)
-            attention = jax.checkpoint(attention, prevent_cse=False)
+        rwkv, attention = (rematerialize(f, self.run.remat) for f in (rwkv, attention))
 
         def group(carry, scanned):
             blocks, attention_block = scanned

@@ -17,8 +17,10 @@ class RunConfig(Checked):
 
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and matrix products; parameters and states stay float32."""
-    remat: Literal["none", "block"] = "block"
-    """"block": recompute each block in the backward pass instead of saving its activations."""
+    remat: Literal["none", "block", "save_projections", "offload"] = "block"
+    """What the backward pass keeps of a block and what it computes again. "block": its input, so
+    that all is computed again; "save_projections": results of large matrix products and of kernels
+    too; "none": everything."""
     recurrence: Recurrence | None = None
     """Implementation of the recurrence; None lets the op choose."""
     sparse_attention: SparseAttention | None = None
@@ -48,6 +50,9 @@ class RunConfig(Checked):
     """Skipped steps in a row after which "skip" stops as well."""
     profile_steps: str = ""
     """"10:13" writes a trace of steps 10 to 12 for TensorBoard."""
+    xla_flags: str = "none"
+    """Flags of the TPU compiler: "none", "auto" (those of the chip's generation in
+    rwkvx_jax/xla_flags.py), or flags such as "--name=value --name=value"."""
     compilation_cache: str = ""
     """Directory of compiled programs that later runs use again; empty: none."""
 

@@ -17,6 +17,7 @@ from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.channel_mix import previous_token
 from rwkvx_jax.modules.parameters import orthogonal, parameter, project, uniform
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
@@ -177,7 +178,7 @@ class Attention(nnx.Module):
           tail: keys of the tokens before, oldest first; None: h begins a sequence.
           lengths: valid tokens of each row, where there is a tail.
         """
-        q, k, v = (project(h, getattr(self, n)[...]) for n in ("receptance", "key", "value"))
+        q, k, v = (keep(project(h, getattr(self, n)[...])) for n in ("receptance", "key", "value"))
         if self.config.key_conv:
             k, tail = self._convolve(k, tail, lengths)
         heads = self.config.num_heads

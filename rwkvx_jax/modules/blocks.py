@@ -18,6 +18,7 @@ from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.channel_mix import ChannelMix
 from rwkvx_jax.modules.parameters import LayerConstants, layer_norm
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.time_mix import TimeMix
 from rwkvx_jax.sharding import constrain
 
@@ -45,7 +46,7 @@ class RWKVBlock(nnx.Module):
         mixed, v_first, time_state = self.time_mix(
             self.ln1(x), v_first, first, run, None if state is None else state.time_mix, lengths
         )
-        x = constrain(x + mixed, "batch", "time", None)
+        x = keep(constrain(x + mixed, "batch", "time", None))
         mixed, shift = self.channel_mix(
             self.ln2(x), None if state is None else state.ffn_shift, lengths
         )
@@ -75,7 +76,7 @@ class AttentionBlock(nnx.Module):
         `attend` says how the attention reads: within the sequence, or from a cache.
         """
         mixed, kept = attend(self.attention, self.ln1(x))
-        x = constrain(x + mixed, "batch", "time", None)
+        x = keep(constrain(x + mixed, "batch", "time", None))
         mixed, ffn_shift = self.channel_mix(self.ln2(x), ffn_shift, lengths)
         return constrain(x + mixed, "batch", "time", None), ffn_shift, kept
 

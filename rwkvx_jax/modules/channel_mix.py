@@ -9,6 +9,7 @@ from flax import nnx
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.parameters import LayerConstants, orthogonal, parameter, project, uniform
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.sharding import constrain, sequence_parts
 
 
@@ -57,6 +58,6 @@ class ChannelMix(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the output [B, T, D] in h's dtype and the new shift [B, D]."""
         x = h + (previous_token(h, shift) - h) * self.x_k[...][None, None].astype(h.dtype)
-        hidden = constrain(project(x, self.key[...]), "batch", "time", "ffn")
+        hidden = keep(constrain(project(x, self.key[...]), "batch", "time", "ffn"))
         out = project(jnp.square(jax.nn.relu(hidden)), self.value[...])
         return out, last_valid(h, shift, lengths)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.ops.recurrence import wkv7_affine
 from rwkvx_jax.sharding import per_device, rule, sequence_parts
 
@@ -85,12 +86,12 @@ def attention(op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.A
         each = -(-heads // parts)
         if 4 * each > 2 * heads:
             _log_choice(f"{parts} devices collect the keys and values of all tokens")
-            k, v = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
+            k, v = (keep(jax.lax.all_gather(x, axis, axis=1, tiled=True)) for x in (k, v))
             return op(q, k, v, q_offset=jax.lax.axis_index(axis) * q.shape[1])
         _log_choice(f"{heads} heads over {parts} devices, {each} on each")
         trade = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
         fill = [(0, 0), (0, 0), (0, each * parts - heads), (0, 0)]
-        q, k, v = (trade(jnp.pad(x, fill), split_axis=2, concat_axis=1) for x in (q, k, v))
+        q, k, v = (keep(trade(jnp.pad(x, fill), split_axis=2, concat_axis=1)) for x in (q, k, v))
         return trade(op(q, k, v), split_axis=1, concat_axis=2)[:, :, :heads]
 
     return per_device(stretch, (_TOKENS,) * 3, _TOKENS)(q, k, v)
@@ -127,7 +128,7 @@ def _map_from_earlier(m, g, axis: str, distance: int) -> tuple[jax.Array, jax.Ar
 def _from_earlier(x: jax.Array, axis: str, distance: int) -> jax.Array:
     """x of the device `distance` earlier along the axis; zeros where there is none."""
     parts = jax.lax.axis_size(axis)
-    return jax.lax.ppermute(x, axis, [(i, i + distance) for i in range(parts - distance)])
+    return keep(jax.lax.ppermute(x, axis, [(i, i + distance) for i in range(parts - distance)]))
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from rwkvx_jax.modules.parameters import (
     project,
     uniform,
 )
+from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
@@ -122,14 +123,15 @@ class TimeMix(nnx.Module):
         # Second matrix of a low-rank pair: float32, as what follows is sensitive.
         low_rank = lambda inner, name: times(inner, name).astype(jnp.float32)
 
-        r = times(mixed["r"], "receptance")
-        k = times(mixed["k"], "key")
-        v = times(mixed["v"], "value")
-        z = self._vector("w0") + low_rank(jnp.tanh(times(mixed["w"], "w1")), "w2")
+        # Not the second matrix of a low-rank pair: computing it again costs less than keeping it.
+        product = lambda name, matrix: keep(times(mixed[name], matrix))
+
+        r, k, v = product("r", "receptance"), product("k", "key"), product("v", "value")
+        z = self._vector("w0") + low_rank(jnp.tanh(product("w", "w1")), "w2")
         log_w = -DECAY_BOUND * jax.nn.sigmoid(z)
-        a = jax.nn.sigmoid(self._vector("a0") + low_rank(times(mixed["a"], "a1"), "a2"))
-        g = times(jax.nn.sigmoid(times(mixed["g"], "g1")), "g2")
-        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(times(mixed["v"], "v1"), "v2"))
+        a = jax.nn.sigmoid(self._vector("a0") + low_rank(product("a", "a1"), "a2"))
+        g = times(jax.nn.sigmoid(product("g", "g1")), "g2")
+        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(product("v", "v1"), "v2"))
         return r, log_w, k, v, a, g, residual.astype(h.dtype)
 
     def _vector(self, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -16,11 +16,18 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from rwkvx_jax.cli import command_line, parse_with_overrides
 from rwkvx_jax.config import Config, ConfigError
-from rwkvx_jax.plan import report, topology
+from rwkvx_jax.plan import report, sweep, topology
 from rwkvx_jax.plan.advice import advise
 from rwkvx_jax.plan.planner import make_plan
 from rwkvx_jax.plan.programs import (
@@ -33,6 +40,7 @@ from rwkvx_jax.plan.programs import (
 )
 from rwkvx_jax.plan.roofline import CHIPS
 from rwkvx_jax.sharding import check_fits, make_mesh
+from rwkvx_jax.xla_flags import apply_xla_flags
 
 _KINDS = ("train", "prefill", "decode")
 
@@ -44,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
         generation = topology.generation(flags.topology)
         if generation not in CHIPS:
             raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
+        apply_xla_flags(config.run.xla_flags, generation)
+        if flags.sweep:
+            return _sweep(flags, config)
         mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
         check_fits(config, mesh)
         sizes = dict(mesh.shape)
@@ -92,6 +103,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=65536, help="rows of their cache")
     parser.add_argument("--piece", type=int, default=2048, help="tokens of one piece of prefill")
     parser.add_argument(
+        "--sweep",
+        metavar="FILE",
+        help="try remat policies, batch sizes and meshes; FILE (JSON lines) keeps the results",
+    )
+    parser.add_argument(
+        "--sweep-remat", action="append", choices=sweep.REMAT, help="only this policy (repeatable)"
+    )
+    parser.add_argument(
+        "--sweep-mesh", action="append", metavar="AXES", help="only this mesh: data=2,fsdp=8"
+    )
+    parser.add_argument(
+        "--sweep-accumulation", action="append", type=int, help="only so many parts of a batch"
+    )
+    parser.add_argument(
         "--json",
         nargs="?",
         const="-",
@@ -99,6 +124,41 @@ def make_parser() -> argparse.ArgumentParser:
         help="print JSON instead of text; with a FILE, write it there beside the text",
     )
     return parser
+
+
+def _sweep(flags: argparse.Namespace, config: Config) -> int:
+    """Compiles variants of one stage's train step and prints them as a table."""
+    chosen = [stage for stage in config.stages if flags.stage in (None, [stage.name])]
+    if len(chosen) != 1:
+        names = [stage.name for stage in config.stages]
+        raise ConfigError(f"--sweep varies one stage: name one of {names} with --stage")
+    (stage,), place = chosen, sweep.Place(flags.topology, flags.slices)
+    candidates = sweep.variants(
+        config,
+        stage,
+        place,
+        remat=flags.sweep_remat or sweep.REMAT,
+        meshes=[sweep.mesh_sizes(text) for text in flags.sweep_mesh or ()],
+        accumulations=flags.sweep_accumulation or (),
+    )
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=len(candidates))
+
+        def say(done: int, what: str) -> None:
+            bar.update(task, completed=done, description=what)
+            if not console.is_terminal:
+                console.print(f"{done} of {len(candidates)} done; {what}", soft_wrap=True)
+
+        rows = sweep.sweep(config, stage, place, candidates, Path(flags.sweep), say=say)
+    print(f"stage {stage.name} of {flags.config} on {flags.topology}: estimates; nothing ran.\n")
+    print(sweep.table(rows, stage.global_batch))
+    best = sweep.fastest(rows)
+    print(f"\nfastest by the estimate: {best['flags']}" if best else "\nno variant fits")
+    return 0 if best else 1
 
 
 def _programs(

@@ -21,6 +21,7 @@ _NAME = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _METADATA = re.compile(r'\{\n("[^\n]*")\n\}')  # of a kernel, the one attribute of several lines
 _REFERENCE = re.compile(r"%([\w.\-]+)")
+_HOST_SPACE = 5  # pinned memory of the host, as layouts of TPU programs number it
 _STACK_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -71,15 +72,25 @@ class Array:
         return int(math.prod(padded + sizes[len(tiles) :]) * self.itemsize)
 
     @property
-    def on_chip(self) -> bool:
-        """Whether the array lies in a memory other than the device's main one (VMEM, SMEM)."""
+    def space(self) -> int:
+        """Number of the memory that the array lies in; 0 is the device's main memory."""
         space = re.search(r"S\((\d+)\)", self.layout)
-        return space is not None and space[1] != "0"
+        return int(space[1]) if space else 0
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the array lies in the host's memory."""
+        return self.space == _HOST_SPACE
+
+    @property
+    def on_chip(self) -> bool:
+        """Whether the array lies in a memory of the chip itself (VMEM, SMEM)."""
+        return self.space not in (0, _HOST_SPACE)
 
     @property
     def hbm_bytes(self) -> int:
-        """`bytes` of an array in main memory, 0 of one on the chip."""
-        return 0 if self.on_chip else self.bytes
+        """`bytes` of an array in the device's main memory, 0 of one elsewhere."""
+        return self.bytes if self.space == 0 else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,8 @@ def _work(plan: Plan) -> Iterator[str]:
     yield _row(
         "work a device",
         f"{found.flops / 1e12:.4g} Tflop, HBM {found.bytes / 1e12:.3g} TB, ICI "
-        f"{found.ici_bytes / 1e9:.3g} GB, DCN {found.dcn_bytes / 1e9:.3g} GB",
+        f"{found.ici_bytes / 1e9:.3g} GB, DCN {found.dcn_bytes / 1e9:.3g} GB"
+        + (f", host copies {found.host_bytes / 1e9:.3g} GB" if found.host_bytes else ""),
     )
     for name, kind in found.collectives.items():
         if kind["seconds"] > 0.01 * found.network:
@@ -101,7 +102,8 @@ def _time(plan: Plan) -> Iterator[str]:
     yield _row(
         "time (estimates)",
         f"{unit} {_seconds(found.seconds)} with no collective hidden ({_seconds(found.serial)} + "
-        f"{_seconds(found.network)} of collectives)",
+        f"{_seconds(found.network)} of collectives"
+        + (f" + {_seconds(found.host)} of host copies)" if found.host_bytes else ")"),
     )
     yield _row(
         "",
@@ -163,6 +165,7 @@ def record(plan: Plan, advice: Sequence[str]) -> dict:
         "hbm_bytes": found.bytes,
         "ici_bytes": found.ici_bytes,
         "dcn_bytes": found.dcn_bytes,
+        "host_bytes": found.host_bytes,
         "collectives": found.collectives,
         "kernels": found.kernels,
         "places_seconds": found.places,

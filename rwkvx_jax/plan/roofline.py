@@ -6,7 +6,7 @@ Two estimates, both from the vendor's peaks:
   at the links' bandwidth, each wholly hidden behind the slowest of them. Nothing runs faster.
 * the *estimate*: operations one after the other, each as long as the slowest of its products, its
   bytes and (for a Pallas kernel) the instruction bundles that the compiler scheduled; then the
-  collectives on top, as if none were hidden.
+  collectives and the copies to and from the host on top, as if none were hidden.
 
 Neither was ever compared with a TPU. The vector units, and how well a product fills the matrix
 unit, are in neither; nor are waiting for memory inside an operation and the host.
@@ -42,6 +42,7 @@ class Chip:
       link: bandwidth of one inter-chip link in one direction, bytes/s.
       torus: axes at least this long are closed to rings; shorter ones are lines.
       dcn: share of a chip in its host's data-centre network, bytes/s.
+      host: between a chip and its host's memory (PCIe), one direction, bytes/s.
       clock: Hz; inferred from the peak and the size and number of matrix units.
       cores: which share the parallel steps of a kernel's grid.
     """
@@ -54,6 +55,7 @@ class Chip:
     dcn: float
     clock: float
     cores: int = 1
+    host: float = 15e9
 
 
 # Peaks, memory bandwidths and interconnects: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in
@@ -61,7 +63,9 @@ class Chip:
 # chip's total ("bidirectional", both directions added) over twice its ports: 400 GB/s / 8 on v5e,
 # 1200 / 12 on v5p, 800 / 8 on v6e; v4 from its 2400 Gbit/s one way over 6 ports. Data-centre
 # network a chip: 50 Gbit/s (v5p), 6.4 Tbit/s over 256 chips (v5e); that of v6e and v4 is not on
-# those pages: v6e is taken as four times v5e's, v4 as v5p's.
+# those pages: v6e is taken as four times v5e's, v4 as v5p's. PCIe is not on
+# those pages either: 15 GB/s a chip, the figure of "How to Scale Your Model"
+# (jax-ml.github.io/scaling-book).
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(275e12, 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9),
@@ -110,6 +114,7 @@ class Machine:
                 hbm_bandwidth=chip.hbm_bandwidth / share,
                 link=chip.link / share,
                 dcn=chip.dcn / share,
+                host=chip.host / share,
                 cores=1,
             )
         sizes = tuple(int(n) + 1 for n in coordinates.max(axis=0))
@@ -213,8 +218,9 @@ class Estimate:
       passes: the same as single bfloat16 passes.
       bytes: of main memory, read and written.
       ici_bytes, dcn_bytes: sent through links within a slice, between slices.
-      compute, memory, network: seconds of each alone at its peak.
-      serial: seconds of all operations one after the other, without collectives.
+      host_bytes: copied to and from the host.
+      compute, memory, network, host: seconds of each alone at its peak.
+      serial: seconds of all operations one after the other, without collectives and host copies.
       collectives: seconds and bytes by kind.
       kernels: Pallas kernels: how often each runs, and whether bundles are known.
       places: seconds by place in the source, collectives included, most first.
@@ -226,9 +232,11 @@ class Estimate:
     bytes: float
     ici_bytes: float
     dcn_bytes: float
+    host_bytes: float
     compute: float
     memory: float
     network: float
+    host: float
     serial: float
     collectives: dict[str, dict[str, float]]
     kernels: dict[str, dict[str, float | bool]]
@@ -238,24 +246,24 @@ class Estimate:
     @property
     def floor(self) -> float:
         """Seconds below which no schedule can come."""
-        return max(self.compute, self.memory, self.network)
+        return max(self.compute, self.memory, self.network, self.host)
 
     @property
     def seconds(self) -> float:
-        """Seconds with every operation at its roofline and no collective hidden."""
-        return self.serial + self.network
+        """Seconds with every operation at its roofline, no collective and no host copy hidden."""
+        return self.serial + self.network + self.host
 
     @property
     def bound(self) -> str:
         """What the floor consists of."""
-        parts = {"compute": self.compute, "memory": self.memory, "network": self.network}
-        return max(parts, key=parts.get)
+        return max(("compute", "memory", "network", "host"), key=lambda part: getattr(self, part))
 
 
 def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Estimate:
     """Adds up a program's work."""
     chip = machine.chip
-    total = dict.fromkeys(("flops", "passes", "bytes", "ici", "dcn", "network", "serial"), 0.0)
+    summed = "flops", "passes", "bytes", "host_bytes"
+    total = dict.fromkeys((*summed, "ici", "dcn", "network", "serial"), 0.0)
     kinds: dict[str, dict[str, float]] = {}
     kernels: dict[str, dict[str, float | bool]] = {}
     places: dict[str, float] = {}
@@ -286,10 +294,11 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
         else:
             spent = 0.0
         total["serial"] += one.times * seconds
-        for name in ("flops", "passes", "bytes"):
+        for name in summed:
             total[name] += one.times * getattr(one, name)
         place = place_of(one.source)
-        places[place] = places.get(place, 0.0) + one.times * (spent + seconds)
+        copying = one.host_bytes / chip.host
+        places[place] = places.get(place, 0.0) + one.times * (spent + seconds + copying)
         place_flops[place] = place_flops.get(place, 0.0) + one.times * one.flops
     by_seconds = lambda item: -item[1]
     return Estimate(
@@ -298,9 +307,11 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
         bytes=total["bytes"],
         ici_bytes=total["ici"],
         dcn_bytes=total["dcn"],
+        host_bytes=total["host_bytes"],
         compute=total["passes"] / chip.flops,
         memory=total["bytes"] / chip.hbm_bandwidth,
         network=total["network"],
+        host=total["host_bytes"] / chip.host,
         serial=total["serial"],
         collectives=dict(sorted(kinds.items(), key=lambda item: -item[1]["seconds"])),
         kernels=kernels,

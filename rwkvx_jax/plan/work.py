@@ -51,6 +51,7 @@ class Work:
       flops: of its matrix products, once; those of a kernel by the kernel's estimate.
       passes: the same in flops of single bfloat16 passes.
       bytes: read from and written to main memory, once.
+      host_bytes: moved between main memory and the host's, once.
       kernel: name of the Pallas kernel, or None.
       kernel_bytes: arguments and results of the kernel, wherever they lie.
       parallel_steps: steps of the kernel's grid that cores may share (see
@@ -64,6 +65,7 @@ class Work:
     flops: float = 0.0
     passes: float = 0.0
     bytes: float = 0.0
+    host_bytes: float = 0.0
     kernel: str | None = None
     kernel_bytes: float = 0.0
     parallel_steps: int | None = None
@@ -137,12 +139,14 @@ class _Reader:
             flops, passes = _product(computation, instruction)
             if collectives.kind_of(instruction):
                 collective = collectives.read(instruction, computation, self.devices)
+        crossing = _crosses_to_host(computation.operands(instruction), instruction)
         return Work(
             name=instruction.name,
             times=times,
             flops=flops,
             passes=passes,
             bytes=self._bytes(computation, instruction),
+            host_bytes=getattr(crossing, "bytes", 0),
             kernel=kernel,
             kernel_bytes=kernel_bytes,
             parallel_steps=parallel_steps,
@@ -175,10 +179,12 @@ class _Reader:
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:
         opcode, operands = instruction.opcode, computation.operands(instruction)
+        if crossing := _crosses_to_host(operands, instruction):
+            return float(crossing.bytes)
         if opcode in ("copy-start", "slice-start"):
             moved = _moved(instruction)
             source = operands[0].array
-            return moved.hbm_bytes + (0 if source.on_chip else moved.bytes)
+            return moved.hbm_bytes + (moved.bytes if source.space == 0 else 0)
         if opcode == "custom-call" and "tpu_custom_call" not in instruction.attributes:
             return 0.0  # the compiler's own markers: buffers, index checks
         if opcode.endswith("-start"):
@@ -186,7 +192,7 @@ class _Reader:
         if opcode == "fusion":
             inner = self.module.computations[instruction.called("calls")]
             reads = sum(
-                0.0 if operand.array.on_chip else self._read(inner, inner.parameters[number])
+                self._read(inner, inner.parameters[number]) if operand.array.space == 0 else 0.0
                 for number, operand in enumerate(operands)
             )
             return reads + self._written(inner, instruction)
@@ -248,9 +254,21 @@ def _moved(instruction: Instruction) -> Array:
     return min((first, rest[0]), key=lambda array: array.bytes)
 
 
+def _crosses_to_host(operands: list[Instruction], instruction: Instruction) -> Array | None:
+    """The array that a copy moves between the memories of device and host; None for others."""
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode not in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
+        return None
+    moved = [x.array for x in operands[: 2 if opcode == "dynamic-update-slice" else 1]]
+    results = [a for a in instruction.arrays if len(a.dims) == len(moved[0].dims)]
+    if not any(array.on_host for array in (*moved, *results)):
+        return None
+    return min((*moved, *results), key=lambda array: array.bytes)
+
+
 def _smaller(place: Array, part: Array) -> float:
     """Bytes of `part` of an array that lies where `place` does."""
-    return 0.0 if place.on_chip else float(min(place.bytes, part.bytes))
+    return float(min(place.bytes, part.bytes)) if place.space == 0 else 0.0
 
 
 def _estimated_flops(instruction: Instruction) -> float:
