@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkvx_jax.checkpoint import load_initial_params, work_path
+from rwkvx_jax.checkpoint import work_path
 from rwkvx_jax.cli import (
     accelerator_attached,
     add_host_flags,
@@ -16,6 +16,7 @@ from rwkvx_jax.cli import (
     parse_with_overrides,
     settle_platform,
 )
+from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.training.loop import TrainingStopped, fit
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     )
     add_host_flags(parser)
     settle_platform()
-    with friendly_errors(TrainingStopped):
+    with friendly_errors(ConversionError, TrainingStopped):
         flags, config = parse_with_overrides(parser, argv)
         join_hosts(
             flags.coordinator,
@@ -47,8 +48,7 @@ def main(argv: list[str]) -> None:
             detect=accelerator_attached(),
         )
         workdir = work_path(flags.workdir or Path("runs") / Path(flags.config).stem)
-        params = load_initial_params(flags.init_from, config) if flags.init_from else None
-        fit(config, workdir, params, resume_step=flags.resume_step)
+        fit(config, workdir, init_from=flags.init_from, resume_step=flags.resume_step)
 
 
 if __name__ == "__main__":

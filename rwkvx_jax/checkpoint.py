@@ -6,6 +6,7 @@ Checkpoints themselves are read and written in `checkpoint_store`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +136,9 @@ def load_checkpoint(
         config, vocab_file = None, ""
         step, trained_length = own.trained or (None, None)
         model_config, tokenizer = own.config, own.tokenizer_name
-        params = _nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
+        params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
     model_config = dataclasses.replace(model_config, **changes)
-    _check_shapes(params, model_config, str(path))
+    check_shapes(params, model_config, str(path))
     check_finite(dict(flat(params)), str(path))
     model = with_params(abstract_model(model_config, run), params)
     return Loaded(model, tokenizer, vocab_file, config, step, trained_length)
@@ -157,48 +158,14 @@ def load_model(
     ).model
 
 
-def load_initial_params(path: str | Path, config: Config) -> Params:
-    """Parameters to start training from: of the hybrid itself, or of the RWKV-7 to be expanded.
+def check_shapes(params: Params, config: ModelConfig, where: str) -> None:
+    """Raises ConfigError, with all differences, for parameters that are not those of `config`.
 
-    Raises:
-      ConfigError: parameters of another shape than the config's; all differences are listed.
+    Args:
+      params: arrays, or anything else with a shape.
+      config: of the model.
+      where: the checkpoint, for the message.
     """
-    # In the memory of the host: a model that many chips share need not fit into one.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = load_checkpoint(path).model
-        params = get_params(model)
-    hybrid = "attention_blocks" in params
-    if hybrid and not config.stages[0].expanded:
-        raise ConfigError(
-            f"{path} already has attention blocks, but stage {config.stages[0].name!r} trains the "
-            "plain RWKV-7: start from a RWKV-7, or set expanded=True"
-        )
-    wanted = config.model if hybrid else config.model.without_attention()
-    lines = [
-        f"{name}: {there} there, {here} in the config"
-        for name, there in _shape(model.config).items()
-        if there != (here := _shape(wanted)[name])
-    ]
-    if lines:
-        raise ConfigError(
-            f"{path} holds a model of another shape than the config's:\n  " + "\n  ".join(lines)
-        )
-    _check_shapes(params, wanted, str(path))
-    return params
-
-
-def _shape(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that determine the shapes of its parameters."""
-    names = ("vocab_size", "num_blocks", "num_attention_blocks", "width", "head_size", "key_conv")
-    fields = {f"model.{name}": getattr(config, name) for name in names}
-    return {
-        **fields,
-        "model.ffn_width": config.hidden_width,
-        "model.low_rank_override": tuple(config.ranks),
-    }
-
-
-def _check_shapes(params: Params, config: ModelConfig, where: str) -> None:
     expected = {name: leaf.shape for name, leaf in flat(get_params(abstract_model(config)))}
     found = {name: leaf.shape for name, leaf in flat(params)}
     lines = [
@@ -212,7 +179,8 @@ def _check_shapes(params: Params, config: ModelConfig, where: str) -> None:
         )
 
 
-def _nested(flat_params: dict[str, Any]) -> Params:
+def nested(flat_params: dict[str, Any]) -> Params:
+    """A tree of parameters from its leaves by dotted name."""
     tree: Params = {}
     for name, leaf in flat_params.items():
         *parents, last = name.split(".")
@@ -230,8 +198,28 @@ def find_run(path: Path) -> tuple[Path, int | None] | None:
     return (path, None) if (path / CHECKPOINTS).is_dir() else None
 
 
-def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage, int, Any]:
-    """Config, stage, step and parameters (as host arrays on the default device) of a run.
+def on_one_device(config: ModelConfig) -> Params:
+    """A target to restore parameters into: the default device, whatever devices wrote them."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    here = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        get_params(abstract_model(config)),
+    )
+
+
+def read_workdir(
+    workdir: Path,
+    step: int | None = None,
+    target: Callable[[ModelConfig], Params] = on_one_device,
+) -> tuple[Config, Stage, int, Params]:
+    """Config, stage, step and parameters of a run.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; None: the newest.
+      target: gives abstract parameters with shardings, of the model that the run has trained; it
+        may also refuse it, before anything is read.
 
     Raises:
       ConfigError: there is no checkpoint, or not the asked one, or it is damaged.
@@ -248,12 +236,5 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
         progress = checkpoints.progress(step)
         config = from_dict(Config, progress["config"], "checkpoint")
         stage = config.stages[progress["stage"]]
-        # Onto one device, whatever devices wrote it.
-        device = jax.config.jax_default_device or jax.local_devices()[0]
-        here = jax.sharding.SingleDeviceSharding(device)
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            get_params(abstract_model(config.stage_model(stage))),
-        )
-        params = checkpoints.restore_params(step, target)
+        params = checkpoints.restore_params(step, target(config.stage_model(stage)))
     return config, stage, step, params

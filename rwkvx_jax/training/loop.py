@@ -25,6 +25,7 @@ from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
 from rwkvx_jax.storage import exclusive, write_whole
 from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
 from rwkvx_jax.training.evaluate import check_targets, make_evaluator
+from rwkvx_jax.training.initial import load_initial_params
 from rwkvx_jax.training.memory import check_memory
 from rwkvx_jax.training.metrics import MetricsWriter, Reporter
 from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
@@ -79,6 +80,7 @@ def fit(
     workdir: Path,
     initial_params: Params | None = None,
     *,
+    init_from: str | Path | None = None,
     resume_step: int | None = None,
 ) -> Params:
     """Trains all stages of `config`, continuing from the newest checkpoint of `workdir`.
@@ -89,6 +91,8 @@ def fit(
         see it; an `epath.Path` may lie in a bucket.
       initial_params: parameters to start from (a plain RWKV-7 is expanded where a stage wants
         the hybrid); None initialises them. Not used when a checkpoint is there.
+      init_from: a workdir, .safetensors or .pth to read them from, straight onto the mesh; not
+        even looked at when a checkpoint is there.
       resume_step: continue from the checkpoint of this step instead; later ones are moved to
         `checkpoints-set-aside` in `workdir`.
 
@@ -98,14 +102,19 @@ def fit(
     Raises:
       ConfigError: anything in the config, the data or the workdir that can't work; a damaged
         checkpoint (DamagedCheckpoint); another training in `workdir`.
+      ConversionError: `init_from` is a damaged file.
       TrainingStopped: a bad step, a checkpoint that can't be written, or SIGTERM, SIGINT or SIGHUP.
     """
     with _compilation_cache(config.run.compilation_cache):
-        return _fit(config, workdir, initial_params, resume_step)
+        return _fit(config, workdir, initial_params, init_from, resume_step)
 
 
 def _fit(
-    config: Config, workdir: Path, initial_params: Params | None, resume_step: int | None
+    config: Config,
+    workdir: Path,
+    initial_params: Params | None,
+    init_from: str | Path | None,
+    resume_step: int | None,
 ) -> Params:
     check_joined()
     mesh = make_mesh(config.mesh)
@@ -132,6 +141,8 @@ def _fit(
         hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
         start = _start(config, mesh, data, checkpoints, workdir, resume_step)
         reporter.message(f"{mesh.size} {kind} device(s){hosts}, workdir {workdir}")
+        if start is None and init_from is not None:
+            initial_params = load_initial_params(init_from, config, mesh)
         if start is not None:
             for path in checkpoints.set_aside(after=start.step):
                 reporter.message(f"moved the checkpoint of a later step to {path}")
