@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
             flags.num_processes,
             flags.process_id,
             detect=accelerator_attached(),
+            heartbeat_timeout=flags.heartbeat_timeout,
         )
         workdir = work_path(flags.workdir or Path("runs") / Path(flags.config).stem)
         fit(config, workdir, init_from=flags.init_from, resume_step=flags.resume_step)

@@ -23,7 +23,7 @@ from rwkvx_jax.config import (
 from rwkvx_jax.model import abstract_model, get_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.plan import __main__ as cli
-from rwkvx_jax.plan import model_flops, topology
+from rwkvx_jax.plan import topology
 from rwkvx_jax.plan.advice import advise
 from rwkvx_jax.plan.collectives import Collective
 from rwkvx_jax.plan.planner import Memory, Plan, make_plan

@@ -46,6 +46,10 @@ class RunConfig(Checked):
     """A gradient norm above this multiple of its running mean is a spike; 0 turns that off."""
     max_skipped: int = 10
     """Skipped steps in a row after which "skip" stops as well."""
+    step_timeout: float | None = None
+    """Seconds in which no step (nor held-out loss, nor checkpoint) is finished, after which the
+    process prints all stacks and ends, for a supervisor to start it again; compiling does not
+    count. 0: never; None: never on one host, 1800 on several."""
     profile_steps: str = ""
     """"10:13" writes a trace of steps 10 to 12 for TensorBoard."""
     compilation_cache: str = ""
@@ -70,6 +74,10 @@ class RunConfig(Checked):
         ):
             value = getattr(self, name)
             require(value >= 0, f"run.{name} is {value}: it must not be negative")
+        require(
+            self.step_timeout is None or self.step_timeout >= 0,
+            f"run.step_timeout is {self.step_timeout}: use a number of seconds, or 0 for never",
+        )
         require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"run.spike_factor is {self.spike_factor}: ordinary steps would count as spikes; use a "
