@@ -31,6 +31,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--init-from", help="start from these parameters: a workdir, .safetensors or .pth"
     )
+    parser.add_argument(
+        "--resume-step",
+        type=int,
+        help="continue from the checkpoint of this step; later ones are moved aside",
+    )
     add_host_flags(parser)
     settle_platform()
     with friendly_errors(TrainingStopped):
@@ -43,7 +48,7 @@ def main(argv: list[str]) -> None:
         )
         workdir = work_path(flags.workdir or Path("runs") / Path(flags.config).stem)
         params = load_initial_params(flags.init_from, config) if flags.init_from else None
-        fit(config, workdir, params)
+        fit(config, workdir, params, resume_step=flags.resume_step)
 
 
 if __name__ == "__main__":

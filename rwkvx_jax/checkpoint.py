@@ -1,25 +1,18 @@
-"""Checkpoints: training state with its position and config, through Orbax.
+"""Models from anywhere, and what a run remembers and refuses when it is resumed.
 
-A step directory holds three items: `params`, `optimizer` and `progress` (JSON: config, stage,
-steps, data fingerprint). Orbax writes into a temporary directory and renames it, so a killed
-process never leaves a half checkpoint as the latest. Parameters can be read without the rest.
+Checkpoints themselves are read and written in `checkpoint_store`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints, work_path
 from rwkvx_jax.config import (
     Config,
     ConfigError,
@@ -33,107 +26,8 @@ from rwkvx_jax.config import (
 from rwkvx_jax.convert.finite import check_finite
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.tensors import DTYPES
+from rwkvx_jax.digest import flat
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
-
-CHECKPOINTS = "checkpoints"
-
-
-class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written (full disk, permissions); earlier ones are untouched."""
-
-
-def work_path(path: str | Path) -> Path:
-    """A path as given: on a disk, or an `epath.Path` of a bucket (gs://)."""
-    return epath.Path(path) if "://" in str(path) else Path(path)
-
-
-def _absolute(path: Path) -> Path:
-    return path.absolute() if isinstance(path, Path) else path
-
-
-class Checkpoints:
-    """The checkpoints of one work directory, numbered by steps over all stages."""
-
-    def __init__(self, workdir: Path, *, keep: int, keep_steps: Sequence[int] = ()):
-        """Keeps the newest `keep` checkpoints, and those at `keep_steps` for good."""
-        policy = preservation_policy.AnyPreservationPolicy(
-            [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(keep_steps)]
-        )
-        self._directory = _absolute(workdir / CHECKPOINTS)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True
-            ),
-            item_names=("params", "optimizer", "progress"),
-        )
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        try:
-            with self._writing():
-                self._manager.close()
-        except CheckpointFailed:
-            if kind is None:  # else that error says more
-                raise
-
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
-
-    def save(self, step: int, params: Any, optimizer: Any, progress: dict[str, Any]) -> None:
-        """Copies the arrays and writes them in the background; a step already there is kept.
-
-        Raises:
-          CheckpointFailed: this write, or the one before in the background, failed.
-        """
-        if step in self._manager.all_steps():
-            return
-        with self._writing():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    optimizer=ocp.args.StandardSave(optimizer),
-                    progress=ocp.args.JsonSave(progress),
-                ),
-            )
-
-    def wait(self) -> None:
-        """Returns when everything is on disk.
-
-        Raises:
-          CheckpointFailed: a write in the background failed.
-        """
-        with self._writing():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Gives failed writes one type: Orbax raises whatever its storage layers raise."""
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointFailed(
-                f"no checkpoint could be written to {self._directory}: {error}"
-            ) from error
-
-    def progress(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["progress"]
-
-    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any]:
-        """Reads parameters and moments into the shapes and shardings of abstract trees."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-            ),
-        )
-        return restored["params"], restored["optimizer"]
 
 
 def progress_record(
@@ -144,7 +38,6 @@ def progress_record(
         "config": to_dict(config),
         "stage": stage,
         "stage_step": stage_step,
-        "samples": stage_step * config.stages[stage].global_batch,
         "data": fingerprint,
     }
 
@@ -210,10 +103,11 @@ def load_checkpoint(
     run: RunConfig | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> Loaded:
-    """Loads the newest checkpoint of a workdir, our safetensors, or an official checkpoint.
+    """Loads a checkpoint of a workdir, our safetensors, or an official checkpoint.
 
     Args:
-      path: a workdir, .safetensors (ours or official), .pth, or a Hugging Face directory.
+      path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, .safetensors (ours or
+        official), .pth, or a Hugging Face directory.
       chunk_size: replaces the stored chunk size of the sparse attention.
       top_k: replaces the stored number of chunks that a query reads.
       run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
@@ -231,8 +125,8 @@ def load_checkpoint(
         run = RunConfig(compute_dtype=dtype)
     changes = dict(overrides or {})
     changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
-    if (path / CHECKPOINTS).is_dir():
-        config, stage, step, params = read_workdir(path)
+    if (run_and_step := find_run(path)) is not None:
+        config, stage, step, params = read_workdir(*run_and_step)
         model_config, data = config.stage_model(stage), config.data
         tokenizer, vocab_file = data.tokenizer, data.vocab_file
         trained_length = config.trained_length(step)
@@ -271,15 +165,37 @@ def load_initial_params(path: str | Path, config: Config) -> Params:
     """
     # In the memory of the host: a model that many chips share need not fit into one.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        params = get_params(load_checkpoint(path).model)
+        model = load_checkpoint(path).model
+        params = get_params(model)
     hybrid = "attention_blocks" in params
     if hybrid and not config.stages[0].expanded:
         raise ConfigError(
             f"{path} already has attention blocks, but stage {config.stages[0].name!r} trains the "
             "plain RWKV-7: start from a RWKV-7, or set expanded=True"
         )
-    _check_shapes(params, config.model if hybrid else config.model.without_attention(), str(path))
+    wanted = config.model if hybrid else config.model.without_attention()
+    lines = [
+        f"{name}: {there} there, {here} in the config"
+        for name, there in _shape(model.config).items()
+        if there != (here := _shape(wanted)[name])
+    ]
+    if lines:
+        raise ConfigError(
+            f"{path} holds a model of another shape than the config's:\n  " + "\n  ".join(lines)
+        )
+    _check_shapes(params, wanted, str(path))
     return params
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that determine the shapes of its parameters."""
+    names = ("vocab_size", "num_blocks", "num_attention_blocks", "width", "head_size", "key_conv")
+    fields = {f"model.{name}": getattr(config, name) for name in names}
+    return {
+        **fields,
+        "model.ffn_width": config.hidden_width,
+        "model.low_rank_override": tuple(config.ranks),
+    }
 
 
 def _check_shapes(params: Params, config: ModelConfig, where: str) -> None:
@@ -296,12 +212,6 @@ def _check_shapes(params: Params, config: ModelConfig, where: str) -> None:
         )
 
 
-def flat(params: Params) -> list[tuple[str, Any]]:
-    """(dotted name, leaf) of every parameter."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(".".join(key.key for key in path), leaf) for path, leaf in leaves]
-
-
 def _nested(flat_params: dict[str, Any]) -> Params:
     tree: Params = {}
     for name, leaf in flat_params.items():
@@ -313,39 +223,29 @@ def _nested(flat_params: dict[str, Any]) -> Params:
     return tree
 
 
-@contextlib.contextmanager
-def _without_message(text: str) -> Iterator[None]:
-    """Keeps one of Orbax's messages out of the log."""
-    keep = lambda record: not record.getMessage().startswith(text)
-    logger = logging.getLogger("absl")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+def find_run(path: Path) -> tuple[Path, int | None] | None:
+    """Workdir and step (None: the newest) that a path means; None if it is neither of a run."""
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return (path, None) if (path / CHECKPOINTS).is_dir() else None
 
 
 def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage, int, Any]:
     """Config, stage, step and parameters (as host arrays on the default device) of a run.
 
     Raises:
-      ConfigError: there is no checkpoint, or not the asked one.
+      ConfigError: there is no checkpoint, or not the asked one, or it is damaged.
     """
     if not (workdir / CHECKPOINTS).is_dir():
         raise ConfigError(f"{workdir} holds no run: no {CHECKPOINTS} directory in it")
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-    names = ("params", "optimizer", "progress")
-    directory = _absolute(workdir / CHECKPOINTS)
-    with (
-        _without_message("Given directory is read only"),  # as asked for, not worth a warning
-        ocp.CheckpointManager(directory, options=options, item_names=names) as manager,
-    ):
-        steps = sorted(manager.all_steps())
-        if not steps or step not in (None, *steps):
-            raise ConfigError(f"{workdir} has checkpoints of steps {steps}, not of step {step}")
-        step = steps[-1] if step is None else step
-        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        progress = manager.restore(step, args=args)["progress"]
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.choose(step)
+        if step is None:
+            raise ConfigError(
+                f"{workdir} has no checkpoint yet: its training did not reach the first one (of "
+                "run.checkpoint_every steps)"
+            )
+        progress = checkpoints.progress(step)
         config = from_dict(Config, progress["config"], "checkpoint")
         stage = config.stages[progress["stage"]]
         # Onto one device, whatever devices wrote it.
@@ -355,6 +255,5 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
             get_params(abstract_model(config.stage_model(stage))),
         )
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-        params = manager.restore(step, args=args)["params"]
+        params = checkpoints.restore_params(step, target)
     return config, stage, step, params

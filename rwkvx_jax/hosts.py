@@ -6,7 +6,9 @@ Every host runs the same program. Where it needs to know that it is not alone, t
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,30 +136,68 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-@contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields a function (steps done) -> whether to save and stop now, because of SIGTERM.
+def first_does(act: Callable[[], Any], failure: str) -> None:
+    """Process 0 calls `act`, while the others wait for it and for how it went.
 
-    It is to be asked after every step. Among several hosts a notice to any of them (which is how
-    the end of a preemptible machine is announced) makes all stop after the same step: JAX's
-    preemption service agrees on one that none has passed. A second SIGTERM to a single process
-    ends it at once.
+    Args:
+      act: what only one process may do, such as writing a file.
+      failure: what it means that the operating system refuses.
+
+    Raises:
+      ConfigError: on every process, if it failed.
     """
-    if jax.process_count() > 1:  # the service has its own handler
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    caught = []
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except ConfigError as error:
+            problem = error
+        except OSError as error:
+            problem = ConfigError(f"{failure}: {error}")
+    failed = problem is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+    if failed:
+        raise problem or ConfigError(f"{failure}: the message of process 0 says why")
 
-    def handler(*_) -> None:
-        caught.append(True)
-        signal.signal(signal.SIGTERM, before)
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[int], str]]:
+    """Yields a function (steps done) -> name of the signal to save and stop for now, or "".
+
+    It is to be asked after every step. SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal has gone)
+    are heard, but where the process was started to ignore one, as by nohup. The next signal ends
+    the process at once. Among several hosts a notice to any of them (which is how the end of a
+    preemptible machine is announced) makes all stop after the same step: JAX's preemption service
+    agrees on one that none has passed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # the caller handles signals
+        yield lambda _: ""
+        return
+    several = jax.process_count() > 1
+    # The service hears SIGTERM by itself; the others are passed on to it.
+    numbers = (signal.SIGINT, signal.SIGHUP) + (() if several else (signal.SIGTERM,))
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    caught: list[str] = []
+
+    def handler(number: int, _) -> None:
+        caught.append(signal.Signals(number).name)
+        for heard in before:
+            signal.signal(heard, signal.SIG_DFL)
+        # Not through sys.stderr, which may be in the middle of another message.
+        os.write(2, f"{caught[0]}: saving after this step; once more ends at once\n".encode())
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopping(step: int) -> str:
+        if several and not multihost_utils.reached_preemption_sync_point(step):
+            return ""
+        return (caught or ["SIGTERM"])[0] if several or caught else ""
 
     try:
-        before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread: the caller handles signals
-        yield lambda _: False
-        return
-    try:
-        yield lambda _: bool(caught)
+        for number in before:
+            signal.signal(number, handler)
+        yield stopping
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, action in before.items():
+            signal.signal(number, action)

@@ -73,3 +73,16 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces what `path` holds by `data`, all of it or nothing, also in a bucket.
+
+    Raises:
+      OSError: it can't be written.
+    """
+    if not isinstance(path, Path):  # an object of a bucket appears when it is complete
+        path.write_bytes(data)
+        return
+    with new_file(path) as file:
+        file.write(data)

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import re
+import typing
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from rwkvx_jax.cli import accelerator_attached, load_config, settle_platform
@@ -15,14 +19,19 @@ from rwkvx_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    Recurrence,
     RunConfig,
     SourceConfig,
+    SparseAttention,
     Stage,
     differences,
     from_dict,
     low_rank_widths,
     to_dict,
 )
+from rwkvx_jax.model import abstract_model, get_params
+from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.recurrence import wkv7
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = Stage("only", 64, 4, 10, 1e-3)
@@ -55,15 +64,38 @@ CONFIG = Config(ModelConfig.tiny(), (STAGE,))
         (lambda: DataConfig(held_out=1.0), ["1.0", "0.02"]),
         (lambda: OptimizerConfig(b1=1.0), ["optimizer.b1 is 1.0", "[0, 1)"]),
         (lambda: OptimizerConfig(eps=-1.0), ["optimizer.eps is -1.0"]),
+        (lambda: OptimizerConfig(clip_norm=-1.0), ["optimizer.clip_norm is -1.0"]),
         (lambda: LongCEConfig(window=0), ["longce.window is 0"]),
         (lambda: dataclasses.replace(STAGE, name=""), ["empty name"]),
-        (lambda: dataclasses.replace(STAGE, peak_lr=float("nan")), ["peak_lr is nan", "positive"]),
+        (lambda: dataclasses.replace(STAGE, peak_lr=float("nan")), ["peak_lr is nan", "finite"]),
+        (lambda: dataclasses.replace(STAGE, peak_lr=float("inf")), ["peak_lr is inf", "finite"]),
+        (lambda: dataclasses.replace(STAGE, peak_lr=0.0), ["peak_lr is 0.0", "positive"]),
+        (lambda: dataclasses.replace(STAGE, steps=2**31), ["2147483648", "at most 2147483647"]),
+        (lambda: OptimizerConfig(weight_decay=float("inf")), ["weight_decay is inf", "finite"]),
+        (lambda: OptimizerConfig(eps=0.0), ["optimizer.eps is 0.0", "1.2e-38"]),
+        (lambda: OptimizerConfig(eps=1e-46), ["eps is 1e-46", "1.2e-38"]),
+        (lambda: SourceConfig(weight=1e300), ["weight is 1e+300", "3.4e38"]),
+        (lambda: SourceConfig(weight=1e-300), ["weight is 1e-300", "1.2e-38"]),
+        (
+            lambda: DataConfig(sources=(SourceConfig(weight=1e9), SourceConfig())),
+            ["1000000000.0", "hardly ever", "leave that source out"],
+        ),
+        (
+            lambda: Config(
+                ModelConfig.tiny(),
+                (dataclasses.replace(STAGE, source_weights=(0.0, 1e-3, 1e9)),),
+                DataConfig(sources=(SourceConfig(),) * 3),
+            ),
+            ["stage 'only': source_weights", "hardly ever"],
+        ),
+        (lambda: RunConfig(recurrence="foo"), ["recurrence is 'foo'", "'chunked'"]),
+        (lambda: RunConfig(sparse_attention="foo"), ["sparse_attention is 'foo'", "'masked'"]),
         (lambda: dataclasses.replace(STAGE, final_lr=-1.0), ["final_lr is -1.0"]),
         (lambda: dataclasses.replace(STAGE, warmup_steps=11), ["warmup_steps 11", "10 steps"]),
         (lambda: dataclasses.replace(STAGE, accumulation=3), ["accumulation 3", "global_batch 4"]),
         (
             lambda: dataclasses.replace(STAGE, loss="longce"),
-            ["window 4000 + stride 4000", "64 tokens"],
+            ["window 4000", "64 tokens", "twice the window"],
         ),
         (
             lambda: dataclasses.replace(STAGE, trainable="attention", expanded=False),
@@ -97,6 +129,27 @@ def test_impossible_values_are_named_with_a_remedy(make, fragments):
         make()
     for fragment in fragments:
         assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize("op, hint", [("wkv7", Recurrence), ("sparse_attention", SparseAttention)])
+def test_implementations_are_those_of_the_ops(op, hint):
+    """The config stands below the ops and can't ask them: it has to name all that they offer."""
+    x = jnp.zeros((1, 8, 1, 8))
+    arguments = {
+        "wkv7": (wkv7, (x,) * 6, {}),
+        "sparse_attention": (sparse_attention, (x,) * 3, {"chunk_size": 4, "top_k": 2}),
+    }
+    fn, args, settings = arguments[op]
+    with pytest.raises(ValueError) as error:
+        fn(*args, implementation="?", **settings)
+    offered = set(re.findall(r"'(\w+)'", str(error.value)))
+    assert offered == set(typing.get_args(hint))
+
+
+def test_number_of_parameters_is_that_of_the_model():
+    for config in (CONFIG.model, CONFIG.model.without_attention(), ModelConfig(key_conv=3)):
+        leaves = jax.tree.leaves(get_params(abstract_model(config)))
+        assert config.num_parameters == sum(leaf.size for leaf in leaves)
 
 
 def test_json_round_trip():

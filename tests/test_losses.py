@@ -112,10 +112,10 @@ def test_weights_average_over_tokens_or_samples():
 
 
 def slow_longce(short, tokens, full, config):
-    """Weights as the original's loop makes them."""
+    """Weights as the loop of RWKV-X's `compute_longce_loss` makes them."""
     time, weights = full.shape[1], np.ones_like(full)
     window, stride = config.window, config.stride
-    for start in range(stride, time - window, stride):
+    for start in range(window, time - window, stride):
         end = min(start + window + stride, time)
         alone = np.asarray(short(tokens[:, start : end + 1]))
         for position in range(start + window, end):
@@ -126,7 +126,7 @@ def slow_longce(short, tokens, full, config):
 
 @pytest.mark.parametrize(
     "window, stride, time",
-    [(4, 4, 16), (4, 4, 21), (4, 4, 9), (3, 5, 21), (6, 2, 21), (1, 1, 7), (5, 3, 20)],
+    [(4, 4, 16), (4, 4, 21), (4, 4, 9), (3, 5, 21), (6, 2, 21), (1, 1, 7), (5, 3, 20), (5, 8, 11)],
 )
 def test_longce_is_the_slow_loop(window, stride, time):
     rng = np.random.default_rng(window)
@@ -142,7 +142,7 @@ def test_longce_is_the_slow_loop(window, stride, time):
     found = longce_weights(short, jnp.asarray(tokens), jnp.asarray(full), config)
     expected = slow_longce(short, tokens, full, config)
     assert_close(found, expected, rel=1e-5)
-    first = window + stride
+    first = 2 * window
     assert np.all(expected[:, :first] == 1) and np.any(expected[:, first:] != 1)
     if time > 15:
         assert np.any(expected == 2.5) and np.any(expected < 1)  # capped above, not below

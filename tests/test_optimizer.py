@@ -1,5 +1,7 @@
 """Which parameters each policy treats how, name by name, and the learning-rate schedules."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -109,7 +111,33 @@ def test_schedules(schedule, middle, end):
     assert_close([rate(0), rate(50), rate(100)], [1e-3, middle, end], rel=1e-5)
 
 
-def test_warm_up_climbs_from_one_percent():
-    rate = learning_rate(Stage("s", 8, 1, 100, 1e-3, warmup_steps=10))
-    expected = [1e-3 * (0.01 + 0.99 * min(i, 10) / 10) for i in range(15)]
-    assert_close([rate(i) for i in range(15)], expected, rel=1e-5)
+def slow_rate(stage, step):
+    """The rate as the callback of RWKV-LM and RWKV-X works it out, which counts tokens."""
+    tokens = stage.seq_len * stage.global_batch
+    done, warmup = step * tokens, stage.warmup_steps * tokens
+    progress = max(0.0, min(1.0, (done - warmup) / (stage.steps * tokens - warmup)))
+    ratio = stage.final_lr / stage.peak_lr
+    rate = {
+        "constant": stage.peak_lr,
+        "linear": stage.peak_lr + (stage.final_lr - stage.peak_lr) * progress,
+        "cosine": stage.peak_lr
+        * (0.5 + ratio / 2 + (0.5 - ratio / 2) * math.cos(math.pi * progress)),
+    }[stage.schedule]
+    if step < stage.warmup_steps:
+        rate *= 0.01 + 0.99 * step / stage.warmup_steps
+    return rate
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_schedules_count_from_the_end_of_the_warm_up(schedule):
+    stage = Stage("s", 8, 4, 1000, 6e-4, schedule=schedule, final_lr=6e-5, warmup_steps=100)
+    steps = [0, 1, 50, 99, 100, 101, 325, 550, 775, 999, 1000]
+    rate = learning_rate(stage)
+    assert_close([rate(i) for i in steps], [slow_rate(stage, i) for i in steps], rel=1e-5)
+    if schedule == "cosine":  # half of the way: counted from step 0 it would be 13 % less
+        assert_close(rate(550), 3.3e-4, rel=1e-5)
+
+
+def test_a_stage_that_only_warms_up():
+    rate = learning_rate(Stage("s", 8, 1, 10, 1e-3, warmup_steps=10, schedule="cosine"))
+    assert_close([rate(0), rate(5)], [1e-5, 1e-3 * (0.01 + 0.99 / 2)], rel=1e-5)

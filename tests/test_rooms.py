@@ -14,6 +14,8 @@ ROOMS = [
     "rwkvx_jax.textfiles",
     "rwkvx_jax.sharding",
     "rwkvx_jax.hosts",
+    "rwkvx_jax.digest",
+    "rwkvx_jax.checkpoint_store",
     "rwkvx_jax.ops",
     "rwkvx_jax.cache",
     "rwkvx_jax.modules",

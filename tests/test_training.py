@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rwkvx_jax.checkpoint import CheckpointFailed, Checkpoints, read_workdir, work_path
-from rwkvx_jax.config import ConfigError, RunConfig
+from rwkvx_jax.checkpoint import read_workdir
+from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints, work_path
+from rwkvx_jax.config import ConfigError, RunConfig, SourceConfig
+from rwkvx_jax.storage import exclusive
 from rwkvx_jax.training import loop
 from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.loop import TrainingStopped, fit
 from rwkvx_jax.training.metrics import MetricsWriter, cut_back
+from rwkvx_jax.training.trace import Trace
 from tests.buckets import bucket  # noqa: F401
 from tests.model_cases import random_params
 from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, STEPS, same_bits
@@ -91,13 +94,15 @@ def test_crashes_leave_no_trace(config, undisturbed, tmp_path, monkeypatch):
     assert same_bits(read_workdir(tmp_path)[3], params)
 
 
-def test_sigterm_saves_and_the_same_command_continues(config, undisturbed, tmp_path, monkeypatch):
+def test_signals_save_and_the_same_command_continues(config, undisturbed, tmp_path, monkeypatch):
     params, metrics, _ = undisturbed
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(TrainingStopped, match="SIGTERM after step 5; it is saved"):
-            fit(config, tmp_path)
-    assert read_workdir(tmp_path)[2] == 5
+    for step, number in ((2, signal.SIGINT), (5, signal.SIGTERM), (8, signal.SIGHUP)):
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda number=number: os.kill(os.getpid(), number))
+            message = f"{number.name} after step {step}; it is saved: the same command continues"
+            with pytest.raises(TrainingStopped, match=message):
+                fit(config, tmp_path)
+        assert read_workdir(tmp_path)[2] == step
     assert same_bits(fit(config, tmp_path), params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
@@ -142,7 +147,8 @@ def test_losses_that_are_not_finite_stop_or_are_skipped(config, tmp_path):
     with pytest.raises(TrainingStopped, match="at step 3 .*more than 2 in a row"):
         fit(skipping, tmp_path / "skip", poisoned)
     lines = (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["skipped"] for line in lines] == [1, 2]
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # no NaN in JSON
+    assert [(r["skipped"], r["loss"]) for r in records] == [(1, None), (2, None)]
 
 
 def test_what_a_resume_refuses_and_leaves_alone(config, undisturbed):
@@ -162,6 +168,15 @@ def test_bad_surroundings_are_errors_before_any_work(config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file/run can't be written .*--workdir"):
         fit(config, tmp_path / "file" / "run")
+    (tmp_path / "occupied" / "config.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="occupied can't be written.*config.json"):
+        fit(config, tmp_path / "occupied")
+    assert not list((tmp_path / "occupied").glob("*.tmp"))
+    for sizes in ({"num_blocks": 10**9}, {"vocab_size": 10**13}):
+        huge = dataclasses.replace(config, model=dataclasses.replace(MODEL, **sizes))
+        with pytest.raises(ConfigError, match=r"'rwkv7' needs at least [\d,.]+ GiB .* device\(s\)"):
+            fit(huge, tmp_path / "huge")
+    assert not (tmp_path / "huge").exists()
     long = dataclasses.replace(
         config, stages=(dataclasses.replace(STAGES[2], seq_len=10_000_000, expanded=True),)
     )
@@ -176,16 +191,54 @@ def test_bad_surroundings_are_errors_before_any_work(config, tmp_path):
         fit(dataclasses.replace(config, mesh=mesh), tmp_path / "mesh")
 
 
+def test_a_workdir_has_one_owner(config, tmp_path):
+    with exclusive(tmp_path / loop.LOCK_FILE):
+        with pytest.raises(ConfigError, match="another training runs in .*--workdir"):
+            fit(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [loop.LOCK_FILE]
+
+
+def masked_source(tmp_path, texts):
+    """A config whose samples are chats, learned are the answers."""
+    path = tmp_path / "chat.jsonl"
+    turns = [
+        [{"role": "user", "content": "x" * before}, {"role": "assistant", "content": "yes"}]
+        for before in texts
+    ]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return SourceConfig("jsonl", path=str(path), samples="document")
+
+
+def test_nothing_to_learn_is_no_loss_of_0(config, tmp_path, capfd):
+    """Answers beyond the end of the samples: of all documents, and of most of them."""
+    data = dataclasses.replace(config.data, sources=(masked_source(tmp_path, [50] * 40),))
+    everywhere = dataclasses.replace(config, data=data, stages=STAGES[:1])
+    with pytest.raises(ConfigError, match="'rwkv7': none of the first 8 training samples has a t"):
+        fit(everywhere, tmp_path / "nowhere")
+    source = masked_source(tmp_path, [2] + [50] * 7)
+    data = dataclasses.replace(config.data, sources=(source,), held_out=0.0)
+    stages = (dataclasses.replace(STAGES[0], global_batch=8, steps=3),)
+    sometimes = with_run(dataclasses.replace(config, data=data, stages=stages), eval_batches=0)
+    fit(sometimes, tmp_path / "sometimes")
+    lines = (tmp_path / "sometimes" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["without_target"] for line in lines] == [7, 7, 7]
+    out = capfd.readouterr().out
+    assert "7 of the 8 samples of step 1 have no target" in out
+    assert "21 samples of stage rwkv7 had no target" in out
+
+
 def test_metrics_in_a_bucket(bucket):  # noqa: F811
     """A file that can't be appended to holds the same lines, and goes on after a resume."""
     workdir = work_path("gs://bucket/run")
-    writer = MetricsWriter(workdir, resume_step=0, active=True)
+    writer = MetricsWriter(workdir, active=True)
+    writer.open(0)
     for step in (1, 2, 3):
         writer.write(step, "grow", {"loss": 1.0 / step})
     assert not (workdir / "metrics.jsonl").exists()
     writer.upload()
     writer.write(4, "grow", {"loss": 0.1})
-    writer = MetricsWriter(workdir, resume_step=2, active=True)  # as after a kill
+    writer = MetricsWriter(workdir, active=True)  # as after a kill
+    writer.open(2)
     writer.write(3, "grow", {"loss": 0.5})
     writer.close()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -197,13 +250,39 @@ def test_metrics_in_a_bucket(bucket):  # noqa: F811
         fit(CURRICULUM, workdir)
 
 
-def test_metrics_are_cut_back_to_a_step(tmp_path):
+LINES = [b'{"step": %d, "loss": 1.0}\n' % i for i in (1, 2, 2, 3, 4, 5)]
+
+
+def test_metrics_are_cut_back_to_a_step(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": i}) + "\n" for i in (1, 2, 2, 3)]
-    path.write_text("".join(lines) + '{"step"')
+    path.write_bytes(b"".join(LINES[:4]) + b'{"step": 4, "lo')  # cut off by a kill
     cut_back(path, 2)
-    assert path.read_text() == "".join(lines[:3])
+    assert path.read_bytes() == b"".join(LINES[:3])
     cut_back(tmp_path / "absent.jsonl", 3)
+    assert not caplog.records and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "broken, kept, said",
+    [
+        ([*LINES[:2], b"garbage\n", *LINES[4:]], [0, 1, 4], ["line 3", "between 2 and 4"]),
+        ([*LINES[:4], b'{"step": 4, "lo\n', LINES[5]], [0, 1, 2, 3], ["line 5", "between 3 and 5"]),
+        ([*LINES[:4], b"\0\0\0\0\0"], [0, 1, 2, 3], ["line 5", "between 3 and 5"]),
+        ([*LINES[:4], b"\0\0" + LINES[4]], [0, 1, 2, 3], ["line 5", "between 3 and 5"]),
+        ([*LINES[:4], b'{"step": 4, "lo'], [0, 1, 2, 3], ["line 5", "between 3 and 5"]),
+        ([b"\xff\n", *LINES[:2]], [0, 1], ["line 1", "between 0 and 1"]),
+    ],
+    ids=["garbage", "half a line", "NUL tail", "NULs before", "half the last", "not UTF-8"],
+)
+def test_lines_that_are_lost_are_told(tmp_path, caplog, broken, kept, said):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(broken))
+    cut_back(path, 4)
+    assert path.read_bytes() == b"".join(LINES[i] for i in kept)
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == b"".join(broken)
+    (message,) = (record.getMessage() for record in caplog.records)
+    for fragment in (*said, "metrics.jsonl.damaged-1"):
+        assert fragment in message
 
 
 def test_positions_along_the_stages():
@@ -212,7 +291,7 @@ def test_positions_along_the_stages():
 
 
 def test_trace_of_a_few_steps(tmp_path):
-    trace = loop.Trace(RunConfig(profile_steps="1:3"), tmp_path)
+    trace = Trace(RunConfig(profile_steps="1:3"), tmp_path)
     add = jax.jit(lambda x: x + 1)
     x = jax.numpy.zeros(3)
     for step in range(4):

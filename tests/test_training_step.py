@@ -125,17 +125,46 @@ def test_preheat_holds_nothing_for_frozen_parameters(batch):
         assert changed == (name in trained), name
 
 
+def test_an_update_that_is_not_finite_never_reaches_the_parameters(whole, batch):
+    """Loss and gradient are finite; what the optimizer makes of them is not."""
+    state = whole.start(random_params(MODEL), None)
+    batch = jax.tree.map(jnp.asarray, batch)
+    state, metrics = whole.train_step(state, batch)
+    assert metrics["finite_update"] and int(metrics["without_target"]) == 1  # of `random_batch`
+    position = next(i for i, s in enumerate(state.opt_state) if hasattr(s, "nu"))
+    adam = state.opt_state[position]
+    # As an eps that a device takes for 0 would: a root of a second moment of about 0.
+    second = jax.tree.map(lambda nu: jnp.full_like(nu, -1e30), adam.nu)
+    opt_state = (*state.opt_state[:position], adam._replace(nu=second))
+    opt_state += state.opt_state[position + 1 :]
+    before = jax.device_get(state.params)
+    state, metrics = whole.train_step(state._replace(opt_state=opt_state), batch)
+    assert np.isfinite(metrics["objective"]) and np.isfinite(metrics["grad_norm"])
+    assert not metrics["finite_update"] and int(metrics["in_row"]) == 1
+    assert same_bits(before, state.params)
+
+
+def test_a_batch_without_targets_changes_nothing(whole, batch):
+    state = whole.start(random_params(MODEL), None)
+    state, _ = whole.train_step(state, jax.tree.map(jnp.asarray, batch))
+    before = jax.device_get(state)
+    nothing = {**batch, "mask": np.zeros_like(batch["mask"])}
+    state, metrics = whole.train_step(state, jax.tree.map(jnp.asarray, nothing))
+    assert (int(metrics["without_target"]), int(metrics["in_row"])) == (8, 1)
+    assert same_bits(before.params, state.params) and same_bits(before.opt_state, state.opt_state)
+
+
 def test_guard_knows_spikes_from_ordinary_steps():
     guard = Guard.start()
-    one = jnp.float32(1)
+    sound = jnp.bool_(True)
     for norm in (2.0, 3.0, 1.0):
-        good, guard = guard.watch(one, jnp.float32(norm), 10.0)
+        good, guard = guard.watch(sound, jnp.float32(norm), 10.0)
         assert good
     usual = float(guard.usual_norm)
     assert 1.9 < usual < 2.1
-    good, after = guard.watch(one, jnp.float32(10.1 * usual), 10.0)
+    good, after = guard.watch(sound, jnp.float32(10.1 * usual), 10.0)
     assert not good and float(after.usual_norm) == usual and int(after.skipped) == 1
-    assert guard.watch(one, jnp.float32(9.9 * usual), 10.0)[0]
-    assert guard.watch(one, jnp.float32(1e6), 0.0)[0]  # turned off
-    for loss, norm in ((jnp.nan, 1.0), (1.0, jnp.inf)):
-        assert not guard.watch(jnp.float32(loss), jnp.float32(norm), 0.0)[0]
+    assert guard.watch(sound, jnp.float32(9.9 * usual), 10.0)[0]
+    assert guard.watch(sound, jnp.float32(1e6), 0.0)[0]  # turned off
+    assert not guard.watch(jnp.bool_(False), jnp.float32(1.0), 0.0)[0]
+    assert not guard.watch(sound, jnp.float32(jnp.inf), 0.0)[0]

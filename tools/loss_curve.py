@@ -63,7 +63,7 @@ def tokens_at(stages: list[dict[str, Any]], step: int) -> float:
 
 def draw(axes, stages, records, window: int, color: str, label: str) -> None:
     """One run's lines, points and stage borders."""
-    steps = [r for r in records if "loss" in r]
+    steps = [r for r in records if r.get("loss") is not None]
     at = np.asarray([tokens_at(stages, r["step"]) for r in steps])
     loss = np.asarray([r["loss"] for r in steps])
     axes.plot(at, loss, color=color, alpha=0.3, linewidth=0.7)

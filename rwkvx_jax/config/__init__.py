@@ -16,7 +16,7 @@ from rwkvx_jax.config.experiment import (
     Targets,
 )
 from rwkvx_jax.config.model import LowRankRule, LowRankWidths, ModelConfig, low_rank_widths
-from rwkvx_jax.config.run import MeshConfig, RunConfig
+from rwkvx_jax.config.run import MeshConfig, Recurrence, RunConfig, SparseAttention
 from rwkvx_jax.config.values import ConfigError, differences, from_dict, to_dict
 
 __all__ = [
@@ -29,8 +29,10 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Recurrence",
     "RunConfig",
     "SourceConfig",
+    "SparseAttention",
     "Stage",
     "Targets",
     "differences",

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rwkvx_jax.config.model import ModelConfig
 from rwkvx_jax.config.run import MeshConfig, RunConfig
-from rwkvx_jax.config.values import Checked, require, require_positive
+from rwkvx_jax.config.values import FLOAT32_RANGE, Checked, require, require_positive
 
 Targets = Literal["all", "answers", "balanced"]
+
+# Sources drawn more seldom than this, relative to another, would hardly ever be seen.
+_LARGEST_RATIO = 1e6
+# Steps are counted in int32.
+_MOST_STEPS = 2**31 - 1
+
+
+def _check_mixture(owner: str, weights: tuple[float, ...]) -> None:
+    """Raises ConfigError for weights of sources that make no sensible mixture."""
+    used = [weight for weight in weights if weight > 0]
+    require(
+        max(used, default=1.0) <= _LARGEST_RATIO * min(used, default=1.0),
+        f"{owner} are {weights}: one is over {_LARGEST_RATIO:g} times another, so that the smaller "
+        "would hardly ever be drawn; leave that source out, or bring them closer together",
+    )
 
 
 @dataclass(frozen=True)
@@ -57,10 +71,7 @@ class SourceConfig(Checked):
             self.kind != "pairs" or self.pairs >= 2,
             f'data source "pairs": pairs is {self.pairs}; a document has at least 2',
         )
-        require(
-            math.isfinite(self.weight) and self.weight > 0,
-            f"data source weight is {self.weight}: it must be positive",
-        )
+        require(self.weight > 0, f"data source weight is {self.weight}: it must be positive")
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class DataConfig(Checked):
     def __post_init__(self):
         super().__post_init__()
         require(len(self.sources) > 0, "data.sources is empty: name at least one source")
+        _check_mixture("weights of data.sources", tuple(s.weight for s in self.sources))
         require(
             0 <= self.held_out < 1, f"data.held_out is {self.held_out}: use a share such as 0.02"
         )
@@ -110,6 +122,7 @@ class OptimizerConfig(Checked):
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-18
+    """Added to the root of the second moment: above 0 in float32, as that root may be 0."""
     weight_decay: float = 0.001
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
@@ -119,7 +132,12 @@ class OptimizerConfig(Checked):
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} is {value}: it must lie in [0, 1)")
-        for name in ("eps", "weight_decay", "clip_norm"):
+        require(
+            self.eps >= FLOAT32_RANGE[0],
+            f"optimizer.eps is {self.eps}: an update would divide 0 by 0; use at least 1.2e-38, "
+            "the smallest normal float32",
+        )
+        for name in ("weight_decay", "clip_norm"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name} is {value}: it must not be negative")
 
@@ -129,7 +147,8 @@ class LongCEConfig(Checked):
     """Windows of the LongCE weights: context lengths in tokens."""
 
     window: int = 4000
-    """Tokens of short context before the first weighted position of a window."""
+    """Tokens of short context before the first weighted position of a window; also where the first
+    window starts, so that the first 2 x window predictions weigh 1."""
     stride: int = 4000
     """Weighted tokens of a window; windows start this far apart."""
     cap: float = 10.0
@@ -163,7 +182,7 @@ class Stage(Checked):
     l2wrap: float = 0.5e-4
     """Factor of max_logit^2 per token in the loss; 0 turns it off."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the learning rate after the warm-up."""
+    """Shape of the learning rate from the end of the warm-up on."""
     final_lr: float = 0.0
     """Rate at the end of a cosine or linear schedule."""
     warmup_steps: int = 0
@@ -184,6 +203,9 @@ class Stage(Checked):
             steps=self.steps,
             accumulation=self.accumulation,
         )
+        require(
+            self.steps <= _MOST_STEPS, f"{owner}: steps is {self.steps}: at most {_MOST_STEPS} fit"
+        )
         require(self.peak_lr > 0, f"{owner}: peak_lr is {self.peak_lr}: it must be positive")
         for name in ("final_lr", "l2wrap"):
             value = getattr(self, name)
@@ -203,9 +225,9 @@ class Stage(Checked):
         )
         if self.loss == "longce":
             require(
-                self.longce.window + self.longce.stride < self.seq_len,
-                f"{owner}: longce.window {self.longce.window} + stride {self.longce.stride} leave "
-                f"no weighted position in {self.seq_len} tokens; their sum must be below seq_len",
+                2 * self.longce.window < self.seq_len,
+                f"{owner}: longce.window {self.longce.window} leaves no weighted position in "
+                f"{self.seq_len} tokens; twice the window must be below seq_len",
             )
 
     @property
@@ -250,6 +272,7 @@ class Config(Checked):
                 not weights or (min(weights) >= 0 and sum(weights) > 0),
                 f"stage {stage.name!r}: source_weights {weights} must be >= 0 with a positive sum",
             )
+            _check_mixture(f"stage {stage.name!r}: source_weights", weights)
 
     def stage_model(self, stage: Stage) -> ModelConfig:
         """The model that a stage trains."""

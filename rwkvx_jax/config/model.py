@@ -132,6 +132,22 @@ class ModelConfig(Checked):
         return low_rank_widths(self.width, self.low_rank)
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers in all arrays of the model; costs nothing, whatever its size."""
+        width, ranks = self.width, self.ranks
+        norm, square = 2 * width, width * width
+        channel_mix = width + 2 * width * self.hidden_width
+        time_mix = 4 * square + (6 + 3 + 3) * width + norm  # shifts; w0 a0 v0; k_k k_a r_k; ln_x
+        time_mix += 2 * width * sum(ranks)
+        attention = 4 * square + self.key_conv * width
+        return (
+            2 * self.vocab_size * width
+            + 2 * norm
+            + self.num_blocks * (2 * norm + time_mix + channel_mix)
+            + self.num_attention_blocks * (2 * norm + attention + channel_mix)
+        )
+
+    @property
     def blocks_per_group(self) -> int:
         """RWKV-7 blocks before each attention block (all of them if there is none)."""
         return self.num_blocks // max(1, self.num_attention_blocks)

@@ -7,6 +7,9 @@ from typing import Literal
 
 from rwkvx_jax.config.values import Checked, require, require_positive
 
+Recurrence = Literal["pallas", "chunked", "associative", "sequential"]
+SparseAttention = Literal["pallas", "full", "xla", "masked", "dense"]
+
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
@@ -16,9 +19,9 @@ class RunConfig(Checked):
     """Dtype of activations and matrix products; parameters and states stay float32."""
     remat: Literal["none", "block"] = "block"
     """"block": recompute each block in the backward pass instead of saving its activations."""
-    recurrence: str | None = None
+    recurrence: Recurrence | None = None
     """Implementation of the recurrence; None lets the op choose."""
-    sparse_attention: str | None = None
+    sparse_attention: SparseAttention | None = None
     """Implementation of sparse attention; None lets the op choose."""
     loss_block: int = 4096
     """Tokens whose logits exist at once while the loss is computed."""
@@ -37,8 +40,8 @@ class RunConfig(Checked):
     data_workers: int = 0
     """Processes that prepare batches; 0 prepares them in threads of this process."""
     bad_step: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite, or whose gradient is a spike: stop, or skip its
-    update and count it."""
+    """A step whose loss, gradient or update is not finite, whose gradient is a spike, or which has
+    no target: stop, or skip its update and count it."""
     spike_factor: float = 0.0
     """A gradient norm above this multiple of its running mean is a spike; 0 turns that off."""
     max_skipped: int = 10

@@ -8,6 +8,10 @@ import types
 import typing
 from typing import Any, Literal
 
+# What a float of a config becomes on a device: float32, whose smallest normal number is the first
+# (devices flush smaller ones to 0) and whose largest is the second.
+FLOAT32_RANGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
 
 class ConfigError(ValueError):
     """A configuration that cannot work; the message names the value and the remedy."""
@@ -53,8 +57,16 @@ def _mismatch(hint: Any, value: Any) -> str:
         return next(filter(None, (_mismatch(a, v) for a, v in pairs)), "")
     kinds = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
     if isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)):
-        return ""
+        return "" if hint is not float else _outside_float32(value)
     return f"expected {getattr(hint, '__name__', hint)}"
+
+
+def _outside_float32(value: float) -> str:
+    """Why a number can't be told to a device as it is, as a remedy; "" if it can."""
+    smallest, largest = FLOAT32_RANGE
+    if value == 0 or smallest <= abs(value) <= largest:
+        return ""
+    return "it must be finite, and 0 or within float32's range of 1.2e-38 to 3.4e38"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

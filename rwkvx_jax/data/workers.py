@@ -9,11 +9,12 @@ import threading
 
 
 def follow_parent() -> None:
-    """Leaves Ctrl-C to the parent process, and ends this one as soon as the parent is gone.
+    """Leaves Ctrl-C and a closed terminal to the parent process, and ends this one with it.
 
     Without it, workers of a killed run would wait for work for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -6,62 +6,36 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from rwkvx_jax.checkpoint import (
-    CheckpointFailed,
-    Checkpoints,
-    check_resumable,
-    progress_record,
-)
-from rwkvx_jax.config import Config, ConfigError, RunConfig, Stage, to_dict
+from rwkvx_jax.checkpoint import check_resumable, progress_record
+from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
+from rwkvx_jax.config import Config, ConfigError, Stage, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
-from rwkvx_jax.hosts import check_joined, global_batch, host_rows, stop_signal
+from rwkvx_jax.hosts import check_joined, first_does, global_batch, host_rows, stop_signal
 from rwkvx_jax.model import Params
 from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
+from rwkvx_jax.storage import exclusive, write_whole
 from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
+from rwkvx_jax.training.evaluate import check_targets, make_evaluator
+from rwkvx_jax.training.memory import check_memory
 from rwkvx_jax.training.metrics import MetricsWriter, Reporter
-from rwkvx_jax.training.probe import make_probe
 from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
+from rwkvx_jax.training.trace import Trace
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = "train.lock"
 
 
 class TrainingStopped(RuntimeError):
     """Training can't go on; the message says at which step and what was kept."""
-
-
-class Trace:
-    """Writes the trace of `run.profile_steps`; it may begin late, after a resume, and end early."""
-
-    def __init__(self, config: RunConfig, workdir: Path):
-        self._first, self._end = config.profile_range() or (0, 0)
-        self._directory = str(workdir / "tensorboard")
-        self._open = False
-
-    def before(self, step: int) -> None:
-        """To be called before step `step`, counted from 0."""
-        if self._first <= step < self._end and not self._open:
-            jax.profiler.start_trace(self._directory)
-            self._open = True
-
-    def after(self, step: int, state: TrainState) -> None:
-        """To be called after step `step` with what it made."""
-        if step + 1 == self._end and self._open:
-            jax.block_until_ready(state)
-            self.close()
-
-    def close(self) -> None:
-        if self._open:
-            jax.profiler.stop_trace()
-            self._open = False
 
 
 @dataclass
@@ -76,7 +50,7 @@ class Run:
     writer: MetricsWriter
     reporter: Reporter
     trace: Trace
-    stopping: Callable[[int], bool]  # steps done -> whether to save and stop: SIGTERM came
+    stopping: Callable[[int], str]  # steps done -> signal because of which to save and stop
 
     def save(self, position: Position, state: TrainState) -> None:
         record = progress_record(self.config, *position, self.data.fingerprint)
@@ -84,8 +58,29 @@ class Run:
         self.checkpoints.save(position.total(self.config), state.params, optimizer, record)
         self.writer.upload()
 
+    def report_evaluation(self, step: int, stage: Stage, values: dict[str, float]) -> None:
+        if values:
+            self.writer.write(step, stage.name, values)
+            text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.reporter.message(f"step {step} ({stage.name}): {text}")
 
-def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> Params:
+
+class Start(NamedTuple):
+    """What a checkpoint gives: where a run goes on, and with what."""
+
+    step: int  # over all stages
+    position: Position
+    program: StageProgram
+    state: TrainState
+
+
+def fit(
+    config: Config,
+    workdir: Path,
+    initial_params: Params | None = None,
+    *,
+    resume_step: int | None = None,
+) -> Params:
     """Trains all stages of `config`, continuing from the newest checkpoint of `workdir`.
 
     Args:
@@ -94,55 +89,62 @@ def fit(config: Config, workdir: Path, initial_params: Params | None = None) -> 
         see it; an `epath.Path` may lie in a bucket.
       initial_params: parameters to start from (a plain RWKV-7 is expanded where a stage wants
         the hybrid); None initialises them. Not used when a checkpoint is there.
+      resume_step: continue from the checkpoint of this step instead; later ones are moved to
+        `checkpoints-set-aside` in `workdir`.
 
     Returns:
       The final parameters.
 
     Raises:
-      ConfigError: anything in the config, the data or the workdir that can't work.
-      TrainingStopped: a loss that is not finite, a checkpoint that can't be written, or SIGTERM.
+      ConfigError: anything in the config, the data or the workdir that can't work; a damaged
+        checkpoint (DamagedCheckpoint); another training in `workdir`.
+      TrainingStopped: a bad step, a checkpoint that can't be written, or SIGTERM, SIGINT or SIGHUP.
     """
     with _compilation_cache(config.run.compilation_cache):
-        return _fit(config, workdir, initial_params)
+        return _fit(config, workdir, initial_params, resume_step)
 
 
-def _fit(config: Config, workdir: Path, initial_params: Params | None) -> Params:
+def _fit(
+    config: Config, workdir: Path, initial_params: Params | None, resume_step: int | None
+) -> Params:
     check_joined()
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
-    if config.run.profile_steps and not isinstance(workdir, Path):
+    check_memory(config, mesh)
+    run = config.run
+    if run.profile_steps and not isinstance(workdir, Path):
         raise ConfigError(
             f"run.profile_steps: a trace can't be written to {workdir}; use a --workdir on a disk"
         )
-    first = jax.process_index() == 0
-    reporter = Reporter(active=first)
-    _prepare_workdir(workdir, active=first)
-    data = open_data(config.data, workdir=workdir, vocab_size=config.model.vocab_size)
-    for stage in config.stages:  # sequences longer than the corpus fail here, before any work
-        data.dataset(stage, "train")
-        if config.run.eval_batches:
-            data.dataset(stage, "valid")
-    run_config = config.run
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(
-            workdir, keep=run_config.keep_checkpoints, keep_steps=stage_ends(config)
-        ) as checkpoints,
-    ):
-        latest = checkpoints.latest()
-        if latest is not None:
-            check_resumable(checkpoints.progress(latest), config, data.fingerprint, workdir)
-        if first:
-            (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        writer = MetricsWriter(workdir, resume_step=latest or 0, active=first)
-        trace = Trace(config.run, workdir)
+    with ExitStack() as held:
+        first_does(
+            lambda: held.enter_context(_owned(workdir)),
+            f"workdir {workdir} can't be written (choose another with --workdir)",
+        )
+        data = open_data(config.data, workdir=workdir, vocab_size=config.model.vocab_size)
+        check_targets(config, data)  # sequences longer than the corpus fail here, before any work
+        held.enter_context(jax.set_mesh(mesh))
+        checkpoints = held.enter_context(
+            Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=stage_ends(config))
+        )
+        reporter = Reporter(active=jax.process_index() == 0)
         kind = mesh.devices.flat[0].device_kind
         hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+        start = _start(config, mesh, data, checkpoints, workdir, resume_step)
         reporter.message(f"{mesh.size} {kind} device(s){hosts}, workdir {workdir}")
+        if start is not None:
+            for path in checkpoints.set_aside(after=start.step):
+                reporter.message(f"moved the checkpoint of a later step to {path}")
+            stage, done = config.stages[start.position.stage].name, start.position.stage_step
+            reporter.message(
+                f"continuing after step {start.step}: stage {stage}, {done} of its steps done"
+            )
+        writer = _prepare_records(config, workdir, 0 if start is None else start.step)
+        trace = Trace(run, workdir)
         with closing(writer), closing(trace), stop_signal() as stopping:
-            run = Run(config, workdir, mesh, data, checkpoints, writer, reporter, trace, stopping)
+            parts = mesh, data, checkpoints, writer, reporter, trace, stopping
             try:
-                return _run_stages(run, latest, initial_params)
+                return _run_stages(Run(config, workdir, *parts), start, initial_params)
             except (CheckpointFailed, OSError) as error:
                 raise TrainingStopped(
                     f"{error}\nThe last good checkpoint in {workdir} is of step "
@@ -150,35 +152,58 @@ def _fit(config: Config, workdir: Path, initial_params: Params | None) -> Params
                 ) from error
 
 
-def _run_stages(run: Run, latest: int | None, params: Params | None) -> Params:
-    config = run.config
-    position, opt_state = Position(0, 0), None
-    if latest is not None:
-        progress = run.checkpoints.progress(latest)
-        position = Position(progress["stage"], progress["stage_step"])
-        program = stage_program(config, config.stages[position.stage], run.mesh)
-        target = program.abstract_state()
-        params, optimizer = run.checkpoints.restore(
-            latest, target.params, {"moments": target.opt_state, "guard": target.guard}
-        )
-        run.reporter.message(
-            f"continuing after step {latest}: stage {config.stages[position.stage].name}, "
-            f"{position.stage_step} of its steps done"
-        )
-        state = program.start(
-            params, optimizer["moments"], step=position.stage_step, guard=optimizer["guard"]
-        )
-    elif params is None:
+def _start(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    data: OpenData,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    resume_step: int | None,
+) -> Start | None:
+    """Reads a checkpoint, changing nothing; None where there is none yet."""
+    step = checkpoints.choose(resume_step)
+    if step is None:
+        return None
+    progress = checkpoints.progress(step)
+    check_resumable(progress, config, data.fingerprint, workdir)
+    position = Position(progress["stage"], progress["stage_step"])
+    program = stage_program(config, config.stages[position.stage], mesh)
+    target = program.abstract_state()
+    params, optimizer = checkpoints.restore(
+        step, target.params, {"moments": target.opt_state, "guard": target.guard}
+    )
+    state = program.start(
+        params, optimizer["moments"], step=position.stage_step, guard=optimizer["guard"]
+    )
+    return Start(step, position, program, state)
+
+
+def _prepare_records(config: Config, workdir: Path, step: int) -> MetricsWriter:
+    """Writes the config, and opens the metrics of a run that goes on after `step`."""
+    writer = MetricsWriter(workdir, active=jax.process_index() == 0)
+
+    def prepare() -> None:
+        text = json.dumps(to_dict(config), indent=2) + "\n"
+        write_whole(workdir / CONFIG_FILE, text.encode())
+        writer.open(step)
+
+    first_does(prepare, f"workdir {workdir} can't be written")
+    return writer
+
+
+def _run_stages(run: Run, start: Start | None, params: Params | None) -> Params:
+    config, opt_state = run.config, None
+    if start is None and params is None:
         params = initial_params(config.stage_model(config.stages[0]), run.mesh)
-    for index in range(position.stage, len(config.stages)):
-        stage = config.stages[index]
-        if index > position.stage or latest is None:
-            program, state = next_stage(config, index, run.mesh, params, opt_state)
+    for index in range(0 if start is None else start.position.stage, len(config.stages)):
+        if start is not None:
+            _, position, program, state = start
+        else:
             position = Position(index, 0)
-        if position.stage_step < stage.steps:
+            program, state = next_stage(config, index, run.mesh, params, opt_state)
+        if position.stage_step < config.stages[index].steps:
             state = _run_stage(run, program, state, position)
-        params, opt_state = state.params, state.opt_state
-        latest = None
+        params, opt_state, start = state.params, state.opt_state, None
     run.checkpoints.wait()
     return params
 
@@ -198,7 +223,7 @@ def _run_stage(
         rows=host_rows(batch_sharding(run.mesh, stage.global_batch), stage.global_batch),
         workers=config.run.data_workers,
     )
-    evaluate = _evaluator(run, program, stage)
+    evaluate = make_evaluator(config, stage, program, run.data, run.mesh)
     watch = _Watch(run, stage)
     run.reporter.start_stage(stage.name, position.stage_step, stage.steps)
     try:
@@ -214,7 +239,7 @@ def _run_stage(
                 watch.submit(position, metrics)
                 if last or total + 1 == _due(total + 1, config.run.eval_every):
                     watch.drain()
-                    evaluate(total + 1, state.params)
+                    run.report_evaluation(total + 1, stage, evaluate(state.params))
                 due = total + 1 == _due(total + 1, config.run.checkpoint_every)
                 stopping = run.stopping(total + 1)
                 if last or due or stopping:
@@ -223,11 +248,12 @@ def _run_stage(
                 if stopping:
                     run.checkpoints.wait()
                     raise TrainingStopped(
-                        f"stopped by SIGTERM after step {total + 1}; it is saved: the same "
+                        f"stopped by {stopping} after step {total + 1}; it is saved: the same "
                         "command continues"
                     )
     finally:
         run.reporter.end_stage()
+        watch.end()
     return state
 
 
@@ -245,6 +271,7 @@ class _Watch:
         self._sharding = batch_sharding(run.mesh, stage.global_batch)
         self._clock = time.perf_counter()
         self._wait = 0.0
+        self._without_target = 0
 
     def fetch(self, iterator: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
         start = time.perf_counter()
@@ -265,19 +292,51 @@ class _Watch:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         total = position.total(self._run.config)
+        finite_update = bool(values.pop("finite_update"))
+        self._count_without_target(total, values)
         if in_row := int(values.pop("in_row")):
-            self._handle_bad_step(total, values, in_row)
+            self._handle_bad_step(total, values, in_row, finite_update)
         rate = self._stage.seq_len * self._stage.global_batch / seconds
+        self._run.reporter.step(position.stage_step, values["loss"], rate)
         if total == _due(total, self._run.config.run.log_every) or in_row:
+            if values["without_target"] == self._stage.global_batch:
+                del values["loss"], values["objective"]  # there is none
             self._run.writer.write(total, self._stage.name, values)
             timing = {"step_seconds": seconds, "data_wait_seconds": self._wait}
             self._run.writer.write_timing(total, {**timing, "tokens_per_second": rate})
-        self._run.reporter.step(position.stage_step, values["loss"], rate)
 
-    def _handle_bad_step(self, total: int, values: dict[str, float], in_row: int) -> None:
+    def _count_without_target(self, total: int, values: dict[str, float]) -> None:
+        """Counts samples that add nothing to the loss, and says so at the first."""
+        count, batch = int(values["without_target"]), self._stage.global_batch
+        if count and not self._without_target:
+            self._run.reporter.message(
+                f"{count} of the {batch} samples of step {total} have no target: their answers lie "
+                f"beyond seq_len {self._stage.seq_len}, or they have none"
+            )
+        self._without_target += count
+
+    def end(self) -> None:
+        """To be called at the end of the stage."""
+        if self._without_target:
+            self._run.reporter.message(
+                f"{self._without_target} samples of stage {self._stage.name} had no target"
+            )
+
+    def _handle_bad_step(
+        self, total: int, values: dict[str, float], in_row: int, finite_update: bool
+    ) -> None:
         loss, norm = values["objective"], values["grad_norm"]
-        kind = "spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
-        what = f"{kind}: loss {loss}, gradient norm {norm} at step {total}"
+        advice = "Lower peak_lr"
+        if values["without_target"] == self._stage.global_batch:
+            kind = f"no sample with a target at step {total}"
+            advice = f"Raise seq_len (it is {self._stage.seq_len})"
+        elif not (math.isfinite(loss) and math.isfinite(norm)):
+            kind = f"not finite: loss {loss}, gradient norm {norm} at step {total}"
+        elif not finite_update:
+            kind = f"update not finite (loss {loss}, gradient norm {norm}) at step {total}"
+            advice = "Raise optimizer.eps or lower peak_lr"
+        else:
+            kind = f"spike: loss {loss}, gradient norm {norm} at step {total}"
         run = self._run.config.run
         if run.bad_step == "stop" or in_row > run.max_skipped:
             self._run.checkpoints.wait()
@@ -285,64 +344,24 @@ class _Watch:
             if run.bad_step == "skip":
                 remedy = f"allow more than {run.max_skipped} in a row with --run.max-skipped"
             raise TrainingStopped(
-                f"{what} (stage {self._stage.name}); parameters were not changed by it, the last "
-                f"checkpoint is of step {self._run.checkpoints.latest()}. Lower peak_lr, or "
-                f"{remedy}"
+                f"{kind} (stage {self._stage.name}); parameters were not changed by it, the last "
+                f"checkpoint is of step {self._run.checkpoints.latest()}. {advice}, or {remedy}"
             )
-        self._run.reporter.message(f"skipped a step: {what}")
+        self._run.reporter.message(f"skipped a step: {kind}")
 
 
-def _evaluator(run: Run, program: StageProgram, stage: Stage):
-    """A function (step, params) that reports held-out loss and the passkey probe."""
-    config = run.config.run
-    probe = None
-    if config.probe_trials:
-        probe = make_probe(
-            program.model, run.data.tokenizer, stage.seq_len, config.probe_trials, seed=0
-        )
-
-    def evaluate(step: int, params: Params) -> None:
-        values = {}
-        if config.eval_batches:
-            values["held_out_loss"] = _held_out_loss(run, program, stage, params)
-        if probe is not None:
-            values["passkey_accuracy"] = probe(params)
-        if values:
-            run.writer.write(step, stage.name, values)
-            text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            run.reporter.message(f"step {step} ({stage.name}): {text}")
-
-    return evaluate
-
-
-def _held_out_loss(run: Run, program: StageProgram, stage: Stage, params: Params) -> float:
-    """Mean loss over the first held-out batches, the same ones every time."""
-    sharding = batch_sharding(run.mesh, stage.global_batch)
-    iterator = batches(
-        run.data.dataset(stage, "valid"),
-        stage.global_batch,
-        start=0,
-        rows=host_rows(sharding, stage.global_batch),
-    )
-    total = count = 0.0
-    with closing(iterator):
-        for _, local in zip(range(run.config.run.eval_batches), iterator, strict=False):
-            batch = global_batch(sharding, local, stage.global_batch)
-            loss, valid = program.eval_step(params, batch)
-            total, count = total + float(loss), count + float(valid)
-    return total / max(count, 1.0)
-
-
-def _prepare_workdir(workdir: Path, *, active: bool) -> None:
-    if not active:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / CONFIG_FILE).touch()
-    except OSError as error:
-        raise ConfigError(
-            f"workdir {workdir} can't be written ({error}): choose another with --workdir"
-        ) from error
+@contextmanager
+def _owned(workdir: Path) -> Iterator[None]:
+    """Makes a work directory, of which no other process is the owner as long as this lasts."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = workdir / LOCK_FILE
+    if not isinstance(workdir, Path):
+        lock.touch()  # a bucket has no locks, but this shows whether it can be written
+    with exclusive(
+        lock,
+        busy=f"another training runs in {workdir}: wait for its end, or use another --workdir",
+    ):
+        yield
 
 
 @contextmanager

@@ -76,8 +76,12 @@ def token_losses(model: RWKVX, tokens: jax.Array, block_tokens: int) -> TokenLos
 
 
 def longce_starts(length: int, config: LongCEConfig) -> list[int]:
-    """First tokens of the short-context windows of a sequence of `length` predictions."""
-    return list(range(config.stride, length - config.window, config.stride))
+    """First tokens of the short-context windows of a sequence of `length` predictions.
+
+    As in RWKV-X's `compute_longce_loss`: the first window starts `window` tokens in, whatever the
+    stride.
+    """
+    return list(range(config.window, length - config.window, config.stride))
 
 
 def longce_weights(

@@ -7,7 +7,12 @@ back to the restored step.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
+import logging
+import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,26 +20,73 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rwkvx_jax.storage import write_whole
+
+_log = logging.getLogger(__name__)
+
 PLAIN_LINE_SECONDS = 10.0
 UPLOAD_SECONDS = 60.0
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of a jsonl file whose "step" is beyond `step`, and a half last line."""
+    """Drops the lines of a jsonl file whose "step" is beyond `step`.
+
+    A line that can't be read (of a full disk, or a machine that lost its power) is left out too,
+    with a warning that says what is lost; the file as it was stays beside it.
+
+    Raises:
+      OSError: it can't be read or written.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the write was cut off by a kill
-            break
-        if record["step"] > step or not line.endswith("\n"):
-            break
-        kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    data = path.read_bytes()
+    kept, lost, last = [], [], 0
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        found = _step_of(line)
+        if found is not None and found > step:  # whole, or cut off by a kill
+            continue
+        if found is not None and line.endswith(b"\n") and _is_json(line):
+            kept.append(line)
+            last = found
+        else:
+            lost.append((number, last))
+    if lost:
+        _warn_of_lost_lines(path, data, lost, kept, step)
+    if (new := b"".join(kept)) != data:
+        write_whole(path, new)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step at the beginning of a record, whatever follows; None for anything else."""
+    match = re.match(rb'\{"step": (\d+)[,}]', line)
+    return None if match is None else int(match[1])
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _warn_of_lost_lines(
+    path: Path, data: bytes, lost: list[tuple[int, int]], kept: list[bytes], step: int
+) -> None:
+    copies = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
+    copy = next(name for name in copies if not name.exists())
+    write_whole(copy, data)
+    steps = sorted({_step_of(line) for line in kept} | {step + 1})
+    for number, before in lost:
+        after = steps[bisect.bisect_right(steps, before)]
+        _log.warning(
+            "%s, line %d can't be read: it is left out, and with it what it said of steps between "
+            "%d and %d; the file as it was is kept as %s",
+            path,
+            number,
+            before,
+            after,
+            copy.name,
+        )
 
 
 class _Lines:
@@ -60,7 +112,7 @@ class _Lines:
 
     def upload(self) -> None:
         if self._file is None:
-            self._path.write_text(self._text)
+            write_whole(self._path, self._text.encode())
             self._uploaded = time.monotonic()
 
     def close(self) -> None:
@@ -75,10 +127,18 @@ class MetricsWriter:
     Files for TensorBoard are written on disks only, not into buckets.
     """
 
-    def __init__(self, workdir: Path, *, resume_step: int, active: bool):
-        self._active, self._board = active, None
-        if not active:
+    def __init__(self, workdir: Path, *, active: bool):
+        self._workdir, self._active, self._board = workdir, active, None
+
+    def open(self, resume_step: int) -> None:
+        """To be called first; drops what was said of steps beyond `resume_step`.
+
+        Raises:
+          OSError: the files can't be written.
+        """
+        if not self._active:
             return
+        workdir = self._workdir
         paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
         for path in paths:
             cut_back(path, resume_step)
@@ -99,7 +159,10 @@ class MetricsWriter:
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if not self._active:
             return
-        getattr(self, name).add(json.dumps(record) + "\n")
+        # JSON knows no NaN and no infinity.
+        known = lambda value: not isinstance(value, float) or math.isfinite(value)
+        record = {key: value if known(value) else None for key, value in record.items()}
+        getattr(self, name).add(json.dumps(record, allow_nan=False) + "\n")
         for key, value in record.items():
             if isinstance(value, float) and self._board is not None:
                 self._board.add_scalar(key, value, record["step"])

@@ -75,16 +75,17 @@ def rate_factors(plan: dict[str, Any]) -> dict[str, Any]:
 def learning_rate(stage: Stage) -> optax.Schedule:
     """Rate by step of the stage: a climb from 1 % of the peak, then the stage's schedule.
 
-    A warm-up over n steps multiplies the rate at step i < n by 0.01 + 0.99 i / n, as in RWKV-LM.
+    As in RWKV-LM and RWKV-X, a warm-up over n steps multiplies the peak at step i < n by
+    0.01 + 0.99 i / n, and the progress of a cosine (here of "linear" too) counts from its end.
     """
+    steps = max(1, stage.steps - stage.warmup_steps)
     if stage.schedule == "constant":
         main = optax.constant_schedule(stage.peak_lr)
     elif stage.schedule == "cosine":
-        alpha = stage.final_lr / stage.peak_lr
-        main = optax.cosine_decay_schedule(stage.peak_lr, stage.steps, alpha)
+        main = optax.cosine_decay_schedule(stage.peak_lr, steps, stage.final_lr / stage.peak_lr)
     else:
-        main = optax.linear_schedule(stage.peak_lr, stage.final_lr, stage.steps)
+        main = optax.linear_schedule(stage.peak_lr, stage.final_lr, steps)
     if not stage.warmup_steps:
         return main
-    warmup = optax.linear_schedule(0.01, 1.0, stage.warmup_steps)
-    return lambda step: warmup(step) * main(step)
+    warmup = optax.linear_schedule(0.01 * stage.peak_lr, stage.peak_lr, stage.warmup_steps)
+    return optax.join_schedules([warmup, main], [stage.warmup_steps])

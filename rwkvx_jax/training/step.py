@@ -1,8 +1,8 @@
 """Train step and held-out step of one stage, jitted over a mesh.
 
-Only trainable parameters get gradients and moments. A bad step (a loss or gradient that is not
-finite, or a spike of the gradient) leaves parameters and moments as they were and is counted; the
-caller decides what to do about it.
+Only trainable parameters get gradients and moments. A bad step (a loss, gradient, parameter or
+moment that is not finite, a spike of the gradient, or a batch in which no token counts) leaves
+parameters and moments as they were and is counted; the caller decides what to do about it.
 """
 
 from __future__ import annotations
@@ -53,10 +53,16 @@ class Guard(NamedTuple):
         return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0))
 
     def watch(
-        self, loss: jax.Array, norm: jax.Array, spike_factor: float
+        self, sound: jax.Array, norm: jax.Array, spike_factor: float
     ) -> tuple[jax.Array, Guard]:
-        """Whether a step with this loss and gradient norm is good, and the guard after it."""
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        """Whether a step with this gradient norm is good, and the guard after it.
+
+        Args:
+          sound: bool, nothing else speaks against the step.
+          norm: float32, of its gradient.
+          spike_factor: of `RunConfig`.
+        """
+        good = sound & jnp.isfinite(norm)
         if spike_factor:
             good &= (self.usual_norm == 0) | (norm <= spike_factor * self.usual_norm)
         mean = _NORM_MEMORY * self.usual_norm + (1 - _NORM_MEMORY) * norm
@@ -235,10 +241,14 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
         trainable, frozen = split_trainable(state.params, stage.trainable)
         (loss, cross_entropy), grads = gradients(trainable, frozen, batch)
         norm = optax.tree.norm(grads)
-        good, guard = state.guard.watch(loss, norm, config.run.spike_factor)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         rate = schedule(state.step)
         moved = jax.tree.map(lambda p, u, f: p - rate * f * u, trainable, updates, factors)
+        targets = jnp.sum(batch["mask"] > 0, axis=1)
+        # Of finite gradients, too, an optimizer can make values that are not.
+        finite_update = _all_finite((moved, opt_state))
+        sound = jnp.isfinite(loss) & finite_update & jnp.any(targets > 0)
+        good, guard = state.guard.watch(sound, norm, config.run.spike_factor)
         keep = lambda new, old: jnp.where(good, new, old)
         state = TrainState(
             state.step + 1,
@@ -251,12 +261,20 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
             "objective": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate, jnp.float32),
+            "without_target": jnp.sum(targets == 0),
             "skipped": guard.skipped,
             "in_row": guard.in_row,
+            "finite_update": finite_update,
         }
         return state, metrics
 
     return step
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether every value of every floating-point array of a tree is finite."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
 
 
 def _eval_step(config: Config, model: RWKVX) -> Callable:

@@ -1,0 +1,82 @@
+"""Held-out loss and passkey probe of a stage, and what they and training need: targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+from jax.sharding import Mesh
+
+from rwkvx_jax.config import Config, ConfigError, Stage
+from rwkvx_jax.data.pipeline import OpenData, Split, batches
+from rwkvx_jax.hosts import global_batch, host_rows
+from rwkvx_jax.model import Params
+from rwkvx_jax.sharding import batch_sharding
+from rwkvx_jax.training.probe import make_probe
+from rwkvx_jax.training.step import StageProgram
+
+
+def check_targets(config: Config, data: OpenData) -> None:
+    """Refuses stages whose first samples leave nothing to learn, or to be evaluated.
+
+    Looks at samples until one has a target: usually at the first.
+
+    Raises:
+      ConfigError: the first batch, or all held-out samples, have no target; or a source holds less
+        than one sample.
+    """
+    for stage in config.stages:
+        _check_targets(data, stage, "train", stage.global_batch)
+        if config.run.eval_batches:
+            _check_targets(data, stage, "valid", stage.global_batch * config.run.eval_batches)
+
+
+def _check_targets(data: OpenData, stage: Stage, split: Split, count: int) -> None:
+    dataset = data.dataset(stage, split)
+    if any(dataset[i]["mask"].any() for i in range(count)):
+        return
+    what = "training" if split == "train" else "held-out"
+    raise ConfigError(
+        f"stage {stage.name!r}: none of the first {count} {what} samples has a target (a token "
+        f"that counts in the loss): their answers lie beyond seq_len {stage.seq_len}, or they have "
+        'none. Raise seq_len, or use other text (samples="window" reads documents to their end)'
+    )
+
+
+def make_evaluator(
+    config: Config, stage: Stage, program: StageProgram, data: OpenData, mesh: Mesh
+) -> Callable[[Params], dict[str, float]]:
+    """A function from parameters to held-out loss and accuracy of the probe, those asked for."""
+    run, probe = config.run, None
+    if run.probe_trials:
+        probe = make_probe(program.model, data.tokenizer, stage.seq_len, run.probe_trials, seed=0)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        values = {}
+        if run.eval_batches:
+            values["held_out_loss"] = _held_out_loss(config, stage, program, data, mesh, params)
+        if probe is not None:
+            values["passkey_accuracy"] = probe(params)
+        return values
+
+    return evaluate
+
+
+def _held_out_loss(
+    config: Config, stage: Stage, program: StageProgram, data: OpenData, mesh: Mesh, params: Params
+) -> float:
+    """Mean loss over the first held-out batches, the same ones every time."""
+    sharding = batch_sharding(mesh, stage.global_batch)
+    iterator = batches(
+        data.dataset(stage, "valid"),
+        stage.global_batch,
+        start=0,
+        rows=host_rows(sharding, stage.global_batch),
+    )
+    total = count = 0.0
+    with closing(iterator):
+        for _, local in zip(range(config.run.eval_batches), iterator, strict=False):
+            batch = global_batch(sharding, local, stage.global_batch)
+            loss, valid = program.eval_step(params, batch)
+            total, count = total + float(loss), count + float(valid)
+    return total / count  # above 0: see check_targets
