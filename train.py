@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkvx_jax.checkpoint import load_initial_params, work_path
+from rwkvx_jax.checkpoint import load_initial_params
 from rwkvx_jax.cli import (
     accelerator_attached,
     add_host_flags,
@@ -17,6 +17,7 @@ from rwkvx_jax.cli import (
     settle_platform,
 )
 from rwkvx_jax.hosts import join_hosts
+from rwkvx_jax.storage import work_path
 from rwkvx_jax.training.loop import TrainingStopped, fit
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"

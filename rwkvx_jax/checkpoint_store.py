@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -34,6 +33,7 @@ from rwkvx_jax.digest import (
     unseal,
 )
 from rwkvx_jax.hosts import first_does
+from rwkvx_jax.storage import in_bucket
 
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "checkpoints-set-aside"
@@ -56,11 +56,6 @@ class _Damage(Exception):
     """What is wrong with a step directory."""
 
 
-def work_path(path: str | Path) -> Path:
-    """A path as given: on a disk, or an `epath.Path` of a bucket (gs://)."""
-    return epath.Path(path) if "://" in str(path) else Path(path)
-
-
 class Checkpoints:
     """The checkpoints of one work directory, numbered by steps over all stages."""
 
@@ -74,7 +69,7 @@ class Checkpoints:
         """
         self._workdir = workdir
         directory = workdir / CHECKPOINTS
-        self._directory = directory.absolute() if isinstance(workdir, Path) else directory
+        self._directory = directory if in_bucket(workdir) else directory.absolute()
         if keep is None:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, save_interval_steps=0, create=False
