@@ -76,9 +76,7 @@ class PasskeyOptions(GridOptions):
             object.__setattr__(self, "keys", "official" if self.official else "random")
         lengths = self.lengths or _DEFAULT_LENGTHS[self.protocol]
         object.__setattr__(self, "lengths", tuple(sorted(set(lengths))))
-        for name, value in (("depths", self.depths), ("trials", self.trials)):
-            if value < 1:
-                raise ConfigError(f"--{name} is {value}: it must be at least 1")
+        grid.check_plan(self.lengths, self.depths, self.trials)
         if not 3 <= self.digits <= 9:
             raise ConfigError(f"--digits is {self.digits}: keys have 3 to 9")
         if self.digits != 5 and self.keys == "official":
