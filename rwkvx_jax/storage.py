@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -75,10 +76,40 @@ def bucket_errors(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: {one_line(error)}") from error
 
 
+def files_below(folder: Path, suffix: str) -> list[Path]:
+    """The files with a suffix in a folder and all folders in it, sorted."""
+    if not in_bucket(folder):
+        return sorted(folder.rglob(f"*{suffix}"))
+    walk = folder.walk()  # epath refuses to glob so in a bucket
+    return sorted(top / name for top, _, names in walk for name in names if name.endswith(suffix))
+
+
 def one_line(error: BaseException) -> str:
     """The kind of an error and the beginning of what it says."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    kind = "" if type(error) is OSError and text else f"{type(error).__name__}: "
+    return f"{kind}{text[:300]}".removesuffix(": ")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder to write to, with those above it.
+
+    A bucket knows no folders: an object is written there and removed again, so that a bucket that
+    is not there or may not be written is told before any work.
+
+    Raises:
+      OSError: nothing can be written there.
+    """
+    with bucket_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise OSError("there is no such bucket") from error
+        if not in_bucket(path):
+            return
+        probe = path / f"write-test-{uuid.uuid4().hex[:8]}"
+        probe.write_bytes(b"")
+        probe.unlink()
 
 
 @contextlib.contextmanager
@@ -126,8 +157,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
       OSError: it can't be written; nothing of it stays.
     """
     if in_bucket(path):
-        with tempfile.TemporaryFile() as file:
+        with tempfile.NamedTemporaryFile() as file:
             yield file
+            file.flush()
             file.seek(0)
             with bucket_errors(path), path.open("wb") as upload:
                 shutil.copyfileobj(file, upload, _COPIED_AT_ONCE)

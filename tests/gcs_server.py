@@ -1,4 +1,4 @@
-"""Buckets of a real server: `fake-gcs-server` on this machine, to which gcsfs and tensorstore go."""
+"""Buckets of a real server, `fake-gcs-server` on this machine, for gcsfs and tensorstore."""
 
 import socket
 import subprocess
