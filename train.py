@@ -8,7 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkvx_jax.checkpoint import work_path
 from rwkvx_jax.cli import (
     accelerator_attached,
     add_host_flags,
@@ -18,6 +17,7 @@ from rwkvx_jax.cli import (
 )
 from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.hosts import join_hosts
+from rwkvx_jax.storage import work_path
 from rwkvx_jax.training.loop import TrainingStopped, fit
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"

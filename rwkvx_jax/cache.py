@@ -22,6 +22,9 @@ from rwkvx_jax.ops.selection import MEAN, Selector
 
 Gate = Literal["per_head", "shared"]
 
+MOST_ROWS = 2**31 - 1
+"""Rows of a cache: they are numbered by int32."""
+
 
 class TimeMixState(NamedTuple):
     """What a time mix carries from one token to the next."""
@@ -144,7 +147,7 @@ def init_cache(
       policy: compression of the pages, or None to keep every row.
 
     Raises:
-      ConfigError: a size below 1, or a gate that is not known.
+      ConfigError: a size below 1 or beyond what rows are numbered by, or a gate that is not known.
     """
     if batch < 1 or max_length < 1:
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
@@ -157,7 +160,12 @@ def init_cache(
         )
     layers, attention = config.num_blocks, config.num_attention_blocks
     heads, size, width = config.num_heads, config.head_size, config.width
-    rows = max_length if policy is None else min(max_length, policy.trigger + 1)
+    rows = _rows(config, max_length, policy)
+    if rows > MOST_ROWS:
+        raise ConfigError(
+            f"a cache of {rows:,} rows: it can have {MOST_ROWS:,}; lower max_length, or give a "
+            "CachePolicy"
+        )
     chunk, selector = config.chunk_size, selector_of(config)
     pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
     return Cache(
@@ -179,6 +187,27 @@ def init_cache(
         gate=gate,
         policy=policy,
     )
+
+
+def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:
+    """Rows of an attention block's pages; without any such block nothing is kept in them."""
+    if not config.num_attention_blocks:
+        return 1
+    return max_length if policy is None else min(max_length, policy.trigger + 1)
+
+
+def cache_bytes(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    batch: int,
+    max_length: int,
+    policy: CachePolicy | None = None,
+) -> int:
+    """Bytes of the cache that `init_cache` would make, known without making it."""
+    bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    one = jax.eval_shape(lambda: init_cache(config, dtype, 1, 1))  # with a single page
+    page, count = bytes_of(one.pages), -(-_rows(config, max_length, policy) // config.chunk_size)
+    return batch * (bytes_of(one) - page + count * page)
 
 
 def selector_of(config: ModelConfig) -> Selector:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints, work_path
+from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints
 from rwkvx_jax.config import (
     Config,
     ConfigError,
@@ -24,11 +24,13 @@ from rwkvx_jax.config import (
     from_dict,
     to_dict,
 )
+from rwkvx_jax.convert.files import on_disk
 from rwkvx_jax.convert.finite import check_finite
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.tensors import DTYPES
 from rwkvx_jax.digest import flat
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
+from rwkvx_jax.storage import bucket_errors, work_path
 
 
 def progress_record(
@@ -108,7 +110,7 @@ def load_checkpoint(
 
     Args:
       path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, .safetensors (ours or
-        official), .pth, or a Hugging Face directory.
+        official), .pth, or a Hugging Face directory; on a disk or in a bucket (gs://).
       chunk_size: replaces the stored chunk size of the sparse attention.
       top_k: replaces the stored number of chunks that a query reads.
       run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
@@ -118,25 +120,24 @@ def load_checkpoint(
       ConfigError, ConversionError: nothing readable there, values that are not finite, or overrides
         that do not fit.
     """
-    path = work_path(path)
-    if not path.exists():
-        raise ConfigError(f"no checkpoint at {path}")
+    path, run_and_step = locate(path)
     if run is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         run = RunConfig(compute_dtype=dtype)
     changes = dict(overrides or {})
     changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
-    if (run_and_step := find_run(path)) is not None:
+    if run_and_step is not None:
         config, stage, step, params = read_workdir(*run_and_step)
         model_config, data = config.stage_model(stage), config.data
         tokenizer, vocab_file = data.tokenizer, data.vocab_file
         trained_length = config.trained_length(step)
     else:
-        own = open_checkpoint(path, dtype=DTYPES["float32"])
+        with on_disk(path) as file:
+            own = open_checkpoint(file, dtype=DTYPES["float32"])
+            params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
         config, vocab_file = None, ""
         step, trained_length = own.trained or (None, None)
         model_config, tokenizer = own.config, own.tokenizer_name
-        params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
     model_config = dataclasses.replace(model_config, **changes)
     check_shapes(params, model_config, str(path))
     check_finite(dict(flat(params)), str(path))
@@ -189,6 +190,23 @@ def nested(flat_params: dict[str, Any]) -> Params:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def locate(path: str | Path) -> tuple[Path, tuple[Path, int | None] | None]:
+    """The `work_path` of a checkpoint, and what `find_run` says of it.
+
+    Raises:
+      ConfigError: there is nothing, or it can't be read.
+    """
+    path = work_path(path)
+    try:
+        with bucket_errors(path):
+            exists, run_and_step = path.exists(), find_run(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
+    if not exists:
+        raise ConfigError(f"no checkpoint at {path}")
+    return path, run_and_step
 
 
 def find_run(path: Path) -> tuple[Path, int | None] | None:

@@ -165,6 +165,13 @@ def first_does(act: Callable[[], Any], failure: str) -> None:
         raise problem or ConfigError(f"{failure}: the message of process 0 says why")
 
 
+def any_process(flag: bool) -> bool:
+    """Whether `flag` holds on any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+
+
 @contextmanager
 def stop_signal() -> Iterator[Callable[[int], str]]:
     """Yields a function (steps done) -> name of the signal to save and stop for now, or "".

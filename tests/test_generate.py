@@ -8,7 +8,7 @@ import pytest
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
 from rwkvx_jax.generate import __main__ as cli
-from rwkvx_jax.generate.engine import Engine, TextStream, generate
+from rwkvx_jax.generate.engine import ENDED, Engine, NotFiniteError, TextStream, generate
 from rwkvx_jax.generate.sampling import Sampling
 from rwkvx_jax.model import create_model, get_params, unstack, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
@@ -65,6 +65,73 @@ def test_batch_equals_each_alone(model, engine):
     together = _tokens(engine, PROMPTS, 8)
     for prompt, answer in zip(PROMPTS, together, strict=True):
         np.testing.assert_array_equal(_tokens(alone, [prompt], 8)[0], answer)
+
+
+SAMPLED = Sampling(0.9, 0.9, 0, 0.4, 0.3, 0.9)
+
+
+@pytest.fixture(scope="module")
+def sampled(model):
+    """Engines of one and of three texts that draw, with penalties; at most 40 tokens a text."""
+    return [Engine(model, max_length=40, batch=b, piece=16, sampling=SAMPLED) for b in (1, 3)]
+
+
+def _turns(engine, prompts, more, seeds, stop):
+    """Tokens of each text up to its end, twice: after the prompts, and after some more text."""
+    session, rows = engine.start(prompts, seeds), [[] for _ in prompts]
+    for feed in (None, more):
+        if feed is not None:
+            engine.feed(session, feed)
+        for tokens in engine.stream(session, 12, stop):
+            for row, token in zip(rows, tokens, strict=True):
+                row += [int(token)] if token >= 0 else []
+        rows = [[*row, -9] for row in rows]
+    return rows, session.read
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_text_gets_does_not_depend_on_its_neighbours(sampled, seed):
+    """Lengths, ends by a stop token, a full cache, seeds, penalties and what follows differ."""
+    one, three = sampled
+    rng = np.random.default_rng(seed)
+    draw = lambda n: [int(t) for t in rng.integers(1, 257, n)]
+    prompts = [draw(n) for n in rng.permutation([2, 12, int(rng.integers(20, 39))])]
+    more = [draw(1 if len(prompt) == 2 else 0) for prompt in prompts]
+    seeds, stop = [7, 8, 9], draw(40)
+    together, read = _turns(three, prompts, more, seeds, stop)
+    for i in range(3):
+        alone, own = _turns(one, [prompts[i]], [more[i]], [seeds[i]], stop)
+        assert together[i] == alone[0] and read[i] == own[0]
+    assert len({len(row) for row in together}) > 1  # they end at different steps
+
+
+def test_rewind_takes_back_penalties_and_random_keys(sampled):
+    engine = sampled[1]
+    session = engine.start([prompt[:20] for prompt in PROMPTS])
+    list(engine.stream(session, 3, stop=()))
+    mark = engine.mark(session)
+    first = [list(map(int, row)) for row in engine.stream(session, 8, stop=())]
+    later = engine.mark(session)
+    engine.rewind(session, mark)
+    assert [list(map(int, row)) for row in engine.stream(session, 8, stop=())] == first
+    with pytest.raises(ConfigError, match="behind an earlier rewind"):
+        engine.rewind(session, later)
+    with pytest.raises(ConfigError, match="not of these texts"):
+        engine.rewind(engine.start([[1]] * 3), mark)
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_text(engine, sampled, monkeypatch):
+    """One row of the embedding is damaged: who reads that token fails, the others go on."""
+    for own in (engine, sampled[1]):
+        good = [row[::2] for row in own.stream(own.start([[5, 6], [7], [9]]), 5, stop=(200,))]
+        damaged = own.params | {"embed": own.params["embed"].at[200, 3].set(jnp.nan)}
+        monkeypatch.setattr(own, "params", damaged)
+        seen = []
+        with pytest.raises(NotFiniteError, match="the model: the logits of prompt 1 .* 3 tokens"):
+            for row in own.stream(own.start([[5, 6], [4, 200, 9], [9]]), 5, stop=(200,)):
+                seen.append(row[::2])
+                assert row[1] == ENDED
+        np.testing.assert_array_equal(seen, good)
 
 
 def test_pieces_of_any_length_give_the_same(model, engine):

@@ -15,9 +15,9 @@ import pytest
 from etils import epath
 
 from rwkvx_jax.checkpoint import read_workdir
-from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints, work_path
+from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import ConfigError, RunConfig, SourceConfig
-from rwkvx_jax.storage import exclusive
+from rwkvx_jax.storage import exclusive, work_path
 from rwkvx_jax.training import loop
 from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.loop import TrainingStopped, fit

@@ -37,6 +37,9 @@ class RunConfig(Checked):
     """Steps between checkpoints; the end of a stage always makes one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the last one of each stage is kept besides."""
+    storage_patience: float = 600.0
+    """Seconds for which training goes on while no checkpoint can be written, trying again and
+    again; 0: the first failure ends it."""
     data_workers: int = 0
     """Processes that prepare batches; 0 prepares them in threads of this process."""
     bad_step: Literal["stop", "skip"] = "stop"
@@ -71,6 +74,7 @@ class RunConfig(Checked):
             "data_workers",
             "max_skipped",
             "spike_factor",
+            "storage_patience",
         ):
             value = getattr(self, name)
             require(value >= 0, f"run.{name} is {value}: it must not be negative")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
+from rwkvx_jax.generate.sampling import check_seed
+from rwkvx_jax.generate.terminal import accept_any_text, one_line
 from rwkvx_jax.model import Params, get_params
+from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 PLAIN_LINE_SECONDS = 10.0
@@ -35,10 +39,11 @@ IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabul
 class EvalOptions:
     """Flags of every task that evaluates checkpoints."""
 
-    checkpoint: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    checkpoint: Annotated[tuple[WorkPath, ...], tyro.conf.UseAppendAction] = ()
     """Work directory, .safetensors or .pth; give it several times to compare models."""
-    output: Path
-    """Directory of the results. Run again with the same one, finished trials are not repeated."""
+    output: WorkPath
+    """Directory of the results, on a disk or gs://. Run again with the same one, finished trials
+    are not repeated."""
     seed: int = 0
     """Seed of everything random in the prompts."""
     limit: int | None = None
@@ -66,8 +71,25 @@ class EvalOptions:
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} is {value}: it must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"--seed is {self.seed}: it must not be negative")
+        check_seed(self.seed, "--seed")
+        check_output(self.output)
+
+
+def check_output(path: Path) -> None:
+    """Refuses an --output that can't be a folder.
+
+    Raises:
+      ConfigError: it, or a folder above it, is a file; or nothing can be written to its bucket.
+    """
+    if in_bucket(path):
+        try:
+            make_folder(path)
+        except OSError as error:
+            raise ConfigError(f"--output can't be written: {error}") from error
+        return
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"--output {path}: {place} is a file; name a folder")
 
 
 class Subject(NamedTuple):
@@ -123,7 +145,7 @@ def open_subjects(options: EvalOptions) -> list[Subject]:
             top_k=options.top_k,
             overrides={"selector": options.selector} if options.selector else None,
         )
-        label = name if names.count(name) == 1 else str(path)
+        label = one_line(name if names.count(name) == 1 else str(path))
         subjects.append(as_subject(loaded, path, label, options.vocab_file))
         first, last = subjects[0], subjects[-1]
         if first.tokenizer.fingerprint != last.tokenizer.fingerprint:
@@ -173,8 +195,12 @@ def _digest(params: Params) -> str:
 
 
 def open_console() -> Console:
-    """The terminal; wide where it is a file, so that tables are never squeezed."""
-    console = Console(highlight=False)
+    """The standard output; wide where it is a file, so that tables are never squeezed.
+
+    Names are shown as they are (`[b]` is no markup), but for control characters.
+    """
+    accept_any_text(sys.stdout)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 240
     return console
@@ -235,7 +261,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + self._unit),
                 TimeRemainingColumn(),
@@ -265,7 +291,6 @@ class Tracker:
             self._last_line = now
             self._console.print(
                 f"{self._name}: {self._done:,} of {self._total:,} {self._unit}{self._left(now)}",
-                markup=False,
                 soft_wrap=True,
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,7 +13,9 @@ from typing import Annotated, Any
 import tyro
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals import jsonfiles
 from rwkvx_jax.evals.short_data import read_records
+from rwkvx_jax.storage import WorkPath, new_file
 
 Record = dict[str, Any]
 
@@ -26,7 +27,7 @@ _SECOND_PART = re.compile(r"(?<=[.!?]) (?=[a-z][^.!?]*$)")
 class Options:
     """Makes the files of `eval.py short --data-dir` of other layouts."""
 
-    output: Annotated[Path, tyro.conf.Positional]
+    output: Annotated[WorkPath, tyro.conf.Positional]
     """Folder of the new files."""
     icl: Path | None = None
     """Folder of MosaicML ICL files: those of lambada_openai, piqa, arc_easy, arc_challenge and
@@ -60,11 +61,13 @@ def convert(options: Options) -> dict[str, int]:
 
 def _icl_records(path: Path, make: Callable[[Record], Record]) -> list[Record]:
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            record = jsonfiles.parse(line, f"{path}, line {number}")
             try:
-                if line.strip():
-                    records.append(make(json.loads(line)))
+                records.append(make(record))
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise ConfigError(
                     f"{path}, line {number}: no MosaicML ICL record ({error!r})"
@@ -133,8 +136,11 @@ def hellaswag_records(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise ConfigError(f"--hellaswag {path}: no such file")
-    data = bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
-    lines = data.decode("utf-8").removesuffix("\n").split("\n")
+    try:
+        data = bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
+        lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no text, or a damaged .bz2 ({error})") from error
     if len(lines) % 6:
         raise ConfigError(f"{path} has {len(lines)} lines: expected six for each task")
     records = []
@@ -163,8 +169,8 @@ def _write(folder: Path, task: str, records: list[Record]) -> int:
     """Writes a file in one step, and reads it back through its checks."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task}.jsonl"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    read_records(temporary, task)
-    temporary.replace(path)
+    with new_file(path) as file:
+        file.writelines(f"{jsonfiles.as_text(record)}\n".encode() for record in records)
+        file.flush()
+        read_records(Path(file.name), task)
     return len(records)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from rwkvx_jax.cache import MOST_ROWS
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import EvalOptions
+from rwkvx_jax.storage import WorkPath, files_below
 from rwkvx_jax.tokenizer import Tokenizer
 
 
@@ -17,7 +19,7 @@ from rwkvx_jax.tokenizer import Tokenizer
 class TextOptions(EvalOptions):
     """Flags of every task that reads documents."""
 
-    text: Path
+    text: WorkPath
     """A .txt file, or a folder of them: each is cut into documents."""
     length: int = 32768
     """Tokens of a document."""
@@ -31,6 +33,8 @@ class TextOptions(EvalOptions):
         for name in ("length", "documents"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"--{name} is {value}: it must be at least 1")
+        if self.length > MOST_ROWS:
+            raise ConfigError(f"--length is {self.length:,}: a text has at most {MOST_ROWS:,}")
         if self.skip < 0:
             raise ConfigError(f"--skip is {self.skip}: it must not be negative")
 
@@ -48,14 +52,14 @@ def read_documents(options: TextOptions, tokenizer: Tokenizer) -> dict[Document,
     Raises:
       ConfigError: no text there, or no file with enough tokens for a single document.
     """
-    files = [options.text] if options.text.is_file() else sorted(options.text.rglob("*.txt"))
+    files = [options.text] if options.text.is_file() else files_below(options.text, ".txt")
     if not files:
         raise ConfigError(f"--text {options.text}: no such .txt file, nor a folder with any")
     pieces: list[list[tuple[Document, np.ndarray]]] = []
     sizes = {}
     for file in files:
         name = file.name if options.text.is_file() else str(file.relative_to(options.text))
-        tokens = tokenizer.encode_bytes(file.read_bytes())
+        tokens = tokenizer.encode_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
         sizes[name] = len(tokens)
         starts = range(options.skip, len(tokens) - options.length, options.length)
         pieces.append([(Document(name, s), tokens[s : s + options.length + 1]) for s in starts])

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from rwkvx_jax.generate.terminal import one_line
+from rwkvx_jax.storage import new_file
+
 # Okabe and Ito's colours: vermilion marks the training length, the others are lines, each with a
 # marker of its own; yellow is too pale on white.
 MARK = {"color": "#D55E00", "linestyle": (0, (4, 2))}
@@ -23,7 +26,13 @@ def style(number: int) -> dict[str, object]:
     return {"color": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
 
 
+def plain(text: str) -> str:
+    """A name as a figure shows it: `$` starts no formula, control characters are spelled out."""
+    return one_line(text).replace("$", r"\$")
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG; makes its directory."""
+    """Writes a PNG in one step; makes its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")

@@ -6,6 +6,7 @@ trials, summing them up and showing them as heat maps is the same for all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.cache import MOST_ROWS, CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
@@ -33,14 +34,15 @@ from rwkvx_jax.evals.reader import (
     GreedyReader,
     affordable_batch,
     check_memory,
-    memory_left,
 )
 from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.tokenizer import Tokenizer
 
 _PIECE = {"cpu": 256}  # longer ones are no faster there
 _DEFAULT_PIECE = 2048
 _CPU_ROWS, _CPU_PROMPT_TOKENS = 4, 131_072
+_MOST_TRIALS = 1_000_000  # of a model: the file is written anew after every batch
 
 
 def _parse_lengths(words: list[str]) -> tuple[int, ...]:
@@ -87,6 +89,26 @@ class GridOptions(EvalOptions):
     policy: Policy = None
     """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
     it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
+
+
+def check_plan(lengths: Sequence[int], depths: int, trials: int) -> None:
+    """Refuses a plan that makes no sense or could never be run, before it is written out.
+
+    Raises:
+      ConfigError: an option out of bounds, or too many trials together.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ConfigError(f"--lengths is {lengths}: give numbers of at least 1, such as 1000,2000")
+    if max(lengths) > MOST_ROWS:
+        raise ConfigError(f"--lengths has {max(lengths):,}: a prompt has at most {MOST_ROWS:,}")
+    for name, value in (("depths", depths), ("trials", trials)):
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}: it must be at least 1")
+    if (total := len(lengths) * depths * trials) > _MOST_TRIALS:
+        raise ConfigError(
+            f"{len(lengths)} --lengths, {depths:,} --depths and {trials:,} --trials make {total:,} "
+            f"trials, and a results file takes {_MOST_TRIALS:,}: lower --depths or --trials"
+        )
 
 
 class Trial(NamedTuple):
@@ -191,12 +213,10 @@ def evaluate(
     Raises:
       ConfigError: lengths that can't hold a prompt, or a results file of another evaluation.
     """
+    check_sizes(grid, options, panels)
     trials = grid.plan()
     for trial in trials[: len(trials) // len(grid.lengths)]:  # the shortest are the first to fail
         grid.prompt(panels[0].tokenizer, trial)
-    longest, free = max(grid.lengths), memory_left()
-    for panel in panels:
-        check_memory(panel, longest, _piece_of(options, longest), options.policy, free)
     results = Results(
         options.output / f"{grid.task}.json",
         task=grid.task,
@@ -227,6 +247,14 @@ def evaluate(
                 _run(grid, options, panel, todo, results, tracker, make_reader)
     results.save()
     return results
+
+
+def check_sizes(grid: Grid, options: GridOptions, panels: Sequence[Subject]) -> None:
+    """Refuses prompts that do not fit into the memory; see `check_memory`."""
+    longest, free = max(grid.lengths), memory_left()
+    batch = options.batch and min(options.batch, grid.trials * len(grid.depths))
+    for panel in panels:
+        check_memory(panel, longest, _piece_of(options, longest), options.policy, free, batch)
 
 
 def _policy_settings(options: GridOptions) -> Record:
@@ -277,6 +305,7 @@ def _run(
                 trial._asdict()
                 | {"prompt_tokens": len(prompt)}
                 | grid.judge(tokenizer, trial, answer)
+                | ({} if (answer >= 0).all() else {"a logit": math.nan})
                 for trial, prompt, answer in zip(chosen, prompts, answers, strict=True)
             ],
         )

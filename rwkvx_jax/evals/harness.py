@@ -7,9 +7,10 @@ evaluation goes on. As in the RWKV-X repository every request is read behind a l
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals import jsonfiles
 from rwkvx_jax.evals.batching import (
     Answers,
     Call,
@@ -32,6 +34,7 @@ from rwkvx_jax.evals.common import Subject
 from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
 from rwkvx_jax.evals.scoring import TextScorer, read_lanes, score_places
 from rwkvx_jax.model import abstract_model, with_params
+from rwkvx_jax.storage import append, exclusive, write_whole
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
@@ -47,7 +50,7 @@ class AnswerFile:
         """Reads what is there; a last line cut off by a kill is dropped.
 
         Raises:
-          ConfigError: a malformed line elsewhere (with its number).
+          ConfigError: a malformed line elsewhere (with its number), such as one with NaN.
         """
         self._path, self._answers = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +59,26 @@ class AnswerFile:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+            write_whole(path, whole)
         for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                key, answer = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}, line {number}: {error}; remove the file") from error
-            self._answers[key] = answer
+            match jsonfiles.parse(line, f"{path}, line {number}"):
+                case [str(key), int() | float() | str() | [float(), bool()] as answer]:
+                    self._answers[key] = answer
+                case _:
+                    raise ConfigError(f"{path}, line {number}: no answer; remove the file")
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator[AnswerFile]:
+        """The file, which no other process can open so meanwhile.
+
+        Raises:
+          ConfigError: another process has it open, or as the constructor does.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        busy = f"another evaluation writes {path}: wait for it, or use another --output"
+        with exclusive(path.with_name(f"{path.name}.lock"), busy=busy):
+            yield cls(path)
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -71,17 +86,43 @@ class AnswerFile:
     def __getitem__(self, key: str) -> Any:
         return self._answers[key]
 
-    def add(self, answers: dict[str, Any]) -> None:
-        """Keeps answers, on disk too."""
-        self._answers |= answers
-        with self._path.open("a") as file:
-            file.writelines(json.dumps([key, value]) + "\n" for key, value in answers.items())
-            file.flush()
+    def add(self, answers: dict[str, Any]) -> list[str]:
+        """Keeps answers, on disk too, but for those that are not finite: their keys."""
+        good = {key: a for key, a in answers.items() if not jsonfiles.not_finite(a)}
+        self._answers |= good
+        if good:
+            append(self._path, "".join(f"{jsonfiles.as_text(item)}\n" for item in good.items()))
+        return [key for key in answers if key not in good]
 
 
 def request_key(kind: str, *parts: Any) -> str:
     """Name of a request: a hash of all that it says."""
-    return hashlib.blake2b(json.dumps([kind, *parts]).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(jsonfiles.as_text([kind, *parts]).encode(), digest_size=12).hexdigest()
+
+
+class Refused:
+    """Requests of one kind that can't be answered, told when all others have been."""
+
+    def __init__(self, label: str):
+        self._label, self._problems = label, []
+
+    def add(self, request: Any, problem: str) -> None:
+        """Notes what is wrong with a request (its arguments)."""
+        text = repr(request)
+        self._problems.append((text if len(text) <= 240 else f"...{text[-240:]}", problem))
+
+    def add_not_finite(self, request: Any) -> None:
+        self.add(
+            request,
+            f"its logits are not finite (NaN or infinity): {jsonfiles.NOT_FINITE_REMEDY}",
+        )
+
+    def tell(self) -> None:
+        """Raises ConfigError for the first of them, if there is one."""
+        for request, problem in self._problems:
+            more = len(self._problems) - 1
+            others = f" (and {more} more like it; all others are kept)" if more else ""
+            raise ConfigError(f"{self._label}, request {request}: {problem}{others}")
 
 
 class HarnessModel(TemplateLM):
@@ -149,29 +190,41 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Logarithm of each continuation's probability, and whether it is the greedy one."""
+        """Logarithm of each continuation's probability, and whether it is the greedy one.
+
+        Raises:
+          ConfigError: an empty continuation, or logits that are not finite; all others are kept.
+        """
         keys = [request_key("loglikelihood", *texts) for texts, _, _ in requests]
-        pending = {}
+        pending, asked, refused = {}, {}, Refused(self._subject.label)
         for key, (texts, context, continuation) in zip(keys, requests, strict=True):
-            if key not in self._answers:
-                continuation = continuation or self.tok_encode(texts[1])
+            if key in self._answers or key in asked:
+                continue
+            asked[key] = texts
+            if continuation := continuation or self.tok_encode(texts[1]):
                 pending[key] = (self._behind_line_break(context), continuation)
-        if pending:
-            self._compute(pending)
+            else:
+                refused.add(texts, "the continuation is empty: give it some text")
+        for key in self._compute(pending) if pending else ():
+            refused.add_not_finite(asked[key])
+        refused.tell()
         return [tuple(self._answers[key]) for key in keys]
 
     def _behind_line_break(self, context: list[int]) -> list[int]:
         return context if context == self._line_break else self._line_break + context
 
-    def _compute(self, pending: dict[str, tuple[list[int], list[int]]]) -> None:
+    def _compute(self, pending: dict[str, tuple[list[int], list[int]]]) -> list[str]:
+        """Answers requests; those whose scores are not finite."""
         names = list(pending)
         groups = group_rows(list(pending.values()))
         longest = max(len(row.inputs) for group in groups for row in group.rows)
         lanes = self._height or affordable_batch(self._subject, longest, _PIECE, self._tokens)
+        lanes = min(lanes, len(groups))
         calls = plan_calls(groups, lanes, _PIECE)
         sizes = common_sizes(calls, lanes, _PIECE)
         advance = self._start("loglikelihoods", sum(self._tokens_of(call) for call in calls))
         running: list[tuple[int, Answers, tuple[jax.Array, jax.Array]]] = []
+        failed: list[str] = []
         # While the device reads a call, the next one is packed.
         for call in [*calls, None]:
             if call is not None:
@@ -181,9 +234,10 @@ class HarnessModel(TemplateLM):
             if len(running) == 2 or call is None:
                 count, asked, scores = running.pop(0)
                 answers = _answers(asked, *map(np.asarray, scores))
-                self._answers.add({names[number]: answer for number, answer in answers.items()})
+                failed += self._answers.add({names[i]: answer for i, answer in answers.items()})
                 self.requests += len(answers)
                 advance(count)
+        return failed
 
     def _tokens_of(self, call: Call) -> int:
         return sum(len(text) for lane in call for group in lane for text in group.texts())
@@ -197,7 +251,12 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        """Log-probability of whole texts, each read to its end, however long."""
+        """Log-probability of whole texts, each read to its end, however long.
+
+        Raises:
+          ConfigError: logits that are not finite; all other texts are kept.
+        """
+        refused = Refused(self._subject.label)
         texts = [request.args[0] for request in requests]
         keys = [request_key("rolling", text) for text in texts]
         pending = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._answers}
@@ -219,42 +278,65 @@ class HarnessModel(TemplateLM):
                 chosen = order[i : i + height]
                 losses = scorer([rows[key] for key in chosen], advance)
                 sums = (-float(loss.astype(np.float64).sum()) for loss in losses)
-                self._answers.add(dict(zip(chosen, sums, strict=True)))
+                for key in self._answers.add(dict(zip(chosen, sums, strict=True))):
+                    refused.add_not_finite((pending[key],))
                 self.requests += len(chosen)
+        refused.tell()
         return [self._answers[key] for key in keys]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuations up to a stop string, a line's number of tokens or the text's end.
 
         Raises:
-          ConfigError: a task that wants random sampling.
+          ConfigError: a request for random sampling, or one whose settings mean nothing, or logits
+            that are not finite; all others are kept.
         """
         keys = [request_key("generate", *request.args) for request in requests]
-        groups: dict[tuple, dict[str, np.ndarray]] = {}
-        for key, request in zip(keys, requests, strict=True):
+        asked = {key: request.args for key, request in zip(keys, requests, strict=True)}
+        refused, groups = Refused(self._subject.label), {}
+        for key, (context, options) in asked.items():
             if key not in self._answers:
-                context, options = request.args
+                try:
+                    stopping = _stopping(options)
+                except ConfigError as error:
+                    refused.add(asked[key], str(error))
+                    continue
                 row = self._behind_line_break(self.tok_encode(context))
-                groups.setdefault(_stopping(options), {})[key] = np.asarray(row, np.int32)
+                groups.setdefault(stopping, {})[key] = np.asarray(row, np.int32)
         total = sum(len(row) for group in groups.values() for row in group.values())
         advance = self._start("generations", total)
         for (count, *stops), group in groups.items():
-            self._generate(group, count, stops, advance)
+            try:
+                failed = self._generate(group, count, stops, advance)
+            except ConfigError as error:  # they do not fit into the memory
+                for key in group:
+                    refused.add(asked[key], str(error))
+                continue
+            for key in failed:
+                refused.add_not_finite(asked[key])
+        refused.tell()
         return [self._answers[key] for key in keys]
 
-    def _generate(self, rows: dict[str, np.ndarray], count: int, stops: list[str], advance) -> None:
+    def _generate(
+        self, rows: dict[str, np.ndarray], count: int, stops: list[str], advance
+    ) -> list[str]:
+        """Answers requests of the same settings; those whose logits are not finite."""
         order = sorted(rows, key=lambda key: len(rows[key]))
         longest = len(rows[order[-1]])
         piece = min(self._piece, longest)
         height = min(len(order), self._height or max(1, self._tokens // piece))
         reader = GreedyReader(self._subject, piece=piece, batch=height, longest=longest)
-        ended = lambda answer: self._cut(answer, stops)[1]
+        ended, failed = lambda answer: self._cut(answer, stops)[1], []
         for i in range(0, len(order), height):
             chosen = order[i : i + height]
             answers = reader([rows[key] for key in chosen], count, advance, ended)
-            texts = (self._cut(answer, stops)[0] for answer in answers)
-            self._answers.add(dict(zip(chosen, texts, strict=True)))
+            texts = {
+                key: self._cut(answer, stops)[0] if (answer >= 0).all() else math.nan
+                for key, answer in zip(chosen, answers, strict=True)
+            }
+            failed += self._answers.add(texts)
             self.requests += len(chosen)
+        return failed
 
     def _cut(self, answer: np.ndarray, stops: Sequence[str]) -> tuple[str, bool]:
         """Text of an answer up to its end or the first stop string, and whether either occurred."""
@@ -272,10 +354,19 @@ def _answers(asked: Answers, logs: np.ndarray, hits: np.ndarray) -> dict[int, tu
 
 
 def _stopping(options: dict[str, Any]) -> tuple:
-    """(most tokens, stop strings...) of a task's generation settings."""
-    if options.get("do_sample") and options.get("temperature", 1.0) != 0:
-        raise ConfigError(f"a task wants random sampling ({options}): only greedy answers are made")
-    until = options.get("until") or []
+    """(most tokens, stop strings...) of a task's generation settings; None counts as not given.
+
+    Raises:
+      ConfigError: random sampling, or settings of other types.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("do_sample") and given.get("temperature", 1.0) != 0:
+        raise ConfigError("it wants random sampling, and only greedy answers are made")
+    until = given.get("until", [])
     until = [until] if isinstance(until, str) else until
-    count = options.get("max_gen_toks", options.get("max_new_tokens", _DEFAULT_ANSWER))
-    return int(count), *(stop for stop in until if stop)
+    count = given.get("max_gen_toks", given.get("max_new_tokens", _DEFAULT_ANSWER))
+    if not isinstance(until, list | tuple) or not all(isinstance(stop, str) for stop in until):
+        raise ConfigError(f"until is {until!r}: it must be a string or a list of strings")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"max_gen_toks is {count!r}: it must be a number of tokens, at least 1")
+    return count, *(stop for stop in until if stop)

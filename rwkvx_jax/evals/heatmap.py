@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rwkvx_jax.evals.common import wilson
-from rwkvx_jax.evals.figures import LINES, MARK, MARKERS, new_figure, save
+from rwkvx_jax.evals.figures import LINES, MARK, MARKERS, new_figure, plain, save
 
 _COLORS = matplotlib.colormaps["cividis"]  # reads the same with any kind of colour vision
 _EMPTY = "0.92"
@@ -101,7 +101,7 @@ def _draw_map(axis: Axes, heat_map: HeatMap):
     _length_ticks(axis, heat_map.lengths)
     depths = _percentages(heat_map.depths)
     axis.set_yticks(range(len(depths)), depths, fontsize=8)
-    axis.set_title(f"{heat_map.label}\n{heat_map.note}".rstrip(), fontsize=9)
+    axis.set_title(f"{plain(heat_map.label)}\n{heat_map.note}".rstrip(), fontsize=9)
     columns = heat_map.trained_columns
     if columns is not None:
         # White beneath, so that it shows on every colour of the map.
@@ -129,7 +129,7 @@ def _draw_lines(axis: Axes, maps: Sequence[HeatMap]) -> None:
             markersize=5,
             linewidth=1.2,
             capsize=3,
-            label=heat_map.label,
+            label=plain(heat_map.label),
         )
     marks = {(m.trained_columns, m.trained_length) for m in maps if m.trained_length is not None}
     for i, (columns, _) in enumerate(sorted(marks)):

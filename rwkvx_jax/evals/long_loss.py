@@ -26,10 +26,11 @@ from rwkvx_jax.evals.common import (
     until_interrupted,
 )
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
-from rwkvx_jax.evals.figures import MARK, new_figure, save, style
-from rwkvx_jax.evals.reader import affordable_batch, check_memory, memory_left
+from rwkvx_jax.evals.figures import MARK, new_figure, plain, save, style
+from rwkvx_jax.evals.reader import affordable_batch, check_memory
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.evals.scoring import TextScorer
+from rwkvx_jax.generate.memory import memory_left
 
 _FIRST_BIN = 64
 
@@ -87,10 +88,11 @@ def evaluate(
     Raises:
       ConfigError: no document, no memory for one, or a results file of another evaluation.
     """
-    documents = read_documents(options, subjects[0].tokenizer)
     piece, free = min(options.piece, options.length), memory_left()
+    batch = options.batch and min(options.batch, options.documents)
     for subject in subjects:
-        check_memory(subject, options.length, piece, None, free)
+        check_memory(subject, options.length, piece, None, free, batch)
+    documents = read_documents(options, subjects[0].tokenizer)
     results = Results(
         options.output / "long_loss.json",
         task="long-loss",
@@ -156,7 +158,7 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
             continue
         x = [max(1.0, (b["begin"] * b["end"]) ** 0.5) if b["begin"] else b["end"] / 2 for b in bins]
         loss = np.array([b["loss"] for b in bins])
-        axes.plot(x, loss, label=panel["label"], markersize=4, linewidth=1.3, **style(i))
+        axes.plot(x, loss, label=plain(panel["label"]), markersize=4, linewidth=1.3, **style(i))
         if bins[0]["error"] is not None:
             half = 1.96 * np.array([b["error"] for b in bins])
             color = style(i)["color"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +21,7 @@ from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_i
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tasks.haystack import TextFolder, open_folder
 from rwkvx_jax.tasks.niah import (
     NEEDLE_TASKS,
@@ -75,7 +75,7 @@ class NiahOptions(GridOptions):
     trials: int = 5
     """Questions at every length and depth. The paper's tables have 500 a length: 40 depths with 13
     trials come near."""
-    haystack: Path | None = None
+    haystack: WorkPath | None = None
     """A .txt file, a folder of them or a quoted pattern: the running text of single_2, single_3 and
     multikey_1."""
     answer_tokens: int = 64
@@ -88,11 +88,9 @@ class NiahOptions(GridOptions):
             raise ConfigError(f"--tasks is empty: name some of {', '.join(get_args(TaskName))}")
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"--tasks {' '.join(self.tasks)} names a task twice")
-        if not self.lengths:
-            raise ConfigError("--lengths is empty: give some, such as 1000,2000")
-        for name in ("depths", "trials", "answer_tokens"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        grid.check_plan(self.lengths, self.depths, self.trials)
+        if self.answer_tokens < 1:
+            raise ConfigError(f"--answer-tokens is {self.answer_tokens}: it must be at least 1")
         needing = [name for name in self.tasks if _needs_text(name)]
         if needing and self.haystack is None:
             raise ConfigError(
@@ -183,7 +181,8 @@ def evaluate(
     text = open_folder(str(options.haystack)) if options.haystack else None
     grids = {name: niah_grid(options, name, text) for name in options.tasks}
     for questions in grids.values():
-        first = questions.plan()[0]
+        first = Trial(questions.lengths[0], questions.depths[0], 0)
+        grid.check_sizes(questions, options, subjects)
         questions.prompt(subjects[0].tokenizer, first)
     make_reader = _Kept(make_reader)
     return {

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_i
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tasks.haystack import open_folder
 from rwkvx_jax.tasks.passkey import (
     OFFICIAL_TRIALS,
@@ -60,7 +60,7 @@ class PasskeyOptions(GridOptions):
     protocol: Literal["exact", "official"] = "exact"
     """exact: prompts of exactly so many of the model's own tokens; official: the repository's
     length rule and answer length (World tokenizer only)."""
-    haystack: Path | None = None
+    haystack: WorkPath | None = None
     """A .txt file, a folder of them or a quoted pattern: hides the key in a piece of this text,
     another one for each trial, instead of in repeated sentences (protocol exact)."""
     digits: int = 5
@@ -76,9 +76,7 @@ class PasskeyOptions(GridOptions):
             object.__setattr__(self, "keys", "official" if self.official else "random")
         lengths = self.lengths or _DEFAULT_LENGTHS[self.protocol]
         object.__setattr__(self, "lengths", tuple(sorted(set(lengths))))
-        for name, value in (("depths", self.depths), ("trials", self.trials)):
-            if value < 1:
-                raise ConfigError(f"--{name} is {value}: it must be at least 1")
+        grid.check_plan(self.lengths, self.depths, self.trials)
         if not 3 <= self.digits <= 9:
             raise ConfigError(f"--digits is {self.digits}: keys have 3 to 9")
         if self.digits != 5 and self.keys == "official":

@@ -7,7 +7,6 @@ and slower on long ones: where the two lines cross is what the figure is for.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import statistics
@@ -24,8 +23,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rwkvx_jax.cache import cache_bytes
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
-from rwkvx_jax.evals.common import Tracker, until_interrupted
+from rwkvx_jax.evals.common import Tracker, open_console, until_interrupted
 from rwkvx_jax.evals.figures import new_figure, save, style
 from rwkvx_jax.evals.grid import Lengths
 from rwkvx_jax.evals.speed import (
@@ -36,9 +36,13 @@ from rwkvx_jax.evals.speed import (
     make_configs,
     random_params,
 )
+from rwkvx_jax.evals.timings import Timings
+from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.model import Params, with_params
 
 Record = dict[str, Any]
+
+_SAME = ("task", "settings", "device", "cores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +64,17 @@ class PrefillOptions(ModelOptions):
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"--lengths is {self.lengths}: give positive numbers")
 
+    @property
+    def rows(self) -> int:
+        """Rows of the cache that all lengths share."""
+        return -(-max(self.lengths) // self.piece) * self.piece
+
 
 class Reader:
     """Reads prompts with one model."""
 
-    def __init__(
-        self, config: ModelConfig, run: RunConfig, params: Params, piece: int, longest: int
-    ):
-        self._piece, self._rows = piece, -(-longest // piece) * piece
+    def __init__(self, config: ModelConfig, run: RunConfig, params: Params, piece: int, rows: int):
+        self._piece, self._rows = piece, rows
         self._model, self._params = layered_model(config, run), params
         step = lambda p, tokens, cache, n: with_params(self._model, p).prefill(tokens, cache, n)
         self._step = jax.jit(step, donate_argnums=2)
@@ -87,15 +94,16 @@ class Reader:
 
 def run(options: PrefillOptions) -> None:
     """Times what an earlier run has not, prints a table, writes prefill.json and prefill.png."""
-    console = Console()
+    console = open_console()
     run_config, config, params = load_subject(options)
-    document = _document(options, run_config, config)
+    _check_memory(options, config, run_config)
     path = options.output / "prefill.json"
-    _take_over(document, path)
+    timings = Timings(path, _document(options, run_config, config), same=_SAME, size="length")
     with until_interrupted(console):
-        measure(options, config, run_config, params, document, path, console)
+        measure(options, config, run_config, params, timings, console)
+    document = timings.document
     document["crossover"] = crossover(document["rows"])
-    _save(path, document)
+    timings.save()
     print_table(document, console)
     draw(document, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png')}", soft_wrap=True)
@@ -119,22 +127,15 @@ def _document(options: PrefillOptions, run_config: RunConfig, config: ModelConfi
     }
 
 
-def _take_over(document: Record, path: Path) -> None:
-    """Keeps the rows of an earlier run of the same settings.
-
-    Raises:
-      ConfigError: the file holds another measurement.
-    """
-    if not path.exists():
-        return
-    old = json.loads(path.read_text())
-    settings = json.loads(json.dumps(document["settings"]))
-    if old.get("task") != "prefill" or old["settings"] != settings:
+def _check_memory(options: PrefillOptions, config: ModelConfig, run_config: RunConfig) -> None:
+    """Refuses a cache, or a prompt, that does not fit into the memory."""
+    dtype, free = jnp.dtype(run_config.compute_dtype), memory_left()
+    needed = cache_bytes(config, dtype, 1, options.rows) + 16 * options.rows
+    if free is not None and needed > free:
         raise ConfigError(
-            f"{path} holds another measurement (model, dtype, piece or repeats differ): use "
-            "another --output, or remove the file"
+            f"a prompt of {max(options.lengths):,} tokens, read {options.piece:,} at once, needs "
+            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: lower --lengths or --piece"
         )
-    document["rows"] = old["rows"]
 
 
 def measure(
@@ -142,20 +143,18 @@ def measure(
     config: ModelConfig,
     run_config: RunConfig,
     params: Params,
-    document: Record,
-    path: Path,
+    timings: Timings,
     console: Console,
     make_reader: Callable[..., Callable[[np.ndarray], float]] = Reader,
 ) -> None:
-    """Adds the missing rows to the document, and writes it after each."""
+    """Adds the missing rows, and writes the file after each."""
     lengths = sorted(set(options.lengths))
-    done = {(row["kind"], row["length"]) for row in document["rows"]}
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, max(lengths)).astype(np.int32)
     todo = [
         (kind, length)
         for kind in options.kinds
         for length in lengths
-        if (kind, length) not in done and (kind != "full" or length <= options.full_limit)
+        if not timings.has(kind, length) and (kind != "full" or length <= options.full_limit)
     ]
     total = sum(length for _, length in todo) * options.repeats
     reader, current = None, None
@@ -166,22 +165,16 @@ def measure(
                 reader, current = None, kind  # frees its parameters first
                 own = make_configs(config)[kind]
                 weights = random_params(own, run_config) if kind == "rwkv" else params
-                reader = make_reader(own, run_config, weights, options.piece, max(lengths))
+                reader = make_reader(own, run_config, weights, options.piece, options.rows)
                 reader(tokens[: min(lengths)])  # compiles
                 tracker.start_clock()
             seconds = []
             for _ in range(options.repeats):
                 seconds.append(reader(tokens[:length]))
                 tracker.advance(length)
-            document["rows"].append(
-                {
-                    "kind": kind,
-                    "length": length,
-                    "seconds": statistics.median(seconds),
-                    "samples": seconds,
-                }
-            )
-            _save(path, document)
+            middle = statistics.median(seconds)
+            row = {"kind": kind, "length": length, "seconds": middle, "samples": seconds}
+            timings.add([row])
 
 
 def crossover(rows: list[Record]) -> float | None:
@@ -250,10 +243,3 @@ def draw(document: Record, path: Path) -> None:
     axes.grid(alpha=0.4)
     axes.legend(fontsize=8)
     save(figure, path)
-
-
-def _save(path: Path, document: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(path)

@@ -9,15 +9,16 @@ prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.cache import CachePolicy
-from rwkvx_jax.config import ConfigError, ModelConfig
+from rwkvx_jax.cache import CachePolicy, cache_bytes
+from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import Subject
 from rwkvx_jax.generate.engine import Engine, Mark, Session
+from rwkvx_jax.generate.sampling import NOT_FINITE
 from rwkvx_jax.model import abstract_model, with_params
 
 # Memory for the caches and activations of one batch where nobody says how many prompts it has.
@@ -69,11 +70,11 @@ class GreedyReader:
           prompts: at most `batch` arrays of int32 tokens, none empty.
           count: tokens of each answer.
           advance: told how many prompt tokens have been read, piece by piece.
-          ended: whether an answer so far, int32 [n], needs no further token; once all do, the rest
-            is filled with token 0.
+          ended: whether an answer so far, int32 [n], needs no further token.
 
         Returns:
-          int32 [len(prompts), count].
+          int32 [len(prompts), count]; token 0 behind an answer's end, NOT_FINITE from where on
+          logits were not finite. Each answer is what its prompt alone gives.
         """
         longest = max(map(len, prompts))
         self._pieces = max(self._pieces, -(-longest // self._piece))
@@ -86,12 +87,18 @@ class GreedyReader:
             engine.feed(session, texts + [text[start - begin :] for text in padding])
             advance(sum(map(len, texts)))
         answers = np.zeros((len(prompts), count), np.int32)
-        open_rows = set(range(len(prompts)))
+        active = np.arange(self._batch) < len(prompts)
         for i in range(count):
-            answers[:, i] = engine.next_tokens(session)[: len(prompts)]
-            open_rows -= {row for row in open_rows if ended(answers[row, : i + 1])}
-            if not open_rows:
+            tokens = engine.next_tokens(session, active)[: len(prompts)]
+            answers[:, i] = np.maximum(tokens, 0)
+            answers[tokens == NOT_FINITE, i:] = NOT_FINITE
+            for row in np.flatnonzero(active):
+                active[row] = tokens[row] >= 0 and not ended(answers[row, : i + 1])
+            if not active.any():
                 break
+        if (answers == NOT_FINITE).any():
+            # Its keys and values, though out of reach after a rewind, would spoil sums with zeros.
+            self._session = self._mark = None
         return answers
 
     def _read_shared(self, engine: Engine, prompts: Sequence[np.ndarray], advance) -> int:
@@ -128,7 +135,12 @@ class GreedyReader:
             abstract = abstract_model(self._subject.config, self._subject.run)
             model = with_params(abstract, jax.device_put(self._subject.params))
             self._engine = Engine(
-                model, max_length=rows, batch=self._batch, piece=self._piece, policy=self._policy
+                model,
+                max_length=rows,
+                batch=self._batch,
+                piece=self._piece,
+                policy=self._policy,
+                name=self._subject.label,
             )
             self._rows = rows
         return self._engine
@@ -158,37 +170,38 @@ def affordable_batch(
 
 
 def check_memory(
-    subject: Subject, length: int, piece: int, policy: CachePolicy | None, free: int | None
+    subject: Subject,
+    length: int,
+    piece: int,
+    policy: CachePolicy | None,
+    free: int | None,
+    batch: int | None = None,
 ) -> None:
-    """Refuses prompts of which not even one fits into the memory that is left.
+    """Refuses prompts that do not fit into the memory that is left, before any is made.
+
+    Args:
+      subject: the model.
+      length: tokens of the longest prompt.
+      piece: tokens read at once.
+      policy: compression of the cache.
+      free: bytes; None: nobody knows.
+      batch: prompts to be read side by side; None: as many as fit, so one has to.
 
     Raises:
       ConfigError: says how much is needed.
     """
-    needed = _prompt_bytes(subject, length, piece, policy)
+    needed = (batch or 1) * _prompt_bytes(subject, length, piece, policy)
     if free is not None and needed > free:
+        what = "a prompt" if batch is None else f"a batch of {batch:,} prompts"
         raise ConfigError(
-            f"{subject.label}: a prompt of {length:,} tokens needs {needed / 1e9:.1f} GB of cache "
-            f"and activations, and {free / 1e9:.1f} GB are free: leave out the longest lengths, or "
-            "bound the cache with --policy TRIGGER,KEEP,WINDOW"
+            f"{subject.label}: {what} of {length:,} tokens needs {needed / 1e9:,.1f} GB of cache "
+            f"and activations, and {free / 1e9:,.1f} GB are free: leave out the longest lengths, "
+            "lower --batch, or bound the cache with --policy TRIGGER,KEEP,WINDOW"
         )
 
 
 def _prompt_bytes(subject: Subject, length: int, piece: int, policy: CachePolicy | None) -> int:
-    """Memory of one prompt: its cache, and the activations of a piece."""
-    config: ModelConfig = subject.config
-    model = abstract_model(config, subject.run)
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(1, length, policy=policy)))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return held + _ACTIVATION_WIDTHS * piece * config.width * model.dtype.itemsize
-
-
-def memory_left(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that the first device (on a CPU: the machine) still has; None where nobody tells."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if jax.default_backend() == "cpu" and meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return None
+    """Memory of one prompt: its tokens, its cache, and the activations of a piece."""
+    config, dtype = subject.config, jnp.dtype(subject.run.compute_dtype)
+    held = cache_bytes(config, dtype, 1, length, policy) + 8 * length
+    return held + _ACTIVATION_WIDTHS * piece * config.width * dtype.itemsize

@@ -20,6 +20,7 @@ from rich.console import Console
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.niah import TITLES
 from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
+from rwkvx_jax.storage import WorkPath, files_below, write_whole
 
 Record = dict[str, Any]
 
@@ -28,9 +29,9 @@ Record = dict[str, Any]
 class ReportOptions:
     """Collects results of several runs into report.html and report.md."""
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    inputs: tyro.conf.Positional[tuple[WorkPath, ...]]
     """Results files (.json), or folders that hold some at any depth."""
-    output: Path
+    output: WorkPath
     """Folder of the report."""
     title: str = "Evaluation report"
 
@@ -76,7 +77,7 @@ def find_runs(inputs: Sequence[Path]) -> list[Run]:
     for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
-        files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+        files = [path] if path.is_file() else files_below(path, ".json")
         for file in files:
             document = _read(file)
             if document is not None:
@@ -356,5 +357,5 @@ def run(options: ReportOptions) -> None:
         ("report.md", as_markdown(options.title, parts)),
         ("report.html", as_html(options.title, parts)),
     ):
-        (options.output / name).write_text(text)
+        write_whole(options.output / name, text.encode())
         console.print(f"wrote {options.output / name}", soft_wrap=True)

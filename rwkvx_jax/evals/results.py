@@ -1,22 +1,19 @@
 """The results file of an evaluation: every trial, written while it runs, never lost, never rerun.
 
-The file is replaced as a whole after each batch of trials, so a killed process leaves the last
-complete state. The same command run again finds its finished trials there. A file only grows: it
-takes more models and more trials of the same settings, and refuses a command that would leave
-something it holds out of its summary. What another process writes there meanwhile is kept too.
+The file is replaced as a whole after each batch of trials, under a lock, so a killed process leaves
+the last complete state. The same command run again finds its finished trials there. A file only
+grows: it takes more models and more trials of the same settings, and refuses a command that would
+leave something it holds out of its summary. What another process writes there meanwhile is kept
+too. Numbers that are not finite never get in.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import functools
 import json
 import logging
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,8 @@ from typing import Any
 import jax
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals import jsonfiles
+from rwkvx_jax.storage import exclusive, in_bucket
 
 FORMAT = 1
 
@@ -98,9 +97,23 @@ class Results:
         return {self._key(trial) for trial in self.trials(label)}
 
     def add(self, label: str, trials: Iterable[Record]) -> None:
-        """Appends finished trials and writes the file."""
-        self._append(label, trials)
-        self.save()
+        """Appends finished trials and writes the file.
+
+        Raises:
+          ConfigError: trials with numbers that are not finite; they are left out, the others kept.
+        """
+        trials = list(trials)
+        good = [trial for trial in trials if not jsonfiles.not_finite(trial)]
+        if good:
+            self._append(label, good)
+            self.save()
+        for trial in trials:
+            if name := jsonfiles.not_finite(trial):
+                key = ", ".join(f"{field} {trial[field]}" for field in self._key_fields)
+                raise ConfigError(
+                    f"{label}: {name} of {self.document['task']} trial {key} is not finite (NaN or "
+                    f"infinity): {jsonfiles.NOT_FINITE_REMEDY}"
+                )
 
     def save(self) -> None:
         """Replaces the file in one step; a reader sees the old or the new one, never a half.
@@ -109,7 +122,7 @@ class Results:
           ConfigError: another process wrote trials there that this evaluation must not hold; the
             trials of this batch are not saved then.
         """
-        with _alone_in(self.path.parent):
+        with exclusive(self.path.with_name(f"{self.path.name}.lock")):
             if _state(self.path) not in (None, self._seen):
                 if not self._warned:
                     _log.warning("%s: another process writes it too; all is kept", self.path)
@@ -121,14 +134,8 @@ class Results:
         for panel in self.document["panels"]:
             panel["trials"].sort(key=self._key)
             panel["summary"] = self._summarize(panel["trials"])
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w") as file:
-            json.dump(self.document, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            self._seen = _state(file.fileno())
-        temporary.replace(self.path)
+        jsonfiles.write(self.path, self.document)
+        self._seen = _state(self.path)
 
     def _panel(self, label: str) -> Record:
         return next(p for p in self.document["panels"] if p["label"] == label)
@@ -142,12 +149,7 @@ class Results:
         return tuple(trial[field] for field in self._key_fields)
 
     def _read(self) -> Record:
-        try:
-            old = json.loads(self.path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{self.path} exists but is not JSON ({error}): use another --output"
-            ) from error
+        old = jsonfiles.read(self.path)
         expected = {"task": self.document["task"], "format": FORMAT}
         found = {k: old.get(k) for k in expected} if isinstance(old, dict) else {}
         if found != expected:
@@ -158,6 +160,23 @@ class Results:
 
     def _take_over(self, old: Record) -> None:
         """Adds the trials of another run, if this run's plan covers all of them."""
+        try:
+            problems = self._merge(old)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.path} exists but has another shape than a results file ({error!r}): use "
+                "another --output"
+            ) from error
+        if problems:
+            raise ConfigError(
+                f"{self.path} holds trials of another evaluation (file -> now):\n  "
+                + "\n  ".join(problems)
+                + "\nA file takes more models and more trials, never fewer or other ones: use "
+                "another --output, or remove the file."
+            )
+
+    def _merge(self, old: Record) -> list[str]:
+        """Adds the trials of another run; what forbids it."""
         problems = _changes("", old["settings"], self.document["settings"])
         labels = {panel["label"]: panel for panel in self.document["panels"]}
         for before in old["panels"]:
@@ -177,13 +196,7 @@ class Results:
                     f"such as {first}"
                 )
             self._append(label, before["trials"])
-        if problems:
-            raise ConfigError(
-                f"{self.path} holds trials of another evaluation (file -> now):\n  "
-                + "\n  ".join(problems)
-                + "\nA file takes more models and more trials, never fewer or other ones: use "
-                "another --output, or remove the file."
-            )
+        return problems
 
 
 def _changes(name: str, old: Any, new: Any) -> list[str]:
@@ -194,35 +207,18 @@ def _changes(name: str, old: Any, new: Any) -> list[str]:
             for key in sorted(old.keys() | new.keys())
             for line in _changes(f"{name}.{key}".lstrip("."), old.get(key), new.get(key))
         ]
-    new = json.loads(json.dumps(new))  # tuples become lists, as they did in the file
+    new = json.loads(jsonfiles.as_text(new))  # tuples become lists, as they did in the file
     return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
 
 
-@contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Lets one process at a time write in the directory; a dead one's lock is freed."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems have no locks
-            _warn_without_lock(directory, str(error))
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@functools.cache
-def _warn_without_lock(directory: Path, error: str) -> None:
-    _log.warning("%s can't be locked (%s): start one command a file only", directory, error)
-
-
-def _state(file: Path | int) -> tuple[int, ...] | None:
+def _state(file: Path) -> tuple[int, ...] | None:
     """What changes whenever the file is replaced or written; None where there is none."""
     try:
-        status = os.stat(file)
+        status = file.stat()
     except FileNotFoundError:
         return None
+    if in_bucket(file):
+        return int(status.mtime or 0), status.length
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 

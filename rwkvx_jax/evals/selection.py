@@ -32,7 +32,7 @@ from rwkvx_jax.evals.common import (
     until_interrupted,
 )
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
-from rwkvx_jax.evals.figures import new_figure, save, style
+from rwkvx_jax.evals.figures import new_figure, plain, save, style
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.ops.selection import Selector, select_from_rows
@@ -67,8 +67,8 @@ class SelectionOptions(TextOptions):
     def __post_init__(self):
         super().__post_init__()
         for name in ("queries", "blocks"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"--{name} is {value}: it must be at least 1")
+            if not 1 <= (value := getattr(self, name)) <= self.length:
+                raise ConfigError(f"--{name} is {value}: it must lie in 1 to --length")
 
 
 def selectors(config: ModelConfig, blocks: int) -> dict[str, Selector]:
@@ -311,7 +311,9 @@ def draw(results: Results, path: Path) -> None:
     for (left, middle, right), panel in zip(axes, panels, strict=True):
         config, found = panel["model"], panel["summary"]["selectors"]
         _draw_heads(figure, left, np.array(found["own"]["past"]["by_layer_and_head"]))
-        left.set_title(f"{panel['label']}\nshare of past mass held, own selector", fontsize=9)
+        left.set_title(
+            f"{plain(panel['label'])}\nshare of past mass held, own selector", fontsize=9
+        )
         _draw_distances(middle, found, config["chunk_size"])
         _draw_bars(right, found)
     figure.suptitle(

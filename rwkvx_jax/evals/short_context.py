@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import short_data
+from rwkvx_jax.evals import jsonfiles, short_data
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     EvalOptions,
@@ -188,7 +188,7 @@ def _key(trial: Record) -> tuple:
 def _fingerprint(task: Any) -> str:
     """Hash of a task's documents, so that answers on other data are never mixed in."""
     digest = hashlib.blake2b(digest_size=6)
-    for doc in task.eval_docs:
+    for doc in task.eval_docs:  # of any kind, NaN included: this is hashed, not stored
         digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -207,10 +207,10 @@ def _run(
     from rwkvx_jax.evals.harness import AnswerFile, HarnessModel
 
     description = subject.description
-    identity = json.dumps([description[field] for field in IDENTITY_FIELDS])
+    identity = jsonfiles.as_text([description[field] for field in IDENTITY_FIELDS])
     name = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-    answers = AnswerFile(options.output / "short_answers" / f"{name}.jsonl")
-    with _Progress(console, subject.label) as progress:
+    path = options.output / "short_answers" / f"{name}.jsonl"
+    with AnswerFile.open(path) as answers, _Progress(console, subject.label) as progress:
         model = HarnessModel(
             subject, answers, piece=options.piece, batch=options.batch, start=progress.start
         )

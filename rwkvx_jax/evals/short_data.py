@@ -6,13 +6,13 @@ checked when it is read. The prompts are in short_tasks/*.yaml, in lm_eval's own
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals import jsonfiles
 
 Record = dict[str, Any]
 
@@ -83,14 +83,11 @@ def read_records(path: Path, task: str) -> list[Record]:
       ConfigError: invalid json, a missing or wrong field (with file and line), or no record at all.
     """
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number}: not json ({error})") from error
+            record = jsonfiles.parse(line, f"{path}, line {number}")
             if problem := _problem(record, task):
                 raise ConfigError(f"{path}, line {number}: {problem}")
             records.append(prepare(record, task))

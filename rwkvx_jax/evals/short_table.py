@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.evals.figures import LINES, new_figure, save
+from rwkvx_jax.evals.figures import LINES, new_figure, plain, save
 from rwkvx_jax.evals.results import Record, Results
 
 SHORT_NAMES = {
@@ -123,13 +123,13 @@ def draw(results: Results, path: Path) -> None:
             yerr=[1.96 * (error or 0) for _, error in scores],
             capsize=3,
             color=LINES[i % len(LINES)],
-            label=panel["label"],
+            label=plain(panel["label"]),
         )
     for x, column in enumerate(columns):
         if column in CHANCE:
             label = "guessing" if column == next(c for c in columns if c in CHANCE) else None
             axes.hlines(CHANCE[column], x - 0.45, x + 0.45, "black", "dashed", label=label)
-    axes.set_xticks(range(len(columns)), [SHORT_NAMES.get(c, c) for c in columns])
+    axes.set_xticks(range(len(columns)), [plain(SHORT_NAMES.get(c, c)) for c in columns])
     axes.set_ylabel("score (%)")
     axes.set_ylim(0, 100)
     axes.set_title("Short-context benchmarks, with 95 % intervals over documents", fontsize=10)

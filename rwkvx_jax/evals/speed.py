@@ -9,7 +9,7 @@ measured in between, and says how close a step comes to what memory allows.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shlex
 import statistics
@@ -28,16 +28,22 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.cache import Cache, selector_of
+from rwkvx_jax.cache import Cache, cache_bytes, selector_of
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
+from rwkvx_jax.evals.common import check_output, open_console, until_interrupted
+from rwkvx_jax.evals.figures import new_figure, save
+from rwkvx_jax.evals.timings import Timings
+from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.model import Params, abstract_model, create_model, get_params, unstack, with_params
+from rwkvx_jax.storage import WorkPath
 
 LABELS = {
     "sparse": "RWKV-X (sparse attention)",
     "rwkv": "RWKV-7 with as many blocks",
     "full": "full-attention hybrid",
 }
+_SAME = ("task", "model", "compute_dtype", "weights", "device", "cores")
 _READ_BYTES = 1 << 29  # of the array by which the bandwidth is measured
 
 
@@ -49,9 +55,9 @@ def _numbers(words: list[str]) -> tuple[int, ...]:
 class ModelOptions:
     """Flags of every measurement of time: which models."""
 
-    output: Path
+    output: WorkPath
     """Directory of the results."""
-    checkpoint: Path | None = None
+    checkpoint: WorkPath | None = None
     """Model to time; without one, a model of the sizes below with random weights."""
     num_blocks: int = 12
     num_attention_blocks: int = 4
@@ -71,6 +77,7 @@ class ModelOptions:
                 raise ConfigError(f"--{flag} is {getattr(self, name)}: it must be at least 1")
         if not self.kinds:
             raise ConfigError("--kinds is empty: name at least one of sparse, rwkv, full")
+        check_output(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +106,8 @@ class SpeedOptions(ModelOptions):
             raise ConfigError(f"--steps is {self.steps}: it must be at least 1")
         if not self.contexts or min(self.contexts) < 1:
             raise ConfigError(f"--contexts is {self.contexts}: give positive numbers")
+        if not 0 < self.memory_gb < math.inf:
+            raise ConfigError(f"--memory-gb is {self.memory_gb}: give a number above 0")
 
 
 class Runner(NamedTuple):
@@ -110,11 +119,9 @@ class Runner(NamedTuple):
 
 
 def run(options: SpeedOptions) -> None:
-    """Times, prints a table, writes `speed.json` and `speed.png`."""
-    console = Console()
+    """Times what an earlier run has not, prints a table, writes `speed.json` and `speed.png`."""
+    console = open_console()
     run_config, config, params = load_subject(options)
-    runners = _runners(options, config, run_config, params)
-    data = np.ones(_READ_BYTES // 8, np.int64)
     document: dict[str, Any] = {
         "task": "speed",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -127,16 +134,40 @@ def run(options: SpeedOptions) -> None:
         "left_out": [],
         "rows": [],
     }
-    for context in sorted(set(options.contexts)):
-        size = _cache_bytes(config, run_config, context)
-        if size > options.memory_gb * 1e9:
-            document["left_out"].append({"context": context, "cache_bytes": size})
-            console.print(f"context {context:,} left out: its cache takes {size / 1e9:.1f} GB")
-        else:
-            document["rows"] += _time_context(options, runners, run_config, context, data)
-        _save(options.output, document)
+    timings = Timings(options.output / "speed.json", document, same=_SAME, size="context")
+    with until_interrupted(console):
+        _measure(options, run_config, config, params, timings, console)
+    order = list(LABELS)
+    document["rows"].sort(key=lambda row: (row["context"], order.index(row["kind"])))
+    timings.save()
     _print(console, document["rows"])
     _draw(options.output / "speed.png", document)
+
+
+def _measure(
+    options: SpeedOptions,
+    run_config: RunConfig,
+    config: ModelConfig,
+    params: Params,
+    timings: Timings,
+    console: Console,
+) -> None:
+    """Adds the missing rows, and writes the file after each context."""
+    runners = _runners(options, config, run_config, params)
+    data = np.ones(_READ_BYTES // 8, np.int64)
+    dtype = jnp.dtype(run_config.compute_dtype)
+    for context in sorted(set(options.contexts)):
+        missing = {k: runner for k, runner in runners.items() if not timings.has(k, context)}
+        missing = {k: r for k, r in missing.items() if k != "full" or context <= options.full_limit}
+        size = cache_bytes(config, dtype, 1, context + config.chunk_size)
+        if not missing:
+            continue
+        if size > options.memory_gb * 1e9:
+            timings.document["left_out"].append({"context": context, "cache_bytes": size})
+            console.print(f"context {context:,} left out: its cache takes {size / 1e9:.1f} GB")
+            timings.save()
+        else:
+            timings.add(_time_context(options, missing, run_config, context, data))
 
 
 def load_subject(options: ModelOptions) -> tuple[RunConfig, ModelConfig, Params]:
@@ -152,9 +183,23 @@ def load_subject(options: ModelOptions) -> tuple[RunConfig, ModelConfig, Params]
         chunk_size=options.chunk_size,
         top_k=options.top_k,
     )
+    _check_size(config)
     cpu = jax.default_backend() == "cpu"
     run_config = RunConfig(compute_dtype="float32" if cpu else "bfloat16")
     return run_config, config, random_params(config, run_config)
+
+
+def _check_size(config: ModelConfig) -> None:
+    """Refuses random weights that can't fit into the memory, by their large matrices alone."""
+    blocks = config.num_blocks + config.num_attention_blocks
+    least = 4 * config.width * (8 * config.width * blocks + 2 * config.vocab_size)
+    free = memory_left()
+    if free is not None and least > free:
+        raise ConfigError(
+            f"a model of {blocks:,} blocks of width {config.width:,} and {config.vocab_size:,} "
+            f"tokens has more than {least / 1e9:,.1f} GB of weights, and {free / 1e9:,.1f} GB are "
+            "free: lower --num-blocks, --width or --vocab-size"
+        )
 
 
 def random_params(config: ModelConfig, run_config: RunConfig) -> Params:
@@ -201,8 +246,7 @@ def _time_context(
 ) -> list[dict[str, Any]]:
     """Steps of all models in turn; the two hybrids share one cache, written in place."""
     length = context + next(iter(runners.values())).config.chunk_size // 2
-    kinds = [k for k in runners if k != "full" or context <= options.full_limit]
-    caches = {}
+    kinds, caches = list(runners), {}
     for kind in kinds:
         if (owner := _owner(kind)) not in caches:
             caches[owner] = _filled_cache(runners[kind].config, run_config, length)
@@ -275,13 +319,6 @@ def flat_params(params: Params) -> list[tuple[str, Any]]:
     return [(".".join(str(key.key) for key in path), leaf) for path, leaf in leaves]
 
 
-def _cache_bytes(config: ModelConfig, run_config: RunConfig, context: int) -> int:
-    model = abstract_model(config, run_config)
-    length = context + config.chunk_size
-    cache = jax.eval_shape(lambda: model.init_cache(1, length))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-
-
 def _filled_cache(config: ModelConfig, run_config: RunConfig, length: int) -> Cache:
     """A cache of `length` rows: one random page everywhere, random chunk means."""
     cache = abstract_model(config, run_config).init_cache(1, length + 1)
@@ -315,11 +352,6 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _save(directory: Path, document: dict[str, Any]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "speed.json").write_text(json.dumps(document, indent=1) + "\n")
-
-
 def _print(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(
         "model", "context", "ms/token", "MB read", "GB/s", "of bandwidth", "time, bytes / RWKV-7"
@@ -344,11 +376,7 @@ def _print(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def _draw(path: Path, document: dict[str, Any]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     for kind, label in LABELS.items():
         rows = [row for row in document["rows"] if row["kind"] == kind]
@@ -366,4 +394,4 @@ def _draw(path: Path, document: dict[str, Any]) -> None:
     axes.title.set_fontsize("medium")
     axes.set_ylim(bottom=0)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,22 +17,25 @@ from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.cli import friendly_errors, settle_platform
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.convert.tensors import ConversionError
-from rwkvx_jax.generate.engine import Engine, Session, TextStream, generate
-from rwkvx_jax.generate.sampling import Sampling
+from rwkvx_jax.generate.engine import Engine, stream_texts
+from rwkvx_jax.generate.sampling import Sampling, check_seed
+from rwkvx_jax.generate.terminal import accept_any_text, show
+from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_LENGTH = 4096  # of a chat, or of a text whose length nobody gave
+_TURN_END = "\n\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Continues prompts with a trained model, or chats with it on a terminal."""
 
-    checkpoint: Path
+    checkpoint: WorkPath
     """Work directory, .safetensors or .pth."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; give it several times to continue several texts side by side."""
-    prompts_file: Path | None = None
+    prompts_file: WorkPath | None = None
     """File with one prompt a line, beside those of --prompt."""
     chat: bool = False
     """Talk with the model, turn by turn; an empty line or the end of the input ends it."""
@@ -74,11 +79,15 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"--seed is {self.seed}: it must not be negative")
+        check_seed(self.seed, "--seed")
         self.sampling()
         if self.chat == bool(self.prompt or self.prompts_file):
             raise ConfigError("give either --chat, or prompts with --prompt or --prompts-file")
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return 0, *self.stop
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -94,16 +103,37 @@ class Options:
         """All prompts.
 
         Raises:
-          ConfigError: no prompts file there, or an empty prompt.
+          ConfigError: no prompts file there, an empty prompt, or one that is not UTF-8.
         """
         texts = list(self.prompt)
-        if self.prompts_file is not None:
-            if not self.prompts_file.is_file():
-                raise ConfigError(f"no prompts file {self.prompts_file}")
-            texts += self.prompts_file.read_text().splitlines()
-        if "" in texts:
-            raise ConfigError(f"prompt {texts.index('')} is empty: give it some text")
-        return texts
+        for i, text in enumerate(texts):
+            if not text:
+                raise ConfigError(f"prompt {i} is empty: give it some text")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigError(f"prompt {i} is not valid UTF-8: {text!r}")
+        return texts + ([] if self.prompts_file is None else _read_prompts(self.prompts_file))
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file.
+
+    Raises:
+      ConfigError: no such file, an empty line, or one that is not UTF-8.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no prompts file {path}")
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    texts = []
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not valid UTF-8 ({error})") from error
+        if not texts[-1]:
+            raise ConfigError(f"{path}, line {number} is empty: give it some text, or remove it")
+    if not texts:
+        raise ConfigError(f"{path} holds no prompt: write one a line")
+    return texts
 
 
 def run(options: Options, ask: Callable[[str], str] = input) -> None:
@@ -129,39 +159,43 @@ def run(options: Options, ask: Callable[[str], str] = input) -> None:
         piece=options.piece,
         sampling=options.sampling(),
         policy=policy,
+        name=str(options.checkpoint),
     )
     del loaded
     if options.chat:
         _chat(engine, tokenizer, options, ask)
-    elif len(prompts) == 1:
-        session = engine.start([tokenizer.encode(prompts[0])], [options.seed])
-        _show(prompts[0])
-        for text in _answer(engine, session, tokenizer, options, (0, *options.stop)):
-            _show(text)
-        _show("\n")
-        print(session.speed, file=sys.stderr)
     else:
-        seeds = range(options.seed, options.seed + len(prompts))
-        stop = (0, *options.stop)
-        texts, speed = generate(
-            engine, tokenizer, prompts, options.max_tokens, stop=stop, seeds=seeds
-        )
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            print(f"--- {i}\n{prompt}{text}")
-        print(speed, file=sys.stderr)
+        _continue(engine, tokenizer, options, prompts)
 
 
-def _answer(
-    engine: Engine, session: Session, tokenizer: Tokenizer, options: Options, stop: tuple[int, ...]
-) -> Iterator[str]:
-    stream = TextStream(tokenizer)
-    for (token,) in engine.stream(session, options.max_tokens, stop):
-        yield stream.push(int(token))
-    yield stream.finish()
+def _continue(engine: Engine, tokenizer: Tokenizer, options: Options, prompts: list[str]) -> None:
+    """Writes each prompt with its continuation; a single one as it grows."""
+    seeds = range(options.seed, options.seed + len(prompts))
+    session = engine.start([tokenizer.encode(prompt) for prompt in prompts], seeds)
+    single, texts = len(prompts) == 1, list(prompts)
+    if single:
+        show(prompts[0])
+    try:
+        for parts in stream_texts(engine, session, tokenizer, options.max_tokens, options.stops):
+            if single:
+                show(parts[0])
+            texts = [text + part for text, part in zip(texts, parts, strict=True)]
+    finally:  # what there is, if one of them fails
+        show("\n" if single else "".join(f"--- {i}\n{text}\n" for i, text in enumerate(texts)))
+    print(session.speed, file=sys.stderr)
+
+
+def user_turn(tokenizer: Tokenizer, said: str) -> list[int]:
+    """Tokens of a user's turn and the beginning of the answer, in the pieces in which training
+    documents are tokenized: white space around it goes, blank lines in it are joined."""
+    said = re.sub(r"\n(\s*\n)+", "\n", said.strip())
+    pieces = ("User:", f" {said}{_TURN_END}", "Assistant:")
+    return [int(token) for piece in pieces for token in tokenizer.encode(piece)]
 
 
 def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[[str], str]):
-    """Turns of `User:` and `Assistant:` as in data/chat.py; a blank line ends an answer."""
+    """Turns of `User:` and `Assistant:` as in data/chat.py, each ended by a blank line: no turn of
+    a training document has one inside."""
     session = None
     while True:
         try:
@@ -170,32 +204,28 @@ def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[
             return
         if not said:
             return
-        turn = tokenizer.encode(f"User: {said}\n\nAssistant:")
+        turn = user_turn(tokenizer, said)
         if session is None:
             session = engine.start([turn], [options.seed])
         else:
             engine.feed(session, [turn])
-        _show("Assistant:")
-        answer, closed = "", False
-        for text in _answer(engine, session, tokenizer, options, (0, *options.stop)):
+        show("Assistant:")
+        answer = ""
+        for (text,) in stream_texts(engine, session, tokenizer, options.max_tokens, options.stops):
             answer += text
-            closed = answer.rstrip(" ").endswith("\n\n") and bool(answer.strip())
-            _show(text)
-            if closed:
+            show(text)
+            if _TURN_END in answer:
                 break
-        if not closed:  # cut off: the next turn still begins after a blank line
-            engine.feed(session, [tokenizer.encode("\n\n")])
-            _show("\n\n")
+        else:  # cut off: the next turn still begins after a blank line
+            engine.feed(session, [tokenizer.encode(_TURN_END)])
+            show(_TURN_END)
         print(session.speed, file=sys.stderr)
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def main(argv: list[str]) -> None:
     settle_platform()
+    accept_any_text(sys.stdout)
+    accept_any_text(sys.stderr)
     with friendly_errors(ConversionError):
         run(
             tyro.cli(

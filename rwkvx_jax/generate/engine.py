@@ -1,15 +1,17 @@
 """Continues many prompts at once: prompts are read in pieces, then one jitted step per token.
 
 Pieces have one length and the cache one size, so that each of the two functions is compiled once;
-the cache is donated and written in place. On a CPU each layer's weights lie in arrays of their own
-(`model.unstack`), which a decode step reads at the speed of memory. Tokens reach the caller as they
-come, as text that never ends inside a UTF-8 character.
+the cache is donated and written in place. What a text gets does not depend on its neighbours: one
+that has ended stays as it is while the others go on. On a CPU each layer's weights lie in arrays of
+their own (`model.unstack`), which a decode step reads at the speed of memory. Tokens reach the
+caller as they come, as text that never ends inside a UTF-8 character.
 """
 
 from __future__ import annotations
 
 import codecs
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,10 +23,18 @@ import numpy as np
 
 from rwkvx_jax.cache import Cache, CachePolicy, Snapshot, rewind, snapshot
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.generate.sampling import Sampling, count_token, sample
+from rwkvx_jax.generate.memory import check_memory
+from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed, count_token, sample
 from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.tokenizer import Tokenizer
+
+ENDED = -1
+"""In place of a token: the text has ended."""
+
+
+class NotFiniteError(ConfigError):
+    """A model gave logits that are not finite, from which no token can be chosen."""
 
 
 class Progress(NamedTuple):
@@ -60,13 +70,15 @@ class Session:
     progress: Progress
     read: np.ndarray  # [B] tokens of each text
     speed: Speed = field(default_factory=Speed)
+    marks: weakref.WeakSet[Mark] = field(default_factory=weakref.WeakSet)  # that still hold
 
 
-class Mark(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Mark:
     """A point of texts in progress to come back to; see `Engine.mark`."""
 
     state: Snapshot
-    logits: jax.Array
+    progress: Progress
     read: np.ndarray
 
 
@@ -88,6 +100,7 @@ class Engine:
         piece: int = 512,
         sampling: Sampling | None = None,
         policy: CachePolicy | None = None,
+        name: str = "the model",
     ):
         """
         Args:
@@ -97,18 +110,21 @@ class Engine:
           piece: prompt tokens read at once.
           sampling: None: greedy.
           policy: compresses the cache instead of refusing texts beyond `max_length`.
+          name: of the model, for errors.
 
         Raises:
-          ConfigError: a size below 1.
+          ConfigError: a size below 1, or a cache that does not fit into the memory.
         """
-        for name, value in (("max_length", max_length), ("batch", batch), ("piece", piece)):
+        for size, value in (("max_length", max_length), ("batch", batch), ("piece", piece)):
             if value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
+                raise ConfigError(f"{size} is {value}: it must be at least 1")
+        check_memory(model, batch, max_length, policy)
         self.batch, self.vocab_size = batch, model.config.vocab_size
         self.sampling = sampling or Sampling()
         unlimited = policy is not None or not model.config.num_attention_blocks
         self.max_length = None if unlimited else max_length
-        self._piece, self._rows, self._policy = piece, max_length, policy
+        self._piece, self._rows, self._policy = min(piece, max_length), max_length, policy
+        self._name = name
         layered = unstack(model) if current_platform() == "cpu" else model
         self.params = get_params(layered)
         self._abstract = jax.eval_shape(lambda: layered)
@@ -144,11 +160,13 @@ class Engine:
           seeds: as `start` takes them.
 
         Raises:
-          ConfigError: another number of seeds than of texts.
+          ConfigError: another number of seeds than of texts, or a seed outside 0 to 2^32 - 1.
         """
         seeds = range(self.batch) if seeds is None else seeds
         if len(seeds) != self.batch:
             raise ConfigError(f"{len(seeds)} seeds for an engine of batch {self.batch}")
+        for seed in seeds:
+            check_seed(seed)
         model = with_params(self._abstract, self.params)
         shape = (self.batch, self.vocab_size)
         progress = Progress(
@@ -187,51 +205,97 @@ class Engine:
         """
         if self._policy is not None:
             raise ConfigError("texts read under a cache policy can't be rewound: read them anew")
-        state = jax.tree.map(jnp.copy, snapshot(session.cache))  # reading on donates the original
-        return Mark(state, jnp.copy(session.progress.logits), session.read.copy())
+        # Reading on donates the originals.
+        state, progress = jax.tree.map(jnp.copy, (snapshot(session.cache), session.progress))
+        mark = Mark(state, progress, session.read.copy())
+        session.marks.add(mark)
+        return mark
 
     def rewind(self, session: Session, mark: Mark) -> None:
-        """Takes back everything read and generated since the mark, of the same session."""
-        session.cache = rewind(session.cache, jax.tree.map(jnp.copy, mark.state))
-        session.progress = session.progress._replace(logits=jnp.copy(mark.logits))
-        session.read = mark.read.copy()
+        """Takes back everything read and generated since the mark: penalties and seeds too.
 
-    def next_tokens(self, session: Session) -> np.ndarray:
-        """Chooses the next token of each text and reads it, int32 [B]."""
-        if self.max_length is not None and session.read.max() >= self.max_length:
+        Raises:
+          ConfigError: a mark of other texts, or one behind a point that the session was taken back
+            to: what it stands for has been overwritten.
+        """
+        if mark not in session.marks:
+            raise ConfigError("this mark is not of these texts, or lies behind an earlier rewind")
+        state, progress = jax.tree.map(jnp.copy, (mark.state, mark.progress))
+        session.cache, session.progress = rewind(session.cache, state), progress
+        session.read = mark.read.copy()
+        for other in list(session.marks):
+            if (other.read > mark.read).any():
+                session.marks.discard(other)
+
+    def next_tokens(self, session: Session, active: np.ndarray | None = None) -> np.ndarray:
+        """Chooses the next token of each text and reads it.
+
+        Args:
+          session: the texts.
+          active: bool [B], the texts that go on (None: all); the others stay as they are.
+
+        Returns:
+          int32 [B]: tokens; ENDED (-1) for texts that are not active, NOT_FINITE (-2) for those
+          whose logits are NaN or infinite (nothing good comes of them any more).
+
+        Raises:
+          ConfigError: an active text that fills the cache.
+        """
+        active = np.ones(self.batch, bool) if active is None else np.asarray(active, bool)
+        if self._full(session)[active].any():
             raise ConfigError(
-                f"the text has {session.read.max()} tokens, all that the cache holds: make the "
-                "engine with a larger max_length, or with a CachePolicy"
+                f"the text has {session.read[active].max()} tokens, all that the cache holds: make "
+                "the engine with a larger max_length, or with a CachePolicy"
             )
+        if not active.any():
+            return np.full(self.batch, ENDED, np.int32)
         begin = time.perf_counter()
         token, session.progress, session.cache = self._step(
-            self.params, session.progress, session.cache
+            self.params, session.progress, session.cache, active
         )
         token = np.asarray(token)
-        session.read += 1
-        session.speed.tokens += self.batch
+        session.read += token >= 0
+        session.speed.tokens += int((token >= 0).sum())
         session.speed.seconds += time.perf_counter() - begin
         return token
+
+    def _full(self, session: Session) -> np.ndarray:
+        """Whether a text has as many tokens as it may have, bool [B]."""
+        if self.max_length is None:
+            return np.zeros(self.batch, bool)
+        return session.read >= self.max_length
 
     def stream(
         self, session: Session, max_tokens: int, stop: Sequence[int] = (0,)
     ) -> Iterator[np.ndarray]:
-        """Tokens of each text, int32 [B] at a time; -1 where a text has ended.
+        """Tokens of each text, int32 [B] at a time; ENDED (-1) where a text has ended.
 
-        A text ends before a stop token. Ends when all have ended, after `max_tokens`, or where the
-        cache is full.
+        A text ends before a stop token, after `max_tokens`, or where it fills the cache, whatever
+        the others do; the stream ends with the last of them.
+
+        Raises:
+          ConfigError: a stop token outside the vocabulary.
+          NotFiniteError: texts whose logits were not finite, when all others have ended.
         """
         if bad := [t for t in stop if not 0 <= t < self.vocab_size]:
             raise ConfigError(f"stop token {bad[0]} is not in the vocabulary of {self.vocab_size}")
-        ended = np.zeros(self.batch, bool)
+        active, failed = np.ones(self.batch, bool), np.zeros(self.batch, bool)
         for _ in range(max_tokens):
-            if self.max_length is not None and session.read.max() >= self.max_length:
-                return
-            token = self.next_tokens(session)
-            ended |= np.isin(token, np.asarray(stop, np.int32))
-            if ended.all():
-                return
-            yield np.where(ended, -1, token)
+            active &= ~self._full(session)
+            if not active.any():
+                break
+            token = self.next_tokens(session, active)
+            failed |= token == NOT_FINITE
+            active &= (token >= 0) & ~np.isin(token, np.asarray(stop, np.int32))
+            if not active.any():
+                break
+            yield np.where(active, token, ENDED)
+        for row in np.flatnonzero(failed):
+            raise NotFiniteError(
+                f"{self._name}: the logits of prompt {row} are not finite (NaN or infinity) after "
+                f"{session.read[row]} tokens: its parameters are damaged, or numbers overflow in "
+                "this compute dtype"
+            )
 
     def _checked(self, index: int, text: Sequence[int], session: Session) -> np.ndarray:
         text = np.asarray(text, np.int64)
@@ -259,14 +323,19 @@ class Engine:
         donated."""
         return with_params(self._abstract, params).decode(token, cache)
 
-    def _next_token(self, params, progress: Progress, cache: Cache):
+    def _next_token(self, params, progress: Progress, cache: Cache, active: jax.Array):
         split = jax.vmap(partial(jax.random.split, num=2))(progress.keys)
         token = sample(progress.logits, split[:, 1], self.sampling, progress.counts)
         counts = progress.counts
         if counts is not None:
             counts = count_token(counts, token, self.sampling)
-        logits, cache = self.decode(params, token, cache)
-        return token, Progress(logits, split[:, 0], counts), cache
+        model = with_params(self._abstract, params)
+        features, cache = model.read(token[:, None], cache, active.astype(jnp.int32))
+        new = Progress(model.head(features[:, 0]), split[:, 0], counts)
+        if self.batch > 1:  # a single text has no neighbour that goes on without it
+            keep = lambda x, old: jnp.where(active.reshape(-1, *[1] * (old.ndim - 1)), x, old)
+            new = jax.tree.map(keep, new, progress)
+        return jnp.where(active, token, ENDED), new, cache
 
 
 class TextStream:
@@ -289,6 +358,31 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
+def stream_texts(
+    engine: Engine,
+    session: Session,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stop: Sequence[int] = (0,),
+) -> Iterator[list[str]]:
+    """What each text goes on with, as it comes; whole characters only.
+
+    Raises:
+      ConfigError, NotFiniteError: as `Engine.stream` does, when all other texts are whole.
+    """
+    streams = [TextStream(tokenizer) for _ in range(engine.batch)]
+    try:
+        for tokens in engine.stream(session, max_tokens, stop):
+            yield [
+                stream.push(int(token)) if token >= 0 else ""
+                for stream, token in zip(streams, tokens, strict=True)
+            ]
+    except NotFiniteError:
+        yield [stream.finish() for stream in streams]
+        raise
+    yield [stream.finish() for stream in streams]
+
+
 def generate(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -298,14 +392,11 @@ def generate(
     stop: Sequence[int] = (0,),
     seeds: Sequence[int] | None = None,
 ) -> tuple[list[str], Speed]:
-    """Continues texts: the continuations, and how fast they came."""
+    """Continues texts: the continuations, and how fast they came.
+
+    Raises:
+      ConfigError, NotFiniteError: as `Engine.start` and `Engine.stream` do.
+    """
     session = engine.start([tokenizer.encode(prompt) for prompt in prompts], seeds)
-    streams = [TextStream(tokenizer) for _ in prompts]
-    texts = ["" for _ in prompts]
-    for tokens in engine.stream(session, max_tokens, stop):
-        for i, token in enumerate(tokens):
-            if token >= 0:
-                texts[i] += streams[i].push(int(token))
-    return [
-        text + stream.finish() for text, stream in zip(texts, streams, strict=True)
-    ], session.speed
+    parts = list(stream_texts(engine, session, tokenizer, max_tokens, stop))
+    return ["".join(own) for own in zip(*parts, strict=True)], session.speed

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from rwkvx_jax.config import ConfigError
 
+NOT_FINITE = -2
+"""In place of a token: the logits are NaN or infinite."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,12 +37,12 @@ class Sampling:
 
     def __post_init__(self):
         checks = (
-            (self.temperature >= 0, "temperature", "must not be negative; 0 is greedy"),
+            (0 <= self.temperature < 1e6, "temperature", "must lie in [0, 1e6); 0 is greedy"),
             (0 < self.top_p <= 1, "top_p", "must lie in (0, 1]; 1 turns it off"),
             (self.top_k >= 0, "top_k", "must not be negative; 0 turns it off"),
             (0 <= self.penalty_decay <= 1, "penalty_decay", "must lie in [0, 1]"),
-            (abs(self.presence_penalty) < 1e6, "presence_penalty", "must be a finite number"),
-            (abs(self.frequency_penalty) < 1e6, "frequency_penalty", "must be a finite number"),
+            (abs(self.presence_penalty) < 1e6, "presence_penalty", "must lie in (-1e6, 1e6)"),
+            (abs(self.frequency_penalty) < 1e6, "frequency_penalty", "must lie in (-1e6, 1e6)"),
         )
         for valid, name, remedy in checks:
             if not valid:
@@ -50,13 +53,23 @@ class Sampling:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuses what JAX would cut to 32 bits.
+
+    Raises:
+      ConfigError: outside 0 to 2^32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"{name} is {seed}: it must lie between 0 and {2**32 - 1}")
+
+
 def sample(
     logits: jax.Array,  # [B, W]
     keys: jax.Array,  # [B] PRNG keys
     sampling: Sampling,
     counts: jax.Array | None = None,  # [B, W] float32
 ) -> jax.Array:
-    """The next token of each text, int32 [B].
+    """The next token of each text, int32 [B]; NOT_FINITE where its logits are not finite.
 
     Args:
       logits: of the next token.
@@ -67,10 +80,22 @@ def sample(
     if counts is not None:
         logits = penalize(logits, counts, sampling)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = truncate(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), sampling)
-    draw = jax.vmap(jax.random.categorical)
-    return draw(keys, logits / sampling.temperature).astype(jnp.int32)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the NaN, if there is one
+        return _checked(token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0])
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)  # one NaN makes all NaN
+    best = log_p.max(axis=-1)
+    # Relative to the largest, so that any temperature above 0, however small, leaves it at 0: then
+    # the others fall to -inf, and the draw becomes the argmax. (A tiny one may be 0 in float32.)
+    below = truncate(log_p, sampling) - best[:, None]
+    below = jnp.where(below < 0, below / sampling.temperature, 0.0)
+    token = jax.vmap(jax.random.categorical)(keys, below).astype(jnp.int32)
+    return _checked(token, best)
+
+
+def _checked(token: jax.Array, best: jax.Array) -> jax.Array:
+    """Tokens [B] where the best logits [B] are finite: they are NaN or infinite if any one is NaN
+    or +inf. (A logit of -inf beside finite ones is a probability of zero.)"""
+    return jnp.where(jnp.isfinite(best), token, NOT_FINITE)
 
 
 def penalize(logits: jax.Array, counts: jax.Array, sampling: Sampling) -> jax.Array:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -25,6 +24,7 @@ from rwkvx_jax.plan.planner import make_plan
 from rwkvx_jax.plan.programs import Program, read_program, train_program
 from rwkvx_jax.plan.roofline import CHIPS
 from rwkvx_jax.sharding import check_fits, make_mesh
+from rwkvx_jax.storage import work_path, write_whole
 
 _KINDS = ("train", "prefill", "decode")
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         if not talks:
             print(text)
         elif flags.json:
-            Path(flags.json).write_text(text + "\n")
+            write_whole(work_path(flags.json), f"{text}\n".encode())
         return 0 if fits else 1
 
 

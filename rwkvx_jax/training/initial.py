@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rwkvx_jax.checkpoint import check_shapes, find_run, nested, read_workdir
-from rwkvx_jax.checkpoint_store import work_path
+from rwkvx_jax.checkpoint import check_shapes, locate, nested, read_workdir
 from rwkvx_jax.config import Config, ConfigError, ModelConfig
+from rwkvx_jax.convert.files import on_disk
 from rwkvx_jax.convert.finite import nonfinite_values, refuse
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.tensors import DTYPES, LazyTensor, tracked
@@ -40,9 +40,7 @@ def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
       ConfigError, ConversionError: nothing readable there, values that are not finite, or
         parameters of another shape than the config's; all differences are listed.
     """
-    path = work_path(path)
-    if not path.exists():
-        raise ConfigError(f"no checkpoint at {path}")
+    path, run_and_step = locate(path)
 
     def target(found: ModelConfig) -> Params:
         _check_usable(found, config, path)
@@ -53,16 +51,17 @@ def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
             param_shardings(model, mesh),
         )
 
-    if (run_and_step := find_run(path)) is not None:
+    if run_and_step is not None:
         return read_workdir(*run_and_step, target)[3]
-    own = open_checkpoint(path, dtype=DTYPES["float32"])
     bad: dict[str, int] = {}
 
     def seen(name: str, array: np.ndarray) -> None:
         bad[name] = bad.get(name, 0) + nonfinite_values(array)
 
-    tensors = tracked(own.params, seen)
-    params = {name: _spread(tensors[name], leaf) for name, leaf in flat(target(own.config))}
+    with on_disk(path) as file:
+        own = open_checkpoint(file, dtype=DTYPES["float32"])
+        tensors = tracked(own.params, seen)
+        params = {name: _spread(tensors[name], leaf) for name, leaf in flat(target(own.config))}
     refuse(bad, str(path))
     return nested(params)
 

@@ -17,17 +17,18 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rwkvx_jax.checkpoint import check_resumable, progress_record
 from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
-from rwkvx_jax.config import Config, ConfigError, Stage, to_dict
+from rwkvx_jax.config import Config, Stage, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.hosts import check_joined, first_does, global_batch, host_rows, stop_signal
 from rwkvx_jax.model import Params
 from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
-from rwkvx_jax.storage import exclusive, write_whole
+from rwkvx_jax.storage import exclusive, make_folder, write_whole
 from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
 from rwkvx_jax.training.evaluate import check_targets, make_evaluator
 from rwkvx_jax.training.initial import load_initial_params
 from rwkvx_jax.training.memory import check_memory
 from rwkvx_jax.training.metrics import MetricsWriter, Reporter
+from rwkvx_jax.training.saver import Saver
 from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
 from rwkvx_jax.training.trace import Trace
 
@@ -48,15 +49,17 @@ class Run:
     mesh: jax.sharding.Mesh
     data: OpenData
     checkpoints: Checkpoints
+    saver: Saver
     writer: MetricsWriter
     reporter: Reporter
     trace: Trace
     stopping: Callable[[int], str]  # steps done -> signal because of which to save and stop
 
-    def save(self, position: Position, state: TrainState) -> None:
+    def save(self, position: Position, state: TrainState, *, wait: bool) -> None:
         record = progress_record(self.config, *position, self.data.fingerprint)
         optimizer = {"moments": state.opt_state, "guard": state.guard}
-        self.checkpoints.save(position.total(self.config), state.params, optimizer, record)
+        step = position.total(self.config)
+        self.saver.save(step, state.params, optimizer, record, wait=wait)
         self.writer.upload()
 
     def report_evaluation(self, step: int, stage: Stage, values: dict[str, float]) -> None:
@@ -121,10 +124,6 @@ def _fit(
     check_fits(config, mesh)
     check_memory(config, mesh)
     run = config.run
-    if run.profile_steps and not isinstance(workdir, Path):
-        raise ConfigError(
-            f"run.profile_steps: a trace can't be written to {workdir}; use a --workdir on a disk"
-        )
     with ExitStack() as held:
         first_does(
             lambda: held.enter_context(_owned(workdir)),
@@ -153,7 +152,8 @@ def _fit(
         writer = _prepare_records(config, workdir, 0 if start is None else start.step)
         trace = Trace(run, workdir)
         with closing(writer), closing(trace), stop_signal() as stopping:
-            parts = mesh, data, checkpoints, writer, reporter, trace, stopping
+            saver = Saver(checkpoints, run.storage_patience)
+            parts = mesh, data, checkpoints, saver, writer, reporter, trace, stopping
             try:
                 return _run_stages(Run(config, workdir, *parts), start, initial_params)
             except (CheckpointFailed, OSError) as error:
@@ -215,7 +215,6 @@ def _run_stages(run: Run, start: Start | None, params: Params | None) -> Params:
         if position.stage_step < config.stages[index].steps:
             state = _run_stage(run, program, state, position)
         params, opt_state, start = state.params, state.opt_state, None
-    run.checkpoints.wait()
     return params
 
 
@@ -253,11 +252,11 @@ def _run_stage(
                     run.report_evaluation(total + 1, stage, evaluate(state.params))
                 due = total + 1 == _due(total + 1, config.run.checkpoint_every)
                 stopping = run.stopping(total + 1)
-                if last or due or stopping:
+                if last or due or stopping or run.saver.retry_due():
                     watch.drain()  # a bad step is found before it is saved
-                    run.save(position, state)
+                    end = last and position.stage == len(config.stages) - 1
+                    run.save(position, state, wait=bool(stopping) or end)
                 if stopping:
-                    run.checkpoints.wait()
                     raise TrainingStopped(
                         f"stopped by {stopping} after step {total + 1}; it is saved: the same "
                         "command continues"
@@ -364,12 +363,9 @@ class _Watch:
 @contextmanager
 def _owned(workdir: Path) -> Iterator[None]:
     """Makes a work directory, of which no other process is the owner as long as this lasts."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = workdir / LOCK_FILE
-    if not isinstance(workdir, Path):
-        lock.touch()  # a bucket has no locks, but this shows whether it can be written
+    make_folder(workdir)
     with exclusive(
-        lock,
+        workdir / LOCK_FILE,
         busy=f"another training runs in {workdir}: wait for its end, or use another --workdir",
     ):
         yield

@@ -20,12 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkvx_jax.storage import write_whole
+from rwkvx_jax.storage import in_bucket, write_whole
+from rwkvx_jax.training.uploads import BucketLines
 
 _log = logging.getLogger(__name__)
 
 PLAIN_LINE_SECONDS = 10.0
-UPLOAD_SECONDS = 60.0
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -90,35 +90,20 @@ def _warn_of_lost_lines(
 
 
 class _Lines:
-    """A jsonl file to append to. In a bucket nothing can be appended: there the whole file is
-    written again, now and then and in `upload`."""
+    """A jsonl file on a disk, to append to."""
 
     def __init__(self, path: Path):
-        self._path, self._file = path, None
-        if isinstance(path, Path):
-            self._file = path.open("a")
-            return
-        self._text = path.read_text() if path.exists() else ""
-        self._uploaded = time.monotonic()
+        self._file = path.open("a")
 
     def add(self, line: str) -> None:
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-            return
-        self._text += line
-        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            self.upload()
+        self._file.write(line)
+        self._file.flush()
 
     def upload(self) -> None:
-        if self._file is None:
-            write_whole(self._path, self._text.encode())
-            self._uploaded = time.monotonic()
+        """Nothing: it is there."""
 
     def close(self) -> None:
-        self.upload()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 class MetricsWriter:
@@ -142,8 +127,9 @@ class MetricsWriter:
         paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
         for path in paths:
             cut_back(path, resume_step)
-        self._metrics, self._timing = map(_Lines, paths)
-        if isinstance(workdir, Path):
+        kind = BucketLines if in_bucket(workdir) else _Lines
+        self._metrics, self._timing = map(kind, paths)
+        if not in_bucket(workdir):
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)

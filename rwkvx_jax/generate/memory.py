@@ -1,0 +1,39 @@
+"""Memory: what a cache takes, and what is left, known before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from rwkvx_jax.cache import CachePolicy, cache_bytes
+from rwkvx_jax.config import ConfigError
+from rwkvx_jax.model import RWKVX
+
+
+def memory_left(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that the first device (on a CPU: the machine) still has; None where nobody tells."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if jax.default_backend() == "cpu" and meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return None
+
+
+def check_memory(model: RWKVX, batch: int, max_length: int, policy: CachePolicy | None) -> None:
+    """Refuses a cache that does not fit into the memory that is left.
+
+    Raises:
+      ConfigError: says how much is needed.
+    """
+    needed = cache_bytes(model.config, model.dtype, batch, max_length, policy)
+    free = memory_left()
+    if free is not None and needed > free:
+        texts = "1 text" if batch == 1 else f"{batch:,} texts"
+        raise ConfigError(
+            f"a cache of {max_length:,} tokens for {texts} needs {needed / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB are free: lower max_length (--max-tokens, --max-length), or "
+            "bound the cache with a CachePolicy (--cache-policy)"
+        )
