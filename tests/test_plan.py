@@ -31,6 +31,7 @@ from rwkvx_jax.plan.programs import Program, cache_shardings, read_program, trai
 from rwkvx_jax.plan.roofline import CHIPS, GIB, KernelCosts, Machine, estimate
 from rwkvx_jax.plan.work import Work
 from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.training import model_flops
 from rwkvx_jax.training.step import stage_program
 
 pytestmark = pytest.mark.optimized

@@ -23,6 +23,7 @@ from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.loop import TrainingStopped, fit
 from rwkvx_jax.training.metrics import MetricsWriter, cut_back
 from rwkvx_jax.training.trace import Trace
+from rwkvx_jax.training.under_way import StepWatch
 from tests.buckets import bucket  # noqa: F401
 from tests.model_cases import random_params
 from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, STEPS, same_bits
@@ -52,14 +53,14 @@ def undisturbed(config, tmp_path_factory):
 
 def at_step(monkeypatch, step, act):
     """Calls `act` when the loop has just made step `step`."""
-    submit = loop._Watch.submit
+    submit = StepWatch.submit
 
     def spy(self, position, metrics):
         submit(self, position, metrics)
         if position.total(CURRICULUM) == step:
             act()
 
-    monkeypatch.setattr(loop._Watch, "submit", spy)
+    monkeypatch.setattr(StepWatch, "submit", spy)
 
 
 def crash():
@@ -76,7 +77,8 @@ def test_metrics_of_a_whole_run(undisturbed):
     assert held_out == stage_ends(CURRICULUM)
     assert abs(steps[0]["loss"] - np.log(257)) < 0.1
     timing = [json.loads(x) for x in (workdir / "timing.jsonl").read_text().splitlines()]
-    assert {"step_seconds", "data_wait_seconds", "tokens_per_second"} < set(timing[0])
+    assert timing[0]["step"] == 0 and timing[0]["productive_seconds"] == 0
+    assert {"step_seconds", "data_wait_seconds", "tokens_per_second"} < set(timing[1])
 
 
 def test_crashes_leave_no_trace(config, undisturbed, tmp_path, monkeypatch):
@@ -233,13 +235,13 @@ def test_metrics_in_a_bucket(bucket):  # noqa: F811
     writer = MetricsWriter(workdir, active=True)
     writer.open(0)
     for step in (1, 2, 3):
-        writer.write(step, "grow", {"loss": 1.0 / step})
+        writer.write(step, "grow", {"loss": 1.0 / step}, group="train")
     assert not (workdir / "metrics.jsonl").exists()
     writer.upload()
-    writer.write(4, "grow", {"loss": 0.1})
+    writer.write(4, "grow", {"loss": 0.1}, group="train")
     writer = MetricsWriter(workdir, active=True)  # as after a kill
     writer.open(2)
-    writer.write(3, "grow", {"loss": 0.5})
+    writer.write(3, "grow", {"loss": 0.5}, group="train")
     writer.close()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1.0, 0.5, 0.5]

@@ -24,6 +24,7 @@ import numpy as np
 
 from rwkvx_jax.plan.collectives import Collective
 from rwkvx_jax.plan.work import Work
+from rwkvx_jax.training.model_flops import PEAK_FLOPS
 
 GIB = 2**30
 _COSTS = Path(__file__).parents[2] / "pallas_kernels" / "static_costs.json"
@@ -61,10 +62,10 @@ class Chip:
 # over 6 ports. Data-centre network a chip: 50 Gbit/s (v5p), 6.4 Tbit/s over 256 chips (v5e); that
 # of v6e and v4 is not on those pages: v6e is taken as four times v5e's, v4 as v5p's.
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(275e12, 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9),
-    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9, 1.75e9, cores=2),
-    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 100e9, 16, 12.5e9, 1.75e9),
+    "v4": Chip(PEAK_FLOPS["TPU v4"], 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
+    "v5e": Chip(PEAK_FLOPS["TPU v5 lite"], 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9),
+    "v5p": Chip(PEAK_FLOPS["TPU v5"], 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9, 1.75e9, cores=2),
+    "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 31.25 * GIB, 1638e9, 100e9, 16, 12.5e9, 1.75e9),
 }
 
 

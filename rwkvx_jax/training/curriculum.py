@@ -23,6 +23,12 @@ class Position(NamedTuple):
         """Steps done over all stages."""
         return sum(stage.steps for stage in config.stages[: self.stage]) + self.stage_step
 
+    def tokens(self, config: Config) -> int:
+        """Tokens taken in over all stages."""
+        before = sum(stage.tokens for stage in config.stages[: self.stage])
+        stage = config.stages[self.stage]
+        return before + self.stage_step * stage.global_batch * stage.seq_len
+
 
 def stage_ends(config: Config) -> list[int]:
     """Total steps at the end of each stage."""

@@ -14,6 +14,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,20 @@ def _warn_of_lost_lines(
         )
 
 
+def _last_record(path: Path, field: str) -> dict[str, Any] | None:
+    """The last record of a jsonl file that has a field; None if there is none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = (json.loads(line) for line in reversed(lines))
+    return next((record for record in records if field in record), None)
+
+
+def _timing_tag(name: str) -> str:
+    """What TensorBoard calls a field of timing.jsonl."""
+    if "_seconds" in name:
+        return "time/" + name.replace("_seconds", "")
+    return f"perf/{name}"
+
+
 class _Lines:
     """A jsonl file on a disk, to append to."""
 
@@ -114,9 +129,14 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, active: bool):
         self._workdir, self._active, self._board = workdir, active, None
+        self.before: dict[str, Any] | None = None  # last record of timing.jsonl with totals
 
-    def open(self, resume_step: int) -> None:
+    def open(self, resume_step: int, config: str = "") -> None:
         """To be called first; drops what was said of steps beyond `resume_step`.
+
+        Args:
+          resume_step: that the run goes on from; 0 at its beginning.
+          config: a text for TensorBoard.
 
         Raises:
           OSError: the files can't be written.
@@ -127,37 +147,50 @@ class MetricsWriter:
         paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
         for path in paths:
             cut_back(path, resume_step)
+        self.before = _last_record(paths[1], "wall_seconds")
         kind = BucketLines if in_bucket(workdir) else _Lines
         self._metrics, self._timing = map(kind, paths)
         if not in_bucket(workdir):
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            # TensorBoard drops what files of earlier starts say of `purge_step` and later ones. It
+            # reads them by name, in which tensorboardX tells the time by whole seconds only.
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"),
+                purge_step=resume_step + 1,
+                flush_secs=10,
+                filename_suffix=f".{time.time_ns()}",
+            )
+            self._board.add_text("config", f"```\n{config}```", resume_step + 1)
 
-    def write(self, step: int, stage: str, values: dict[str, float]) -> None:
-        """One record of metrics.jsonl, and its scalars for TensorBoard."""
-        self._write("_metrics", {"step": step, "stage": stage, **values})
+    def write(self, step: int, stage: str, values: dict[str, float], *, group: str) -> None:
+        """One record of metrics.jsonl; its scalars for TensorBoard are called `group/NAME`."""
+        self._write("_metrics", {"step": step, "stage": stage, **values}, lambda x: f"{group}/{x}")
 
     def write_timing(self, step: int, values: dict[str, float]) -> None:
-        """One record of timing.jsonl, and its scalars for TensorBoard."""
-        self._write("_timing", {"step": step, **values})
+        """One record of timing.jsonl; for TensorBoard seconds are `time/...`, others `perf/...`."""
+        self._write("_timing", {"step": step, **values}, _timing_tag)
 
-    def _write(self, name: str, record: dict[str, Any]) -> None:
+    def _write(self, name: str, record: dict[str, Any], tag: Callable[[str], str]) -> None:
         if not self._active:
             return
         # JSON knows no NaN and no infinity.
         known = lambda value: not isinstance(value, float) or math.isfinite(value)
         record = {key: value if known(value) else None for key, value in record.items()}
         getattr(self, name).add(json.dumps(record, allow_nan=False) + "\n")
+        if self._board is None:
+            return
         for key, value in record.items():
-            if isinstance(value, float) and self._board is not None:
-                self._board.add_scalar(key, value, record["step"])
+            if isinstance(value, int | float) and key not in ("step", "time"):
+                self._board.add_scalar(tag(key), value, record["step"])
 
     def upload(self) -> None:
         """To be called with each checkpoint: what it continues from has to be there as well."""
         if self._active:
             self._metrics.upload()
             self._timing.upload()
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         if self._active:

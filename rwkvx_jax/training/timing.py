@@ -13,21 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
-
-from pallas_kernels.tpu_chips import PEAK_FLOPS, chip_of
-
-# Dense bfloat16 products, flop/s, of one device by the beginning of its name (NVIDIA's data sheets
-# of A100 and H100/H200 SXM).
-_GPU_PEAKS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989.4e12, "NVIDIA H200": 989.4e12}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """bfloat16 products of one device, flop/s by its vendor; None for one that is not known."""
-    kind = device.device_kind
-    gpus = (peak for name, peak in _GPU_PEAKS.items() if kind.startswith(name))
-    return PEAK_FLOPS.get(chip_of(kind)) or next(gpus, None)
 
 
 class RunClock:
@@ -53,8 +39,6 @@ class RunClock:
 
     def start_stage(self, tokens: int, flops: float) -> None:
         """From here on a step takes in so many tokens and needs so many products."""
-        if self._steps:  # of another size
-            self._start_window()
         self._tokens, self._flops = tokens, flops
 
     def step(self, seconds: float, compiling: float, kept: bool) -> None:

@@ -46,7 +46,7 @@ class Watchdog:
           stage: for the message.
           waiting_for: what is to be finished first, for the message.
         """
-        self._seconds, self._stage, self._waiting_for = seconds, stage, waiting_for
+        self._seconds, self._stage, self.waiting_for = seconds, stage, waiting_for
         self._last: float | None = time.monotonic()  # None: nothing is expected now
         self._stop = threading.Event()
         if seconds:
@@ -54,7 +54,7 @@ class Watchdog:
 
     def finished(self, waiting_for: str) -> None:
         """Something was finished; now something else is waited for."""
-        self._waiting_for, self._last = waiting_for, time.monotonic()
+        self.waiting_for, self._last = waiting_for, time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -78,7 +78,7 @@ class Watchdog:
         text = (
             f"watchdog: host {jax.process_index()} of {jax.process_count()} "
             f"({socket.gethostname()}), stage {self._stage}: nothing was finished for "
-            f"{self._seconds:g} s (run.step_timeout) while waiting for {self._waiting_for}. The "
+            f"{self._seconds:g} s (run.step_timeout) while waiting for {self.waiting_for}. The "
             f"stacks of all threads follow; this process ends with status {STATUS}, and the same "
             "command continues from the newest checkpoint\n"
         )
