@@ -169,13 +169,16 @@ def plain_files(tmp_path_factory):
 def test_a_mesh_starts_with_what_one_device_starts_with(plain_files, monkeypatch, name, inits):
     """Each device gets its parts and no more, and no other backend is asked for."""
     monkeypatch.setattr(jax, "local_devices", lambda *_, backend=None: _only_default(backend))
-    states = []
+    states, alone = [], None
     for mesh in (MESH, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         with jax.set_mesh(mesh):
             params = load_initial_params(plain_files / name, EVEN, mesh)
             states.append([_first_state(init, mesh, params) for init in inits])
+        alone = alone or params  # of the first mesh
     for init, one, spread in zip(inits, *states, strict=True):
         assert same_bits(one, spread), init
+    with jax.set_mesh(mesh):  # from one device of the mesh, as callers of `fit` may have them
+        assert same_bits(_first_state("copy", mesh, alone), states[1][0])
     source = states[1][0]["blocks"]["time_mix"]["key"]
     new = states[1][0]["attention_blocks"]["attention"]["key"]  # the first one is "copy"
     np.testing.assert_array_equal(new, source[1::2])

@@ -193,6 +193,21 @@ def test_a_run_of_two_processes_is_read_by_one(undisturbed):
     assert_close(float(done.stdout), np.sum(load_model(workdir).head.weight[...]), rel=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_start_from_a_run(undisturbed, tmp_path):
+    """From its RWKV-7, each reading its parts; with the blocks that one process makes of it."""
+    source = undisturbed[0].workdir / "checkpoints" / "4"
+    changes = ["--init-from", str(source), "--model.attention-init", "copy"]
+    changes += ["--stages.0.expanded", "True", "--stages.0.steps", "1", "--stages.1.steps", "1"]
+    losses = []
+    for count in (2, 1):
+        job = Job(tmp_path, tmp_path / str(count), count, *changes)
+        (code, _, error), *_ = job.end()
+        assert code == 0, error
+        losses.append([record["loss"] for record in job.metrics() if "loss" in record])
+    assert_close(*losses, rel=1e-5)
+
+
 # ----------------------------------------------------------------------------- within one process
 
 

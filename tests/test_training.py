@@ -31,6 +31,9 @@ from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, STEPS, same_bit
 ROOT = Path(__file__).resolve().parents[1]
 
 
+TOKENS = {2: 2 * 8 * 24, 5: 5 * 8 * 24, 8: 7 * 8 * 24 + 8 * 40}  # by step
+
+
 class Crash(Exception):
     """Stands for the end of the process."""
 
@@ -77,6 +80,7 @@ def test_metrics_of_a_whole_run(undisturbed):
     assert held_out == stage_ends(CURRICULUM)
     assert abs(steps[0]["loss"] - np.log(257)) < 0.1
     timing = [json.loads(x) for x in (workdir / "timing.jsonl").read_text().splitlines()]
+    assert steps[7]["tokens_seen"] == TOKENS[8]
     assert timing[0]["step"] == 0 and timing[0]["productive_seconds"] == 0
     assert {"step_seconds", "data_wait_seconds", "tokens_per_second"} < set(timing[1])
 
@@ -96,7 +100,9 @@ def test_crashes_leave_no_trace(config, undisturbed, tmp_path, monkeypatch):
     assert same_bits(read_workdir(tmp_path)[3], params)
 
 
-def test_signals_save_and_the_same_command_continues(config, undisturbed, tmp_path, monkeypatch):
+def test_signals_save_and_the_same_command_continues(
+    config, undisturbed, tmp_path, monkeypatch, capfd
+):
     params, metrics, _ = undisturbed
     for step, number in ((2, signal.SIGINT), (5, signal.SIGTERM), (8, signal.SIGHUP)):
         with monkeypatch.context() as patch:
@@ -105,6 +111,10 @@ def test_signals_save_and_the_same_command_continues(config, undisturbed, tmp_pa
             with pytest.raises(TrainingStopped, match=message):
                 fit(config, tmp_path)
         assert read_workdir(tmp_path)[2] == step
+        out = capfd.readouterr().out
+        assert f"\n{step} of {STEPS} steps done, {TOKENS[step]:,} tokens; 0:0" in out
+        assert f"(goodput); last checkpoint: step {step} in {tmp_path}\n" in out
+        assert out.count("unknown chip 'cpu': model-flops utilisation (mfu) is not reported") == 1
     assert same_bits(fit(config, tmp_path), params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
