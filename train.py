@@ -8,7 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkvx_jax.checkpoint import load_initial_params, work_path
 from rwkvx_jax.cli import (
     accelerator_attached,
     add_host_flags,
@@ -17,6 +16,7 @@ from rwkvx_jax.cli import (
     settle_platform,
 )
 from rwkvx_jax.hosts import join_hosts
+from rwkvx_jax.storage import work_path
 from rwkvx_jax.training.loop import fit
 from rwkvx_jax.xla_flags import apply_xla_flags
 
@@ -52,10 +52,10 @@ def main(argv: list[str]) -> None:
             flags.num_processes,
             flags.process_id,
             detect=accelerator_attached(),
+            heartbeat_timeout=flags.heartbeat_timeout,
         )
         workdir = work_path(flags.workdir or Path("runs") / Path(flags.config).stem)
-        params = load_initial_params(flags.init_from, config) if flags.init_from else None
-        fit(config, workdir, params, resume_step=flags.resume_step)
+        fit(config, workdir, init_from=flags.init_from, resume_step=flags.resume_step)
 
 
 if __name__ == "__main__":

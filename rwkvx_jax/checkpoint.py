@@ -6,13 +6,14 @@ Checkpoints themselves are read and written in `checkpoint_store`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints, work_path
+from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints
 from rwkvx_jax.config import (
     Config,
     ConfigError,
@@ -23,11 +24,13 @@ from rwkvx_jax.config import (
     from_dict,
     to_dict,
 )
+from rwkvx_jax.convert.files import on_disk
 from rwkvx_jax.convert.finite import check_finite
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.tensors import DTYPES
 from rwkvx_jax.digest import flat
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
+from rwkvx_jax.storage import bucket_errors, work_path
 
 
 def progress_record(
@@ -107,7 +110,7 @@ def load_checkpoint(
 
     Args:
       path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, .safetensors (ours or
-        official), .pth, or a Hugging Face directory.
+        official), .pth, or a Hugging Face directory; on a disk or in a bucket (gs://).
       chunk_size: replaces the stored chunk size of the sparse attention.
       top_k: replaces the stored number of chunks that a query reads.
       run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
@@ -117,27 +120,26 @@ def load_checkpoint(
       ConfigError, ConversionError: nothing readable there, values that are not finite, or overrides
         that do not fit.
     """
-    path = work_path(path)
-    if not path.exists():
-        raise ConfigError(f"no checkpoint at {path}")
+    path, run_and_step = locate(path)
     if run is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         run = RunConfig(compute_dtype=dtype)
     changes = dict(overrides or {})
     changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
-    if (run_and_step := find_run(path)) is not None:
+    if run_and_step is not None:
         config, stage, step, params = read_workdir(*run_and_step)
         model_config, data = config.stage_model(stage), config.data
         tokenizer, vocab_file = data.tokenizer, data.vocab_file
         trained_length = config.trained_length(step)
     else:
-        own = open_checkpoint(path, dtype=DTYPES["float32"])
+        with on_disk(path) as file:
+            own = open_checkpoint(file, dtype=DTYPES["float32"])
+            params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
         config, vocab_file = None, ""
         step, trained_length = own.trained or (None, None)
         model_config, tokenizer = own.config, own.tokenizer_name
-        params = _nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
     model_config = dataclasses.replace(model_config, **changes)
-    _check_shapes(params, model_config, str(path))
+    check_shapes(params, model_config, str(path))
     check_finite(dict(flat(params)), str(path))
     model = with_params(abstract_model(model_config, run), params)
     return Loaded(model, tokenizer, vocab_file, config, step, trained_length)
@@ -157,48 +159,14 @@ def load_model(
     ).model
 
 
-def load_initial_params(path: str | Path, config: Config) -> Params:
-    """Parameters to start training from: of the hybrid itself, or of the RWKV-7 to be expanded.
+def check_shapes(params: Params, config: ModelConfig, where: str) -> None:
+    """Raises ConfigError, with all differences, for parameters that are not those of `config`.
 
-    Raises:
-      ConfigError: parameters of another shape than the config's; all differences are listed.
+    Args:
+      params: arrays, or anything else with a shape.
+      config: of the model.
+      where: the checkpoint, for the message.
     """
-    # In the memory of the host: a model that many chips share need not fit into one.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = load_checkpoint(path).model
-        params = get_params(model)
-    hybrid = "attention_blocks" in params
-    if hybrid and not config.stages[0].expanded:
-        raise ConfigError(
-            f"{path} already has attention blocks, but stage {config.stages[0].name!r} trains the "
-            "plain RWKV-7: start from a RWKV-7, or set expanded=True"
-        )
-    wanted = config.model if hybrid else config.model.without_attention()
-    lines = [
-        f"{name}: {there} there, {here} in the config"
-        for name, there in _shape(model.config).items()
-        if there != (here := _shape(wanted)[name])
-    ]
-    if lines:
-        raise ConfigError(
-            f"{path} holds a model of another shape than the config's:\n  " + "\n  ".join(lines)
-        )
-    _check_shapes(params, wanted, str(path))
-    return params
-
-
-def _shape(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that determine the shapes of its parameters."""
-    names = ("vocab_size", "num_blocks", "num_attention_blocks", "width", "head_size", "key_conv")
-    fields = {f"model.{name}": getattr(config, name) for name in names}
-    return {
-        **fields,
-        "model.ffn_width": config.hidden_width,
-        "model.low_rank_override": tuple(config.ranks),
-    }
-
-
-def _check_shapes(params: Params, config: ModelConfig, where: str) -> None:
     expected = {name: leaf.shape for name, leaf in flat(get_params(abstract_model(config)))}
     found = {name: leaf.shape for name, leaf in flat(params)}
     lines = [
@@ -212,7 +180,8 @@ def _check_shapes(params: Params, config: ModelConfig, where: str) -> None:
         )
 
 
-def _nested(flat_params: dict[str, Any]) -> Params:
+def nested(flat_params: dict[str, Any]) -> Params:
+    """A tree of parameters from its leaves by dotted name."""
     tree: Params = {}
     for name, leaf in flat_params.items():
         *parents, last = name.split(".")
@@ -223,6 +192,23 @@ def _nested(flat_params: dict[str, Any]) -> Params:
     return tree
 
 
+def locate(path: str | Path) -> tuple[Path, tuple[Path, int | None] | None]:
+    """The `work_path` of a checkpoint, and what `find_run` says of it.
+
+    Raises:
+      ConfigError: there is nothing, or it can't be read.
+    """
+    path = work_path(path)
+    try:
+        with bucket_errors(path):
+            exists, run_and_step = path.exists(), find_run(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
+    if not exists:
+        raise ConfigError(f"no checkpoint at {path}")
+    return path, run_and_step
+
+
 def find_run(path: Path) -> tuple[Path, int | None] | None:
     """Workdir and step (None: the newest) that a path means; None if it is neither of a run."""
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
@@ -230,8 +216,28 @@ def find_run(path: Path) -> tuple[Path, int | None] | None:
     return (path, None) if (path / CHECKPOINTS).is_dir() else None
 
 
-def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage, int, Any]:
-    """Config, stage, step and parameters (as host arrays on the default device) of a run.
+def on_one_device(config: ModelConfig) -> Params:
+    """A target to restore parameters into: the default device, whatever devices wrote them."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    here = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        get_params(abstract_model(config)),
+    )
+
+
+def read_workdir(
+    workdir: Path,
+    step: int | None = None,
+    target: Callable[[ModelConfig], Params] = on_one_device,
+) -> tuple[Config, Stage, int, Params]:
+    """Config, stage, step and parameters of a run.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; None: the newest.
+      target: gives abstract parameters with shardings, of the model that the run has trained; it
+        may also refuse it, before anything is read.
 
     Raises:
       ConfigError: there is no checkpoint, or not the asked one, or it is damaged.
@@ -248,12 +254,5 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, Stage,
         progress = checkpoints.progress(step)
         config = from_dict(Config, progress["config"], "checkpoint")
         stage = config.stages[progress["stage"]]
-        # Onto one device, whatever devices wrote it.
-        device = jax.config.jax_default_device or jax.local_devices()[0]
-        here = jax.sharding.SingleDeviceSharding(device)
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            get_params(abstract_model(config.stage_model(stage))),
-        )
-        params = checkpoints.restore_params(step, target)
+        params = checkpoints.restore_params(step, target(config.stage_model(stage)))
     return config, stage, step, params

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -37,6 +36,7 @@ from rwkvx_jax.digest import (
     unseal,
 )
 from rwkvx_jax.hosts import first_does
+from rwkvx_jax.storage import in_bucket, one_line
 
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "checkpoints-set-aside"
@@ -51,17 +51,16 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written (full disk, permissions); earlier ones are untouched."""
 
 
+class NotWritten(CheckpointFailed):
+    """The storage refused a checkpoint: trying again may help."""
+
+
 class DamagedCheckpoint(ConfigError):
     """A checkpoint is not what was saved; the message says what is wrong and where to go on."""
 
 
 class _Damage(Exception):
     """What is wrong with a step directory."""
-
-
-def work_path(path: str | Path) -> Path:
-    """A path as given: on a disk, or an `epath.Path` of a bucket (gs://)."""
-    return epath.Path(path) if "://" in str(path) else Path(path)
 
 
 class Checkpoints:
@@ -77,22 +76,25 @@ class Checkpoints:
         """
         self._workdir = workdir
         directory = workdir / CHECKPOINTS
-        self._directory = directory.absolute() if isinstance(workdir, Path) else directory
+        self._directory = directory if in_bucket(workdir) else directory.absolute()
         if keep is None:
-            options = ocp.CheckpointManagerOptions(
+            self._options = ocp.CheckpointManagerOptions(
                 read_only=True, save_interval_steps=0, create=False
             )
         else:
             policy = preservation_policy.AnyPreservationPolicy(
                 [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(keep_steps)]
             )
-            options = ocp.CheckpointManagerOptions(
+            self._options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy, cleanup_tmp_directories=True
             )
-        self._failed = False
+        self._failed = False  # a write: the manager may be in any state
         self._held = contextlib.ExitStack()
         self._held.enter_context(_only_our_messages())
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self._directory, options=self._options, item_names=_ITEMS)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -143,9 +145,11 @@ class Checkpoints:
         """Copies the arrays and writes them in the background; a step already there is kept.
 
         Raises:
-          CheckpointFailed: a value that is not finite, or this write, or the one before in the
-            background, failed.
+          CheckpointFailed: a value that is not finite.
+          NotWritten: this write, or the one before in the background, failed.
         """
+        if self._failed:
+            self._begin_anew()
         if step in self._manager.all_steps():
             return
         items = {"params": params, "optimizer": optimizer}
@@ -168,11 +172,27 @@ class Checkpoints:
                 ),
             )
 
+    def writing(self) -> bool:
+        """Whether a write in the background goes on; to be asked in jobs of one process only."""
+        return self._manager.is_saving_in_progress()
+
+    def begin_anew(self) -> None:
+        """Lets the next `save` begin with what is there then, as it does where a write failed; to
+        be called where that of another process failed."""
+        self._failed = True
+
+    def _begin_anew(self) -> None:
+        with self._writing():
+            with contextlib.suppress(Exception):  # told already
+                self._manager.close()
+            self._manager = self._open()
+        self._failed = False
+
     def wait(self) -> None:
         """Returns when everything is on disk.
 
         Raises:
-          CheckpointFailed: a write in the background failed.
+          NotWritten: a write in the background failed.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -183,11 +203,11 @@ class Checkpoints:
         """Gives failed writes one type: Orbax raises whatever its storage layers raise."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # bucket libraries have kinds of their own
             self._failed = True
-            cause = ": ".join(str(error).split(": ")[-2:])  # the last of a chain of places
+            cause = ": ".join(one_line(error).split(": ")[-2:])  # the last of a chain of places
             _forget_frames(error)
-            raise CheckpointFailed(
+            raise NotWritten(
                 f"no checkpoint could be written to {self._directory}: {cause}"
             ) from error
 

@@ -221,6 +221,12 @@ def add_host_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num-processes", type=int, help="processes of the job")
     group.add_argument("--process-id", type=int, help="number of this process, from 0")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="silence after which a host counts as dead, which ends the job (default: 100)",
+    )
 
 
 def load_config(path: Path) -> Config:

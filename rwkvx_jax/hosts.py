@@ -22,10 +22,7 @@ from rwkvx_jax.config import ConfigError
 
 _log = logging.getLogger(__name__)
 
-# Seconds without a sign of life after which a host counts as dead, which ends all others, and that
-# hosts wait for each other when they end.
-_HEARTBEAT = 30
-_SHUTDOWN = 60
+_SHUTDOWN = 60  # seconds that hosts wait for each other when they end
 
 
 def join_hosts(
@@ -34,6 +31,7 @@ def join_hosts(
     process_id: int | None,
     *,
     detect: bool,
+    heartbeat_timeout: int | None = None,
 ) -> None:
     """Connects this process with the others of its job; to be called before anything is computed.
 
@@ -43,10 +41,16 @@ def join_hosts(
       process_id: number of this one; all three are given, or none.
       detect: without them, ask the environment (Cloud TPU, GKE, Slurm, Open MPI); a machine of
         no cluster stays alone.
+      heartbeat_timeout: seconds without a sign of life after which a host counts as dead, which
+        ends all others; None: JAX's default, 100. Too short, and a host that only was busy ends
+        the job.
 
     Raises:
-      ConfigError: only some of the three, a process_id out of range, or no connection.
+      ConfigError: only some of the three, a process_id or timeout out of range, or no connection.
     """
+    if heartbeat_timeout is not None and heartbeat_timeout < 1:
+        raise ConfigError(f"--heartbeat-timeout is {heartbeat_timeout}: use at least 1 second")
+    heartbeat = {"heartbeat_timeout_seconds": heartbeat_timeout} if heartbeat_timeout else {}
     given = {
         "--coordinator": coordinator,
         "--num-processes": num_processes,
@@ -69,8 +73,8 @@ def join_hosts(
             coordinator,
             num_processes,
             process_id,
-            heartbeat_timeout_seconds=_HEARTBEAT,
             shutdown_timeout_seconds=_SHUTDOWN,
+            **heartbeat,
         )
     except (ValueError, OSError) as error:
         if not missing:
@@ -159,6 +163,13 @@ def first_does(act: Callable[[], Any], failure: str) -> None:
         failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
     if failed:
         raise problem or ConfigError(f"{failure}: the message of process 0 says why")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` holds on any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
 
 
 @contextmanager

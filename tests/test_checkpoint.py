@@ -1,25 +1,36 @@
 """Models from anywhere: what comes back, and what a resume or a load refuses."""
 
+import collections
 import copy
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from rwkvx_jax.checkpoint import (
     check_resumable,
     load_checkpoint,
-    load_initial_params,
     progress_record,
     read_workdir,
 )
 from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints
 from rwkvx_jax.config import ConfigError, MeshConfig, RunConfig, Stage
+from rwkvx_jax.convert.files import write_tensors
+from rwkvx_jax.convert.official import params_to_official
+from rwkvx_jax.convert.own import write_own_safetensors
+from rwkvx_jax.convert.tensors import ConversionError, as_lazy
+from rwkvx_jax.digest import flat
+from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.training.curriculum import next_stage
+from rwkvx_jax.training.initial import load_initial_params
 from tests.model_cases import random_params
-from tests.training_cases import CURRICULUM, MODEL, STAGES, same_bits
+from tests.training_cases import CURRICULUM, MODEL, STAGES, one_device_mesh, same_bits
 
 TEXT = {"tokenizer": "byte", "sources": [{"kind": "text", "sha256": "abc", "tokens": 1000}]}
+MESH = one_device_mesh()
 PROGRESS = json.loads(json.dumps(progress_record(CURRICULUM, 1, 2, TEXT)))
 
 
@@ -119,13 +130,87 @@ def test_loading_errors(tmp_path, plain_run):
 
 def test_initial_parameters_have_to_fit(plain_run, tmp_path):
     assert same_bits(
-        load_initial_params(plain_run, CURRICULUM), random_params(MODEL.without_attention())
+        load_initial_params(plain_run, CURRICULUM, MESH), random_params(MODEL.without_attention())
     )
     with pytest.raises(ConfigError, match=r"(?s)another shape.*model.width: 16 there, 32 in") as e:
-        load_initial_params(plain_run, changed("model", width=32))
+        load_initial_params(plain_run, changed("model", width=32), MESH)
     assert "model.ffn_width: 64 there, 128" in str(e.value) and "blocks." not in str(e.value)
     save_run(tmp_path, CURRICULUM, random_params(MODEL), 2)
     with pytest.raises(ConfigError, match="already has attention blocks, but stage 'rwkv7'"):
-        load_initial_params(tmp_path, CURRICULUM)
+        load_initial_params(tmp_path, CURRICULUM, MESH)
     hybrid = dataclasses.replace(CURRICULUM, stages=STAGES[1:])
-    assert same_bits(load_initial_params(tmp_path, hybrid), random_params(MODEL))
+    assert same_bits(load_initial_params(tmp_path, hybrid, MESH), random_params(MODEL))
+
+
+EVEN = dataclasses.replace(CURRICULUM, model=dataclasses.replace(MODEL, vocab_size=258))
+
+
+@pytest.fixture(scope="module")
+def plain_files(tmp_path_factory):
+    """The same RWKV-7 as a run, in a file of ours, and in an official one."""
+    folder = tmp_path_factory.mktemp("files")
+    config = EVEN.model.without_attention()
+    params = random_params(config)
+    save_run(folder / "run", EVEN, params, 0)
+    params = dict(flat(params))
+    write_own_safetensors(folder / "own.safetensors", config, "byte", params)
+    write_tensors(folder / "official.pth", params_to_official(config, as_lazy(params)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, inits",
+    [
+        ("run", ("copy", "zero", "aligned")),
+        ("own.safetensors", ("copy",)),
+        ("official.pth", ("copy",)),
+    ],
+)
+def test_a_mesh_starts_with_what_one_device_starts_with(plain_files, monkeypatch, name, inits):
+    """Each device gets its parts and no more, and no other backend is asked for."""
+    monkeypatch.setattr(jax, "local_devices", lambda *_, backend=None: _only_default(backend))
+    states, alone = [], None
+    for mesh in (MESH, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        with jax.set_mesh(mesh):
+            params = load_initial_params(plain_files / name, EVEN, mesh)
+            states.append([_first_state(init, mesh, params) for init in inits])
+        alone = alone or params  # of the first mesh
+    for init, one, spread in zip(inits, *states, strict=True):
+        assert same_bits(one, spread), init
+    with jax.set_mesh(mesh):  # from one device of the mesh, as callers of `fit` may have them
+        assert same_bits(_first_state("copy", mesh, alone), states[1][0])
+    source = states[1][0]["blocks"]["time_mix"]["key"]
+    new = states[1][0]["attention_blocks"]["attention"]["key"]  # the first one is "copy"
+    np.testing.assert_array_equal(new, source[1::2])
+    assert source.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    held, whole = _bytes_held(params), sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert len(held) == 8 and max(held.values()) < 0.4 * whole  # matrices by 4, vectors whole
+
+
+def _first_state(init, mesh, params):
+    """Parameters that the first stage of the hybrid starts with."""
+    model = dataclasses.replace(EVEN.model, attention_init=init)
+    config = dataclasses.replace(EVEN, model=model, stages=STAGES[1:])
+    return next_stage(config, 0, mesh, params, None)[1].params
+
+
+def _only_default(backend):
+    assert backend is None
+    return jax.devices()
+
+
+def _bytes_held(params):
+    """Bytes of parameters on each device."""
+    held = collections.Counter()
+    for leaf in jax.tree.leaves(params):
+        held.update({shard.device.id: shard.data.nbytes for shard in leaf.addressable_shards})
+    return held
+
+
+def test_files_with_values_that_are_not_finite_start_nothing(plain_files, tmp_path):
+    config = EVEN.model.without_attention()
+    params = dict(flat(random_params(config)))
+    params["ln_out.scale"][0] = np.nan
+    write_own_safetensors(tmp_path / "nan.safetensors", config, "byte", params)
+    with pytest.raises(ConversionError, match=r"infinite, in 1 tensors: ln_out.scale \(1\)"):
+        load_initial_params(tmp_path / "nan.safetensors", EVEN, MESH)

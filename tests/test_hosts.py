@@ -67,7 +67,7 @@ class Job:
         self.workdir, self.processes = workdir, []
         for number in range(count):
             hosts = ["--coordinator", f"localhost:{port}", "--num-processes", str(count)]
-            hosts += ["--process-id", str(number)]
+            hosts += ["--process-id", str(number), "--heartbeat-timeout", "30"]
             self.processes.append(
                 subprocess.Popen(
                     [
@@ -193,6 +193,21 @@ def test_a_run_of_two_processes_is_read_by_one(undisturbed):
     assert_close(float(done.stdout), np.sum(load_model(workdir).head.weight[...]), rel=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_start_from_a_run(undisturbed, tmp_path):
+    """From its RWKV-7, each reading its parts; with the blocks that one process makes of it."""
+    source = undisturbed[0].workdir / "checkpoints" / "4"
+    changes = ["--init-from", str(source), "--model.attention-init", "copy"]
+    changes += ["--stages.0.expanded", "True", "--stages.0.steps", "1", "--stages.1.steps", "1"]
+    losses = []
+    for count in (2, 1):
+        job = Job(tmp_path, tmp_path / str(count), count, *changes)
+        (code, _, error), *_ = job.end()
+        assert code == 0, error
+        losses.append([record["loss"] for record in job.metrics() if "loss" in record])
+    assert_close(*losses, rel=1e-5)
+
+
 # ----------------------------------------------------------------------------- within one process
 
 
@@ -208,6 +223,16 @@ def test_a_run_of_two_processes_is_read_by_one(undisturbed):
 def test_bad_host_flags(arguments, message):
     with pytest.raises(ConfigError, match=message):
         join_hosts(*arguments, detect=False)
+
+
+def test_the_heartbeat_is_jaxs_own_or_the_given_one(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **given: calls.append(given))
+    join_hosts("localhost:1", 2, 0, detect=False)
+    join_hosts("localhost:1", 2, 0, detect=False, heartbeat_timeout=300)
+    assert [call.get("heartbeat_timeout_seconds") for call in calls] == [None, 300]
+    with pytest.raises(ConfigError, match="--heartbeat-timeout is 0: use at least 1 second"):
+        join_hosts("localhost:1", 2, 0, detect=False, heartbeat_timeout=0)
 
 
 def test_hosts_that_were_never_connected(monkeypatch):

@@ -23,7 +23,7 @@ from rwkvx_jax.config import (
 from rwkvx_jax.model import abstract_model, get_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.plan import __main__ as cli
-from rwkvx_jax.plan import model_flops, topology
+from rwkvx_jax.plan import topology
 from rwkvx_jax.plan.advice import advise
 from rwkvx_jax.plan.collectives import Collective
 from rwkvx_jax.plan.planner import Memory, Plan, make_plan
@@ -31,6 +31,7 @@ from rwkvx_jax.plan.programs import Program, cache_shardings, read_program, trai
 from rwkvx_jax.plan.roofline import CHIPS, GIB, KernelCosts, Machine, estimate
 from rwkvx_jax.plan.work import Work
 from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.training import model_flops
 from rwkvx_jax.training.step import stage_program
 
 pytestmark = pytest.mark.optimized

@@ -15,19 +15,23 @@ import pytest
 from etils import epath
 
 from rwkvx_jax.checkpoint import read_workdir
-from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints, work_path
+from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import ConfigError, RunConfig, SourceConfig
-from rwkvx_jax.storage import exclusive
+from rwkvx_jax.storage import exclusive, work_path
 from rwkvx_jax.training import loop
 from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.loop import TrainingStopped, fit
 from rwkvx_jax.training.metrics import MetricsWriter, cut_back
 from rwkvx_jax.training.trace import Trace
+from rwkvx_jax.training.under_way import StepWatch
 from tests.buckets import bucket  # noqa: F401
 from tests.model_cases import random_params
 from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, STEPS, same_bits
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+TOKENS = {2: 2 * 8 * 24, 5: 5 * 8 * 24, 8: 7 * 8 * 24 + 8 * 40}  # by step
 
 
 class Crash(Exception):
@@ -52,14 +56,14 @@ def undisturbed(config, tmp_path_factory):
 
 def at_step(monkeypatch, step, act):
     """Calls `act` when the loop has just made step `step`."""
-    submit = loop._Watch.submit
+    submit = StepWatch.submit
 
     def spy(self, position, metrics):
         submit(self, position, metrics)
         if position.total(CURRICULUM) == step:
             act()
 
-    monkeypatch.setattr(loop._Watch, "submit", spy)
+    monkeypatch.setattr(StepWatch, "submit", spy)
 
 
 def crash():
@@ -76,7 +80,9 @@ def test_metrics_of_a_whole_run(undisturbed):
     assert held_out == stage_ends(CURRICULUM)
     assert abs(steps[0]["loss"] - np.log(257)) < 0.1
     timing = [json.loads(x) for x in (workdir / "timing.jsonl").read_text().splitlines()]
-    assert {"step_seconds", "data_wait_seconds", "tokens_per_second"} < set(timing[0])
+    assert steps[7]["tokens_seen"] == TOKENS[8]
+    assert timing[0]["step"] == 0 and timing[0]["productive_seconds"] == 0
+    assert {"step_seconds", "data_wait_seconds", "tokens_per_second"} < set(timing[1])
 
 
 def test_crashes_leave_no_trace(config, undisturbed, tmp_path, monkeypatch):
@@ -94,7 +100,9 @@ def test_crashes_leave_no_trace(config, undisturbed, tmp_path, monkeypatch):
     assert same_bits(read_workdir(tmp_path)[3], params)
 
 
-def test_signals_save_and_the_same_command_continues(config, undisturbed, tmp_path, monkeypatch):
+def test_signals_save_and_the_same_command_continues(
+    config, undisturbed, tmp_path, monkeypatch, capfd
+):
     params, metrics, _ = undisturbed
     for step, number in ((2, signal.SIGINT), (5, signal.SIGTERM), (8, signal.SIGHUP)):
         with monkeypatch.context() as patch:
@@ -103,6 +111,10 @@ def test_signals_save_and_the_same_command_continues(config, undisturbed, tmp_pa
             with pytest.raises(TrainingStopped, match=message):
                 fit(config, tmp_path)
         assert read_workdir(tmp_path)[2] == step
+        out = capfd.readouterr().out
+        assert f"\n{step} of {STEPS} steps done, {TOKENS[step]:,} tokens; 0:0" in out
+        assert f"(goodput); last checkpoint: step {step} in {tmp_path}\n" in out
+        assert out.count("unknown chip 'cpu': model-flops utilisation (mfu) is not reported") == 1
     assert same_bits(fit(config, tmp_path), params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
@@ -233,13 +245,13 @@ def test_metrics_in_a_bucket(bucket):  # noqa: F811
     writer = MetricsWriter(workdir, active=True)
     writer.open(0)
     for step in (1, 2, 3):
-        writer.write(step, "grow", {"loss": 1.0 / step})
+        writer.write(step, "grow", {"loss": 1.0 / step}, group="train")
     assert not (workdir / "metrics.jsonl").exists()
     writer.upload()
-    writer.write(4, "grow", {"loss": 0.1})
+    writer.write(4, "grow", {"loss": 0.1}, group="train")
     writer = MetricsWriter(workdir, active=True)  # as after a kill
     writer.open(2)
-    writer.write(3, "grow", {"loss": 0.5})
+    writer.write(3, "grow", {"loss": 0.5}, group="train")
     writer.close()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1.0, 0.5, 0.5]

@@ -39,6 +39,9 @@ class RunConfig(Checked):
     """Steps between checkpoints; the end of a stage always makes one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the last one of each stage is kept besides."""
+    storage_patience: float = 600.0
+    """Seconds for which training goes on while no checkpoint can be written, trying again and
+    again; 0: the first failure ends it."""
     data_workers: int = 0
     """Processes that prepare batches; 0 prepares them in threads of this process."""
     bad_step: Literal["stop", "skip"] = "stop"
@@ -48,6 +51,10 @@ class RunConfig(Checked):
     """A gradient norm above this multiple of its running mean is a spike; 0 turns that off."""
     max_skipped: int = 10
     """Skipped steps in a row after which "skip" stops as well."""
+    step_timeout: float | None = None
+    """Seconds in which no step (nor held-out loss, nor checkpoint) is finished, after which the
+    process prints all stacks and ends, for a supervisor to start it again; compiling does not
+    count. 0: never; None: never on one host, 1800 on several."""
     profile_steps: str = ""
     """"10:13" writes a trace of steps 10 to 12 for TensorBoard."""
     xla_flags: str = "none"
@@ -72,9 +79,14 @@ class RunConfig(Checked):
             "data_workers",
             "max_skipped",
             "spike_factor",
+            "storage_patience",
         ):
             value = getattr(self, name)
             require(value >= 0, f"run.{name} is {value}: it must not be negative")
+        require(
+            self.step_timeout is None or self.step_timeout >= 0,
+            f"run.step_timeout is {self.step_timeout}: use a number of seconds, or 0 for never",
+        )
         require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"run.spike_factor is {self.spike_factor}: ordinary steps would count as spikes; use a "

@@ -7,6 +7,7 @@ the destination appears only when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
+from rwkvx_jax.convert.files import TORCH_SUFFIXES, on_disk, write_tensors
 from rwkvx_jax.convert.finite import describe, nonfinite_values
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.official import lost_in_official, params_to_official
@@ -35,6 +36,7 @@ from rwkvx_jax.convert.tensors import (
     in_dtype,
     tracked,
 )
+from rwkvx_jax.storage import WorkPath, size
 from rwkvx_jax.tokenizer import TOKENIZER_IDS, tokenizer_of
 
 _log = logging.getLogger(__name__)
@@ -44,11 +46,11 @@ _log = logging.getLogger(__name__)
 class Options:
     """Converts a checkpoint between the official layout and ours."""
 
-    src: tyro.conf.Positional[Path]
+    src: tyro.conf.Positional[WorkPath]
     """Official .pth or .safetensors (or its *.index.json), a Hugging Face directory of
     flash-linear-attention's RWKV-7, a .safetensors of ours, or the directory of a training run."""
-    dst: tyro.conf.Positional[Path]
-    """File to write: .safetensors or .pth."""
+    dst: tyro.conf.Positional[WorkPath]
+    """File to write: .safetensors or .pth. Both may lie in a bucket (gs://)."""
     to: Literal["auto", "ours", "official"] = "auto"
     """Layout of the destination. auto: ours for a .safetensors, official for a .pth. An official
     file does not hold chunk size, top-k and other settings; which of them are lost is said."""
@@ -75,7 +77,11 @@ def convert(options: Options, console: Console) -> None:
     Raises:
       ConversionError, ConfigError: see the readers and writers.
     """
-    source = _open(options)
+    with contextlib.ExitStack() as held:
+        _convert(options, _open(options, held), console)
+
+
+def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
     source = source._replace(tokenizer_name=_tokenizer(options, source, console))
     official = options.to == "official" or (
         options.to == "auto" and options.dst.suffix in TORCH_SUFFIXES
@@ -123,7 +129,8 @@ def _dtype(options: Options) -> np.dtype | None:
     return None if options.dtype == "keep" else DTYPES[options.dtype]
 
 
-def _open(options: Options) -> OwnCheckpoint:
+def _open(options: Options, held: contextlib.ExitStack) -> OwnCheckpoint:
+    """The source, which can be read until `held` ends."""
     settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
     run = _open_run(options.src, options.step)
     if run is None:
@@ -132,7 +139,8 @@ def _open(options: Options) -> OwnCheckpoint:
                 f"--step {options.step} chooses among the checkpoints of a training run, which "
                 f"{options.src} is not"
             )
-        return open_checkpoint(options.src, **settings, dtype=_dtype(options))
+        src = held.enter_context(on_disk(options.src))
+        return open_checkpoint(src, **settings, dtype=_dtype(options))
     given = {name: size for name, size in settings.items() if size is not None}
     params = in_dtype(run.params, _dtype(options))
     return run._replace(config=dataclasses.replace(run.config, **given), params=params)
@@ -198,7 +206,7 @@ def _official(options: Options, source: OwnCheckpoint, console: Console) -> dict
 def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
     return (
         f"{dst}: {'official' if official else 'our'} layout, "
-        f"{dst.stat().st_size / 1e6:,.1f} MB; {config.num_blocks} RWKV-7 blocks, "
+        f"{size(dst) / 1e6:,.1f} MB; {config.num_blocks} RWKV-7 blocks, "
         f"{config.num_attention_blocks} attention blocks, width {config.width}, "
         f"vocabulary {config.vocab_size}"
     )

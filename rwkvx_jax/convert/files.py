@@ -7,7 +7,8 @@ manner of Hugging Face that holds one of these.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from rwkvx_jax.convert.tensors import (
     check_tensor,
     read_json,
 )
+from rwkvx_jax.storage import local_copy
 
+_INDEX = ".index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _DIRECTORY_FILES = (
     "model.safetensors.index.json",
@@ -29,6 +32,25 @@ _DIRECTORY_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+
+
+@contextmanager
+def on_disk(path: Path) -> Iterator[Path]:
+    """The checkpoint's own path, or that of a copy of one in a bucket, for as long as it is read.
+
+    Args:
+      path: as `storage.work_path` makes it.
+
+    Raises:
+      ConversionError: it can't be copied.
+    """
+    sharded = path.name.endswith(_INDEX)
+    with ExitStack() as held:
+        try:
+            copy = held.enter_context(local_copy(path.parent if sharded else path))
+        except OSError as error:
+            raise ConversionError(f"{path} can't be read: {error}") from error
+        yield copy / path.name if sharded else copy
 
 
 def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -46,7 +68,7 @@ def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[s
         path = _file_in(path)
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(_INDEX):
         return _open_sharded(path)
     return _open_file(path)
 

@@ -48,6 +48,11 @@ def check_finite(params: Mapping[str, Any], where: str) -> None:
     for name, array in params.items():
         if name not in remote:
             counts[name] = nonfinite_values(np.asarray(array))
+    refuse(counts, where)
+
+
+def refuse(counts: Mapping[str, int], where: str) -> None:
+    """Raises ConversionError for a checkpoint `where` some tensors have values not finite."""
     if problem := describe(counts):
         raise ConversionError(
             f"{where} holds {problem}: no result of it would mean anything. Its training diverged "

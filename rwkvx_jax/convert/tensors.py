@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from rwkvx_jax.config import UserError
-from rwkvx_jax.storage import new_file
+from rwkvx_jax.storage import bucket_errors, in_bucket, new_file, work_path
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -228,12 +228,14 @@ def written_whole(
       ConversionError: no such directory, or the file can't be written (permissions, a full disk);
         nothing of it stays.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
+    path = work_path(path)
+    if not in_bucket(path) and not path.parent.is_dir():
         raise ConversionError(f"cannot write {path}: directory {path.parent} does not exist")
-    if path.is_dir():
-        raise ConversionError(f"cannot write {path}: it is a directory")
     try:
+        with bucket_errors(path):
+            taken = path.is_dir()
+        if taken:
+            raise ConversionError(f"cannot write {path}: it is a directory")
         with new_file(path) as file:
             yield file
             if accept is not None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from rwkvx_jax.checkpoint import work_path
 from rwkvx_jax.cli import command_line, load_config, parse, settle_platform
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.doctor import machine
 from rwkvx_jax.doctor.findings import Findings
 from rwkvx_jax.doctor.kernels import Case, kernel_checks
+from rwkvx_jax.storage import WorkPath, work_path, write_whole
 
 _TIMED = {"cpu": 1024}  # tokens of a timed call; accelerators are fast enough for more
 _DEFAULT_TIMED = 16384
@@ -39,7 +39,7 @@ class Options:
     """Training steps; 0: none."""
     interpret: bool = False
     """Check the TPU kernels interpreted, on any machine; slow."""
-    json: Path | None = None
+    json: WorkPath | None = None
     """Also write everything that was found to this file, to send to somebody."""
 
     def __post_init__(self):
@@ -100,7 +100,8 @@ def main(argv: list[str]) -> int:
         config = load_config(Path(options.config)) if options.config else _tiny()
         findings = diagnose(options, config, Console())
         if options.json is not None:
-            options.json.write_text(json.dumps(findings.report(), indent=1, allow_nan=False) + "\n")
+            text = json.dumps(findings.report(), indent=1, allow_nan=False) + "\n"
+            write_whole(options.json, text.encode())
         if not findings.failed:
             print(f"PASS: {len(findings.all)} checks")
             return 0

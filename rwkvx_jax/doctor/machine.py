@@ -130,7 +130,8 @@ def training(config: Config, workdir: Path, steps: int) -> tuple[str, Values]:
     with _scratch(workdir) as folder:
         fit(short, folder)
         losses = [record["loss"] for record in _lines(folder / "metrics.jsonl")]
-        seconds = [record["step_seconds"] for record in _lines(folder / "timing.jsonl")]
+        timing = _lines(folder / "timing.jsonl")
+        seconds = [record["step_seconds"] for record in timing if "step_seconds" in record]
     if len(losses) != steps:
         raise Failed(f"{len(losses)} of {steps} steps were recorded")
     step = float(np.median(seconds[1:] or seconds))

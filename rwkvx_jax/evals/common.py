@@ -25,6 +25,7 @@ from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.generate.sampling import check_seed
 from rwkvx_jax.generate.terminal import one_line
 from rwkvx_jax.model import Params, get_params
+from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 PLAIN_LINE_SECONDS = 10.0
@@ -37,10 +38,11 @@ IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabul
 class EvalOptions:
     """Flags of every task that evaluates checkpoints."""
 
-    checkpoint: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    checkpoint: Annotated[tuple[WorkPath, ...], tyro.conf.UseAppendAction] = ()
     """Work directory, .safetensors or .pth; give it several times to compare models."""
-    output: Path
-    """Directory of the results. Run again with the same one, finished trials are not repeated."""
+    output: WorkPath
+    """Directory of the results, on a disk or gs://. Run again with the same one, finished trials
+    are not repeated."""
     seed: int = 0
     """Seed of everything random in the prompts."""
     limit: int | None = None
@@ -76,8 +78,14 @@ def check_output(path: Path) -> None:
     """Refuses an --output that can't be a folder.
 
     Raises:
-      ConfigError: it, or a folder above it, is a file.
+      ConfigError: it, or a folder above it, is a file; or nothing can be written to its bucket.
     """
+    if in_bucket(path):
+        try:
+            make_folder(path)
+        except OSError as error:
+            raise ConfigError(f"--output can't be written: {error}") from error
+        return
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise ConfigError(f"--output {path}: {place} is a file; name a folder")

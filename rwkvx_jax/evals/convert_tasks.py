@@ -15,7 +15,7 @@ import tyro
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import jsonfiles
 from rwkvx_jax.evals.short_data import read_records
-from rwkvx_jax.storage import new_file
+from rwkvx_jax.storage import WorkPath, new_file
 
 Record = dict[str, Any]
 
@@ -27,7 +27,7 @@ _SECOND_PART = re.compile(r"(?<=[.!?]) (?=[a-z][^.!?]*$)")
 class Options:
     """Makes the files of `eval.py short --data-dir` of other layouts."""
 
-    output: Annotated[Path, tyro.conf.Positional]
+    output: Annotated[WorkPath, tyro.conf.Positional]
     """Folder of the new files."""
     icl: Path | None = None
     """Folder of MosaicML ICL files: those of lambada_openai, piqa, arc_easy, arc_challenge and

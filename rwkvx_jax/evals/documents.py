@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from rwkvx_jax.cache import MOST_ROWS
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.common import EvalOptions
+from rwkvx_jax.storage import WorkPath, files_below
 from rwkvx_jax.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ from rwkvx_jax.tokenizer import Tokenizer
 class TextOptions(EvalOptions):
     """Flags of every task that reads documents."""
 
-    text: Path
+    text: WorkPath
     """A .txt file, or a folder of them: each is cut into documents."""
     length: int = 32768
     """Tokens of a document."""
@@ -52,7 +52,7 @@ def read_documents(options: TextOptions, tokenizer: Tokenizer) -> dict[Document,
     Raises:
       ConfigError: no text there, or no file with enough tokens for a single document.
     """
-    files = [options.text] if options.text.is_file() else sorted(options.text.rglob("*.txt"))
+    files = [options.text] if options.text.is_file() else files_below(options.text, ".txt")
     if not files:
         raise ConfigError(f"--text {options.text}: no such .txt file, nor a folder with any")
     pieces: list[list[tuple[Document, np.ndarray]]] = []

@@ -34,7 +34,7 @@ from rwkvx_jax.evals.common import Subject
 from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
 from rwkvx_jax.evals.scoring import TextScorer, read_lanes, score_places
 from rwkvx_jax.model import abstract_model, with_params
-from rwkvx_jax.storage import exclusive
+from rwkvx_jax.storage import append, exclusive, write_whole
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
@@ -59,8 +59,7 @@ class AnswerFile:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+            write_whole(path, whole)
         for number, line in enumerate(whole.splitlines(), 1):
             match jsonfiles.parse(line, f"{path}, line {number}", "remove the file"):
                 case [str(key), int() | float() | str() | [float(), bool()] as answer]:
@@ -92,8 +91,7 @@ class AnswerFile:
         good = {key: a for key, a in answers.items() if not jsonfiles.not_finite(a)}
         self._answers |= good
         if good:
-            with self._path.open("a") as file:
-                file.writelines(f"{jsonfiles.as_text(item)}\n" for item in good.items())
+            append(self._path, "".join(f"{jsonfiles.as_text(item)}\n" for item in good.items()))
         return [key for key in answers if key not in good]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +21,7 @@ from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_i
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tasks.haystack import TextFolder, open_folder
 from rwkvx_jax.tasks.niah import (
     NEEDLE_TASKS,
@@ -75,7 +75,7 @@ class NiahOptions(GridOptions):
     trials: int = 5
     """Questions at every length and depth. The paper's tables have 500 a length: 40 depths with 13
     trials come near."""
-    haystack: Path | None = None
+    haystack: WorkPath | None = None
     """A .txt file, a folder of them or a quoted pattern: the running text of single_2, single_3 and
     multikey_1."""
     answer_tokens: int = 64

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_i
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
 from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tasks.haystack import open_folder
 from rwkvx_jax.tasks.passkey import (
     OFFICIAL_TRIALS,
@@ -60,7 +60,7 @@ class PasskeyOptions(GridOptions):
     protocol: Literal["exact", "official"] = "exact"
     """exact: prompts of exactly so many of the model's own tokens; official: the repository's
     length rule and answer length (World tokenizer only)."""
-    haystack: Path | None = None
+    haystack: WorkPath | None = None
     """A .txt file, a folder of them or a quoted pattern: hides the key in a piece of this text,
     another one for each trial, instead of in repeated sentences (protocol exact)."""
     digits: int = 5

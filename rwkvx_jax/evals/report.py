@@ -23,7 +23,7 @@ from rwkvx_jax.evals.common import check_output, open_console
 from rwkvx_jax.evals.niah import TITLES
 from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
 from rwkvx_jax.generate.terminal import one_line
-from rwkvx_jax.storage import new_file
+from rwkvx_jax.storage import WorkPath, files_below, write_whole
 
 Record = dict[str, Any]
 
@@ -32,9 +32,9 @@ Record = dict[str, Any]
 class ReportOptions:
     """Collects results of several runs into report.html and report.md."""
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    inputs: tyro.conf.Positional[tuple[WorkPath, ...]]
     """Results files (.json), or folders that hold some at any depth."""
-    output: Path
+    output: WorkPath
     """Folder of the report."""
     title: str = "Evaluation report"
 
@@ -82,7 +82,7 @@ def find_runs(inputs: Sequence[Path]) -> list[Run]:
     for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
-        files = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*.json")))
+        files = [path] if path.is_file() else files_below(path, ".json")
         for file in files:
             document = _read(file)
             if document is not None:
@@ -403,6 +403,5 @@ def run(options: ReportOptions) -> None:
         ("report.md", as_markdown(options.title, parts)),
         ("report.html", as_html(options.title, parts)),
     ):
-        with new_file(options.output / name) as file:
-            file.write(text.encode(errors="backslashreplace"))
+        write_whole(options.output / name, text.encode(errors="backslashreplace"))
         console.print(f"wrote {options.output / name}", soft_wrap=True)

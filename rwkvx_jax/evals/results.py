@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,7 @@ import jax
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import jsonfiles
-from rwkvx_jax.storage import exclusive
+from rwkvx_jax.storage import exclusive, in_bucket
 
 FORMAT = 1
 
@@ -215,9 +214,11 @@ def _changes(name: str, old: Any, new: Any) -> list[str]:
 def _state(file: Path) -> tuple[int, ...] | None:
     """What changes whenever the file is replaced or written; None where there is none."""
     try:
-        status = os.stat(file)
+        status = file.stat()
     except FileNotFoundError:
         return None
+    if in_bucket(file):
+        return int(status.mtime or 0), status.length
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 

@@ -36,6 +36,7 @@ from rwkvx_jax.evals.figures import new_figure, save
 from rwkvx_jax.evals.timings import Timings
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.model import Params, abstract_model, create_model, get_params, unstack, with_params
+from rwkvx_jax.storage import WorkPath
 
 LABELS = {
     "sparse": "RWKV-X (sparse attention)",
@@ -54,9 +55,9 @@ def _numbers(words: list[str]) -> tuple[int, ...]:
 class ModelOptions:
     """Flags of every measurement of time: which models."""
 
-    output: Path
+    output: WorkPath
     """Directory of the results."""
-    checkpoint: Path | None = None
+    checkpoint: WorkPath | None = None
     """Model to time; without one, a model of the sizes below with random weights."""
     num_blocks: int = 12
     num_attention_blocks: int = 4

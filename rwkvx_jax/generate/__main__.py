@@ -19,6 +19,7 @@ from rwkvx_jax.data.chat import chat_prompt
 from rwkvx_jax.generate.engine import Engine, stream_texts
 from rwkvx_jax.generate.sampling import Sampling, check_seed
 from rwkvx_jax.generate.terminal import show
+from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_LENGTH = 4096  # of a chat, or of a text whose length nobody gave
@@ -29,11 +30,11 @@ _TURN_END = "\n\n"
 class Options:
     """Continues prompts with a trained model, or chats with it on a terminal."""
 
-    checkpoint: Path
+    checkpoint: WorkPath
     """Work directory, .safetensors or .pth."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; give it several times to continue several texts side by side."""
-    prompts_file: Path | None = None
+    prompts_file: WorkPath | None = None
     """File with one prompt a line, beside those of --prompt."""
     chat: bool = False
     """Talk with the model, turn by turn; an empty line or the end of the input ends it."""

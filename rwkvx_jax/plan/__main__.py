@@ -12,7 +12,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -40,6 +39,7 @@ from rwkvx_jax.plan.programs import (
 )
 from rwkvx_jax.plan.roofline import CHIPS
 from rwkvx_jax.sharding import check_fits, make_mesh
+from rwkvx_jax.storage import work_path, write_whole
 from rwkvx_jax.xla_flags import apply_xla_flags
 
 _KINDS = ("train", "prefill", "decode")
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         if not talks:
             print(text)
         elif flags.json:
-            Path(flags.json).write_text(text + "\n")
+            write_whole(work_path(flags.json), f"{text}\n".encode())
         return 0 if fits else 1
 
 
@@ -153,7 +153,7 @@ def _sweep(flags: argparse.Namespace, config: Config) -> int:
             if not console.is_terminal:
                 console.print(f"{done} of {len(candidates)} done; {what}", soft_wrap=True)
 
-        rows = sweep.sweep(config, stage, place, candidates, Path(flags.sweep), say=say)
+        rows = sweep.sweep(config, stage, place, candidates, work_path(flags.sweep), say=say)
     print(f"stage {stage.name} of {flags.config} on {flags.topology}: estimates; nothing ran.\n")
     print(sweep.table(rows, stage.global_batch))
     best = sweep.fastest(rows)

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from rwkvx_jax.cache import Cache
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.model import abstract_model, get_params, with_params
-from rwkvx_jax.plan import model_flops
 from rwkvx_jax.plan.roofline import GIB
 from rwkvx_jax.sharding import batch_sharding, partition_spec
+from rwkvx_jax.training import model_flops
 from rwkvx_jax.training.step import param_shardings, stage_program
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.plan.collectives import Collective
 from rwkvx_jax.plan.work import Work
+from rwkvx_jax.training.model_flops import PEAK_FLOPS
 
 GIB = 2**30
 _COSTS = Path(__file__).parents[2] / "pallas_kernels" / "static_costs.json"
@@ -67,10 +68,10 @@ class Chip:
 # those pages either: 15 GB/s a chip, the figure of "How to Scale Your Model"
 # (jax-ml.github.io/scaling-book).
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(275e12, 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9),
-    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9, 1.75e9, cores=2),
-    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 100e9, 16, 12.5e9, 1.75e9),
+    "v4": Chip(PEAK_FLOPS["TPU v4"], 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
+    "v5e": Chip(PEAK_FLOPS["TPU v5 lite"], 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9),
+    "v5p": Chip(PEAK_FLOPS["TPU v5"], 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9, 1.75e9, cores=2),
+    "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 31.25 * GIB, 1638e9, 100e9, 16, 12.5e9, 1.75e9),
 }
 
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from rwkvx_jax.config import Config
+from rwkvx_jax.hosts import place
 from rwkvx_jax.model import Params
 from rwkvx_jax.training.expand import expand
-from rwkvx_jax.training.step import StageProgram, TrainState, stage_program
+from rwkvx_jax.training.step import StageProgram, TrainState, fresh_shardings, stage_program
 
 
 class Position(NamedTuple):
@@ -21,6 +22,12 @@ class Position(NamedTuple):
     def total(self, config: Config) -> int:
         """Steps done over all stages."""
         return sum(stage.steps for stage in config.stages[: self.stage]) + self.stage_step
+
+    def tokens(self, config: Config) -> int:
+        """Tokens taken in over all stages."""
+        before = sum(stage.tokens for stage in config.stages[: self.stage])
+        stage = config.stages[self.stage]
+        return before + self.stage_step * stage.global_batch * stage.seq_len
 
 
 def stage_ends(config: Config) -> list[int]:
@@ -45,5 +52,8 @@ def next_stage(
         and before.expanded == stage.expanded
     )
     if config.stage_model(stage).num_attention_blocks and "attention_blocks" not in params:
-        params = expand(params, config.model)
+        wanted = dict(program.shardings.params)
+        new = fresh_shardings(wanted.pop("attention_blocks"))
+        # Onto the mesh first: from wherever the parameters come, they can then be copied there.
+        params = expand(place(params, wanted), config.model, new)
     return program, program.start(params, opt_state if carried else None)

@@ -7,6 +7,8 @@ the projections of the RWKV-7 block before it, and the function changes.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,17 +21,19 @@ _COPIED = (
 )
 
 
-def new_attention_blocks(config: ModelConfig) -> Params:
+def new_attention_blocks(config: ModelConfig, shardings: Params | None = None) -> Params:
     """Freshly initialised attention blocks of a model, as `config.init_seed` gives them."""
-    return jax.jit(lambda: get_params(create_model(config))["attention_blocks"])()
+    make = lambda: get_params(create_model(config))["attention_blocks"]
+    return jax.jit(make, out_shardings=shardings)()
 
 
-def expand(params: Params, config: ModelConfig) -> Params:
+def expand(params: Params, config: ModelConfig, shardings: Params | None = None) -> Params:
     """Adds the attention blocks of `config` to the parameters of a plain RWKV-7.
 
     Args:
-      params: parameters of `config.without_attention()`; kept as they are.
+      params: parameters of `config.without_attention()`, all on the same devices; kept as they are.
       config: the hybrid.
+      shardings: where to make the attention blocks; None: on the default device.
 
     Raises:
       ConfigError: the parameters already have attention blocks, or `config` has none.
@@ -38,12 +42,18 @@ def expand(params: Params, config: ModelConfig) -> Params:
         raise ConfigError("these parameters already have attention blocks: nothing to expand")
     if not config.num_attention_blocks:
         raise ConfigError("model.num_attention_blocks is 0: nothing to expand to")
-    attention = new_attention_blocks(config)
+    attention = new_attention_blocks(config, shardings)
     if config.attention_init == "copy":
-        interval = config.blocks_per_group
-        for target, source, names in _COPIED:
-            for name in names:
-                rows = params["blocks"][source][name][interval - 1 :: interval]
-                # A slice of everything is the same array, and training gives every array away.
-                attention[target][name] = jnp.copy(rows)
+        for target, copies in _copies(params["blocks"], config.blocks_per_group).items():
+            attention[target] |= copies
     return {**params, "attention_blocks": attention}
+
+
+@functools.partial(jax.jit, static_argnums=1)  # one program, whatever devices and hosts hold parts
+def _copies(blocks: Params, interval: int) -> Params:
+    """The matrices of attention blocks that are those of every `interval`-th RWKV-7 block."""
+    # A slice of everything is the same array, and training gives every array away: hence the copy.
+    return {
+        target: {name: jnp.copy(blocks[source][name][interval - 1 :: interval]) for name in names}
+        for target, source, names in _COPIED
+    }

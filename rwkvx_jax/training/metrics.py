@@ -14,19 +14,20 @@ import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkvx_jax.storage import write_whole
+from rwkvx_jax.storage import in_bucket, write_whole
 from rwkvx_jax.training.board import Board
+from rwkvx_jax.training.uploads import BucketLines
 
 _log = logging.getLogger(__name__)
 
 PLAIN_LINE_SECONDS = 10.0
-UPLOAD_SECONDS = 60.0
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -90,36 +91,35 @@ def _warn_of_lost_lines(
         )
 
 
+def _last_record(path: Path, field: str) -> dict[str, Any] | None:
+    """The last record of a jsonl file that has a field; None if there is none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = (json.loads(line) for line in reversed(lines))
+    return next((record for record in records if field in record), None)
+
+
+def _timing_tag(name: str) -> str:
+    """What TensorBoard calls a field of timing.jsonl."""
+    if "_seconds" in name:
+        return "time/" + name.replace("_seconds", "")
+    return f"perf/{name}"
+
+
 class _Lines:
-    """A jsonl file to append to. In a bucket nothing can be appended: there the whole file is
-    written again, now and then and in `upload`."""
+    """A jsonl file on a disk, to append to."""
 
     def __init__(self, path: Path):
-        self._path, self._file = path, None
-        if isinstance(path, Path):
-            self._file = path.open("a")
-            return
-        self._text = path.read_text() if path.exists() else ""
-        self._uploaded = time.monotonic()
+        self._file = path.open("a")
 
     def add(self, line: str) -> None:
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-            return
-        self._text += line
-        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            self.upload()
+        self._file.write(line)
+        self._file.flush()
 
     def upload(self) -> None:
-        if self._file is None:
-            write_whole(self._path, self._text.encode())
-            self._uploaded = time.monotonic()
+        """Nothing: it is there."""
 
     def close(self) -> None:
-        self.upload()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 class MetricsWriter:
@@ -130,9 +130,14 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, active: bool):
         self._workdir, self._active, self._board = workdir, active, None
+        self.before: dict[str, Any] | None = None  # last record of timing.jsonl with totals
 
-    def open(self, resume_step: int) -> None:
+    def open(self, resume_step: int, config: str = "") -> None:
         """To be called first; drops what was said of steps beyond `resume_step`.
+
+        Args:
+          resume_step: that the run goes on from; 0 at its beginning.
+          config: a text for TensorBoard.
 
         Raises:
           OSError: the files can't be written.
@@ -143,19 +148,22 @@ class MetricsWriter:
         paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
         for path in paths:
             cut_back(path, resume_step)
-        self._metrics, self._timing = map(_Lines, paths)
-        if isinstance(workdir, Path):
+        self.before = _last_record(paths[1], "wall_seconds")
+        kind = BucketLines if in_bucket(workdir) else _Lines
+        self._metrics, self._timing = map(kind, paths)
+        if not in_bucket(workdir):
             self._board = Board(workdir / "tensorboard", purge_step=resume_step + 1)
+            self._board.add_text(resume_step + 1, "config", f"```\n{config}```")
 
-    def write(self, step: int, stage: str, values: dict[str, float]) -> None:
-        """One record of metrics.jsonl, and its scalars for TensorBoard."""
-        self._write("_metrics", {"step": step, "stage": stage, **values})
+    def write(self, step: int, stage: str, values: dict[str, float], *, group: str) -> None:
+        """One record of metrics.jsonl; its scalars for TensorBoard are called `group/NAME`."""
+        self._write("_metrics", {"step": step, "stage": stage, **values}, lambda x: f"{group}/{x}")
 
     def write_timing(self, step: int, values: dict[str, float]) -> None:
-        """One record of timing.jsonl, and its scalars for TensorBoard."""
-        self._write("_timing", {"step": step, **values})
+        """One record of timing.jsonl; for TensorBoard seconds are `time/...`, others `perf/...`."""
+        self._write("_timing", {"step": step, **values}, _timing_tag)
 
-    def _write(self, name: str, record: dict[str, Any]) -> None:
+    def _write(self, name: str, record: dict[str, Any], tag: Callable[[str], str]) -> None:
         if not self._active:
             return
         # JSON knows no NaN and no infinity.
@@ -163,7 +171,11 @@ class MetricsWriter:
         record = {key: value if known(value) else None for key, value in record.items()}
         getattr(self, name).add(json.dumps(record, allow_nan=False) + "\n")
         if self._board is not None:
-            scalars = {key: value for key, value in record.items() if isinstance(value, float)}
+            scalars = {
+                tag(key): value
+                for key, value in record.items()
+                if isinstance(value, int | float) and key not in ("step", "time")
+            }
             self._board.add(record["step"], scalars)
 
     def upload(self) -> None:
@@ -171,6 +183,8 @@ class MetricsWriter:
         if self._active:
             self._metrics.upload()
             self._timing.upload()
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         if self._active:

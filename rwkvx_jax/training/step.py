@@ -146,15 +146,19 @@ def param_shardings(model: RWKVX, mesh: Mesh) -> Params:
 
 
 def initial_params(config: ModelConfig, mesh: Mesh) -> Params:
-    """Freshly initialised parameters of a model, each device making its own part.
+    """Freshly initialised parameters of a model."""
+    shardings = fresh_shardings(param_shardings(abstract_model(config), mesh))
+    return jax.jit(lambda: get_params(create_model(config)), out_shardings=shardings)()
 
-    On CPUs every process makes them whole, on one device: matrix factorisations that run on
+
+def fresh_shardings(shardings: Params) -> Params | None:
+    """Where parameters with these shardings are made: each device makes its own part.
+
+    On CPUs every process makes them whole, on one device (None): matrix factorisations that run on
     several simulated devices at once wait for each other's threads (see `modules/parameters.py`).
     """
-    make = lambda: get_params(create_model(config))
-    if mesh.devices.flat[0].platform == "cpu":
-        return jax.jit(make)()
-    return jax.jit(make, out_shardings=param_shardings(abstract_model(config), mesh))()
+    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
+    return None if device.platform == "cpu" else shardings
 
 
 def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:

@@ -1,0 +1,122 @@
+"""Parameters that training starts from, read straight onto the devices of its mesh.
+
+No host holds a whole model: of a workdir it reads the parts that its own devices hold, of a single
+file one tensor (where the file keeps layers apart: one layer of one) after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rwkvx_jax.checkpoint import check_shapes, locate, nested, read_workdir
+from rwkvx_jax.config import Config, ConfigError, ModelConfig
+from rwkvx_jax.convert.files import on_disk
+from rwkvx_jax.convert.finite import nonfinite_values, refuse
+from rwkvx_jax.convert.load import open_checkpoint
+from rwkvx_jax.convert.tensors import DTYPES, LazyTensor, tracked
+from rwkvx_jax.digest import flat
+from rwkvx_jax.model import Params, abstract_model, get_params
+from rwkvx_jax.training.step import param_shardings
+
+
+def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
+    """Parameters to start training from: of the hybrid itself, or of the RWKV-7 to be expanded.
+
+    Args:
+      path: as `checkpoint.load_checkpoint` takes it.
+      config: the experiment.
+      mesh: of its devices; all hosts have to call this together.
+
+    Returns:
+      float32 arrays, sharded as training holds them.
+
+    Raises:
+      ConfigError, ConversionError: nothing readable there, values that are not finite, or
+        parameters of another shape than the config's; all differences are listed.
+    """
+    path, run_and_step = locate(path)
+
+    def target(found: ModelConfig) -> Params:
+        _check_usable(found, config, path)
+        model = abstract_model(found)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            get_params(model),
+            param_shardings(model, mesh),
+        )
+
+    if run_and_step is not None:
+        return read_workdir(*run_and_step, target)[3]
+    bad: dict[str, int] = {}
+
+    def seen(name: str, array: np.ndarray) -> None:
+        bad[name] = bad.get(name, 0) + nonfinite_values(array)
+
+    with on_disk(path) as file:
+        own = open_checkpoint(file, dtype=DTYPES["float32"])
+        tensors = tracked(own.params, seen)
+        params = {name: _spread(tensors[name], leaf) for name, leaf in flat(target(own.config))}
+    refuse(bad, str(path))
+    return nested(params)
+
+
+def _spread(tensor: LazyTensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A tensor of a file in the shape, dtype and sharding of `leaf`."""
+    held = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    parts = {_bounds(index, leaf.shape): None for index in held}
+    if tensor.by_rows:
+        for bounds in parts:
+            parts[bounds] = np.empty([end - first for first, end in bounds], leaf.dtype)
+        for row, piece in enumerate(tensor.pieces()):
+            for (rows, *others), part in parts.items():
+                if rows[0] <= row < rows[1]:
+                    part[row - rows[0]] = piece[tuple(slice(*bounds) for bounds in others)]
+    else:
+        whole = tensor.read()
+        parts = {bounds: whole[tuple(slice(*b) for b in bounds)] for bounds in parts}
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: parts[_bounds(index, leaf.shape)]
+    )
+
+
+def _bounds(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """First and end along each dimension of a part of an array; can be a key, unlike slices."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _check_usable(found: ModelConfig, config: Config, path: Path) -> None:
+    """Raises ConfigError for a model that training by `config` can't start from."""
+    hybrid = found.num_attention_blocks > 0
+    if hybrid and not config.stages[0].expanded:
+        raise ConfigError(
+            f"{path} already has attention blocks, but stage {config.stages[0].name!r} trains the "
+            "plain RWKV-7: start from a RWKV-7, or set expanded=True"
+        )
+    wanted = config.model if hybrid else config.model.without_attention()
+    lines = [
+        f"{name}: {there} there, {here} in the config"
+        for name, there in _shape(found).items()
+        if there != (here := _shape(wanted)[name])
+    ]
+    if lines:
+        raise ConfigError(
+            f"{path} holds a model of another shape than the config's:\n  " + "\n  ".join(lines)
+        )
+    check_shapes(get_params(abstract_model(found)), wanted, str(path))
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that determine the shapes of its parameters."""
+    names = ("vocab_size", "num_blocks", "num_attention_blocks", "width", "head_size", "key_conv")
+    fields = {f"model.{name}": getattr(config, name) for name in names}
+    return {
+        **fields,
+        "model.ffn_width": config.hidden_width,
+        "model.low_rank_override": tuple(config.ranks),
+    }

@@ -1,0 +1,192 @@
+"""A run that is under way: what its stages share, and a look at every step that it makes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rwkvx_jax.checkpoint import progress_record
+from rwkvx_jax.checkpoint_store import Checkpoints
+from rwkvx_jax.config import Config, Stage, UserError
+from rwkvx_jax.data.pipeline import OpenData
+from rwkvx_jax.hosts import global_batch
+from rwkvx_jax.sharding import batch_sharding
+from rwkvx_jax.training.bad_steps import explain_bad_step
+from rwkvx_jax.training.curriculum import Position, stage_ends
+from rwkvx_jax.training.metrics import MetricsWriter, Reporter
+from rwkvx_jax.training.saver import Saver
+from rwkvx_jax.training.step import TrainState
+from rwkvx_jax.training.timing import RunClock
+from rwkvx_jax.training.trace import Trace
+from rwkvx_jax.training.watchdog import Watchdog, step_timeout
+
+
+class TrainingStopped(UserError, RuntimeError):
+    """Training can't go on; the message says at which step and what was kept."""
+
+
+@dataclass
+class Run:
+    """What all stages of one call of `fit` share."""
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    data: OpenData
+    checkpoints: Checkpoints
+    saver: Saver
+    writer: MetricsWriter
+    reporter: Reporter
+    trace: Trace
+    clock: RunClock
+    stopping: Callable[[int], str]  # steps done -> signal because of which to save and stop
+    reached: Position  # of the last step that was reported
+
+    def save(self, position: Position, state: TrainState, *, wait: bool) -> None:
+        record = progress_record(self.config, *position, self.data.fingerprint)
+        optimizer = {"moments": state.opt_state, "guard": state.guard}
+        step = position.total(self.config)
+        self.saver.save(step, state.params, optimizer, record, wait=wait)
+
+    def save_records(self, step: int) -> None:
+        """To be called with each checkpoint: what a resume reads beside it."""
+        self.writer.write_timing(step, self.clock.line())
+        self.writer.upload()
+
+    def report_evaluation(self, step: int, stage: Stage, values: dict[str, float]) -> None:
+        if values:
+            self.writer.write(step, stage.name, values, group="eval")
+            text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.reporter.message(f"step {step} ({stage.name}): {text}")
+
+    def report_end(self) -> None:
+        done, tokens = self.reached.total(self.config), self.reached.tokens(self.config)
+        self.reporter.message(
+            f"{done:,} of {stage_ends(self.config)[-1]:,} steps done, {tokens:,} tokens; "
+            f"{self.clock.summary()}; last checkpoint: step {self.checkpoints.latest()} in "
+            f"{self.workdir}"
+        )
+
+
+def due(step: int, every: int) -> int:
+    """`step` if it is a multiple of `every`, else -1 (0 = never)."""
+    return step if every and step % every == 0 else -1
+
+
+class StepWatch:
+    """Looks at each step's metrics one step late, so that looking never stalls the device."""
+
+    def __init__(self, run: Run, stage: Stage, position: Position):
+        self._run, self._stage = run, stage
+        self._pending: tuple[Position, dict[str, Any]] | None = None
+        self._sharding = batch_sharding(run.mesh, stage.global_batch)
+        self._clock = time.perf_counter()
+        self._compiling = 0.0  # seconds of the step that is open
+        self._compiled: set[str] = set()
+        self._without_target = 0
+        first = f"step {position.total(run.config) + 1}"
+        self._dog = Watchdog(step_timeout(run.config.run), stage.name, first)
+
+    def fetch(self, iterator: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        with self._run.clock.spending("data_wait"):
+            batch = next(iterator)
+        return global_batch(self._sharding, batch, self._stage.global_batch)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """For the call of a step, which compiles the first time."""
+        if "step" in self._compiled:
+            yield
+            return
+        begin = time.perf_counter()
+        with self._dog.paused():
+            yield
+        self._compiled.add("step")
+        self._compiling = time.perf_counter() - begin
+
+    @contextmanager
+    def interrupted(self, what: str) -> Iterator[None]:
+        """Reports the step that is open; what is done inside counts as `what`, not as a step."""
+        self.drain()
+        then = self._dog.waiting_for
+        self._dog.finished(f"the {what} before {then}")
+        with self._run.clock.spending(what):
+            if what in self._compiled:
+                yield
+            else:
+                with self._dog.paused():
+                    yield
+        self._compiled.add(what)
+        self._dog.finished(then)
+        self._clock = time.perf_counter()
+
+    def submit(self, position: Position, metrics: dict[str, jax.Array]) -> None:
+        self.drain()
+        self._pending = position, metrics
+
+    def drain(self) -> None:
+        """Reports the step that is still open, if any, and stops the run if it went wrong."""
+        if self._pending is None:
+            return
+        (position, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        total = position.total(self._run.config)
+        self._dog.finished(f"step {total + 1}")
+        self._run.reached = position
+        finite_update = bool(values.pop("finite_update"))
+        self._count_without_target(total, values)
+        if in_row := int(values.pop("in_row")):
+            self._handle_bad_step(total, values, in_row, finite_update)
+        self._run.clock.step(seconds, self._compiling, kept=not in_row)
+        self._compiling = 0.0
+        rate = self._stage.seq_len * self._stage.global_batch / seconds
+        self._run.reporter.step(position.stage_step, values["loss"], rate)
+        if total == due(total, self._run.config.run.log_every) or in_row:
+            if values["without_target"] == self._stage.global_batch:
+                del values["loss"], values["objective"]  # there is none
+            values["tokens_seen"] = position.tokens(self._run.config)
+            self._run.writer.write(total, self._stage.name, values, group="train")
+            self._run.writer.write_timing(total, self._run.clock.line())
+
+    def _count_without_target(self, total: int, values: dict[str, float]) -> None:
+        """Counts samples that add nothing to the loss, and says so at the first."""
+        count, batch = int(values["without_target"]), self._stage.global_batch
+        if count and not self._without_target:
+            self._run.reporter.message(
+                f"{count} of the {batch} samples of step {total} have no target: their answers lie "
+                f"beyond seq_len {self._stage.seq_len}, or they have none"
+            )
+        self._without_target += count
+
+    def end(self) -> None:
+        """To be called at the end of the stage."""
+        self._dog.close()
+        if self._without_target:
+            self._run.reporter.message(
+                f"{self._without_target} samples of stage {self._stage.name} had no target"
+            )
+
+    def _handle_bad_step(
+        self, total: int, values: dict[str, float], in_row: int, finite_update: bool
+    ) -> None:
+        kind, advice = explain_bad_step(values, self._stage, total, finite_update)
+        run = self._run.config.run
+        if run.bad_step == "stop" or in_row > run.max_skipped:
+            self._run.checkpoints.wait()
+            remedy = "continue past single bad steps with --run.bad-step skip"
+            if run.bad_step == "skip":
+                remedy = f"allow more than {run.max_skipped} in a row with --run.max-skipped"
+            raise TrainingStopped(
+                f"{kind} (stage {self._stage.name}); parameters were not changed by it, the last "
+                f"checkpoint is of step {self._run.checkpoints.latest()}. {advice}, or {remedy}"
+            )
+        self._run.reporter.message(f"skipped a step: {kind}")
