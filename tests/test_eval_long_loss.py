@@ -1,5 +1,6 @@
 """Long loss: losses equal a whole forward pass, documents, bins, resumption, flags, the command."""
 
+import codecs
 import json
 from pathlib import Path
 
@@ -104,6 +105,9 @@ def test_documents_are_taken_from_the_files_in_turn(books, tmp_path):
     for (file, start), tokens in documents.items():
         if file == "b.txt":
             assert BYTE.decode(tokens) == text[start : start + 501]
+    (tmp_path / "marked.txt").write_bytes(codecs.BOM_UTF8 + (books / "b.txt").read_bytes())
+    marked = read_documents(make_options(tmp_path, tmp_path / "marked.txt"), BYTE)
+    np.testing.assert_array_equal(marked["marked.txt", 60], documents["b.txt", 60])
     one = read_documents(make_options(tmp_path, books / "b.txt", documents=2), BYTE)
     assert [tuple(d) for d in one] == [("b.txt", 60), ("b.txt", 560)]
 

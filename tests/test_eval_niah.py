@@ -152,8 +152,8 @@ def test_a_kept_reader_serves_all_tasks(tmp_path):
         ({"tasks": ()}, "--tasks is empty"),
         ({"tasks": ("single_1", "single_1")}, "names a task twice"),
         ({"tasks": ("single_1", "single_2")}, "single_2 hide needles in running text"),
-        ({"lengths": ()}, "--lengths is empty"),
-        ({"trials": 0}, "--trials is 0"),
+        ({"lengths": ()}, r"--lengths is \(\): give numbers"),
+        ({"trials": 999_999_999}, "lower --depths or --trials"),
         ({"answer_tokens": 0}, "--answer-tokens is 0"),
     ],
 )

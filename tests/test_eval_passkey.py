@@ -377,7 +377,7 @@ def test_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(monkeypatch, "passkey", "--output", tmp_path, "--checkpoint", "x")
     assert stopped.value.code == 130
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,8 @@ def test_text_folder(tmp_path, text):
     (tmp_path / "x.txt").write_text(" \n ")
     with pytest.raises(ConfigError, match="holds no text"):
         TextFolder(tmp_path)
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfa word")
+    assert TextFolder(tmp_path).words == ["a", "word"]  # without the byte order mark
     (tmp_path / "x.txt").write_bytes(b"ab\xff")
     with pytest.raises(ConfigError, match="not valid UTF-8: .* at byte 2"):
         TextFolder(tmp_path / "x.txt")

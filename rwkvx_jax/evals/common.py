@@ -210,7 +210,7 @@ def until_interrupted(console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console.print("interrupted: finished trials are saved, the same command goes on from there")
+        console.print("interrupted: finished trials are saved, the same command continues")
         raise SystemExit(130) from None
 
 

@@ -89,11 +89,12 @@ class GreedyReader:
         answers = np.zeros((len(prompts), count), np.int32)
         active = np.arange(self._batch) < len(prompts)
         for i in range(count):
-            tokens = engine.next_tokens(session, active)[: len(prompts)]
-            answers[:, i] = np.maximum(tokens, 0)
-            answers[tokens == NOT_FINITE, i:] = NOT_FINITE
+            tokens = engine.next_tokens(session, active)
             for row in np.flatnonzero(active):
-                active[row] = tokens[row] >= 0 and not ended(answers[row, : i + 1])
+                answers[row, i] = tokens[row]
+                active[row] = tokens[row] != NOT_FINITE and not ended(answers[row, : i + 1])
+                if tokens[row] == NOT_FINITE:
+                    answers[row, i:] = NOT_FINITE
             if not active.any():
                 break
         if (answers == NOT_FINITE).any():

@@ -36,6 +36,8 @@ CHANCE = {
 }
 """Scores (%) of guessing; LAMBADA's is near 0."""
 
+_LARGEST_EXPONENT = 700  # larger ones are no float64: perplexities end at 1e304
+
 
 def family(task: str) -> str:
     """The column of a task: all subjects of MMLU are one."""
@@ -63,7 +65,8 @@ def summarize(trials: Sequence[Record]) -> Record:
 
 def _mean(name: str, values: list[float]) -> Record:
     if name == "perplexity":
-        return {"value": math.exp(-float(np.mean(values))), "error": None, "documents": len(values)}
+        value = math.exp(min(-float(np.mean(values)), _LARGEST_EXPONENT))
+        return {"value": value, "error": None, "documents": len(values)}
     error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return {"value": float(np.mean(values)), "error": error, "documents": len(values)}
 
