@@ -187,9 +187,7 @@ class Checkpoints:
             self._failed = True
             cause = ": ".join(str(error).split(": ")[-2:])  # the last of a chain of places
             _forget_frames(error)
-            raise CheckpointFailed(
-                f"no checkpoint could be written to {self._directory}: {cause}"
-            ) from error
+            raise CheckpointFailed(f"no checkpoint could be written: {cause}") from error
 
     # ------------------------------------------------------------------------------------ reading
 

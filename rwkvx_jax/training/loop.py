@@ -141,15 +141,15 @@ def _fit(
             )
         writer = _prepare_records(config, workdir, 0 if start is None else start.step)
         trace = Trace(run, workdir)
-        with closing(writer), closing(trace), stop_signal() as stopping:
-            parts = mesh, data, checkpoints, writer, reporter, trace, stopping
-            try:
+        try:
+            with closing(writer), closing(trace), stop_signal() as stopping:
+                parts = mesh, data, checkpoints, writer, reporter, trace, stopping
                 return _run_stages(Run(config, workdir, *parts), start, initial_params)
-            except (CheckpointFailed, OSError) as error:
-                raise TrainingStopped(
-                    f"{error}\nThe last good checkpoint in {workdir} is of step "
-                    f"{checkpoints.latest()}. Once the cause is mended, the same command continues."
-                ) from error
+        except (CheckpointFailed, OSError) as error:
+            raise TrainingStopped(
+                f"{workdir}: {error}\n{_kept(checkpoints).capitalize()}. Once the cause is mended, "
+                "the same command continues."
+            ) from error
 
 
 def _start(
@@ -257,6 +257,13 @@ def _run_stage(
     return state
 
 
+def _kept(checkpoints: Checkpoints) -> str:
+    """What a run that stops leaves, as a clause."""
+    if (step := checkpoints.latest()) is None:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is of step {step}"
+
+
 def _due(step: int, every: int) -> int:
     """`step` if it is a multiple of `every`, else -1 (0 = never)."""
     return step if every and step % every == 0 else -1
@@ -344,8 +351,8 @@ class _Watch:
             if run.bad_step == "skip":
                 remedy = f"allow more than {run.max_skipped} in a row with --run.max-skipped"
             raise TrainingStopped(
-                f"{kind} (stage {self._stage.name}); parameters were not changed by it, the last "
-                f"checkpoint is of step {self._run.checkpoints.latest()}. {advice}, or {remedy}"
+                f"{kind} (stage {self._stage.name}); parameters were not changed by it, "
+                f"{_kept(self._run.checkpoints)}. {advice}, or {remedy}"
             )
         self._run.reporter.message(f"skipped a step: {kind}")
 
