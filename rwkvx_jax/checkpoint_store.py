@@ -207,9 +207,7 @@ class Checkpoints:
             self._failed = True
             cause = ": ".join(one_line(error).split(": ")[-2:])  # the last of a chain of places
             _forget_frames(error)
-            raise NotWritten(
-                f"no checkpoint could be written to {self._directory}: {cause}"
-            ) from error
+            raise NotWritten(f"no checkpoint could be written: {cause}") from error
 
     # ------------------------------------------------------------------------------------ reading
 

@@ -153,7 +153,7 @@ def with_run(config, **changes):
 def test_losses_that_are_not_finite_stop_or_are_skipped(config, tmp_path):
     poisoned = random_params(MODEL.without_attention())
     poisoned["embed"] = np.full_like(poisoned["embed"], np.nan)
-    with pytest.raises(TrainingStopped, match="not finite: loss nan.* at step 1 .*is of step None"):
+    with pytest.raises(TrainingStopped, match="not finite: loss nan.* at step 1 .*no checkpoint"):
         fit(config, tmp_path / "stop", poisoned)
     skipping = with_run(config, bad_step="skip", max_skipped=2)
     with pytest.raises(TrainingStopped, match="at step 3 .*more than 2 in a row"):

@@ -29,7 +29,7 @@ from rwkvx_jax.training.saver import Saver
 from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
 from rwkvx_jax.training.timing import RunClock
 from rwkvx_jax.training.trace import Trace
-from rwkvx_jax.training.under_way import Run, StepWatch, TrainingStopped, due
+from rwkvx_jax.training.under_way import Run, StepWatch, TrainingStopped, due, kept
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "train.lock"
@@ -118,20 +118,21 @@ def _fit(
         writer = _prepare_records(config, workdir, 0 if start is None else start.step)
         clock = _start_clock(writer, reporter, mesh, 0 if start is None else start.step)
         trace = Trace(run, workdir)
-        with closing(writer), closing(trace), stop_signal() as stopping:
-            saver = Saver(checkpoints, run.storage_patience)
-            parts = mesh, data, checkpoints, saver, writer, reporter, trace, clock, stopping
-            reached = Position(0, 0) if start is None else start.position
-            progress = Run(config, workdir, *parts, reached)
-            try:
-                return _run_stages(progress, start, initial_params)
-            except (CheckpointFailed, OSError) as error:
-                raise TrainingStopped(
-                    f"{error}\nThe last good checkpoint in {workdir} is of step "
-                    f"{checkpoints.latest()}. Once the cause is mended, the same command continues."
-                ) from error
-            finally:
-                progress.report_end()
+        try:
+            with closing(writer), closing(trace), stop_signal() as stopping:
+                saver = Saver(checkpoints, run.storage_patience)
+                parts = mesh, data, checkpoints, saver, writer, reporter, trace, clock, stopping
+                reached = Position(0, 0) if start is None else start.position
+                progress = Run(config, workdir, *parts, reached)
+                try:
+                    return _run_stages(progress, start, initial_params)
+                finally:
+                    progress.report_end()
+        except (CheckpointFailed, OSError) as error:
+            raise TrainingStopped(
+                f"{workdir}: {error}\n{kept(checkpoints).capitalize()}. Once the cause is mended, "
+                "the same command continues."
+            ) from error
 
 
 def _start(

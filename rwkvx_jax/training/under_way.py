@@ -70,9 +70,15 @@ class Run:
         done, tokens = self.reached.total(self.config), self.reached.tokens(self.config)
         self.reporter.message(
             f"{done:,} of {stage_ends(self.config)[-1]:,} steps done, {tokens:,} tokens; "
-            f"{self.clock.summary()}; last checkpoint: step {self.checkpoints.latest()} in "
-            f"{self.workdir}"
+            f"{self.clock.summary()}; {kept(self.checkpoints)} in {self.workdir}"
         )
+
+
+def kept(checkpoints: Checkpoints) -> str:
+    """What a run that stops leaves, as a clause."""
+    if (step := checkpoints.latest()) is None:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is of step {step}"
 
 
 def due(step: int, every: int) -> int:
@@ -186,7 +192,7 @@ class StepWatch:
             if run.bad_step == "skip":
                 remedy = f"allow more than {run.max_skipped} in a row with --run.max-skipped"
             raise TrainingStopped(
-                f"{kind} (stage {self._stage.name}); parameters were not changed by it, the last "
-                f"checkpoint is of step {self._run.checkpoints.latest()}. {advice}, or {remedy}"
+                f"{kind} (stage {self._stage.name}); parameters were not changed by it, "
+                f"{kept(self._run.checkpoints)}. {advice}, or {remedy}"
             )
         self._run.reporter.message(f"skipped a step: {kind}")
