@@ -113,7 +113,7 @@ def test_signals_save_and_the_same_command_continues(
         assert read_workdir(tmp_path)[2] == step
         out = capfd.readouterr().out
         assert f"\n{step} of {STEPS} steps done, {TOKENS[step]:,} tokens; 0:0" in out
-        assert f"(goodput); last checkpoint: step {step} in {tmp_path}\n" in out
+        assert f"(goodput); the last checkpoint is of step {step} in {tmp_path}\n" in out
         assert out.count("unknown chip 'cpu': model-flops utilisation (mfu) is not reported") == 1
     assert same_bits(fit(config, tmp_path), params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
