@@ -85,6 +85,9 @@ class Checkpoints:
             self._options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy, cleanup_tmp_directories=True
             )
+        self._held = contextlib.ExitStack()
+        if keep is not None:  # failed writes, which NotWritten tells of
+            self._held.enter_context(_quiet("[process=", "Waiting for previous save"))
         self._failed = False  # a write: the manager may be in any state
         self._manager = self._open()
 
@@ -103,6 +106,8 @@ class Checkpoints:
         except CheckpointFailed:
             if kind is None:  # else that error says more
                 raise
+        finally:
+            self._held.close()
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, ascending."""

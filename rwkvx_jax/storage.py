@@ -100,13 +100,14 @@ def make_folder(path: Path) -> None:
     Raises:
       OSError: nothing can be written there.
     """
+    if not in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return
     with bucket_errors(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:
             raise OSError("there is no such bucket") from error
-        if not in_bucket(path):
-            return
         probe = path / f"write-test-{uuid.uuid4().hex[:8]}"
         probe.write_bytes(b"")
         probe.unlink()

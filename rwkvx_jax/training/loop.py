@@ -141,7 +141,7 @@ def _fit(
         writer = _prepare_records(config, workdir, 0 if start is None else start.step)
         trace = Trace(run, workdir)
         with closing(writer), closing(trace), stop_signal() as stopping:
-            saver = Saver(checkpoints, run.storage_patience)
+            saver = Saver(checkpoints, workdir, run.storage_patience)
             parts = mesh, data, checkpoints, saver, writer, reporter, trace, stopping
             try:
                 return _run_stages(Run(config, workdir, *parts), start, initial_params)
