@@ -80,8 +80,13 @@ def files_below(folder: Path, suffix: str) -> list[Path]:
     """The files with a suffix in a folder and all folders in it, sorted."""
     if not in_bucket(folder):
         return sorted(folder.rglob(f"*{suffix}"))
-    walk = folder.walk()  # epath refuses to glob so in a bucket
-    return sorted(top / name for top, _, names in walk for name in names if name.endswith(suffix))
+    found = []  # epath refuses to glob so in a bucket, and its walk forgets the gs://
+    for path in folder.iterdir():
+        if path.is_dir():
+            found += files_below(path, suffix)
+        elif path.name.endswith(suffix):
+            found.append(path)
+    return sorted(found)
 
 
 def one_line(error: BaseException) -> str:
@@ -100,15 +105,16 @@ def make_folder(path: Path) -> None:
     Raises:
       OSError: nothing can be written there.
     """
+    if not in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return
     with bucket_errors(path):
+        probe = path / f"write-test-{uuid.uuid4().hex[:8]}"
         try:
             path.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
         except FileNotFoundError as error:
             raise OSError("there is no such bucket") from error
-        if not in_bucket(path):
-            return
-        probe = path / f"write-test-{uuid.uuid4().hex[:8]}"
-        probe.write_bytes(b"")
         probe.unlink()
 
 
@@ -230,7 +236,7 @@ def local_copy(path: Path) -> Iterator[Path]:
             if folder_like:
                 copy.mkdir()
             for source in path.iterdir() if folder_like else [path]:
-                if source.is_file():
+                if not folder_like or source.is_file():
                     target = copy / source.name if folder_like else copy
                     with source.open("rb") as remote, target.open("wb") as file:
                         shutil.copyfileobj(remote, file, _COPIED_AT_ONCE)

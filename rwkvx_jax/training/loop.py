@@ -120,7 +120,7 @@ def _fit(
         trace = Trace(run, workdir)
         try:
             with closing(writer), closing(trace), stop_signal() as stopping:
-                saver = Saver(checkpoints, run.storage_patience)
+                saver = Saver(checkpoints, workdir, run.storage_patience)
                 parts = mesh, data, checkpoints, saver, writer, reporter, trace, clock, stopping
                 reached = Position(0, 0) if start is None else start.position
                 progress = Run(config, workdir, *parts, reached)

@@ -18,8 +18,8 @@ _WAIT_SECONDS = 5.0  # for an upload, which a bucket that answers needs less for
 class BucketLines:
     """A file that grows: all of it is written again, now and then and in `upload`.
 
-    An upload that fails is told, and made good by the next one: it never ends a run, and stalls it
-    for 5 seconds at most.
+    An upload that fails is told, and made good by the next one: it never ends a run. It is waited
+    for for 5 seconds at most, so that a checkpoint is hardly ever there before what belongs to it.
     """
 
     def __init__(self, path: Path):
@@ -28,7 +28,7 @@ class BucketLines:
         Raises:
           OSError: it can't be read.
         """
-        self._path, self._thread = path, None
+        self._path, self._thread, self._failed = path, None, False
         with bucket_errors(path):
             self._text = path.read_text() if path.exists() else ""
         self._begun = time.monotonic()
@@ -43,15 +43,19 @@ class BucketLines:
             self._begun = time.monotonic()
             self._thread = threading.Thread(target=self._put, args=(self._text,), daemon=True)
             self._thread.start()
-        self._thread.join(_WAIT_SECONDS)
+        if not self._failed:
+            self._thread.join(_WAIT_SECONDS)
 
     def close(self) -> None:
-        if self._thread is not None:
+        if self._thread is not None and not self._failed:
             self._thread.join()
-        self._put(self._text)
+        self.upload()
+        self._thread.join(_WAIT_SECONDS if self._failed else None)
 
     def _put(self, text: str) -> None:
         try:
             write_whole(self._path, text.encode())
+            self._failed = False
         except OSError as error:
+            self._failed = True
             _log.warning("not uploaded, trying again later: %s", error)
