@@ -53,8 +53,8 @@ class RunConfig(Checked):
     """Skipped steps in a row after which "skip" stops as well."""
     step_timeout: float | None = None
     """Seconds in which no step (nor held-out loss, nor checkpoint) is finished, after which the
-    process prints all stacks and ends, for a supervisor to start it again; compiling does not
-    count. 0: never; None: never on one host, 1800 on several."""
+    process prints all stacks and ends, for a supervisor to start it again; compiling a step does
+    not count. 0: never; None: never on one host, 1800 on several."""
     profile_steps: str = ""
     """"10:13" writes a trace of steps 10 to 12 for TensorBoard."""
     xla_flags: str = "none"

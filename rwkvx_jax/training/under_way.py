@@ -95,7 +95,7 @@ class StepWatch:
         self._sharding = batch_sharding(run.mesh, stage.global_batch)
         self._clock = time.perf_counter()
         self._compiling = 0.0  # seconds of the step that is open
-        self._compiled: set[str] = set()
+        self._compiled = False
         self._without_target = 0
         first = f"step {position.total(run.config) + 1}"
         self._dog = Watchdog(step_timeout(run.config.run), stage.name, first)
@@ -108,13 +108,13 @@ class StepWatch:
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """For the call of a step, which compiles the first time."""
-        if "step" in self._compiled:
+        if self._compiled:
             yield
             return
         begin = time.perf_counter()
         with self._dog.paused():
             yield
-        self._compiled.add("step")
+        self._compiled = True
         self._compiling = time.perf_counter() - begin
 
     @contextmanager
@@ -124,12 +124,7 @@ class StepWatch:
         then = self._dog.waiting_for
         self._dog.finished(f"the {what} before {then}")
         with self._run.clock.spending(what):
-            if what in self._compiled:
-                yield
-            else:
-                with self._dog.paused():
-                    yield
-        self._compiled.add(what)
+            yield
         self._dog.finished(then)
         self._clock = time.perf_counter()
 
