@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from benchmarks.faults import PASSKEY, SHORT, TRAIN, Fault, Faults
+from benchmarks.faults import PASSKEY, SHORT, Fault, Faults
+
+NEW = ["--config", "config.py", "--workdir", "new"]
 
 
 def bad_flags() -> Iterator[Fault]:
@@ -14,7 +16,7 @@ def bad_flags() -> Iterator[Fault]:
     plan = ["--config", "config.py", "--topology", "v5e:2x2"]
     lists = {
         ("run", "train"): [
-            [*TRAIN, *flags.split()] for flags in (
+            [*NEW, *flags.split()] for flags in (
                 "--stages.9.steps 3", "--optimizer.wd 1", "--nothing", "--stages.0.steps x",
                 "--stages.0.steps -5", "--stages.0.steps 0", f"--data.seed {2**70}",
                 "--model.num-blocks 999999999", "--model.vocab-size 9999999999999",
@@ -89,7 +91,7 @@ def bad_flags() -> Iterator[Fault]:
     for (bed, door), commands in lists.items():
         made = Faults("flags", bed, door, [])
         for argv in commands:
-            added = argv[len(TRAIN) :] if door == "train" else argv
+            added = argv[len(NEW) :] if door == "train" else argv
             words = added[-2:] if added[:1] in (passkey[:1], plan[:1], model[:1]) else added
             name = " ".join(words).encode("ascii", "backslashreplace").decode()
             made.add(f"{door} {name}", lambda folder, rng: None, argv)

@@ -46,7 +46,7 @@ WORKERS = 2
 GOOD = ("refused", "equal", "warned", "quiet")
 BAD = ("SILENT", "HANG", "TRACEBACK", "UNCLEAR")
 START_SECONDS = 120.0  # of a worker, and of a command on good inputs
-MESSAGE = re.compile(r"\berror: |Unrecognized|Value error|Required options|Missing subcommand")
+MESSAGE = re.compile(r"\berror: |For full helptext")  # ours and argparse's, tyro's
 WARNING = re.compile(r"warning|not finite|left out|ignor|dropped|damaged", re.I)
 DOORS = {
     "train": "train.py", "eval": "eval.py", "generate": "-m rwkvx_jax.generate",

@@ -71,7 +71,7 @@ class Fault:
     argv: tuple[str, ...]
     damage: Damage = lambda folder, rng: None
     result: tuple[str, ...] = ()
-    seconds: float = 30
+    seconds: float = 60
     largest_file: int | None = None
     stdout: str = ""
 
@@ -268,7 +268,7 @@ class Faults:
     door: str
     argv: list[str]
     result: tuple[str, ...] = ()
-    seconds: float = 30
+    seconds: float = 60
     all: list[Fault] = field(default_factory=list)
 
     def add(self, name: str, damage: Damage, argv: list[str] | None = None, **options) -> None:

@@ -21,6 +21,8 @@ from rwkvx_jax.data.sources import open_corpus
 from rwkvx_jax.data.token_cache import build
 from rwkvx_jax.tokenizer import TokenizerName, load_tokenizer
 
+_MOST_WORKERS = 1024
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -54,6 +56,8 @@ def tokenize(arguments: Arguments) -> None:
     if kind == "auto":
         kind = "jsonl" if arguments.source.lower().endswith(".jsonl") else "text"
     source = "" if arguments.source == "embedded" else arguments.source
+    if not 0 <= arguments.workers <= _MOST_WORKERS:
+        raise ConfigError(f"--workers is {arguments.workers}: use 0 to {_MOST_WORKERS}")
     workers = arguments.workers or os.cpu_count() or 1
     build(
         open_corpus(kind, source),
