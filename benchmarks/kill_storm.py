@@ -3,9 +3,11 @@
     python benchmarks/kill_storm.py
 
 A tiny model goes through three stages (a plain RWKV-7, the preheat of its new attention block, all
-of it on longer samples), 200 steps in all: once undisturbed, once with a SIGKILL at 20 random
-moments, each time started again by the same command. Final parameters and metrics.jsonl have to be
-the same to the last bit. Exits with status 1 if they are not.
+of it on longer samples with LongCE and two accumulated parts a batch), 200 steps in all, on a
+mixture of text, chats (jsonl), token files (binidx) and passkeys, with a checkpoint every three
+steps: once undisturbed, once with a SIGKILL at 20 random moments, each time started again by the
+same command. Final parameters and metrics.jsonl have to be the same to the last bit. Exits with
+status 1 if they are not.
 """
 
 import argparse
@@ -22,9 +24,20 @@ import jax
 import numpy as np
 
 from rwkvx_jax.checkpoint import flat, read_workdir
-from rwkvx_jax.config import Config, ModelConfig, RunConfig, Stage
+from rwkvx_jax.config import (
+    Config,
+    DataConfig,
+    LongCEConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    Stage,
+)
+from rwkvx_jax.data.binidx import write_index
 
-ROOT = Path(__file__).resolve().parents[1]
+CONFIG = Path(__file__).resolve()
+ROOT = CONFIG.parents[1]
+CHATS, TOKENS = "chats.jsonl", "tokens"  # in the directory in which train.py is started
 POLL_SECONDS = 0.01
 STEP_SECONDS = 0.1  # a few steps
 START_SECONDS = 15.0  # from the start of the process to its first steps, on a slow machine
@@ -43,14 +56,47 @@ def get_config() -> Config:
             top_k=2,
         ),
         run=RunConfig(
-            compute_dtype="float32", checkpoint_every=6, log_every=1, eval_every=20, eval_batches=1
+            compute_dtype="float32", checkpoint_every=3, log_every=1, eval_every=20, eval_batches=1
+        ),
+        data=DataConfig(
+            sources=(
+                SourceConfig("text"),
+                SourceConfig("jsonl", path=CHATS, samples="document"),
+                SourceConfig("binidx", path=TOKENS),
+                SourceConfig("passkey"),
+            )
         ),
         stages=(
-            Stage("rwkv7", 64, 8, 80, 1e-3, expanded=False, warmup_steps=10),
-            Stage("preheat", 64, 8, 40, 1e-3, trainable="attention"),
-            Stage("grow", 128, 4, 80, 1e-3, schedule="cosine"),
+            Stage("rwkv7", 128, 8, 80, 1e-3, expanded=False, warmup_steps=10),
+            Stage("preheat", 128, 8, 40, 1e-3, trainable="attention", accumulation=2),
+            Stage(
+                "grow",
+                192,
+                4,
+                80,
+                1e-3,
+                schedule="cosine",
+                accumulation=2,
+                loss="longce",
+                longce=LongCEConfig(window=32, stride=16),
+            ),
         ),
     )
+
+
+def write_data(directory: Path) -> None:
+    """The files of the sources CHATS and TOKENS."""
+    rng = np.random.default_rng(0)
+    word = lambda: "".join(rng.choice(list("aeioulnrst"), rng.integers(2, 7)))
+    turn = lambda role, words: {"role": role, "content": " ".join(word() for _ in range(words))}
+    chats = [{"messages": [turn("user", 3), turn("assistant", 6)]} for _ in range(300)]
+    lines = "".join(json.dumps(chat) + "\n" for chat in chats)
+    (directory / CHATS).write_text(lines)
+    documents = [rng.integers(1, 257, n).astype(np.uint16) for n in rng.integers(50, 300, 60)]
+    np.concatenate(documents).tofile(directory / f"{TOKENS}.bin")
+    sizes = np.asarray([len(document) for document in documents])
+    with (directory / f"{TOKENS}.idx").open("wb") as file:
+        write_index(file, sizes, np.dtype(np.uint16))
 
 
 def main(argv: list[str]) -> None:
@@ -61,9 +107,10 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        directory = flags.directory or Path(temporary)
+        directory = (flags.directory or Path(temporary)).absolute()
         undisturbed, stormy = directory / "undisturbed", directory / "stormy"
         directory.mkdir(parents=True, exist_ok=True)
+        write_data(directory)
         if train(undisturbed, directory).wait():
             raise SystemExit(f"the undisturbed run failed: see {directory / 'log.txt'}")
         print(f"undisturbed run of {get_config_steps()} steps is done", flush=True)
@@ -77,10 +124,10 @@ def get_config_steps() -> int:
 
 def train(workdir: Path, directory: Path) -> subprocess.Popen:
     """Starts, or continues, a run; compiled programs are shared, so that restarts are quick."""
-    command = [sys.executable, ROOT / "train.py", "--config", __file__, "--workdir", workdir]
+    command = [sys.executable, ROOT / "train.py", "--config", CONFIG, "--workdir", workdir]
     command += ["--run.compilation-cache", directory / "cache"]
     with (directory / "log.txt").open("a") as log:
-        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=directory)
 
 
 def storm(workdir: Path, directory: Path, kills: int, rng: random.Random) -> None:

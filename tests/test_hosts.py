@@ -17,9 +17,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rwkvx_jax import hosts
 from rwkvx_jax.checkpoint import flat, load_model, read_workdir
 from rwkvx_jax.config import ConfigError, MeshConfig
-from rwkvx_jax.hosts import check_joined, global_batch, host_rows, join_hosts, stop_signal
+from rwkvx_jax.hosts import (
+    check_joined,
+    first_does,
+    global_batch,
+    host_rows,
+    join_hosts,
+    stop_signal,
+)
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from tests.helpers import assert_close
 from tests.training_cases import same_bits
@@ -166,8 +174,12 @@ def test_a_killed_process_ends_the_others_and_the_job_continues(undisturbed, tmp
 def test_a_notice_to_one_process_stops_all_after_the_same_step(undisturbed, tmp_path):
     expected, _ = undisturbed
     job = Job(tmp_path, tmp_path / "run", 2)
-    job.wait_for_step(6)
-    job.processes[1].send_signal(signal.SIGTERM)
+    job.wait_for_step(4)
+    late = Job(tmp_path, tmp_path / "run", 2)  # in the same workdir: ends before it touches it
+    (code, _, error), (other_code, _, other_error) = late.end(120)
+    assert (code, other_code) == (1, 1)
+    assert "another training runs in" in error and "message of process 0 says" in other_error
+    job.processes[1].send_signal(signal.SIGINT)  # passed on as SIGTERM
     (code, _, error), (other_code, _, _) = job.end(120)
     assert (code, other_code) == (1, 1)
     assert "stopped by SIGTERM after step" in error
@@ -281,10 +293,42 @@ def test_global_batches_put_every_row_in_its_place():
         assert found[name].dtype == wanted.dtype or name == "tokens"
 
 
-def test_sigterm_of_a_single_process():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_of_a_single_process(number):
+    before = signal.getsignal(number)
     with stop_signal() as stopping:
         assert not stopping(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping(2)
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), number)
+        assert stopping(2) == number.name
+        for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # ends at once
+            assert signal.getsignal(other) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signal() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_only_the_first_process_does(monkeypatch):
+    done = []
+    first_does(lambda: done.append(1), "it can't be done")
+    assert done == [1]
+
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(ConfigError, match="it can't be done: disk full"):
+        first_does(fail, "it can't be done")
+    # As process 1 of 2, which hears from process 0 that it failed.
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda _: np.int32(1))
+    with pytest.raises(ConfigError, match="it can't be done: the message of process 0 says why"):
+        first_does(lambda: done.append(2), "it can't be done")
+    assert done == [1]
