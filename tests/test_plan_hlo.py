@@ -253,3 +253,21 @@ def test_collectives(kind):
 def test_notations_of_groups(text, expected):
     found = collectives.replica_groups(f"channel_id=1, {text}, use_global_device_ids=true", 4)
     np.testing.assert_array_equal(np.array(sorted(found.tolist())), expected)
+
+
+@pytest.mark.parametrize("more", ["", ',\n"note":"{x}\\n"'])
+def test_a_kernels_metadata_may_take_several_lines(more):
+    """A kernel of this project says there how many steps of its grid cores may share."""
+    text = f"""HloModule jit_f, entry_computation_layout={{()->f32[8,128]{{1,0}}}}
+
+ENTRY %main.1 () -> f32[8,128] {{
+  %start = f32[8,128]{{1,0}} constant({{...}})
+  ROOT %wkv7_forward.2 = f32[8,128]{{1,0}} custom-call(%start), \
+custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"parallel_steps":"6"{more}
+}}}}, metadata={{op_name="jit(f)/wkv7"}}, backend_config={{"custom_call_config":{{"body":"AA"}}}}
+}}
+"""
+    works, _ = read_work(hlo.parse(text), 1)
+    (kernel,) = [one for one in works if one.kernel]
+    assert (kernel.kernel, kernel.parallel_steps) == ("wkv7_forward", 6)

@@ -19,7 +19,8 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
-_METADATA = re.compile(r'\{\n("[^\n]*")\n\}')  # of a kernel, the one attribute of several lines
+# Of a Pallas kernel: the one attribute that takes several lines.
+_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}\}", re.DOTALL)
 _REFERENCE = re.compile(r"%([\w.\-]+)")
 _HOST_SPACE = 5  # pinned memory of the host, as layouts of TPU programs number it
 _STACK_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -186,7 +187,7 @@ def parse(text: str) -> Module:
     Raises:
       HloError: no entry computation, or a line that is not understood.
     """
-    lines = _METADATA.sub(r"{\1}", text).splitlines()
+    lines = _METADATA.sub(lambda found: found[0].replace("\n", " "), text).splitlines()
     if not lines or not lines[0].startswith("HloModule "):
         raise HloError("not HLO text: the first line does not begin with 'HloModule'")
     computations, entry, current = {}, None, None
