@@ -169,6 +169,14 @@ def at_steps(monkeypatch, act):
     monkeypatch.setattr(loop._Watch, "submit", spy)
 
 
+def wait_for_checkpoint(folder, step):
+    """What is under way when a bucket goes away, tensorstore tries to write for very long."""
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / str(step) / "commit_success.txt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_an_outage_and_a_crash_leave_no_trace(
     config, server, folder, tmp_path, monkeypatch, caplog
@@ -208,6 +216,7 @@ def test_an_outage_without_end_is_one_error(config, server, folder, monkeypatch)
         steps.append(step)
         time.sleep(1.0 if step > 5 else 0)
         if step == 5:
+            wait_for_checkpoint(folder, 3)
             server.stop()
 
     monkeypatch.setattr(saver, "_STALL", 0.2)
