@@ -225,7 +225,7 @@ def test_nothing_to_learn_is_no_loss_of_0(config, tmp_path, capfd):
     """Answers beyond the end of the samples: of all documents, and of most of them."""
     data = dataclasses.replace(config.data, sources=(masked_source(tmp_path, [50] * 40),))
     everywhere = dataclasses.replace(config, data=data, stages=STAGES[:1])
-    with pytest.raises(ConfigError, match="'rwkv7': none of the first 8 training samples has a t"):
+    with pytest.raises(ConfigError, match="'rwkv7': .*in 39 of 39 documents no token counts"):
         fit(everywhere, tmp_path / "nowhere")
     source = masked_source(tmp_path, [2] + [50] * 7)
     data = dataclasses.replace(config.data, sources=(source,), held_out=0.0)
