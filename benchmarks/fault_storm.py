@@ -45,6 +45,7 @@ from benchmarks.faults import ROOT, Fault, make_beds
 WORKERS = 2
 GOOD = ("refused", "equal", "warned", "quiet")
 BAD = ("SILENT", "HANG", "TRACEBACK", "UNCLEAR")
+WORKER_BYTES = 4 << 30  # a fault that asks for more is refused its memory, not the machine
 START_SECONDS = 120.0  # of a worker, and of a command on good inputs
 MESSAGE = re.compile(r"\berror: |For full helptext")  # ours and argparse's, tyro's
 WARNING = re.compile(r"warning|not finite|left out|ignor|dropped|damaged", re.I)
@@ -191,6 +192,7 @@ def work(beds: Path, seed: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(beds / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (WORKER_BYTES, WORKER_BYTES))
     faults, answers = all_faults(beds), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
