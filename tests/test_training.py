@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,13 @@ import pytest
 from etils import epath
 
 from rwkvx_jax.checkpoint import read_workdir
-from rwkvx_jax.checkpoint_store import Checkpoints, NotWritten
+from rwkvx_jax.checkpoint_store import (
+    SET_ASIDE,
+    CheckpointFailed,
+    Checkpoints,
+    DamagedCheckpoint,
+    NotWritten,
+)
 from rwkvx_jax.config import ConfigError, RunConfig, SourceConfig
 from rwkvx_jax.storage import exclusive, work_path
 from rwkvx_jax.training import loop
@@ -144,6 +151,24 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config, undisturbed, tmp_pat
         with pytest.raises(TrainingStopped, match="(?s)No space left.*is of step 4.*same command"):
             fit(with_run(config, storage_patience=0.0), tmp_path)
     assert same_bits(fit(config, tmp_path), undisturbed[0])
+
+
+def test_a_damaged_checkpoint_changes_nothing_until_a_step_is_named(config, undisturbed, tmp_path):
+    params, metrics, workdir = undisturbed
+    shutil.copytree(workdir, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / str(STEPS)
+    shutil.rmtree(newest / "optimizer")
+    (tmp_path / "run" / "config.json").write_text("as it was")
+    with pytest.raises(DamagedCheckpoint, match=f"(?s)checkpoint {STEPS} .*--resume-step 9 "):
+        fit(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == "as it was"
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics and newest.exists()
+    with pytest.raises(ConfigError, match="no checkpoint of step 10; it has those of"):
+        fit(config, tmp_path / "run", resume_step=10)
+    assert same_bits(fit(config, tmp_path / "run", resume_step=9), params)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+    assert [p.name for p in (tmp_path / "run" / SET_ASIDE).iterdir()] == [str(STEPS)]
+    assert read_workdir(tmp_path / "run")[2] == STEPS
 
 
 def with_run(config, **changes):
