@@ -49,8 +49,8 @@ def summarize(tree: Any) -> dict[str, Summary]:
       tree: of jax or NumPy arrays with elements of 1, 2 or 4 bytes, spread over devices in any way.
         All hosts that share them have to call this together.
     """
-    # One after the other: of several processes on CPUs, each of many such programs that are under
-    # way at once can wait for another one of the other process.
+    # One after the other: where several processes have many of them under way on CPUs, one process
+    # can wait for ever (seen with two, at the first checkpoint).
     sums = [(name, jax.device_get(_sums(leaf))) for name, leaf in flat(tree)]
     return {
         name: Summary(f"{int(first):08x}{int(second):08x}", int(bad))

@@ -18,7 +18,6 @@ from etils import epath
 from rwkvx_jax.checkpoint import read_workdir
 from rwkvx_jax.checkpoint_store import (
     SET_ASIDE,
-    CheckpointFailed,
     Checkpoints,
     DamagedCheckpoint,
     NotWritten,

@@ -183,8 +183,6 @@ class MetricsWriter:
         if self._active:
             self._metrics.upload()
             self._timing.upload()
-        if self._board is not None:
-            self._board.flush()
 
     def close(self) -> None:
         if self._active:
