@@ -64,7 +64,7 @@ def diagnose(options: Options, config: Config, console: Console) -> Findings:
     findings.check("collectives", machine.collectives)
     with tempfile.TemporaryDirectory() as folder:
         workdir = work_path(options.workdir or folder)
-        findings.check("checkpoint", lambda: machine.checkpoint(workdir))
+        findings.check("checkpoint", lambda: machine.checkpoint(config, workdir))
         if options.steps:
             findings.check("training", lambda: machine.training(config, workdir, options.steps))
     return findings

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import block_sparse_tpu, wkv7_tpu
 from rwkvx_jax.cache import selector_of
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.doctor.estimates import static_estimate
 from rwkvx_jax.doctor.findings import Failed, Values
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.dispatch import current_platform
@@ -75,21 +76,21 @@ def _check_wkv7(case: Case) -> tuple[str, Values]:
         kernel = functools.partial(wkv7_tpu.wkv7, interpret=pltpu.InterpretParams())
     oracle = functools.partial(wkv7, implementation="sequential")
     make = functools.partial(_wkv7_inputs, case)
-    return _compare(case, kernel, oracle, make)
+    return _compare("wkv7", case, kernel, oracle, make)
 
 
 def _check_full(case: Case) -> tuple[str, Values]:
     oracle = functools.partial(full_attention, implementation="dense")
     make = functools.partial(_qkv, case)
-    return _compare(case, full_attention, oracle, make)
+    return _compare("full_attention", case, full_attention, oracle, make)
 
 
 def _check_sparse(case: Case) -> tuple[str, Values]:
     model = case.model
     chunking = {"chunk_size": model.chunk_size, "top_k": model.top_k}
 
-    def make(length: int, seed: int):
-        q, k, v = _qkv(case, length, seed)
+    def make(length: int, seed: int, heads: int | None = _ORACLE_HEADS):
+        q, k, v = _qkv(case, length, seed, heads)
         # Chosen once: kernel and oracle must read the same chunks.
         return q, k, v, select_chunks(q, k, **chunking, selector=selector_of(model))
 
@@ -116,7 +117,7 @@ def _check_sparse(case: Case) -> tuple[str, Values]:
                 interpret=pltpu.InterpretParams(),
             )
 
-    return _compare(case, kernel, run("dense"), make)
+    return _compare("sparse_attention", case, kernel, run("dense"), make)
 
 
 def _check_selection(case: Case) -> tuple[str, Values]:
@@ -137,12 +138,14 @@ def _check_selection(case: Case) -> tuple[str, Values]:
     text = f"{share:.4%} of queries differ from the reference (near ties)"
     if case.timed:
         select = jax.jit(functools.partial(select_chunks, **chunking, selector=selector))
-        values["seconds"] = _median_seconds(select, *_qkv(case, case.timed, 1)[:2])
-        text += f"; {values['seconds'] * 1e3:.2f} ms at {case.timed:,} tokens"
+        inputs = _qkv(case, case.timed, 1, model.num_heads)[:2]
+        text += _timing("select_chunks", case, select, inputs, values)
     return text, values
 
 
-def _compare(case: Case, kernel: Callable, oracle: Callable, make: Callable) -> tuple[str, Values]:
+def _compare(
+    op: str, case: Case, kernel: Callable, oracle: Callable, make: Callable
+) -> tuple[str, Values]:
     """Outputs and gradients of `kernel` against `oracle` in float32 on the same inputs."""
     inputs = make(case.length, 0)
     exact = [x.astype(jnp.float32) if _is_float(x) else x for x in inputs]
@@ -166,10 +169,19 @@ def _compare(case: Case, kernel: Callable, oracle: Callable, make: Callable) -> 
     values: Values = {"errors": errors, "tolerances": limits}
     text = f"value {errors['value']:.1e}, gradients {errors['gradient']:.1e} of the oracle"
     if case.timed:
-        large = make(case.timed, 1)
-        values["seconds"] = _median_seconds(jax.jit(kernel), *large)
-        text += f"; forward {values['seconds'] * 1e3:.2f} ms at {case.timed:,} tokens"
+        text += _timing(op, case, jax.jit(kernel), make(case.timed, 1, heads=None), values)
     return text, values
+
+
+def _timing(op: str, case: Case, function: Callable, inputs, values: Values) -> str:
+    """Puts the time of a call, and what the compiler's schedules say of it, into `values`."""
+    values["seconds"] = _median_seconds(function, *inputs)
+    text = f"; forward {values['seconds'] * 1e3:.2f} ms at {case.timed:,} tokens"
+    estimate = static_estimate(op, case.model, case.timed) if case.dtype == "bfloat16" else None
+    if estimate is None:
+        return text
+    values["static_estimate_seconds"] = estimate
+    return f"{text} (static estimate {estimate * 1e3:.2f} ms)"
 
 
 def _value_and_gradients(function, inputs, weights):
@@ -208,16 +220,18 @@ def _is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _qkv(case: Case, length: int, seed: int) -> tuple[jax.Array, ...]:
+def _qkv(case: Case, length: int, seed: int, heads: int | None = _ORACLE_HEADS):
+    """q, k, v of at most so many heads; None: of all."""
     rng = np.random.default_rng(seed)
-    shape = (1, length, min(case.model.num_heads, _ORACLE_HEADS), case.model.head_size)
+    heads = min(case.model.num_heads, heads or case.model.num_heads)
+    shape = (1, length, heads, case.model.head_size)
     return tuple(jnp.asarray(rng.standard_normal(shape), case.dtype) for _ in range(3))
 
 
-def _wkv7_inputs(case: Case, length: int, seed: int) -> tuple[jax.Array, ...]:
-    """r, log_w, k, v, a, b and a state, as a model makes them."""
+def _wkv7_inputs(case: Case, length: int, seed: int, heads: int | None = None):
+    """r, log_w, k, v, a, b and a state of all heads, as a model makes them."""
     rng = np.random.default_rng(seed)
-    heads, size = case.model.num_heads, case.model.head_size
+    heads, size = heads or case.model.num_heads, case.model.head_size
     r, k, v, key, rate, decay = rng.standard_normal((6, 1, length, heads, size))
     key /= np.linalg.norm(key, axis=-1, keepdims=True)
     rate, decay = 1 / (1 + np.exp(-rate)), -np.exp(-0.5) / (1 + np.exp(-decay))

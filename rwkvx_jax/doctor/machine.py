@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from rwkvx_jax.checkpoint import Checkpoints
+from rwkvx_jax.checkpoint import progress_record
+from rwkvx_jax.checkpoint_store import Checkpoints
 from rwkvx_jax.config import Config
 from rwkvx_jax.doctor.findings import Failed, Values
 from rwkvx_jax.training.loop import fit
@@ -97,7 +98,7 @@ def collectives() -> tuple[str, Values]:
     return f"exact; GB/s a device: {rates}", values
 
 
-def checkpoint(workdir: Path) -> tuple[str, Values]:
+def checkpoint(config: Config, workdir: Path) -> tuple[str, Values]:
     """Writes arrays that are spread over all devices to `workdir` and reads them back."""
     mesh = Mesh(np.asarray(jax.devices()), ("all",))
     sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("all"))
@@ -106,7 +107,7 @@ def checkpoint(workdir: Path) -> tuple[str, Values]:
     with _scratch(workdir) as folder:
         begin = time.perf_counter()
         with Checkpoints(folder, keep=1) as store:
-            store.save(1, tree, {"x": jnp.zeros(())}, {})
+            store.save(1, tree, {"x": jnp.zeros(())}, progress_record(config, 0, 1, {}))
             store.wait()
             saved = time.perf_counter() - begin
             target = jax.tree.map(
