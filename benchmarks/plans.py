@@ -23,9 +23,17 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "3b6-v5p128": ("rwkvx_3b6_stage2_v5p128", "v5p:4x4x8", ()),
     "3b6-v5e256": ("rwkvx_3b6_stage2_v5e256", "v5e:16x16", ()),
     "3b6-v6e64": ("rwkvx_3b6_stage2_v6e64", "v6e:8x8", ()),
-    "128k-v5p": ("rwkvx_3b6_stage2_v5p128", "v5p:4x4x8", ("--stages.0.seq-len", "131072")),
+    "128k-v5p": (
+        "rwkvx_3b6_stage2_v5p128",
+        "v5p:4x4x8",
+        ("--stages.0.seq-len", "131072", "--run.remat", "block"),
+    ),
     "128k-v5e": ("rwkvx_3b6_stage2_v5e256", "v5e:16x16", ("--stages.0.seq-len", "131072")),
-    "1m-v5p": ("rwkvx_3b6_stage2_v5p128", "v5p:4x4x8", ("--stages.0.seq-len", "1048576")),
+    "1m-v5p": (
+        "rwkvx_3b6_stage2_v5p128",
+        "v5p:4x4x8",
+        ("--stages.0.seq-len", "1048576", "--run.remat", "block"),
+    ),
     "1m-v5p-16": (
         "rwkvx_3b6_stage2_v5p128",
         "v5p:4x4x8",
@@ -38,6 +46,8 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "8",
             "--mesh.context",
             "16",
+            "--run.remat",
+            "block",
         ),
     ),
     "3b6s1-v5e256": ("rwkvx_3b6_stage1_v5e256", "v5e:16x16", ()),

@@ -5,7 +5,7 @@
 
 The recipe is that of rwkvx_3b6_stage2.py but for the length: 65,536 tokens instead of 64,000, so
 that each chip has whole chunks of 2048 tokens; accordingly fewer steps. For 128K- or 1M-token
-samples set `--stages.0.seq-len` besides (docs/plan.md says what fits).
+samples set `--stages.0.seq-len` and `--run.remat block` besides (docs/plan.md says what fits).
 """
 
 import dataclasses
@@ -21,6 +21,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         mesh=MeshConfig(data=1, fsdp=16, context=8, platform="tpu"),
-        run=dataclasses.replace(base.run, loss_block=524288),
+        run=dataclasses.replace(base.run, loss_block=524288, remat="save_projections"),
         stages=(dataclasses.replace(stage, seq_len=65_536, steps=977),),
     )
