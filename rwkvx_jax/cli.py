@@ -160,6 +160,8 @@ def _os_message(error: OSError, place: str | None) -> str | None:
     names = [name for name in (error.filename, error.filename2) if name is not None]
     place = " -> ".join(os.fsdecode(name) for name in names if not isinstance(name, int)) or place
     remedy = _REMEDIES.get(error.errno)
+    if error.errno is None and error.args:  # of a bucket, or raised by hand: the text says it all
+        return str(error)
     if place is None:
         return remedy
     return f"{place}: {remedy or error.strerror or error}"

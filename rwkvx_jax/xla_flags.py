@@ -69,7 +69,10 @@ jax.config.update("jax_platforms", "cpu")
 from jax.experimental import topologies
 topologies.get_topology_desc("v5e:2x2", "tpu")
 """
-_CHILD_ENVIRONMENT = {
+# libtpu asks the machine it runs on who it is; on a machine without TPUs these answers stop it
+# from querying a metadata server. The accelerator type does not limit the topologies on offer.
+# Its lock file keeps two programs off one TPU; compilers running side by side share nothing.
+LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -97,7 +100,7 @@ def apply_xla_flags(
         is.
 
     Returns:
-      The flags that were added; none where there is no TPU.
+      The flags that were added; "auto" adds none where there is no TPU that it knows.
 
     Raises:
       ConfigError: `flags` is not of that form, or names one that the installed libtpu refuses.
@@ -109,7 +112,7 @@ def apply_xla_flags(
             f'run.xla_flags has {bad}: write "auto", "none" or flags such as "--name=value"'
         )
     generation = generation or attached_generation(environment)
-    if generation is None:
+    if generation is None and flags == "auto":
         return ()
     given = environment.get(VARIABLE, "")
     wanted = FLAGS.get(generation, ()) if flags == "auto" else tuple(flags.split())
@@ -136,14 +139,20 @@ def refused_flags(flags: Sequence[str]) -> tuple[str, ...]:
     """
     refused: list[str] = []
     while tried := [flag for flag in flags if flag not in refused]:
-        environment = {**os.environ, **_CHILD_ENVIRONMENT, VARIABLE: " ".join(tried)}
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_TIME_LIMIT,
-        )
+        environment = {**os.environ, **LIBTPU_ENVIRONMENT, VARIABLE: " ".join(tried)}
+        try:
+            child = subprocess.run(
+                [sys.executable, "-c", _CHILD],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=_TIME_LIMIT,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(
+                f"run.xla_flags: libtpu was not loaded within {_TIME_LIMIT} s to check flags; "
+                '"none" checks nothing'
+            ) from error
         if child.returncode == 0:
             break
         names = {*_UNKNOWN.findall(child.stderr), *_ILLEGAL.findall(child.stderr)}

@@ -150,11 +150,13 @@ def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
     """A checkpoint of a training run (None: the newest); None if the directory is not that of
     one."""
     # The command line stands above the rooms; imported here, as it brings in the whole model.
-    from rwkvx_jax.checkpoint import CHECKPOINTS, flat, read_workdir
+    from rwkvx_jax.checkpoint import flat, locate, read_workdir
 
-    if not (directory / CHECKPOINTS).is_dir():
+    _, found = locate(directory)
+    if found is None:
         return None
-    config, stage, step, params = read_workdir(directory, step)
+    workdir, named = found
+    config, stage, step, params = read_workdir(workdir, named if step is None else step)
     params = as_lazy(dict(flat(params)))
     trained = Trained(step, config.trained_length(step))
     tokenizer = config.data.tokenizer

@@ -23,7 +23,7 @@ from rwkvx_jax.evals.common import check_output, open_console
 from rwkvx_jax.evals.niah import TITLES
 from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
 from rwkvx_jax.generate.terminal import one_line
-from rwkvx_jax.storage import WorkPath, files_below, write_whole
+from rwkvx_jax.storage import WorkPath, files_below, in_bucket, write_whole
 
 Record = dict[str, Any]
 
@@ -157,10 +157,14 @@ def _section(runs: list[Run]) -> Section:
     )
 
 
+def _is_link(path: Path) -> bool:
+    return not in_bucket(path) and path.is_symlink()
+
+
 def _is_figure(path: Path) -> bool:
     """Whether a page may show a file: a PNG that lies there itself. A link could show any file of
     this machine to whoever reads the page."""
-    if path.is_symlink() or not path.is_file():
+    if _is_link(path) or not path.is_file():
         return False
     with path.open("rb") as file:
         return file.read(len(_PNG)) == _PNG
@@ -395,7 +399,7 @@ def run(options: ReportOptions) -> None:
     console = open_console()
     runs = find_runs(options.inputs)
     for figure in (run.path.with_suffix(".png") for run in runs):
-        if (figure.is_symlink() or figure.exists()) and not _is_figure(figure):
+        if (_is_link(figure) or figure.exists()) and not _is_figure(figure):
             console.print(f"{figure} is left out: it is a link, or no PNG", soft_wrap=True)
     parts = sections(runs)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,6 @@ def check_memory(model: RWKVX, batch: int, max_length: int, policy: CachePolicy 
         texts = "1 text" if batch == 1 else f"{batch:,} texts"
         raise ConfigError(
             f"a cache of {max_length:,} tokens for {texts} needs {needed / 1e9:,.1f} GB, and "
-            f"{free / 1e9:,.1f} GB are free: lower max_length (--max-tokens, --max-length), or "
-            "bound the cache with a CachePolicy (--cache-policy)"
+            f"{free / 1e9:,.1f} GB are free: ask for shorter texts or fewer at "
+            "once, or bound the cache with a policy"
         )

@@ -12,6 +12,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -128,6 +129,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _sweep(flags: argparse.Namespace, config: Config) -> int:
     """Compiles variants of one stage's train step and prints them as a table."""
+    if "://" in flags.sweep:
+        raise ConfigError(f"--sweep {flags.sweep}: name a file on a disk")
+    if flags.json:
+        raise ConfigError("--json goes with a plan; the file that --sweep names holds its records")
     chosen = [stage for stage in config.stages if flags.stage in (None, [stage.name])]
     if len(chosen) != 1:
         names = [stage.name for stage in config.stages]
@@ -153,7 +158,7 @@ def _sweep(flags: argparse.Namespace, config: Config) -> int:
             if not console.is_terminal:
                 console.print(f"{done} of {len(candidates)} done; {what}", soft_wrap=True)
 
-        rows = sweep.sweep(config, stage, place, candidates, work_path(flags.sweep), say=say)
+        rows = sweep.sweep(config, stage, place, candidates, Path(flags.sweep), say=say)
     print(f"stage {stage.name} of {flags.config} on {flags.topology}: estimates; nothing ran.\n")
     print(sweep.table(rows, stage.global_batch))
     best = sweep.fastest(rows)

@@ -84,11 +84,6 @@ class Array:
         return self.space == _HOST_SPACE
 
     @property
-    def on_chip(self) -> bool:
-        """Whether the array lies in a memory of the chip itself (VMEM, SMEM)."""
-        return self.space not in (0, _HOST_SPACE)
-
-    @property
     def hbm_bytes(self) -> int:
         """`bytes` of an array in the device's main memory, 0 of one elsewhere."""
         return self.bytes if self.space == 0 else 0

@@ -207,7 +207,9 @@ def _key(config: Config, stage: Stage, place: Place) -> str:
         for file in sorted((_ROOT / package).rglob("*")):
             if file.suffix in (".py", ".json"):
                 source.update(file.read_bytes())
+    surroundings = {name: os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")}
     parts = {
+        "environment": surroundings,
         "config": dataclasses.asdict(config),
         "stage": stage.name,
         "place": dataclasses.asdict(place),
@@ -226,7 +228,8 @@ def _read(path: Path) -> dict[str, dict]:
             break
         try:
             row = json.loads(line)
-            rows[row["key"]] = row
+            if not row.get("died"):  # what ended a compiler may not end it again
+                rows[row["key"]] = row
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"{path}, line {number} is no row of a sweep: delete the line, or give another file"
@@ -252,7 +255,7 @@ def _compile_apart(config: Config, stage: Stage, place: Place) -> dict:
         try:
             return {"record": pool.submit(_compile, config, stage, place).result()}
         except BrokenProcessPool:
-            return {"error": "the compiler's process died"}
+            return {"error": "the compiler's process died", "died": True}
         except Exception as error:  # whatever a compiler or tracing raises: it ends this row only
             return {"error": f"{type(error).__name__}: {error}"[:500]}
 

@@ -18,21 +18,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.xla_flags import LIBTPU_ENVIRONMENT
 
 _GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _NAME = re.compile(r"^(?P<generation>[a-z0-9]+):(?P<shape>\d+(x\d+)*)$")
 _MOST_CHIPS = 2**16  # descriptions of more take minutes to make, and nobody has them
-
-# libtpu asks the machine it runs on who it is; on a machine without TPUs these answers stop it
-# from querying a metadata server. The accelerator type does not limit the topologies on offer.
-# Its lock file keeps two programs off one TPU; compilers running side by side share nothing.
-_LIBTPU_ENVIRONMENT: Mapping[str, str] = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 
 # XLA's public description of the device, and the platform it belongs to.
 _GPUS: Mapping[str, str] = {
@@ -108,7 +98,7 @@ def topology_devices(name: str, slices: int = 1) -> list:
         raise ConfigError(
             f"compiling for {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU needed)"
         )
-    for key, value in _LIBTPU_ENVIRONMENT.items():
+    for key, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
         several = {"num_slices": slices} if slices > 1 else {}
