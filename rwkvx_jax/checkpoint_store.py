@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from rwkvx_jax.config import ConfigError
+from rwkvx_jax.config import ConfigError, UserError
 from rwkvx_jax.digest import (
     changed,
     not_finite,
@@ -36,7 +36,7 @@ from rwkvx_jax.digest import (
     unseal,
 )
 from rwkvx_jax.hosts import first_does
-from rwkvx_jax.storage import in_bucket, one_line
+from rwkvx_jax.storage import bucket_errors, in_bucket, one_line
 
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "checkpoints-set-aside"
@@ -47,7 +47,7 @@ _SETTLE_SECONDS = 0.5  # in which reads and writes that have failed end
 _log = logging.getLogger(__name__)
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(UserError, RuntimeError):
     """A checkpoint could not be written (full disk, permissions); earlier ones are untouched."""
 
 
@@ -91,10 +91,15 @@ class Checkpoints:
         self._failed = False  # a write: the manager may be in any state
         self._held = contextlib.ExitStack()
         self._held.enter_context(_only_our_messages())
-        self._manager = self._open()
+        try:
+            self._manager = self._open()
+        except BaseException:
+            self._held.close()
+            raise
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self._directory, options=self._options, item_names=_ITEMS)
+        with bucket_errors(self._directory):
+            return ocp.CheckpointManager(self._directory, options=self._options, item_names=_ITEMS)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -116,7 +121,12 @@ class Checkpoints:
         time.sleep(_SETTLE_SECONDS)
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             gc.collect()
-        if isinstance(self._directory, Path) and jax.process_index() == 0:
+        # Where others write, half checkpoints are theirs.
+        if (
+            not self._options.read_only
+            and not in_bucket(self._directory)
+            and jax.process_index() == 0
+        ):
             for half in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
 

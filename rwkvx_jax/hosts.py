@@ -158,6 +158,8 @@ def first_does(act: Callable[[], Any], failure: str) -> None:
             problem = error
         except OSError as error:
             problem = ConfigError(f"{failure}: {error}")
+        except Exception as error:  # the others wait for the outcome, whatever it is
+            problem = error
     failed = problem is not None
     if jax.process_count() > 1:
         failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))

@@ -9,6 +9,7 @@ bucket (gs://) has none: there the caller sees to it that one job writes. A path
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -26,6 +27,8 @@ from etils import epath
 from rwkvx_jax.config import ConfigError
 
 _log = logging.getLogger(__name__)
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems
 _COPIED_AT_ONCE = 16 << 20  # bytes
 
 
@@ -128,7 +131,7 @@ def exclusive(lock: Path, *, busy: str | None = None) -> Iterator[None]:
 
     Raises:
       ConfigError: `busy`.
-      OSError: the file can't be created.
+      OSError: the file can't be created or opened.
     """
     if in_bucket(lock):
         yield
@@ -139,8 +142,8 @@ def exclusive(lock: Path, *, busy: str | None = None) -> Iterator[None]:
     except filelock.Timeout as error:
         raise ConfigError(busy) from error
     except (NotImplementedError, OSError) as error:
-        if not lock.exists():  # it could not even be created
-            raise
+        if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
+            raise  # it can't be opened: that tells nothing of who holds it
         _warn_without_lock(lock, str(error))
     try:
         yield

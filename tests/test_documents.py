@@ -24,6 +24,7 @@ from rwkvx_jax import ModelConfig, RunConfig, cli, config, create_model
 from rwkvx_jax.convert.__main__ import Options as ConvertOptions
 from rwkvx_jax.convert.pth import write_pth
 from rwkvx_jax.data.__main__ import Arguments as DataOptions
+from rwkvx_jax.doctor.__main__ import Options as DoctorOptions
 from rwkvx_jax.evals.convert_tasks import Options as TaskOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
 from rwkvx_jax.plan.__main__ import make_parser as plan_parser
@@ -45,6 +46,7 @@ COMMAND = re.compile(
 DATACLASSES = {
     "-m rwkvx_jax.convert": ConvertOptions,
     "-m rwkvx_jax.data": DataOptions,
+    "-m rwkvx_jax.doctor": DoctorOptions,
     "-m rwkvx_jax.evals": TaskOptions,
     "-m rwkvx_jax.generate": GenerateOptions,
 }
@@ -128,6 +130,8 @@ def parse(door: str, argv: list[str], monkeypatch) -> None:
         cli.parse(DATACLASSES[door], argv, door)
     elif door == "eval.py":
         evaluate.parse(argv)
+    elif door == "-m pytest":  # it would run them; that the files exist is checked below
+        assert argv, "names no tests"
     else:
         parse_script(door, argv, monkeypatch)
 

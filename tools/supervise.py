@@ -43,10 +43,13 @@ class Patience:
 
 
 def newest_step(workdir: str) -> int:
-    """Step of the newest checkpoint of a work directory, local or in a bucket; -1: none yet."""
+    """Step of the newest whole checkpoint of a work directory, local or in a bucket; -1: none."""
     folder = epath.Path(workdir) / "checkpoints"
-    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    return max((int(name) for name in names if name.isdecimal()), default=-1)
+    entries = list(folder.iterdir()) if folder.exists() else []
+    steps = [entry for entry in entries if entry.name.isdecimal()]
+    if "://" in workdir:  # nothing is renamed there: Orbax puts this file in at the end
+        steps = [entry for entry in steps if (entry / "commit_success.txt").exists()]
+    return max((int(entry.name) for entry in steps), default=-1)
 
 
 class Supervisor:
@@ -59,12 +62,12 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns 0 when the command succeeded, else the status of its last run."""
-        failed, best = 0, newest_step(self._workdir)
+        failed, best = 0, self._newest(-1)
         while True:
             status = self._once()
             if status == 0 or self._told:
                 return status
-            step = newest_step(self._workdir)
+            step = self._newest(best)
             failed, best = (0, step) if step > best else (failed + 1, best)
             _say(f"the command ended with status {status}; newest checkpoint: step {step}")
             if failed >= self._patience.failures:
@@ -75,6 +78,13 @@ class Supervisor:
             self._wait(pause)
             if self._told:
                 return status
+
+    def _newest(self, otherwise: int) -> int:
+        try:
+            return newest_step(self._workdir)
+        except Exception as error:  # a storage that does not answer, of whatever library
+            _say(f"{self._workdir} can't be read ({error})")
+            return otherwise
 
     def stop(self, *_) -> None:
         """Passes the wish to stop on; the command saves and ends, and is not started again."""

@@ -241,6 +241,11 @@ def _verify(prefix: Path, data: DataConfig, workdir: Path, writer: bool) -> None
         record = None if "://" in folder else Path(folder) / f"{prefix.name}-{place}.hash"
         remedy = f"restore it, or remove {record} if the change is meant"
     full = data.verify == "full" and writer
+    if full and record is None:
+        raise ConfigError(
+            f'data.verify="full" has nothing to compare {prefix}.bin with: set data.cache_dir to a '
+            "folder on a disk, where its hashes are kept"
+        )
     check_hashes(prefix, record, full=full, write=writer, remedy=remedy)
 
 

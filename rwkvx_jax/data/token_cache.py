@@ -268,7 +268,7 @@ def _wait(prefix: Path, stalled: float) -> None:
     index = binidx_file(prefix, "idx")
     folder, seen, since = index.with_suffix(".parts"), None, time.monotonic()
     while not _is_complete(index):
-        state = _state(folder)
+        state = _state(folder, index)
         if state != seen:
             seen, since = state, time.monotonic()
         if time.monotonic() - since > stalled:
@@ -279,11 +279,13 @@ def _wait(prefix: Path, stalled: float) -> None:
         time.sleep(_POLL)
 
 
-def _state(folder: Path) -> list[tuple[str, int]]:
-    """Names and sizes of the files that are being written."""
+def _state(folder: Path, index: Path) -> list[tuple[str, int]]:
+    """Names and sizes of the files that are being written: of the parts, and where they join."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                found.append((entry.name, entry.stat().st_size))
+    for directory, beginning in ((folder, ""), (index.parent, f"{index.stem}.")):
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(directory):
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.name.startswith(beginning):
+                        found.append((entry.name, entry.stat().st_size))
     return sorted(found)

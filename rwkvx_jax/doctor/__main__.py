@@ -12,11 +12,18 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from rwkvx_jax.cli import command_line, load_config, parse, settle_platform
+from rwkvx_jax.cli import (
+    accelerator_attached,
+    command_line,
+    load_config,
+    parse,
+    settle_platform,
+)
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.doctor import machine
 from rwkvx_jax.doctor.findings import Findings
 from rwkvx_jax.doctor.kernels import Case, kernel_checks
+from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.storage import WorkPath, work_path, write_whole
 
 _TIMED = {"cpu": 1024}  # tokens of a timed call; accelerators are fast enough for more
@@ -97,9 +104,13 @@ def main(argv: list[str]) -> int:
     settle_platform()
     with command_line(prog, argv):
         options = parse(Options, argv, prog)
+        join_hosts(None, None, None, detect=accelerator_attached())
         config = load_config(Path(options.config)) if options.config else _tiny()
-        findings = diagnose(options, config, Console())
-        if options.json is not None:
+        if jax.process_count() > 1 and not options.workdir:
+            raise ConfigError("on several hosts --workdir has to name a place that all of them see")
+        first = jax.process_index() == 0
+        findings = diagnose(options, config, Console(quiet=not first))
+        if options.json is not None and first:
             text = json.dumps(findings.report(), indent=1, allow_nan=False) + "\n"
             write_whole(options.json, text.encode())
         if not findings.failed:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from rwkvx_jax.checkpoint import progress_record
 from rwkvx_jax.checkpoint_store import Checkpoints
 from rwkvx_jax.config import Config
 from rwkvx_jax.doctor.findings import Failed, Values
+from rwkvx_jax.storage import in_bucket
 from rwkvx_jax.training.loop import fit
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -127,8 +130,10 @@ def training(config: Config, workdir: Path, steps: int) -> tuple[str, Values]:
     run = dataclasses.replace(
         config.run, eval_batches=0, probe_trials=0, log_every=1, profile_steps=""
     )
-    short = dataclasses.replace(config, stages=(stage,), run=run)
-    with _scratch(workdir) as folder:
+    with _scratch(workdir) as folder, tempfile.TemporaryDirectory() as cache:
+        # Tokenized text is read from a disk, wherever the work directory is.
+        data = dataclasses.replace(config.data, cache_dir=config.data.cache_dir or cache)
+        short = dataclasses.replace(config, stages=(stage,), run=run, data=data)
         fit(short, folder)
         losses = [record["loss"] for record in _lines(folder / "metrics.jsonl")]
         timing = _lines(folder / "timing.jsonl")
@@ -148,14 +153,21 @@ class _scratch:
     """A folder of its own below a work directory, removed at the end."""
 
     def __init__(self, workdir: Path):
-        self._folder = workdir / f"doctor-{uuid.uuid4().hex[:8]}"
+        number = np.uint32(uuid.uuid4().int % 2**32)
+        if jax.process_count() > 1:
+            number = multihost_utils.broadcast_one_to_all(number)
+        self._folder = workdir / f"doctor-{int(number):08x}"
 
     def __enter__(self) -> Path:
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
     def __exit__(self, *_) -> None:
-        if isinstance(self._folder, Path):
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("doctor")  # all have read what they need
+        if jax.process_index() > 0:
+            return
+        if not in_bucket(self._folder):
             shutil.rmtree(self._folder, ignore_errors=True)
         else:
             self._folder.rmtree(missing_ok=True)

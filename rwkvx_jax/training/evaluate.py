@@ -8,7 +8,7 @@ from contextlib import closing
 from jax.sharding import Mesh
 
 from rwkvx_jax.config import Config, ConfigError, Stage
-from rwkvx_jax.data.pipeline import OpenData, Split, batches
+from rwkvx_jax.data.pipeline import OpenData, batches
 from rwkvx_jax.hosts import global_batch, host_rows
 from rwkvx_jax.model import Params
 from rwkvx_jax.sharding import batch_sharding
@@ -17,27 +17,26 @@ from rwkvx_jax.training.step import StageProgram
 
 
 def check_targets(config: Config, data: OpenData) -> None:
-    """Refuses stages whose first samples leave nothing to learn, or to be evaluated.
+    """Refuses stages whose held-out samples leave nothing to evaluate.
 
     Looks at samples until one has a target: usually at the first.
 
     Raises:
-      ConfigError: the first batch, or all held-out samples, have no target; or a source holds less
-        than one sample.
+      ConfigError: no held-out sample that is read has a target, or a source holds less than one
+        sample.
     """
     for stage in config.stages:
-        _check_targets(data, stage, "train", stage.global_batch)
+        data.dataset(stage, "train")
         if config.run.eval_batches:
-            _check_targets(data, stage, "valid", stage.global_batch * config.run.eval_batches)
+            _check_held_out(data, stage, stage.global_batch * config.run.eval_batches)
 
 
-def _check_targets(data: OpenData, stage: Stage, split: Split, count: int) -> None:
-    dataset = data.dataset(stage, split)
+def _check_held_out(data: OpenData, stage: Stage, count: int) -> None:
+    dataset = data.dataset(stage, "valid")
     if any(dataset[i]["mask"].any() for i in range(count)):
         return
-    what = "training" if split == "train" else "held-out"
     raise ConfigError(
-        f"stage {stage.name!r}: none of the first {count} {what} samples has a target (a token "
+        f"stage {stage.name!r}: none of the first {count} held-out samples has a target (a token "
         f"that counts in the loss): their answers lie beyond seq_len {stage.seq_len}, or they have "
         'none. Raise seq_len, or use other text (samples="window" reads documents to their end)'
     )

@@ -241,9 +241,8 @@ def _run_stage(
                 save = total + 1 == due(total + 1, config.run.checkpoint_every)
                 stopping = run.stopping(total + 1)
                 if last or save or stopping or run.saver.retry_due():
-                    end = last and position.stage == len(config.stages) - 1
                     with watch.interrupted("checkpoint"):  # a bad step is found before it is saved
-                        run.save(position, state, wait=bool(stopping) or end)
+                        run.save(position, state, wait=bool(stopping) or last)
                     run.save_records(total + 1)
                 if stopping:
                     raise TrainingStopped(

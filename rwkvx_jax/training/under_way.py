@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from rwkvx_jax.checkpoint import progress_record
-from rwkvx_jax.checkpoint_store import Checkpoints
+from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import Config, Stage, UserError
 from rwkvx_jax.data.pipeline import OpenData
 from rwkvx_jax.hosts import global_batch
@@ -182,7 +183,8 @@ class StepWatch:
         kind, advice = explain_bad_step(values, self._stage, total, finite_update)
         run = self._run.config.run
         if run.bad_step == "stop" or in_row > run.max_skipped:
-            self._run.checkpoints.wait()
+            with contextlib.suppress(CheckpointFailed):  # that the step is bad says more
+                self._run.checkpoints.wait()
             remedy = "continue past single bad steps with --run.bad-step skip"
             if run.bad_step == "skip":
                 remedy = f"allow more than {run.max_skipped} in a row with --run.max-skipped"

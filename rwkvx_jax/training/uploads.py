@@ -39,6 +39,8 @@ class BucketLines:
             self.upload()
 
     def upload(self) -> None:
+        if self._thread is not None and not self._failed:
+            self._thread.join(_WAIT_SECONDS)  # it may be of an older text
         if self._thread is None or not self._thread.is_alive():
             self._begun = time.monotonic()
             self._thread = threading.Thread(target=self._put, args=(self._text,), daemon=True)
