@@ -6,6 +6,7 @@ would compile a model: on shapes alone).
 
 import argparse
 import functools
+import itertools
 import re
 import runpy
 import shlex
@@ -51,7 +52,8 @@ DATACLASSES = {
     "-m rwkvx_jax.generate": GenerateOptions,
 }
 OVERRIDABLE = {"train.py": train.make_parser, "-m rwkvx_jax.plan": plan_parser}
-PLACEHOLDERS = {"N": "1", "TASK": "passkey", "FILE": "configs/tiny_cpu.py"}
+CONFIG = "configs/tiny_cpu.py"
+PLACEHOLDERS = {"N": "1", "TASK": "passkey", "FILE": CONFIG, "CONFIG": CONFIG}
 
 
 def prose(text: str) -> str:
@@ -81,10 +83,12 @@ def commands(text: str) -> list[tuple[str, str, bool]]:
             mentioned = "eval.py" in span and "--output" not in span
             found.append((span, len(span.split()) > 2 + ("-m" in span) and not mentioned))
     matches = [(COMMAND.search(line), whole) for line, whole in found]
+    ends = re.compile(r" +(>>|2>&1|\||&&) .*")
+    rests = [(m["door"], ends.sub("", m["rest"]), whole) for m, whole in matches if m]
+    # Of a command inside quotes (of ssh, say) the closing one belongs to what is around it.
     return [
-        (match["door"], re.sub(r" +(>>|2>&1|\||&&) .*", "", match["rest"]), whole)
-        for match, whole in matches
-        if match
+        (door, re.sub('"$', "", rest) if rest.count('"') % 2 else rest, whole)
+        for door, rest, whole in rests
     ]
 
 
@@ -146,10 +150,13 @@ def known_flags() -> set[str]:
     return flags | {"--help"}
 
 
-def check_overrides(words: list[str], config_file: str = "configs/tiny_cpu.py") -> None:
+def check_overrides(words: list[str], config_file: str = CONFIG) -> None:
     """Raises ConfigError for dotted flags that the fields of Config do not take."""
     words = [re.sub(r"\.N\.", ".0.", word) for word in words]
-    words = [word for i, word in enumerate(words) if "." in word or "." in words[i - 1]]
+    dotted = lambda word: word.startswith("--") and "." in word
+    words = [
+        word for before, word in itertools.pairwise(["", *words]) if dotted(word) or dotted(before)
+    ]
     whole = all(len(words) > i + 1 or "no-" in word for i, word in enumerate(words) if "--" in word)
     if words and whole:
         cli.parse_with_overrides(train.make_parser(), ["--config", config_file, *words])
@@ -173,7 +180,7 @@ def test_commands_are_those_of_the_parsers(page, monkeypatch, capsys):
             if whole and "..." not in flags and "--help" not in argv:
                 parse(door, argv, monkeypatch)
             else:
-                unknown = {word for word in argv if word.startswith("--")} - known_flags()
+                unknown = {word for word in argv if word.startswith("--")} - known_flags() - {"--"}
                 assert not unknown, unknown
         except (SystemExit, config.ConfigError) as error:
             printed = capsys.readouterr()
@@ -182,7 +189,8 @@ def test_commands_are_those_of_the_parsers(page, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_flags_in_the_text_exist(page, capsys):
-    elsewhere = {"--accelerator-type", "--runtime-version", "--data-dir", "--no-deps"}
+    elsewhere = {"--accelerator-type", "--runtime-version", "--data-dir", "--no-deps", "--spot"}
+    elsewhere |= {"--node-id", "--node-count", "--node-prefix", "--build-arg", "--constraint"}
     for span in spans(TEXTS[page]):
         if not span.startswith("--"):
             continue
