@@ -5,7 +5,8 @@ that it does not know. So flags are first tried in a child process, which needs 
 the table that the installed libtpu refuses are left out. Nothing here imports JAX.
 
 The flags are those that MaxText publishes for dense models (benchmarks/xla_flags_library.py and the
-model configs beside it, read in 2026). Their effect has not been measured: docs/plan.md.
+model configs beside it, read in 2026); which generation gets which group is partly our choice, that
+of v5e above all. Their effect has not been measured: docs/plan.md.
 """
 
 from __future__ import annotations
