@@ -233,7 +233,7 @@ def test_a_file_that_can_not_be_written_is_named(checkpoint, tmp_path, capsys):
             file.write(bytes(100_000))
     assert f"error: {big}: the file is larger than allowed here" in capsys.readouterr().err
     for destination, limit, message in (
-        (tmp_path / "new.safetensors", 1000, "the file is larger than allowed here"),
+        (tmp_path / "new.safetensors", 1000, "File too large"),
         (tmp_path / "nowhere" / "new.safetensors", 10**9, "nowhere"),
         (checkpoint / "new.safetensors", 10**9, "tiny.safetensors"),
     ):

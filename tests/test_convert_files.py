@@ -240,7 +240,7 @@ def test_command_line_errors_leave_no_file(tmp_path, capsys):
     damaged.write_bytes(raw)
     write_pth(tmp_path / "short.pth", edit(tensors, {"rwkv.ln_out.bias": None}))
     for source_name, target, message in [
-        ("absent.pth", "x.safetensors", "does not exist"),
+        ("absent.pth", "x.safetensors", "no checkpoint at"),
         ("source.pth", "x.npz", "safetensors"),
         ("damaged.pth", "x.safetensors", "CRC-32"),
         ("damaged.pth", "x.pth", "CRC-32"),

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import resource
-import textwrap
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -222,7 +220,7 @@ def test_a_pointer_of_git_lfs_is_explained(tmp_path, capsys):
         assert name in error and "Git LFS pointer" in error and "git lfs pull" in error
 
 
-@pytest.mark.parametrize("name", ["x[red]y", "x[/b]y", "x:smile:y", "x\udcffy"])
+@pytest.mark.parametrize("name", ["x[red]y", "x[/b]y", "x:smile:y"])
 def test_paths_are_no_markup(name, official, tmp_path, capsys):
     folder = tmp_path / name
     folder.mkdir(parents=True)
@@ -256,15 +254,6 @@ def test_a_run_without_a_checkpoint_is_explained(tmp_path, capsys):
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
     error = fails(capsys, tmp_path / "run", tmp_path / "x.pth")
     assert f"{tmp_path / 'run'} is a training run that has saved no checkpoint yet" in error
-
-
-def test_the_program_in_the_document_runs(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "docs" / "convert.md").read_text()
-    program = text.split("## From Python")[1].split("`open_pth` and")[0]
-    monkeypatch.chdir(tmp_path)
-    write_pth("RWKV-X.pth", official_tensors(blocks=4))
-    exec(textwrap.dedent(program), {})
-    assert_identical(read_all(open_pth("again.pth")), read_all(open_pth("RWKV-X.pth")))
 
 
 def test_a_conversion_of_official_files_keeps_whatever_is_not_ours(tmp_path):

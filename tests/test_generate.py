@@ -263,11 +263,11 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
         (["--temperature", "inf", "--prompt", "a"], "temperature is inf"),
         ([], "give either --chat"),
         (["--prompt", ""], "prompt 0 is empty"),
-        (["--prompt", "a\udcff"], "prompt 0 is not valid UTF-8"),
+        (["--prompt", "a\udcff"], "is not UTF-8"),
         (["--chat", "--prompt", "a"], "give either --chat"),
         (["--seed", str(2**70), "--prompt", "a"], "between 0 and 4294967295"),
         (["--max-tokens", "999999999999", "--prompt", "a"], "a cache of 1,000,000,000,000 tokens"),
-        (["--max-tokens", "999999999999", "--prompt", "a"], "--max-tokens"),
+        (["--max-tokens", "999999999999", "--prompt", "a"], "ask for shorter texts"),
         (["--prompts-file", str(tmp_path / "bad.txt")], "line 2: not valid UTF-8"),
         (["--prompts-file", str(tmp_path / "gap.txt")], "line 2 is empty"),
     ):

@@ -43,7 +43,7 @@ LABELS = {
     "rwkv": "RWKV-7 with as many blocks",
     "full": "full-attention hybrid",
 }
-_SAME = ("task", "model", "compute_dtype", "weights", "device", "cores", "steps")
+_SAME = ("task", "model", "compute_dtype", "weights", "device", "cores")
 _READ_BYTES = 1 << 29  # of the array by which the bandwidth is measured
 
 
@@ -131,7 +131,6 @@ def run(options: SpeedOptions) -> None:
         "model": to_dict(config),
         "compute_dtype": run_config.compute_dtype,
         "weights": str(options.checkpoint or "random"),
-        "steps": options.steps,
         "left_out": [],
         "rows": [],
     }
