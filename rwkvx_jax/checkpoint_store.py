@@ -144,12 +144,22 @@ class Checkpoints:
           ConfigError: there is no checkpoint of `step`.
         """
         if step is None:
+            self._warn_of_strangers()
             return self.latest()
         if step not in (steps := self.steps()):
             raise ConfigError(
                 f"{self._workdir} has no checkpoint of step {step}; it has those of {steps}"
             )
         return step
+
+    def _warn_of_strangers(self) -> None:
+        """Says which entries beside the checkpoints are none: a renamed one would be missed."""
+        with bucket_errors(self._directory):
+            entries = list(self._directory.iterdir()) if self._directory.exists() else []
+        known = lambda name: name.isdecimal() or name.startswith(".") or "orbax" in name
+        strangers = sorted(entry.name for entry in entries if not known(entry.name))
+        if strangers and jax.process_index() == 0:
+            _log.warning("%s: %s left out, no steps of a run", self._directory, strangers)
 
     def save(self, step: int, params: Any, optimizer: Any, progress: dict[str, Any]) -> None:
         """Copies the arrays and writes them in the background; a step already there is kept.

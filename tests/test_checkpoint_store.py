@@ -329,3 +329,20 @@ def test_the_older_form_loads_with_one_warning(run, caplog):
         assert same_bits(checkpoints.restore_params(4, params(0)), params(4))
     (warning,) = (r.getMessage() for r in caplog.records if r.name.startswith("rwkvx_jax"))
     assert "older version, without digests" in warning
+
+
+def test_a_renamed_step_is_missed_with_a_warning(run, caplog):
+    (run / CHECKPOINTS / "4").rename(run / CHECKPOINTS / "four")
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.choose(None) == 2
+    assert "['four'] left out" in caplog.text
+
+
+def test_a_reader_leaves_half_checkpoints_to_their_writer(run):
+    """A training may be writing one while another program reads a damaged step."""
+    half = run / CHECKPOINTS / "7.orbax-checkpoint-tmp-1"
+    half.mkdir()
+    (run / CHECKPOINTS / "4" / "progress" / "metadata").write_text("{}")
+    with Checkpoints(run) as checkpoints, pytest.raises(DamagedCheckpoint):
+        checkpoints.progress(4)
+    assert half.is_dir()
