@@ -271,7 +271,7 @@ def stored_results(beds: Path) -> Iterator[Fault]:
     shapes = {
         "a list": lambda v: [v],
         "null": lambda v: 5,
-        "no trials": lambda v: v.pop(next(k for k in v if isinstance(v[k], list | dict))) and None,
+        "no trials": lambda v: v.pop("panels") and None,
         "NaN": lambda v: v.update(seed=math.nan),
         "fields of text": lambda v: {key: "x" for key in v},
         "fields of null": lambda v: {key: None for key in v},

@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import queue
 import random
@@ -45,7 +46,7 @@ from benchmarks.faults import ROOT, Fault, make_beds
 WORKERS = 2
 GOOD = ("refused", "equal", "warned", "quiet")
 BAD = ("SILENT", "HANG", "TRACEBACK", "UNCLEAR")
-WORKER_BYTES = 4 << 30  # a fault that asks for more is refused its memory, not the machine
+WORKER_BYTES = 8 << 30  # a fault that asks for more is refused its memory, not the machine
 START_SECONDS = 120.0  # of a worker, and of a command on good inputs
 MESSAGE = re.compile(r"\berror: |For full helptext")  # ours and argparse's, tyro's
 WARNING = re.compile(r"warning|not finite|left out|ignor|dropped|damaged", re.I)
@@ -185,6 +186,18 @@ def report(faults: list[Fault], outcomes: dict[int, tuple[str, str]], seconds: f
 # ------------------------------------------------------------------------------------------------
 
 
+class Printed(logging.StreamHandler):
+    """Writes to what is the standard error output at the moment of writing."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _):
+        pass
+
+
 def work(beds: Path, seed: int) -> None:
     """Reads numbers of faults, and writes a line when each begins and one with its outcome."""
     import jax
@@ -196,6 +209,7 @@ def work(beds: Path, seed: int) -> None:
     faults, answers = all_faults(beds), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
+    logging.basicConfig(handlers=[Printed()], force=True)
     good: dict[tuple, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number in map(int, sys.stdin):
