@@ -214,10 +214,12 @@ def work(beds: Path, seed: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number in map(int, sys.stdin):
             fault = faults[number]
-            key = (fault.bed, fault.door, fault.argv, fault.result)
+            key = (fault.bed, fault.door, fault.undamaged, fault.result)
             if fault.result and key not in good:
                 with copy(beds, fault, scratch) as folder:
-                    in_folder(folder, lambda fault=fault: run_door(fault.door, list(fault.argv)))
+                    in_folder(
+                        folder, lambda fault=fault: run_door(fault.door, list(fault.undamaged))
+                    )
                     good[key] = digest(folder, fault)
             with copy(beds, fault, scratch) as folder:
                 answers.write("begun\n")

@@ -62,6 +62,7 @@ class Fault:
       largest_file: bytes that a file may have: a disk that fills up.
       stdout: of a process of its own: "" none, "full" a device that is full, "closed" a reader
         that goes away at once.
+      undamaged: run on good inputs for the results to compare with.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Fault:
     seconds: float = 60
     largest_file: int | None = None
     stdout: str = ""
+    undamaged: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,6 +274,7 @@ class Faults:
     all: list[Fault] = field(default_factory=list)
 
     def add(self, name: str, damage: Damage, argv: list[str] | None = None, **options) -> None:
-        given = {"result": self.result, "seconds": self.seconds} | options
+        given = {"result": self.result, "seconds": self.seconds, "undamaged": tuple(self.argv)}
+        given |= options
         argv = tuple(self.argv if argv is None else argv)
         self.all.append(Fault(self.kind, name, self.bed, self.door, argv, damage, **given))
