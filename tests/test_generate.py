@@ -265,6 +265,8 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
         (["--prompt", ""], "prompt 0 is empty"),
         (["--prompt", "a\udcff"], "is not UTF-8"),
         (["--chat", "--prompt", "a"], "give either --chat"),
+        (["--max-length", "3", "--prompt", "abc"], "leaves no room for an answer"),
+        (["--vocab-file", "nowhere", "--prompt", "a"], "of the World tokenizer"),
         (["--seed", str(2**70), "--prompt", "a"], "between 0 and 4294967295"),
         (["--max-tokens", "999999999999", "--prompt", "a"], "a cache of 1,000,000,000,000 tokens"),
         (["--max-tokens", "999999999999", "--prompt", "a"], "ask for shorter texts"),

@@ -137,6 +137,10 @@ def run(options: SpeedOptions) -> None:
     timings = Timings(options.output / "speed.json", document, same=_SAME, size="context")
     with until_interrupted(console):
         _measure(options, run_config, config, params, timings, console)
+    if not document["rows"]:
+        raise ConfigError(
+            f"none of the contexts {options.contexts} fits into --memory-gb {options.memory_gb:g}"
+        )
     order = list(LABELS)
     document["rows"].sort(key=lambda row: (row["context"], order.index(row["kind"])))
     timings.save()

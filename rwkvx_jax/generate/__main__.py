@@ -147,6 +147,8 @@ def run(options: Options, ask: Callable[[str], str] = input) -> None:
             f"{options.checkpoint} does not say which tokenizer it was trained with: name it with "
             "--tokenizer byte or --tokenizer world"
         )
+    if options.vocab_file and name != "world":
+        raise ConfigError(f"--vocab-file is of the World tokenizer; the model uses {name!r}")
     tokenizer = load_tokenizer(name, options.vocab_file or loaded.vocab_file)
     needed = max((len(tokenizer.encode(prompt)) for prompt in prompts), default=_DEFAULT_LENGTH)
     answers = 0 if options.chat else options.max_tokens
@@ -161,6 +163,11 @@ def run(options: Options, ask: Callable[[str], str] = input) -> None:
         name=str(options.checkpoint),
     )
     del loaded
+    if prompts and engine.max_length is not None and engine.max_length <= needed:
+        raise ConfigError(
+            f"--max-length {engine.max_length} leaves no room for an answer: the longest prompt "
+            f"has {needed} tokens"
+        )
     if options.chat:
         _chat(engine, tokenizer, options, ask)
     else:
