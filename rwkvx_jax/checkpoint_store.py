@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import inspect
 import logging
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,6 +34,7 @@ from rwkvx_jax.digest import (
     unseal,
 )
 from rwkvx_jax.hosts import first_does
+from rwkvx_jax.orbax_messages import forget_frames, only_our_messages
 from rwkvx_jax.storage import bucket_errors, in_bucket, one_line
 
 CHECKPOINTS = "checkpoints"
@@ -90,7 +89,7 @@ class Checkpoints:
             )
         self._failed = False  # a write: the manager may be in any state
         self._held = contextlib.ExitStack()
-        self._held.enter_context(_only_our_messages())
+        self._held.enter_context(only_our_messages())
         try:
             self._manager = self._open()
         except BaseException:
@@ -226,7 +225,7 @@ class Checkpoints:
         except Exception as error:  # bucket libraries have kinds of their own
             self._failed = True
             cause = ": ".join(one_line(error).split(": ")[-2:])  # the last of a chain of places
-            _forget_frames(error)
+            forget_frames(error)
             raise NotWritten(f"no checkpoint could be written: {cause}") from error
 
     # ------------------------------------------------------------------------------------ reading
@@ -389,43 +388,5 @@ def _reading(item: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).strip("'\"").splitlines() or [""]
-        _forget_frames(error)
+        forget_frames(error)
         raise _Damage(f"{item}: {type(error).__name__}: {text[0][:300]}") from error
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Lets go of the unfinished tasks that the frames of an error hold."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-
-
-@contextlib.contextmanager
-def _only_our_messages() -> Iterator[None]:
-    """Keeps what Orbax says of failures to itself, since all of them are raised as errors of ours.
-
-    Where one array can't be read or written, it leaves the work on others behind, each of which
-    prints a traceback of its own when it ends, from other threads.
-    """
-
-    def ours(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        orbax = record.levelno >= logging.WARNING and "orbax" in record.pathname
-        expected = ("Given directory is read only", "Metadata file does not exist")
-        told = record.levelno >= logging.ERROR or text.startswith(expected)
-        return not (orbax and told) and "exception was never retrieved" not in text
-
-    def unraisable(event: Any) -> None:
-        left_behind = inspect.iscoroutine(event.object)
-        if not left_behind and str(event.exc_value) != "Event loop is closed":
-            before(event)
-
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = sys.unraisablehook
-    for logger in loggers:
-        logger.addFilter(ours)
-    sys.unraisablehook = unraisable
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        for logger in loggers:
-            logger.removeFilter(ours)

@@ -16,6 +16,7 @@ ROOMS = [
     "rwkvx_jax.sharding",
     "rwkvx_jax.hosts",
     "rwkvx_jax.digest",
+    "rwkvx_jax.orbax_messages",
     "rwkvx_jax.checkpoint_store",
     "rwkvx_jax.ops",
     "rwkvx_jax.cache",
