@@ -20,9 +20,12 @@ from rwkvx_jax.ops.selection import Selector
 from rwkvx_jax.plan import hlo, topology
 from tests.model_cases import TINY
 
-pytestmark = pytest.mark.skipif(
-    not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
-)
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.skipif(
+        not topology.is_available(), reason="libtpu is not installed: pip install 'jax[tpu]'"
+    ),
+]
 
 B, T, H, K = 1, 128, 2, 64
 
