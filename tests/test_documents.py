@@ -202,8 +202,8 @@ def test_flags_in_the_text_exist(page, capsys):
             check_overrides(words)
         except (SystemExit, config.ConfigError) as error:
             pytest.fail(f"{page}: `{span}`: {error} {capsys.readouterr().err}")
-    for name, flags in re.findall(r"^\| `(\w+)` (--[^|]+)", TEXTS[page], re.M):
-        check_overrides(arguments(flags), f"configs/{name}.py")
+    for name, flags in re.findall(r"^\| `([\w:]+)` (--[^|]+)", TEXTS[page], re.M):
+        check_overrides(arguments(flags), name)
 
 
 @pytest.mark.parametrize("page", TEXTS)

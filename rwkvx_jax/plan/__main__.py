@@ -87,7 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rwkvx_jax.plan", description=__doc__.splitlines()[0], add_help=False
     )
-    parser.add_argument("--config", required=True, help="experiment file")
+    parser.add_argument(
+        "--config", required=True, help="experiment: FILE, FILE:VARIANT, or a name in configs/"
+    )
     parser.add_argument(
         "--topology", required=True, help="generation and shape in chips, such as v5p:4x4x8"
     )
