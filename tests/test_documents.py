@@ -28,7 +28,7 @@ from rwkvx_jax.data.__main__ import Arguments as DataOptions
 from rwkvx_jax.doctor.__main__ import Options as DoctorOptions
 from rwkvx_jax.evals.convert_tasks import Options as TaskOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
-from rwkvx_jax.plan.__main__ import make_parser as plan_parser
+from rwkvx_jax.perf.plan_command import make_parser as plan_parser
 from tests.convert_checkpoints import official_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
