@@ -21,14 +21,12 @@ from rwkvx_jax.storage import work_path
 from rwkvx_jax.training.loop import fit
 from rwkvx_jax.xla_flags import apply_xla_flags
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False)
     parser.add_argument(
         "--config",
-        default=DEFAULT_CONFIG,
+        default="tiny_cpu",
         help="experiment: FILE, FILE:VARIANT, or the name of one in configs/",
     )
     parser.add_argument(

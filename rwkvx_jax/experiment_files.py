@@ -67,9 +67,8 @@ def _find(path: Path) -> Path:
     shipped = {file.stem: file for file in sorted(_SHIPPED.glob("*.py"))}
     if str(path) in shipped:
         return shipped[str(path)]
-    raise ConfigError(
-        f"no config file {path}: name a file, or one of the shipped configs: {', '.join(shipped)}"
-    )
+    choice = f", or one of the shipped configs: {', '.join(shipped)}" if shipped else ""
+    raise ConfigError(f"no config file {path}: name a file{choice}")
 
 
 def _run(path: Path) -> ModuleType:
