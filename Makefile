@@ -43,4 +43,4 @@ lint: venv
 	$(RUN) -m ruff format --check .
 
 static-costs: venv
-	$(RUN) -m tools.static_costs
+	$(RUN) -m rwkvx_jax.perf.static_costs

@@ -15,17 +15,20 @@ from rwkvx_jax.cli import (
     parse_with_overrides,
     settle_platform,
 )
+from rwkvx_jax.experiment_files import experiment_name
 from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.storage import work_path
 from rwkvx_jax.training.loop import fit
 from rwkvx_jax.xla_flags import apply_xla_flags
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.py"
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False)
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment file")
+    parser.add_argument(
+        "--config",
+        default="tiny_cpu",
+        help="experiment: FILE, FILE:VARIANT, or the name of one in configs/",
+    )
     parser.add_argument(
         "--workdir", help="where everything is written, on a disk or gs:// (default: runs/CONFIG)"
     )
@@ -54,7 +57,7 @@ def main(argv: list[str]) -> None:
             detect=accelerator_attached(),
             heartbeat_timeout=flags.heartbeat_timeout,
         )
-        workdir = work_path(flags.workdir or Path("runs") / Path(flags.config).stem)
+        workdir = work_path(flags.workdir or Path("runs") / experiment_name(flags.config))
         fit(config, workdir, init_from=flags.init_from, resume_step=flags.resume_step)
 
 

@@ -290,7 +290,7 @@ def run_door(door: str, argv: list[str]) -> int | None:
     elif door == "convert":
         from rwkvx_jax.convert.__main__ import main
     elif door == "plan":
-        from rwkvx_jax.plan.__main__ import main
+        from rwkvx_jax.plan import main
     else:
         from rwkvx_jax.data.__main__ import main
     return main(argv)

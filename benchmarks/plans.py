@@ -17,25 +17,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
-# Name -> config, topology, overrides.
+# Name -> experiment of configs/, topology, overrides.
 CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "3b6-v5p": ("rwkvx_3b6_stage2", "v5p:4x4x8", ()),
-    "3b6-v5p128": ("rwkvx_3b6_stage2_v5p128", "v5p:4x4x8", ()),
-    "3b6-v5e256": ("rwkvx_3b6_stage2_v5e256", "v5e:16x16", ()),
-    "3b6-v6e64": ("rwkvx_3b6_stage2_v6e64", "v6e:8x8", ()),
+    "3b6-v5p128": ("rwkvx_3b6_stage2:v5p128", "v5p:4x4x8", ()),
+    "3b6-v5e256": ("rwkvx_3b6_stage2:v5e256", "v5e:16x16", ()),
+    "3b6-v6e64": ("rwkvx_3b6_stage2:v6e64", "v6e:8x8", ()),
     "128k-v5p": (
-        "rwkvx_3b6_stage2_v5p128",
+        "rwkvx_3b6_stage2:v5p128",
         "v5p:4x4x8",
         ("--stages.0.seq-len", "131072", "--run.remat", "block"),
     ),
-    "128k-v5e": ("rwkvx_3b6_stage2_v5e256", "v5e:16x16", ("--stages.0.seq-len", "131072")),
+    "128k-v5e": ("rwkvx_3b6_stage2:v5e256", "v5e:16x16", ("--stages.0.seq-len", "131072")),
     "1m-v5p": (
-        "rwkvx_3b6_stage2_v5p128",
+        "rwkvx_3b6_stage2:v5p128",
         "v5p:4x4x8",
         ("--stages.0.seq-len", "1048576", "--run.remat", "block"),
     ),
     "1m-v5p-16": (
-        "rwkvx_3b6_stage2_v5p128",
+        "rwkvx_3b6_stage2:v5p128",
         "v5p:4x4x8",
         (
             "--stages.0.seq-len",
@@ -50,18 +50,18 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "block",
         ),
     ),
-    "3b6s1-v5e256": ("rwkvx_3b6_stage1_v5e256", "v5e:16x16", ()),
-    "3b6s1-v6e64": ("rwkvx_3b6_stage1_v6e64", "v6e:8x8", ()),
+    "3b6s1-v5e256": ("rwkvx_3b6_stage1:v5e256", "v5e:16x16", ()),
+    "3b6s1-v6e64": ("rwkvx_3b6_stage1:v6e64", "v6e:8x8", ()),
     "0b2-v5e16": ("rwkvx_0b2_stage2", "v5e:4x4", ()),
-    "0b2-v5e256": ("rwkvx_0b2_stage2_v5e256", "v5e:16x16", ()),
-    "0b2-v6e64": ("rwkvx_0b2_stage2_v6e64", "v6e:8x8", ()),
+    "0b2-v5e256": ("rwkvx_0b2_stage2:v5e256", "v5e:16x16", ()),
+    "0b2-v6e64": ("rwkvx_0b2_stage2:v6e64", "v6e:8x8", ()),
 }
 
 
 def compile_case(name: str, output: Path) -> None:
     """Leaves NAME.json, and NAME.txt as the command prints it, in the output directory."""
     config, topology, overrides = CASES[name]
-    command = [sys.executable, "-m", "rwkvx_jax.plan", "--config", f"configs/{config}.py"]
+    command = [sys.executable, "-m", "rwkvx_jax.plan", "--config", config]
     command += ["--topology", topology, *overrides, "--json", str(output / f"{name}.json")]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if not (output / f"{name}.json").exists():

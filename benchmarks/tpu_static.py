@@ -2,11 +2,11 @@
 
     python -m benchmarks.tpu_static --output tpu_static.json
 
-Both are compiled for the chip and accounted alike, stage by stage (see `tools.estimate`): a kernel
-costs the bundles of its schedule, the bytes of its arguments and results and a least time for every
-DMA descriptor, whichever takes longest; an operation of plain XLA its flops and bytes, padding
-included. The sparse side is the whole op: gate, routing, attention, merge. **Nothing here was
-timed**: waiting for memory within a kernel is not in a schedule.
+Both are compiled for the chip and accounted alike, stage by stage (see `rwkvx_jax.perf.stages`): a
+kernel costs the bundles of its schedule, the bytes of its arguments and results and a least time
+for every DMA descriptor, whichever takes longest; an operation of plain XLA its flops and bytes,
+padding included. The sparse side is the whole op: gate, routing, attention, merge. **Nothing here
+was timed**: waiting for memory within a kernel is not in a schedule.
 
 Sparse attention, "worst": every tile that the static plan makes room for is full. "uniform": tiles
 in use when every query chooses its chunks at random, empty ones free. Splash attention is charged
@@ -16,20 +16,24 @@ for the blocks that its causal mask leaves, none for the rest; heads of 64, tile
 import argparse
 import dataclasses
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tools import estimate
-from tools.estimate import CHIPS, Stage
-from tools.schedule import read_schedule
+from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.full_attention import full_attention
+from rwkvx_jax.perf import hlo, topology, work
+from rwkvx_jax.perf.dumps import compiled_apart, read_dump
+from rwkvx_jax.perf.schedule import read_schedule
+from rwkvx_jax.perf.stages import CORES, Core, Stage, total_seconds
+from rwkvx_jax.perf.static_cases import Case, block_sparse_plan
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAD = 64
 SPLASH_LENGTH = 8192  # splash's body does not depend on the length: it is compiled at this one
 _TIME_LIMIT = 1800
@@ -49,7 +53,7 @@ class Point:
 
     @property
     def topology(self) -> str:
-        return "v5p:2x2x1" if self.chip == "v5p" else f"{self.chip}:2x2"
+        return topology.smallest(self.chip)
 
 
 def main() -> None:
@@ -93,22 +97,22 @@ def parse_options() -> argparse.Namespace:
 def compare(point: Point, splash: dict) -> dict:
     """Estimated seconds of a sparse program and of splash at the same length."""
     found = run(point)
-    chip = CHIPS[point.chip]
+    core = CORES[point.chip]
     worst = [Stage(**stage) for stage in found["stages"]]
     used = tiles_in_use(point)
     uniform = [_scaled(x, used) if "past" in x.name else x for x in worst]
     dense = splash_stages(splash, point)
     return {
         **dataclasses.asdict(point),
-        "splash": estimate.seconds(dense, chip),
-        "worst": estimate.seconds(worst, chip),
-        "uniform": estimate.seconds(uniform, chip),
+        "splash": total_seconds(dense, core),
+        "worst": total_seconds(worst, core),
+        "uniform": total_seconds(uniform, core),
         "tiles_in_use": used,
         "temporary_bytes": found["temporary_bytes"],
         "qkv_bytes": 3 * 2 * point.length * point.heads * HEAD,
         "compile_seconds": found["compile_seconds"],
-        "stages": _stages(worst, chip),
-        "splash_stages": _stages(dense, chip),
+        "stages": _stages(worst, core),
+        "splash_stages": _stages(dense, core),
     }
 
 
@@ -123,8 +127,8 @@ def line(row: dict) -> str:
     return " ".join([start, *(f"{x:>9}" for x in cells)])
 
 
-def _stages(stages: list[Stage], chip: estimate.Chip) -> list[dict]:
-    return [{**dataclasses.asdict(x), "seconds": x.seconds(chip)} for x in stages]
+def _stages(stages: list[Stage], core: Core) -> list[dict]:
+    return [{**dataclasses.asdict(x), "seconds": x.seconds(core)} for x in stages]
 
 
 def _scaled(stage: Stage, share: float) -> Stage:
@@ -158,10 +162,6 @@ def _causal_blocks(length: int, rows: int = 512, columns: int = 1024) -> int:
 
 def tiles_in_use(point: Point) -> float:
     """Share of the plan's tiles that hold pairs when chunks are chosen at random."""
-    import jax
-
-    from tools.static_cases import Case, block_sparse_plan
-
     width = point.heads * HEAD
     case = Case("block_sparse", point.chip, width, point.length, point.chunk, point.top_k)
     plan = block_sparse_plan(case, jax.ShapeDtypeStruct).routing
@@ -194,56 +194,18 @@ def run(point: Point) -> dict:
     Raises:
       RuntimeError: the compilation failed, with the compiler's message.
     """
-    with tempfile.TemporaryDirectory(prefix="tpu_static_") as dump:
-        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-        environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        argument = json.dumps(dataclasses.asdict(point))
-        child = subprocess.run(
-            [sys.executable, "-m", "benchmarks.tpu_static", "--child", argument],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_TIME_LIMIT,
-        )
-        if child.returncode:
-            raise RuntimeError(f"{point} does not compile:\n{child.stderr[-4000:]}")
-        found = json.loads(child.stdout.splitlines()[-1])
+    argument = json.dumps(dataclasses.asdict(point))
+    with compiled_apart("benchmarks.tpu_static", argument, _TIME_LIMIT) as (found, dumps):
         for stage in found["stages"]:
             if not stage.pop("kernel"):
                 continue
-            program = _schedule(dump, stage["name"])
+            program = read_schedule(read_dump(dumps, stage["name"], "final_bundles.txt"))
             stage["bundles"] = found["calls"][stage["name"]] * program.total("bundles")
             stage["copies"] = found["calls"][stage["name"]] * program.total("copies")
     return found
 
 
-def _schedule(dump: str, kernel: str):
-    paths = [
-        path
-        for path in Path(dump).glob("*-final_bundles.txt")
-        if "schedule-analysis" not in path.name and _plain(path.name, kernel)
-    ]
-    if len(paths) != 1:
-        raise RuntimeError(f"expected one schedule of {kernel}, found {[x.name for x in paths]}")
-    return read_schedule(paths[0].read_text())
-
-
-def _plain(file: str, kernel: str) -> bool:
-    return re.search(rf"(?<![a-z_]){re.escape(kernel)}[._]*\d*-\d+-final", file) is not None
-
-
 def _compile(point: Point) -> dict:
-    import time
-
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from rwkvx_jax.ops.block_sparse import sparse_attention
-    from rwkvx_jax.ops.full_attention import full_attention
-    from rwkvx_jax.plan import topology
-
     topology.on_cpu()
     mesh = topology.topology_mesh(point.topology, {"device": 1})
     everywhere = PartitionSpec()
@@ -283,8 +245,6 @@ def _compile(point: Point) -> dict:
 
 def _stages_of(text: str) -> tuple[list[dict], dict[str, int]]:
     """Stages of a program, kernels without their schedules, and how often each kernel runs."""
-    from rwkvx_jax.plan import hlo, work
-
     # Splash's metadata, which holds braces and line breaks, is no part of the program.
     metadata = r", frontend_attributes=\{kernel_metadata=\{.*?\n\}\}"
     text = re.sub(metadata, "", text, flags=re.DOTALL)

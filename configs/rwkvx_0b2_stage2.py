@@ -18,11 +18,21 @@ Where the sources contradict each other:
 - model: one attention block and top-k 4 in the repository's script, 4 and 3 in the released model.
 
 Every batch is read in 8 parts; change `accumulation` with the memory of the machine.
+
+Variants, such as `--config configs/rwkvx_0b2_stage2.py:v5e256`:
+
+    v5e256    256 chips of TPU v5e (16x16), all 128 samples at once. Each sample is sharded over two
+              chips in whole chunks of 2048 tokens, so it has 65,536 tokens instead of 64,000, and
+              there are fewer steps
+    v6e64     64 chips of TPU v6e (8x8): one sample a chip at once, in two parts
 """
+
+import dataclasses
 
 from rwkvx_jax.config import (
     Config,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -30,9 +40,11 @@ from rwkvx_jax.config import (
     Stage,
 )
 
+VARIANTS = ("v5e256", "v6e64")
 
-def get_config() -> Config:
-    return Config(
+
+def get_config(variant: str = "") -> Config:
+    config = Config(
         model=ModelConfig.rwkvx_0b2(),
         data=DataConfig(
             tokenizer="world", path="data/prolong64k", sources=(SourceConfig("binidx"),)
@@ -52,3 +64,20 @@ def get_config() -> Config:
             ),
         ),
     )
+    (stage,) = config.stages
+    match variant:
+        case "v5e256":
+            return dataclasses.replace(
+                config,
+                mesh=MeshConfig(data=128, context=2, platform="tpu"),
+                run=dataclasses.replace(config.run, loss_block=524288),
+                stages=(dataclasses.replace(stage, seq_len=65_536, steps=2384, accumulation=1),),
+            )
+        case "v6e64":
+            return dataclasses.replace(
+                config,
+                mesh=MeshConfig(data=64, platform="tpu"),
+                run=dataclasses.replace(config.run, loss_block=262144),
+                stages=(dataclasses.replace(stage, accumulation=2),),
+            )
+    return config

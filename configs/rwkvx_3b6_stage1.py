@@ -19,7 +19,15 @@ Where the sources contradict each other:
   block in the repository (`--model.attention-init copy`).
 
 Parameters are spread over all devices; the mesh may be changed at any restart.
+
+Variants, such as `--config configs/rwkvx_3b6_stage1.py:v5e256`:
+
+    v5e256    256 chips of TPU v5e (16x16): parameters over 64 of them, one sample a chip at once,
+              in four parts
+    v6e64     64 chips of TPU v6e (8x8): two samples a chip at once, in eight parts
 """
+
+import dataclasses
 
 from rwkvx_jax.config import (
     Config,
@@ -32,9 +40,11 @@ from rwkvx_jax.config import (
     Stage,
 )
 
+VARIANTS = ("v5e256", "v6e64")
 
-def get_config() -> Config:
-    return Config(
+
+def get_config(variant: str = "") -> Config:
+    config = Config(
         model=ModelConfig.rwkvx_3b6(),
         data=DataConfig(tokenizer="world", path="data/minipile", sources=(SourceConfig("binidx"),)),
         optimizer=OptimizerConfig(weight_decay=0.0),
@@ -52,3 +62,19 @@ def get_config() -> Config:
             ),
         ),
     )
+    (stage,) = config.stages
+    match variant:
+        case "v5e256":
+            return dataclasses.replace(
+                config,
+                mesh=MeshConfig(data=4, fsdp=64, platform="tpu"),
+                run=dataclasses.replace(config.run, loss_block=524288),
+                stages=(dataclasses.replace(stage, accumulation=4),),
+            )
+        case "v6e64":
+            return dataclasses.replace(
+                config,
+                mesh=MeshConfig(data=1, fsdp=64, platform="tpu"),
+                run=dataclasses.replace(config.run, loss_block=262144),
+            )
+    return config

@@ -21,7 +21,18 @@ LongCE: 99.8 against 67.0 (S-NIAH-2), 95.6 against 62.6 (S-NIAH-3).
 
 Made for v5p 4x4x8 (`python -m rwkvx_jax.plan`, docs/plan.md): 16 samples and the parameters over 16
 devices, the heads of each over 8. Any multiple of 16 devices will do, up to 128.
+
+Variants, such as `--config configs/rwkvx_3b6_stage2.py:v5p128`, shard each sample over several
+chips. Each chip must hold whole chunks of 2048 tokens, so samples have 65,536 tokens instead of
+64,000, and there are fewer steps.
+
+    v5p128    128 chips of TPU v5p (4x4x8), 8 a sample. For samples of 128K or 1M tokens set
+              `--stages.0.seq-len` and `--run.remat block` (docs/plan.md says what fits)
+    v5e256    256 chips of TPU v5e (16x16), 8 a sample, heads over 2
+    v6e64     64 chips of TPU v6e (8x8), 4 a sample
 """
+
+import dataclasses
 
 from rwkvx_jax.config import (
     Config,
@@ -34,9 +45,11 @@ from rwkvx_jax.config import (
     Stage,
 )
 
+VARIANTS = ("v5p128", "v5e256", "v6e64")
 
-def get_config() -> Config:
-    return Config(
+
+def get_config(variant: str = "") -> Config:
+    config = Config(
         model=ModelConfig.rwkvx_3b6(),
         data=DataConfig(
             tokenizer="world", path="data/prolong64k", sources=(SourceConfig("binidx"),)
@@ -57,3 +70,18 @@ def get_config() -> Config:
             ),
         ),
     )
+    (stage,) = config.stages
+    run = config.run
+    match variant:
+        case "v5p128":
+            mesh = MeshConfig(data=1, fsdp=16, context=8, platform="tpu")
+            run = dataclasses.replace(run, loss_block=524288, remat="save_projections")
+        case "v5e256":
+            mesh = MeshConfig(data=1, fsdp=16, tensor=2, context=8, platform="tpu")
+        case "v6e64":
+            mesh = MeshConfig(data=1, fsdp=16, context=4, platform="tpu")
+            run = dataclasses.replace(run, loss_block=262144)
+        case _:
+            return config
+    stage = dataclasses.replace(stage, seq_len=65_536, steps=977)
+    return dataclasses.replace(config, mesh=mesh, run=run, stages=(stage,))

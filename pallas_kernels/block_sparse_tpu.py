@@ -82,7 +82,7 @@ TILES = {"v5e": _LARGE, "v5p": TileConfig(cores=2), "v6e": _LARGE}  # a v5p core
 
 def default_tile() -> TileConfig:
     """The tile for the device of the mesh in force, else of the default backend."""
-    return TILES[current_chip() or "v5p"]
+    return TILES.get(current_chip(), TILES["v5p"])
 
 
 def unsupported_reason(

@@ -5,6 +5,8 @@ import math
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chips import name_of
+
 SCALAR_WORDS = 9 << 14
 """Words of scalar memory for the tables and scalar blocks of a kernel.
 
@@ -12,14 +14,13 @@ It has 2^18, but the compiler keeps its own scalars there too, and moves them to
 back where tables leave no room: at 183,000 words it did, at 145,000 not.
 """
 
-_DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
-
 
 def current_chip() -> str | None:
-    """ "v5e", "v5p" or "v6e" by the mesh in force, else the default backend; None: another."""
+    """A name in `chips.TPUS` or `chips.GPUS` by the mesh in force, else the default backend; None:
+    another device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return _DEVICE_KINDS.get(kind)
+    return name_of(kind)
 
 
 def grid_options(grid: tuple[int, ...], parallel: int, vmem_limit_bytes: int | None = None) -> dict:
@@ -27,7 +28,7 @@ def grid_options(grid: tuple[int, ...], parallel: int, vmem_limit_bytes: int | N
 
     The cores of a chip that is one device (v5p has two) halve the steps of these axes, all of them
     taken as one row: an odd number leaves one core idle in the end, and one step a core altogether.
-    That number stands beside the kernel in the compiled program, where `rwkvx_jax.plan` reads it.
+    That number stands beside the kernel in the compiled program, where `rwkvx_jax.perf` reads it.
 
     Args:
       grid: of the call.

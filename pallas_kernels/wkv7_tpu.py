@@ -72,7 +72,7 @@ TILES = {
 def default_tile() -> TileConfig:
     """The tile for the device of the mesh in force, else of the default backend; v5e's where that
     is neither a v5p nor a v6e."""
-    return TILES[current_chip() or "v5e"]
+    return TILES.get(current_chip(), TILES["v5e"])
 
 
 def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeLike) -> str | None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains and evaluates the ablations of results/README.md: results/ablations.sh BOOKS [NAME ...]
-# Each is configs/recall_4k.py with one thing changed, seed 0. Checkpoints go to runs/ablations/,
+# Each is configs/recall_64k.py:small with one thing changed, seed 0. Checkpoints go to runs/ablations/,
 # trials to runs/results/ablations/NAME/. BOOKS as for reproduce.sh. What is finished is not repeated.
 set -euo pipefail
 books=$(realpath "$1")
@@ -33,7 +33,7 @@ names=${*:2}
 for name in ${names:-$(awk 'NF {print $1}' <<<"$all")}; do
     flags=$(awk -v name="$name" '$1 == name {$1 = ""; print}' <<<"$all")
     # shellcheck disable=SC2086
-    $python train.py --config configs/recall_4k.py --data.path "$books/[!dS]*.txt" \
+    $python train.py --config configs/recall_64k.py:small --data.path "$books/[!dS]*.txt" \
         --run.remat none --workdir "$models/run-$name" $flags
     model=$models/$name.safetensors
     [ -e "$model" ] || $python -m rwkvx_jax.convert "$models/run-$name" "$model" --to ours

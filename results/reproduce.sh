@@ -11,12 +11,12 @@ seeds=${*:2}
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_PLATFORMS=cpu
 python=${PYTHON:-.venv/bin/python}
 
-train() {  # CONFIG SEED
-    $python train.py --config "configs/$1.py" --data.path "$books/[!dS]*.txt" \
-        --data.seed "$2" --model.init-seed "$2" --run.remat none --workdir "runs/$1-$2"
+train() {  # EXPERIMENT[:VARIANT] SEED
+    $python train.py --config "$1" --data.path "$books/[!dS]*.txt" \
+        --data.seed "$2" --model.init-seed "$2" --run.remat none --workdir "runs/${1/:/_}-$2"
 }
 
-keep() {  # CONFIG SEED NAME [flags]
+keep() {  # EXPERIMENT[_VARIANT] SEED NAME [flags]
     local model=runs/seed$2/$3.safetensors
     [ -e "$model" ] || $python -m rwkvx_jax.convert "runs/$1-$2" "$model" --to ours "${@:4}"
 }
@@ -58,14 +58,13 @@ evaluate() {  # SEED
 
 for seed in ${seeds:-0 1 2}; do
     train recall_64k "$seed"
-    train recall_64k_rwkv7 "$seed"
-    [ "$seed" != 0 ] || train recall_64k_full 0
+    train recall_64k:rwkv7 "$seed"
+    [ "$seed" != 0 ] || train recall_64k:full 0
     mkdir -p "runs/seed$seed"
     keep recall_64k "$seed" recall_64k
     keep recall_64k "$seed" recall_16k --step "$($python - <<'PYTHON'
-from pathlib import Path
-from rwkvx_jax.cli import load_config
-print(sum(s.steps for s in load_config(Path("configs/recall_64k.py")).stages if s.seq_len <= 16384))
+from rwkvx_jax.experiment_files import load_config
+print(sum(s.steps for s in load_config("recall_64k").stages if s.seq_len <= 16384))
 PYTHON
 )"
     keep recall_64k_rwkv7 "$seed" recall_64k_rwkv7

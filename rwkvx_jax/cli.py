@@ -1,4 +1,4 @@
-"""What the command lines share: experiment files, overrides, platform, and how they end.
+"""What the command lines share: overrides, platform, and how they end.
 
 `command_line` is the one place that decides which errors are printed as one line and which keep
 their traceback; every `main` is a block under it.
@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import importlib.machinery
 import importlib.util
 import io
 import logging
@@ -20,7 +19,6 @@ import re
 import select
 import shlex
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -29,6 +27,7 @@ import jax
 import tyro
 
 from rwkvx_jax.config import Config, ConfigError, UserError
+from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.generate.terminal import printable
 
 _log = logging.getLogger(__name__)
@@ -231,43 +230,6 @@ def add_host_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_config(path: Path) -> Config:
-    """Runs an experiment file and returns what its `get_config()` returns.
-
-    Raises:
-      ConfigError: no such file, an error in it, no `get_config` in it, or not a Config.
-    """
-    if not path.is_file():
-        raise ConfigError(f"no config file {path}: see the configs directory for examples")
-    # Whatever its suffix, and never from a compiled file, which is taken for the newest when the
-    # source was changed within a second.
-    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))
-    with _errors_of_config(path):
-        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), module.__dict__)
-        if not callable(getattr(module, "get_config", None)):
-            raise ConfigError(f"{path} defines no get_config()")
-        config = module.get_config()
-    if not isinstance(config, Config):
-        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not Config")
-    return config
-
-
-@contextlib.contextmanager
-def _errors_of_config(path: Path) -> Iterator[None]:
-    """Errors of the user's own Python code: with the line where they came from."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        kind = type(error).__name__
-        raise ConfigError(f"config file {path}, line {line}: {kind}: {error}") from error
-
-
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, Config]:
@@ -276,13 +238,13 @@ def parse_with_overrides(
     Overrides are dotted fields of Config: `--optimizer.weight-decay 0.1 --stages.1.steps 50`.
 
     Raises:
-      ConfigError: see `load_config`, and a value that can't work.
+      ConfigError: see `experiment_files.load_config`, and a value that can't work.
       UsageError: a field that the config does not have.
     """
     if any(flag in argv for flag in ("-h", "--help")):
         _help(parser, argv)
     flags, overrides = parser.parse_known_args(argv)
-    config = load_config(Path(flags.config))
+    config = load_config(flags.config)
     known = [name for action in parser._actions for name in action.option_strings]
     _check_overrides(overrides, config, known)
     return flags, tyro.cli(Config, default=config, args=overrides, prog=parser.prog)
@@ -293,12 +255,12 @@ def _help(parser: argparse.ArgumentParser, argv: Sequence[str]) -> NoReturn:
     parser.print_help()
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?", default=parser.get_default("config"))
-    path = finder.parse_known_args(argv)[0].config
-    if path is None:
+    experiment = finder.parse_known_args(argv)[0].config
+    if experiment is None:
         print("\nWith --config FILE, --help also lists the fields that can be overridden.")
         raise SystemExit(0)
-    config = load_config(Path(path))
-    print(f"\nOverrides, with the values of {path}:\n")
+    config = load_config(experiment)
+    print(f"\nOverrides, with the values of {experiment}:\n")
     tyro.cli(Config, default=config, args=["--help"], prog=parser.prog)
 
 

@@ -15,6 +15,7 @@ from rwkvx_jax import cli
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.convert.__main__ import main as convert
 from rwkvx_jax.convert.tensors import ConversionError
+from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.storage import new_file
 from rwkvx_jax.training.loop import TrainingStopped
 from tests.eval_models import write_checkpoint
@@ -161,7 +162,7 @@ def test_errors_in_an_experiment_file_name_its_line(tmp_path, code, message):
     path = tmp_path / "mine.txt"  # any suffix
     path.write_bytes(code if isinstance(code, bytes) else code.encode())
     with pytest.raises(ConfigError) as raised:
-        cli.load_config(path)
+        load_config(path)
     assert message in str(raised.value) and str(path) in str(raised.value)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import typing
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rwkvx_jax.cli import accelerator_attached, load_config, settle_platform
+from rwkvx_jax.cli import accelerator_attached, settle_platform
 from rwkvx_jax.config import (
     Config,
     ConfigError,
@@ -29,6 +30,7 @@ from rwkvx_jax.config import (
     low_rank_widths,
     to_dict,
 )
+from rwkvx_jax.experiment_files import experiment_name, load_config
 from rwkvx_jax.model import abstract_model, get_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.recurrence import wkv7
@@ -205,17 +207,17 @@ def test_low_rank_widths_are_those_of_the_released_models(width, rwkvx, rwkv_lm)
         ("rwkvx_0b2_stage2", 20e9),
         ("rwkvx_3b6_stage1", 1.5e9),
         ("rwkvx_3b6_stage2", 1e9),
-        ("rwkvx_0b2_stage2_v5e256", 20e9),
-        ("rwkvx_0b2_stage2_v6e64", 20e9),
-        ("rwkvx_3b6_stage1_v5e256", 1.5e9),
-        ("rwkvx_3b6_stage1_v6e64", 1.5e9),
-        ("rwkvx_3b6_stage2_v5e256", 1e9),
-        ("rwkvx_3b6_stage2_v5p128", 1e9),
-        ("rwkvx_3b6_stage2_v6e64", 1e9),
+        ("rwkvx_0b2_stage2:v5e256", 20e9),
+        ("rwkvx_0b2_stage2:v6e64", 20e9),
+        ("rwkvx_3b6_stage1:v5e256", 1.5e9),
+        ("rwkvx_3b6_stage1:v6e64", 1.5e9),
+        ("rwkvx_3b6_stage2:v5e256", 1e9),
+        ("rwkvx_3b6_stage2:v5p128", 1e9),
+        ("rwkvx_3b6_stage2:v6e64", 1e9),
     ],
 )
 def test_recipes_train_the_tokens_of_their_sources(name, tokens):
-    (stage,) = load_config(ROOT / "configs" / f"{name}.py").stages
+    (stage,) = load_config(name).stages
     assert abs(stage.tokens / tokens - 1) < 0.03
 
 
@@ -229,6 +231,42 @@ def test_bad_experiment_files_are_refused(tmp_path, text, fragment):
     path.write_text(text)
     with pytest.raises(ConfigError, match=fragment):
         load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_variant_differs_from_its_experiment(path):
+    config = load_config(path)
+    assert load_config(path.stem) == config
+    for variant in runpy.run_path(str(path)).get("VARIANTS", ()):
+        assert load_config(f"{path}:{variant}") == load_config(f"{path.stem}:{variant}") != config
+
+
+def test_an_unknown_experiment_or_variant_is_told_what_there_is(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from rwkvx_jax.config import *\nget_config = lambda: 3")
+    for experiment, fragment in (
+        (
+            f"{ROOT}/configs/rwkvx_3b6_stage2.py:v9",
+            "variant 'v9': choose from v5p128, v5e256, v6e64",
+        ),
+        ("rwkvx_3b6_stage2:", "variant '': choose from v5p128, v5e256, v6e64"),
+        ("tiny:cpu", "no config file tiny: name a file, or one of the shipped configs: books, "),
+        (f"{path}:large", "mine.py has no variants: leave out ':large'"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config(experiment)
+        assert fragment in str(error.value)
+
+
+def test_a_file_with_a_colon_in_its_name_is_a_file(tmp_path):
+    path = tmp_path / "a:b.py"
+    path.write_bytes((ROOT / "configs" / "tiny_cpu.py").read_bytes())
+    assert load_config(path) == load_config("tiny_cpu")
+
+
+def test_experiments_have_names_for_directories():
+    assert experiment_name("configs/tiny_cpu.py") == experiment_name("tiny_cpu") == "tiny_cpu"
+    assert experiment_name("configs/rwkvx_3b6_stage2.py:v5p128") == "rwkvx_3b6_stage2_v5p128"
 
 
 def test_accelerators_are_found_by_their_devices(tmp_path):

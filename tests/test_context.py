@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.context_traffic import block_traffic
 from rwkvx_jax.config import LongCEConfig, MeshConfig
 from rwkvx_jax.modules import channel_mix, context
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.recurrence import wkv7, wkv7_affine
+from rwkvx_jax.perf.context_traffic import block_traffic
 from rwkvx_jax.sharding import make_mesh, sequence_parts, whole_sequences
 from rwkvx_jax.training.losses import longce_weights
 from tests.attention_cases import compare, random_qkv, value_and_gradients

@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.doctor import estimates, kernels, machine
+from rwkvx_jax.doctor import kernels, machine
 from rwkvx_jax.doctor.__main__ import main
 from rwkvx_jax.doctor.findings import Failed, Findings
 from rwkvx_jax.doctor.kernels import Case, kernel_checks
+from rwkvx_jax.perf import kernel_costs
 
 MODEL = ModelConfig(
     vocab_size=257,
@@ -105,12 +106,12 @@ def test_a_failed_check_is_the_exit_status(capsys, monkeypatch):
 
 def test_static_estimates_grow_with_the_length_and_are_of_known_shapes(monkeypatch):
     model = ModelConfig.rwkvx_0b2()
-    assert estimates.static_estimate("wkv7", model, 4096) is None  # no TPU here
-    monkeypatch.setattr(estimates, "current_chip", lambda: "v5e")
+    assert kernel_costs.static_estimate("wkv7", model, 4096) is None  # no TPU here
+    monkeypatch.setattr(kernel_costs, "current_chip", lambda: "v5e")
     for op, growth in (("wkv7", 2), ("select_chunks", 4), ("sparse_attention", 2)):
-        one, two = (estimates.static_estimate(op, model, n) for n in (65536, 131072))
+        one, two = (kernel_costs.static_estimate(op, model, n) for n in (65536, 131072))
         assert two == pytest.approx(growth * one, rel=0.02)
-    assert estimates.static_estimate("sparse_attention", MODEL, 4096) is None
+    assert kernel_costs.static_estimate("sparse_attention", MODEL, 4096) is None
 
 
 @pytest.mark.tpu

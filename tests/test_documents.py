@@ -1,4 +1,4 @@
-"""Every command, program, path and link of the README and docs/ is one that exists.
+"""Every command, program, path and link of the README, CONTRIBUTING and docs/ exists.
 
 Commands are read by the parsers that would read them, and not run; programs are run (those that
 would compile a model: on shapes alone).
@@ -28,11 +28,12 @@ from rwkvx_jax.data.__main__ import Arguments as DataOptions
 from rwkvx_jax.doctor.__main__ import Options as DoctorOptions
 from rwkvx_jax.evals.convert_tasks import Options as TaskOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
-from rwkvx_jax.plan.__main__ import make_parser as plan_parser
+from rwkvx_jax.perf.plan_command import make_parser as plan_parser
 from tests.convert_checkpoints import official_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 
 FOLDERS = "configs docs results benchmarks tools tests pallas_kernels rwkvx_jax".split()
@@ -54,6 +55,7 @@ DATACLASSES = {
 OVERRIDABLE = {"train.py": train.make_parser, "-m rwkvx_jax.plan": plan_parser}
 CONFIG = "configs/tiny_cpu.py"
 PLACEHOLDERS = {"N": "1", "TASK": "passkey", "FILE": CONFIG, "CONFIG": CONFIG}
+PLACEHOLDERS["FILE:VARIANT"] = "configs/rwkvx_3b6_stage2.py:v5p128"
 
 
 def prose(text: str) -> str:
@@ -202,8 +204,8 @@ def test_flags_in_the_text_exist(page, capsys):
             check_overrides(words)
         except (SystemExit, config.ConfigError) as error:
             pytest.fail(f"{page}: `{span}`: {error} {capsys.readouterr().err}")
-    for name, flags in re.findall(r"^\| `(\w+)` (--[^|]+)", TEXTS[page], re.M):
-        check_overrides(arguments(flags), f"configs/{name}.py")
+    for name, flags in re.findall(r"^\| `([\w:]+)` (--[^|]+)", TEXTS[page], re.M):
+        check_overrides(arguments(flags), name)
 
 
 @pytest.mark.parametrize("page", TEXTS)

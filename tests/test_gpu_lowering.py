@@ -140,7 +140,7 @@ COMPILE = """
 import sys
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from rwkvx_jax.plan import topology
+from rwkvx_jax.perf import topology
 from tests import test_gpu_lowering as cases
 topology.on_cpu()
 everywhere = NamedSharding(topology.topology_mesh("h100"), PartitionSpec())

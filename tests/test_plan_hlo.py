@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.config import MeshConfig
 from rwkvx_jax.ops.loop_bounds import at_most
-from rwkvx_jax.plan import collectives, hlo
-from rwkvx_jax.plan.hlo import Array, HloError
-from rwkvx_jax.plan.work import read_work
+from rwkvx_jax.perf import collectives, hlo
+from rwkvx_jax.perf.hlo import Array, HloError
+from rwkvx_jax.perf.work import read_work
 from rwkvx_jax.sharding import make_mesh
 
 X = jnp.ones((8, 16))

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from rwkvx_jax.config import Config, ConfigError, MeshConfig, ModelConfig, RunConfig, Stage
-from rwkvx_jax.plan import __main__ as cli
-from rwkvx_jax.plan import sweep, topology
-from rwkvx_jax.plan.sweep import Place, Variant
+from rwkvx_jax.perf import plan_command as cli
+from rwkvx_jax.perf import sweep, topology
+from rwkvx_jax.perf.sweep import Place, Variant
 
 pytestmark = pytest.mark.optimized
 

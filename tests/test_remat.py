@@ -10,7 +10,7 @@ import pytest
 from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import MeshConfig, ModelConfig, RunConfig
 from rwkvx_jax.model import abstract_model, with_params
-from rwkvx_jax.plan import topology
+from rwkvx_jax.perf import topology
 from rwkvx_jax.sharding import make_mesh
 from tests.helpers import assert_close
 from tests.model_cases import random_params

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from rwkvx_jax.checkpoint import load_checkpoint
-from rwkvx_jax.cli import load_config
 from rwkvx_jax.evals import niah, passkey
 from rwkvx_jax.evals.common import open_subjects
+from rwkvx_jax.experiment_files import load_config
 from tests.eval_models import QUIET
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +19,9 @@ def asked(kind, tmp_path, name, **flags):
     return kind(checkpoint=(RESULTS / f"{name}.safetensors",), output=tmp_path, **flags)
 
 
-@pytest.mark.parametrize("name", [HYBRID, TWIN])
-def test_the_models_are_those_of_their_configs(name):
-    config = load_config(ROOT / "configs" / f"{name}.py")
+@pytest.mark.parametrize("name, experiment", [(HYBRID, "recall_64k"), (TWIN, "recall_64k:rwkv7")])
+def test_the_models_are_those_of_their_configs(name, experiment):
+    config = load_config(experiment)
     loaded = load_checkpoint(RESULTS / f"{name}.safetensors")
     assert loaded.model.config == config.model and loaded.tokenizer == "byte"
     assert loaded.step == sum(stage.steps for stage in config.stages)

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     "pallas_kernels",
     "rwkvx_jax.config",
+    "rwkvx_jax.experiment_files",
     "rwkvx_jax.storage",
     "rwkvx_jax.textfiles",
     "rwkvx_jax.xla_flags",
@@ -29,9 +30,10 @@ ROOMS = [
     "rwkvx_jax.checkpoint",
     "rwkvx_jax.training",
     "rwkvx_jax.generate",
-    "rwkvx_jax.plan",
     "rwkvx_jax.evals",
     "rwkvx_jax.cli",
+    "rwkvx_jax.perf",
+    "rwkvx_jax.plan",
     "rwkvx_jax.doctor",
 ]
 FILES = sorted(
@@ -66,6 +68,16 @@ def test_a_file_imports_only_rooms_below_its_own(path):
     for module in imported(ast.parse(path.read_text())):
         other = room(module)
         assert other is None or other <= own, f"{path.name} imports {module}, a room above its own"
+
+
+def test_nothing_imports_perf_but_the_doors():
+    """What it predicts and measures must not change by being predicted or measured."""
+    doors = tuple(room(name) for name in ("rwkvx_jax.perf", "rwkvx_jax.plan", "rwkvx_jax.doctor"))
+    for path in FILES:
+        if room(".".join(path.relative_to(ROOT).with_suffix("").parts)) in doors:
+            continue
+        found = [m for m in imported(ast.parse(path.read_text())) if m.startswith("rwkvx_jax.perf")]
+        assert not found, f"{path.name} imports {found}: only doors may"
 
 
 def test_kernels_import_jax_only():

@@ -19,11 +19,11 @@ from rwkvx_jax.model import abstract_model, create_model, get_params, with_param
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.ops.selection import Selector
-from rwkvx_jax.plan import hlo, topology, work
+from rwkvx_jax.perf import hlo, static_costs, topology, work
+from rwkvx_jax.perf.kernel_costs import read_costs
+from rwkvx_jax.perf.static_cases import BLOCK_SPARSE, Case, all_cases
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.training.step import param_shardings, stage_program
-from tools import static_costs
-from tools.static_cases import BLOCK_SPARSE, Case, all_cases
 
 pytestmark = [
     pytest.mark.optimized,
@@ -50,7 +50,7 @@ FAST.add(Case("block_sparse_past_forward", "v5e", 768, 131072, 2048, 3))
 )
 def test_schedule(case):
     result = static_costs.measure(case)
-    expected = static_costs.read_table()[case.name]
+    expected = read_costs()[case.name]
     remedy = f"{case.name}: if intended, run `make static-costs`"
     assert result["body"] == pytest.approx(expected["body"], rel=0.05), remedy
     assert result["steps"] == expected["steps"], remedy

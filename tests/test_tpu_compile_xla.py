@@ -17,7 +17,7 @@ from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import RunConfig
 from rwkvx_jax.model import abstract_model
 from rwkvx_jax.ops.selection import Selector
-from rwkvx_jax.plan import hlo, topology
+from rwkvx_jax.perf import hlo, topology
 from tests.model_cases import TINY
 
 pytestmark = [

@@ -11,10 +11,10 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from pallas_kernels.chips import peak_flops
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.training import timing
 from rwkvx_jax.training.metrics import MetricsWriter
-from rwkvx_jax.training.model_flops import peak_flops
 from rwkvx_jax.training.timing import RunClock
 from rwkvx_jax.training.watchdog import STATUS, step_timeout
 

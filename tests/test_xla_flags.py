@@ -6,7 +6,7 @@ import pytest
 
 from rwkvx_jax import xla_flags
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.plan import topology
+from rwkvx_jax.perf import topology
 from rwkvx_jax.xla_flags import FLAGS, VARIABLE, apply_xla_flags, attached_generation, refused_flags
 
 needs_compiler = pytest.mark.skipif(

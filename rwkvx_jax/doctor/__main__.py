@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -15,7 +14,6 @@ from rich.console import Console
 from rwkvx_jax.cli import (
     accelerator_attached,
     command_line,
-    load_config,
     parse,
     settle_platform,
 )
@@ -23,6 +21,7 @@ from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.doctor import machine
 from rwkvx_jax.doctor.findings import Findings
 from rwkvx_jax.doctor.kernels import Case, kernel_checks
+from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.storage import WorkPath, work_path, write_whole
 
@@ -37,8 +36,9 @@ class Options:
     FAIL."""
 
     config: str = ""
-    """Experiment file whose model is checked, and whose first stage trains. Default: the kernels
-    of RWKV-X 0.22B (on a CPU and for the steps: a tiny model)."""
+    """Experiment (FILE, FILE:VARIANT, or the name of one in configs/) whose model is checked, and
+    whose first stage trains. Default: the kernels of RWKV-X 0.22B (on a CPU and for the steps: a
+    tiny model)."""
     workdir: str = ""
     """Where a checkpoint is written and training runs, on a disk or gs://; both are removed again.
     Default: a temporary folder."""
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     with command_line(prog, argv):
         options = parse(Options, argv, prog)
         join_hosts(None, None, None, detect=accelerator_attached())
-        config = load_config(Path(options.config)) if options.config else _tiny()
+        config = load_config(options.config) if options.config else _tiny()
         if jax.process_count() > 1 and not options.workdir:
             raise ConfigError("on several hosts --workdir has to name a place that all of them see")
         first = jax.process_index() == 0

@@ -20,13 +20,13 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import block_sparse_tpu, wkv7_tpu
 from rwkvx_jax.cache import selector_of
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.doctor.estimates import static_estimate
 from rwkvx_jax.doctor.findings import Failed, Values
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.ops.selection import select_chunks, select_chunks_reference
+from rwkvx_jax.perf.kernel_costs import static_estimate
 
 # Largest error of outputs and of gradients: what the tests demand of float32, and what rounding
 # inputs, intermediate products and outputs to bfloat16 leaves.

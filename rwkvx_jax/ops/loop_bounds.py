@@ -12,6 +12,6 @@ def at_most(times: float):
     """Context: loops traced in it run at most so often, on average over all times they are entered.
 
     The bound goes into the loops' names (`jax.named_scope`), which compilers keep; it changes
-    nothing that is computed. `plan.loops` reads it.
+    nothing that is computed. `perf.loops` reads it.
     """
     return jax.named_scope(f"at_most_{math.ceil(times)}_times")

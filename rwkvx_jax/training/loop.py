@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from pallas_kernels.chips import peak_flops
 from rwkvx_jax.checkpoint import check_resumable
 from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import Config, to_dict
@@ -24,7 +25,7 @@ from rwkvx_jax.training.evaluate import check_targets, make_evaluator
 from rwkvx_jax.training.initial import load_initial_params
 from rwkvx_jax.training.memory import check_memory
 from rwkvx_jax.training.metrics import MetricsWriter, Reporter
-from rwkvx_jax.training.model_flops import peak_flops, step_flops
+from rwkvx_jax.training.model_flops import step_flops
 from rwkvx_jax.training.saver import Saver
 from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
 from rwkvx_jax.training.timing import RunClock

@@ -7,28 +7,8 @@ here, so that a better implementation shows as a better utilisation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rwkvx_jax.config import Config, ModelConfig, Stage
 from rwkvx_jax.training.losses import longce_starts
-
-# By the beginning of the kind that JAX tells. Dense bfloat16 products a second of one chip:
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026, and NVIDIA's data sheets (SXM).
-PEAK_FLOPS: Mapping[str, float] = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-}
-
-
-def peak_flops(kind: str) -> float | None:
-    """Peak of a device by the kind that JAX tells, flop/s in bfloat16; None: it is not known."""
-    names = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def recurrence_flops(config: ModelConfig) -> float:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from pallas_kernels.chips import GIB
 from rwkvx_jax.cache import Cache
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.model import abstract_model, get_params, with_params
-from rwkvx_jax.plan.roofline import GIB
 from rwkvx_jax.sharding import batch_sharding, partition_spec
 from rwkvx_jax.training import model_flops
 from rwkvx_jax.training.step import param_shardings, stage_program

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from rwkvx_jax.config import Config
-from rwkvx_jax.plan.planner import Plan, gib
+from rwkvx_jax.perf.planner import Plan, gib
 
 # Shares below which nothing is worth saying.
 _TIGHT = 0.05  # of the memory

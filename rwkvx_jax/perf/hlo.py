@@ -160,7 +160,6 @@ class Computation:
 class Module:
     """A compiled program."""
 
-    name: str
     computations: dict[str, Computation]
     entry: Computation
     frames: dict[int, tuple[str, str, int]]  # stack frame -> (file, function, parent frame)
@@ -203,8 +202,7 @@ def parse(text: str) -> Module:
             root = instruction if is_root else root
     if entry is None:
         raise HloError("the HLO text has no ENTRY computation")
-    name = re.match(r"HloModule ([^\s,]+)", lines[0])[1]
-    return Module(name, computations, computations[entry], _stack_frames(lines))
+    return Module(computations, computations[entry], _stack_frames(lines))
 
 
 def _instruction(line: str) -> tuple[bool, Instruction]:

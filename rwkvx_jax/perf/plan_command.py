@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,12 +24,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from pallas_kernels.chips import TPUS
 from rwkvx_jax.cli import command_line, parse_with_overrides
 from rwkvx_jax.config import Config, ConfigError
-from rwkvx_jax.plan import report, sweep, topology
-from rwkvx_jax.plan.advice import advise
-from rwkvx_jax.plan.planner import make_plan
-from rwkvx_jax.plan.programs import (
+from rwkvx_jax.perf import report, sweep, topology
+from rwkvx_jax.perf.advice import advise
+from rwkvx_jax.perf.planner import make_plan
+from rwkvx_jax.perf.programs import (
     Program,
     check_possible,
     read_program,
@@ -38,7 +38,6 @@ from rwkvx_jax.plan.programs import (
     train_program,
     train_size,
 )
-from rwkvx_jax.plan.roofline import CHIPS
 from rwkvx_jax.sharding import check_fits, make_mesh
 from rwkvx_jax.storage import work_path, write_whole
 from rwkvx_jax.xla_flags import apply_xla_flags
@@ -51,15 +50,15 @@ def main(argv: Sequence[str]) -> int:
     with command_line("python -m rwkvx_jax.plan", argv):
         flags, config = parse_with_overrides(make_parser(), argv)
         generation = topology.generation(flags.topology)
-        if generation not in CHIPS:
-            raise ConfigError(f"no peaks are known for {generation}: use one of {list(CHIPS)}")
+        if generation not in TPUS:
+            raise ConfigError(f"no peaks are known for {generation}: use one of {list(TPUS)}")
         apply_xla_flags(config.run.xla_flags, generation)
         if flags.sweep:
             return _sweep(flags, config)
         mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
         check_fits(config, mesh)
         sizes = dict(mesh.shape)
-        programs = list(_programs(flags, config, mesh, CHIPS[generation].hbm * mesh.size))
+        programs = list(_programs(flags, config, mesh, TPUS[generation].hbm * mesh.size))
         records, fits = [], True
         place = flags.topology if flags.slices == 1 else f"{flags.slices} x {flags.topology}"
         title = report.header(config, flags.config, place, sizes)
@@ -87,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rwkvx_jax.plan", description=__doc__.splitlines()[0], add_help=False
     )
-    parser.add_argument("--config", required=True, help="experiment file")
+    parser.add_argument(
+        "--config", required=True, help="experiment: FILE, FILE:VARIANT, or a name in configs/"
+    )
     parser.add_argument(
         "--topology", required=True, help="generation and shape in chips, such as v5p:4x4x8"
     )
@@ -201,7 +202,3 @@ def _progress(text: str) -> Iterator[None]:
     ) as bar:
         bar.add_task(text, total=None)
         yield
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,12 @@ import dataclasses
 import functools
 import math
 
-from tools.estimate import CHIPS
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import block_sparse_tpu, routing, selection_tpu, wkv7_tpu
+from rwkvx_jax.perf.stages import CORES
+from rwkvx_jax.perf.topology import smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +22,9 @@ class Case:
 
     Attributes:
       kernel: name of the pallas_call, as in the dump's file names.
-      chip: key of `CHIPS`.
+      chip: key of `CORES`.
       width, time: D and T; the batch is 1.
-      chunk, top_k: of sparse attention; 0 for other kernels.
+      chunk, top_k: of sparse attention; 0 for other wkv7_tpu.
     """
 
     kernel: str
@@ -36,7 +41,7 @@ class Case:
 
     @property
     def topology(self) -> str:
-        return "v5p:2x2x1" if self.chip == "v5p" else f"{self.chip}:2x2"
+        return smallest(self.chip)
 
 
 def all_cases() -> list[Case]:
@@ -44,14 +49,14 @@ def all_cases() -> list[Case]:
     recurrence = [
         Case(kernel, chip, width, time)
         for kernel in WKV7
-        for chip in CHIPS
+        for chip in CORES
         for width in (768, 2560)
         for time in (4096, 65536)
     ]
     attention = [
         Case(kernel, chip, 768, 131072, chunk, top_k)
         for kernel in BLOCK_SPARSE
-        for chip in CHIPS
+        for chip in CORES
         for chunk, top_k in ((2048, 3), (128, 16))
     ]
     smallest = [Case(kernel, "v5e", 768, 131072, 32, 64) for kernel in BLOCK_SPARSE]
@@ -67,11 +72,7 @@ def case_named(name: str) -> Case:
 def _wkv7(case: Case, struct):
     """Function, arguments, bytes of the contract (every input and output once, chunk states once),
     and units of work: (token, head pair)."""
-    import jax.numpy as jnp
-
-    from pallas_kernels import wkv7_tpu as kernels
-
-    head, tile = 64, kernels.TILES[case.chip]
+    head, tile = 64, wkv7_tpu.TILES[case.chip]
     packs, chunks = case.width // 128, case.time // tile.chunk
     tokens = struct((1, case.time, case.width), jnp.bfloat16)
     log_w = struct((1, case.time, case.width), jnp.float32)
@@ -82,7 +83,7 @@ def _wkv7(case: Case, struct):
     if case.kernel == "wkv7_forward":
 
         def function(*x):
-            return kernels._forward_call(
+            return wkv7_tpu._forward_call(
                 x[:6], x[6], head=head, tile=tile, residuals=True, interpret=False
             )
 
@@ -91,7 +92,7 @@ def _wkv7(case: Case, struct):
         inverse = struct((1, chunks, packs, tile.chunk, 2 * tile.chunk), jnp.bfloat16)
 
         def function(*x):
-            return kernels._backward_call(
+            return wkv7_tpu._backward_call(
                 x[:6], x[6:10], x[10], x[11], head=head, tile=tile, interpret=False
             )
 
@@ -103,24 +104,15 @@ def _wkv7(case: Case, struct):
 
 def block_sparse_plan(case: Case, struct):
     """The kernels' plan for heads of 64, bfloat16."""
-    import jax.numpy as jnp
-
-    from pallas_kernels import block_sparse_tpu as kernels
-
     heads = case.width // 64
-    shape = kernels._Shape(64, jnp.dtype(jnp.bfloat16), case.chunk, 0.125)
+    shape = block_sparse_tpu._Shape(64, jnp.dtype(jnp.bfloat16), case.chunk, 0.125)
     x = struct((1, case.time, heads, 64), jnp.bfloat16)
     selection = struct((1, case.time, heads, case.top_k - 1), jnp.int32)
-    return kernels._make_plan(x, x, selection, shape, kernels.TILES[case.chip], 0)
+    return block_sparse_tpu._make_plan(x, x, selection, shape, block_sparse_tpu.TILES[case.chip], 0)
 
 
 def block_sparse_calls(case: Case, struct) -> dict:
     """Function and arguments of each kernel of sparse attention."""
-    import jax.numpy as jnp
-
-    from pallas_kernels import block_sparse_tpu as kernels
-    from pallas_kernels import routing, selection_tpu
-
     heads, chunk = case.width // 64, case.chunk
     plan = block_sparse_plan(case, struct)
     shape, routes = plan.shape, plan.routing
@@ -145,21 +137,21 @@ def block_sparse_calls(case: Case, struct) -> dict:
             lambda *x: routing._emit_call(*x, routes, False),
             (ordered, per_tile, per_tile),
         ),
-        "block_sparse_start": (call(kernels._start), (packed,)),
+        "block_sparse_start": (call(block_sparse_tpu._start), (packed,)),
         "block_sparse_past_forward": (
-            call(kernels._past_forward),
+            call(block_sparse_tpu._past_forward),
             (routed, packed, packed, packed, results),
         ),
         "block_sparse_own_forward": (
-            call(kernels._own_forward),
+            call(block_sparse_tpu._own_forward),
             (packed, packed, packed, results, first),
         ),
         "block_sparse_past_backward": (
-            call(kernels._past_backward),
+            call(block_sparse_tpu._past_backward),
             (routed, packed, packed, packed, packed, results),
         ),
         "block_sparse_own_backward": (
-            call(kernels._own_backward),
+            call(block_sparse_tpu._own_backward),
             (packed, packed, packed, packed, results, wide, wide, first),
         ),
     }
@@ -168,8 +160,6 @@ def block_sparse_calls(case: Case, struct) -> dict:
 def _block_sparse(case: Case, struct):
     """As for WKV-7. The contract: every argument once and every result once; what the past part
     updates in place is both. Units: (token, head pair), of those that one call takes."""
-    import jax
-
     function, arguments = block_sparse_calls(case, struct)[case.kernel]
     results = jax.eval_shape(function, *arguments)
     arrays = jax.tree.leaves((arguments, results))

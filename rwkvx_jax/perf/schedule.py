@@ -8,11 +8,10 @@ import dataclasses
 import math
 import re
 
-_GRANULE_BYTES = 32  # unit of a DMA's size in the dump
-
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{(.*)$")
 _LOOP_START = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+LB\s*:\s*(>+)\s*\{")
 _REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
+_COPY = re.compile(r"= dma\.(?:hbm_to_vmem|vmem_to_hbm)[^;]*?granules=\*/(?:\d+)")
 _EXIT_TEST = re.compile(
     r"%(p\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%p\w+\), )?%(s\w+), (-?\d+) /\* loop exit test \*/"
 )
@@ -32,7 +31,6 @@ class Loop:
       trips: iterations each time it is entered.
       bundles: bundles of the body outside inner loops.
       copies: DMA descriptors issued by the body outside inner loops.
-      copied_bytes: their bytes, tile padding included.
       inner: loops directly inside.
     """
 
@@ -40,7 +38,6 @@ class Loop:
     trips: int
     bundles: int = 0
     copies: int = 0
-    copied_bytes: int = 0
     inner: list["Loop"] = dataclasses.field(default_factory=list)
 
     def total(self, field: str) -> int:
@@ -69,10 +66,8 @@ def read_schedule(text: str) -> Loop:
         # A bundle in a branch's delay slots may belong to an outer loop: go by its own depth.
         owners = [x for x in open_loops if x.depth <= depth]
         owners[-1].bundles += 1
-        sizes = re.findall(r"= dma\.(?:hbm_to_vmem|vmem_to_hbm)[^;]*?granules=\*/(\d+)", bundle[2])
-        sizes = [] if "shalt.err" in bundle[2] else sizes  # the bounds check repeats the copy
-        owners[-1].copies += len(sizes)
-        owners[-1].copied_bytes += _GRANULE_BYTES * sum(map(int, sizes))
+        if "shalt.err" not in bundle[2]:  # the bounds check repeats the copy
+            owners[-1].copies += len(_COPY.findall(bundle[2]))
     if not program.bundles and not program.inner:
         raise ValueError("no bundles found: not a final-bundles dump?")
     return program

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 import jax
 from jax.sharding import Mesh
 
+from pallas_kernels.chips import GIB
 from rwkvx_jax.ops.dispatch import forget_choices
-from rwkvx_jax.plan import hlo, work
-from rwkvx_jax.plan.programs import Program
-from rwkvx_jax.plan.roofline import GIB, Estimate, KernelCosts, Machine, estimate, place_of
+from rwkvx_jax.perf import hlo, work
+from rwkvx_jax.perf.kernel_costs import KernelCosts, read_costs
+from rwkvx_jax.perf.machine import Machine
+from rwkvx_jax.perf.programs import Program
+from rwkvx_jax.perf.roofline import Estimate, estimate, place_of
 
 _TOO_BIG = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory")
 _LIMIT = re.compile(r"exceeds available HBM \(([\d.]+)([KMG])\)|of ([\d.]+)([KMG]) hbm")
@@ -122,10 +125,11 @@ def make_plan(program: Program, mesh: Mesh, generation: str) -> Plan:
         return dataclasses.replace(plan, refusal=_refusal(message, machine))
     module = hlo.parse(compiled.as_text())
     works, loops = work.read_work(module, mesh.size)
+    costs = KernelCosts(generation, read_costs(), program.variant)
     return dataclasses.replace(
         plan,
         memory=_memory(compiled, machine),
-        estimate=estimate(works, machine, KernelCosts(generation, variant=program.variant)),
+        estimate=estimate(works, machine, costs),
         notes=plan.notes + tuple(_loop_notes(loops)),
     )
 

@@ -1,31 +1,32 @@
 """Static costs of the TPU kernels, read from the TPU compiler's own dumps, with no TPU.
 
 A TPU core is a statically scheduled machine: how many instruction bundles a kernel issues is known
-when it is compiled. Each case is compiled in a process of its own (the compiler reads its dump
-flags once, before jax is imported), and `schedule` reads the dump. Bundles are not time: waiting
-for memory is not in them. `estimate` turns them into an estimate, and calls it that.
+when it is compiled. Each case is compiled in a process of its own, and `schedule` reads the dump.
+Bundles are not time: waiting for memory is not in them. `stages` turns them into an estimate, and
+calls it that.
 
-    python -m tools.static_costs               compile all cases, rewrite the table, print old/new
-    python -m tools.static_costs --only v5e    cases whose name contains a text; prints, no rewrite
-    python -m tools.static_costs --only v5e --write    the same; their results enter the table
+    python -m rwkvx_jax.perf.static_costs    compiles all cases, rewrites the table, prints both
+
+`--only v5e` takes the cases whose name contains a text and only prints them; with `--write` their
+results enter the table.
 """
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
+import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from tools.estimate import CHIPS, Stage
-from tools.schedule import Loop, read_schedule, read_utilization
-from tools.static_cases import BUILDERS, Case, all_cases, case_named
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
-ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "pallas_kernels" / "static_costs.json"
+from rwkvx_jax.perf import topology
+from rwkvx_jax.perf.dumps import compiled_apart, read_dump
+from rwkvx_jax.perf.kernel_costs import TABLE, read_costs
+from rwkvx_jax.perf.schedule import Loop, read_schedule, read_utilization
+from rwkvx_jax.perf.stages import CORES, Stage
+from rwkvx_jax.perf.static_cases import BUILDERS, Case, all_cases, case_named
+
 _PIPELINE_PASSES = 2  # extra passes of a grid loop, which fill and drain its copies
 _TIME_LIMIT = 600  # seconds a compilation may take
 
@@ -36,13 +37,6 @@ _TIME_LIMIT = 600  # seconds a compilation may take
 
 def _compile(case: Case) -> dict:
     """Runs in the child: compiles a case, returns what the compiled program says of itself."""
-    import time
-
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from rwkvx_jax.plan import topology
-
     topology.on_cpu()
     mesh = topology.topology_mesh(case.topology, {"device": 1})
     everywhere = PartitionSpec()
@@ -88,32 +82,12 @@ def measure(case: Case) -> dict:
       RuntimeError: the compilation failed, with the compiler's message.
       UnknownTripCount: a loop's trip count cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="static_costs_") as dump:
-        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-        environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        command = [sys.executable, "-m", "tools.static_costs", "--child", case.name]
-        child = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_TIME_LIMIT
-        )
-        if child.returncode:
-            raise RuntimeError(f"{case.name} does not compile:\n{child.stderr[-4000:]}")
-        facts = json.loads(child.stdout.splitlines()[-1])
-        program = read_schedule(_dump(dump, case.kernel, "-final_bundles.txt"))
+    with compiled_apart("rwkvx_jax.perf.static_costs", case.name, _TIME_LIMIT) as (facts, dumps):
+        program = read_schedule(read_dump(dumps, case.kernel, "final_bundles.txt"))
         slots = read_utilization(
-            _dump(dump, case.kernel, "-final_hlo-static-per-bundle-utilization.txt")
+            read_dump(dumps, case.kernel, "final_hlo-static-per-bundle-utilization.txt")
         )
     return _account(case, program, slots, facts)
-
-
-def _dump(directory: str, kernel: str, suffix: str) -> str:
-    found = [
-        path
-        for path in Path(directory).glob(f"*{kernel}*{suffix}")
-        if "schedule-analysis" not in path.name
-    ]
-    if len(found) != 1:
-        raise RuntimeError(f"expected one dump of {kernel} ending in {suffix}, found {len(found)}")
-    return found[0].read_text()
 
 
 def _account(case: Case, program: Loop, slots: dict, facts: dict) -> dict:
@@ -133,7 +107,7 @@ def _account(case: Case, program: Loop, slots: dict, facts: dict) -> dict:
         "contract_bytes": facts["contract_bytes"],
         "traffic": round(facts["hbm_bytes"] / facts["contract_bytes"], 3),
         "slots": slots,
-        "estimated_seconds": float(f"{stage.seconds(CHIPS[case.chip]):.4g}"),
+        "estimated_seconds": float(f"{stage.seconds(CORES[case.chip]):.4g}"),
         "compile_seconds": round(facts["compile_seconds"], 1),
         "jax": facts["jax"],
     }
@@ -144,15 +118,10 @@ def _account(case: Case, program: Loop, slots: dict, facts: dict) -> dict:
 # --------------------------------------------------------------------------------------------
 
 
-def read_table() -> dict:
-    """The checked-in table: case name -> result of `measure` without the compile time."""
-    return json.loads(TABLE.read_text())["cases"] if TABLE.exists() else {}
-
-
 def _write_table(cases: dict) -> None:
     about = (
-        "Static schedules of the TPU kernels by tools/static_costs.py (make static-costs): the "
-        "compiler's bundle counts and an estimate derived from them; nothing here was timed."
+        "Static schedules of the TPU kernels (make static-costs): the compiler's "
+        "bundle counts and an estimate derived from them; nothing here was timed."
     )
     TABLE.write_text(json.dumps({"about": about, "cases": cases}, indent=1) + "\n")
 
@@ -169,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [case for case in all_cases() if options.only in case.name]
     if not cases:
         raise SystemExit(f"no case contains {options.only!r}; e.g. {all_cases()[0].name}")
-    old, new = read_table(), {}
+    old, new = read_costs(), {}
     print(f"{'case':58} {'per unit':>9} {'was':>9} {'traffic':>8} {'estimate':>10} {'compile':>8}")
     for case in cases:
         result = measure(case)
@@ -184,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _write_table(old | new)  # what is measured stays, should a later case fail
     if not options.only:
         _write_table(new)
-        print(f"wrote {TABLE.relative_to(ROOT)}")
+        print(f"wrote {TABLE}")
 
 
 if __name__ == "__main__":

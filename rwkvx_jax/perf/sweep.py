@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from pallas_kernels.chips import GIB
 from rwkvx_jax.config import Config, ConfigError, MeshConfig, Stage
-from rwkvx_jax.plan import report, topology
-from rwkvx_jax.plan.planner import make_plan
-from rwkvx_jax.plan.programs import train_program
-from rwkvx_jax.plan.roofline import GIB
+from rwkvx_jax.perf import report, topology
+from rwkvx_jax.perf.planner import make_plan
+from rwkvx_jax.perf.programs import train_program
 from rwkvx_jax.sharding import check_fits, make_mesh
 from rwkvx_jax.storage import exclusive
 

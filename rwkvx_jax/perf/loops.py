@@ -12,52 +12,25 @@ with neither counts once, and is reported.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rwkvx_jax.plan.hlo import Computation, Instruction, Module
+from rwkvx_jax.perf.hlo import Computation, Instruction, Module
+from rwkvx_jax.perf.loop_arithmetic import (
+    COMPARE,
+    INTEGER,
+    MIRRORED,
+    Counter,
+    Unknown,
+    literal,
+)
 
 # Iterations of an enclosing loop that are evaluated for an average, evenly spaced.
 SAMPLES = 128
 
 _STATED = re.compile(r"\bat_most_(\d+)_times\)*/while$")  # in brackets of transformations
 _SAME = ("copy", "bitcast", "convert", "reshape", "broadcast", "copy-done", "copy-start")
-_COMPARE: Mapping[str, Callable[[int, int], bool]] = {
-    "LT": lambda x, y: x < y,
-    "LE": lambda x, y: x <= y,
-    "GT": lambda x, y: x > y,
-    "GE": lambda x, y: x >= y,
-    "EQ": lambda x, y: x == y,
-    "NE": lambda x, y: x != y,
-}
-_MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
-_INTEGER: Mapping[str, Callable[..., int]] = {
-    "add": lambda x, y: x + y,
-    "subtract": lambda x, y: x - y,
-    "multiply": lambda x, y: x * y,
-    "divide": lambda x, y: int(x / y) if y else 0,
-    "remainder": lambda x, y: int(math.fmod(x, y)) if y else 0,
-    "minimum": min,
-    "maximum": max,
-    "and": lambda x, y: x & y,
-    "or": lambda x, y: x | y,
-    "xor": lambda x, y: x ^ y,
-    "not": lambda x: int(not x),
-    "negate": lambda x: -x,
-    "abs": abs,
-    "sign": lambda x: (x > 0) - (x < 0),
-    "clamp": lambda low, x, high: max(low, min(x, high)),
-    "select": lambda condition, x, y: x if condition else y,
-    "shift-left": lambda x, y: x << y,
-    "shift-right-logical": lambda x, y: (x & 0xFFFFFFFF) >> y,
-    "shift-right-arithmetic": lambda x, y: x >> y,
-}
-
-
-class Unknown(Exception):
-    """A value that depends on data, or on an operation that is not followed."""
 
 
 class Varying(Exception):
@@ -129,32 +102,6 @@ class Env:
         return Env(self.counters, at, self.memo)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Counter:
-    """The counter of a loop: element of the carried tuple, start, step, and the test to go on."""
-
-    index: int
-    start: int
-    step: int
-    direction: str
-    bound: int
-
-    @property
-    def count(self) -> int:
-        if self.step == 0:
-            raise Unknown
-        if self.direction == "NE":
-            steps, rest = divmod(self.bound - self.start, self.step)
-            if rest or steps < 0:
-                raise Unknown
-            return steps
-        if self.direction == "EQ" or (self.step > 0) != (self.direction in ("LT", "LE")):
-            raise Unknown
-        inclusive = self.direction in ("LE", "GE")
-        distance = (self.bound - self.start) * (1 if self.step > 0 else -1) + inclusive
-        return max(0, math.ceil(distance / abs(self.step)))
-
-
 class Loops:
     """The loops of a module."""
 
@@ -223,7 +170,7 @@ class Loops:
 
         return self.average(over, env)
 
-    def counter(self, body: Frame, env: Env) -> _Counter:
+    def counter(self, body: Frame, env: Env) -> Counter:
         """The counter of the loop whose body is `body`, in an iteration of the enclosing ones."""
         loop = body.caller
         condition = self.frame(body.parent, loop, "condition")
@@ -235,11 +182,11 @@ class Loops:
         index = self._state(frame, sides[0], condition)
         if index is None:
             sides.reverse()
-            direction = _MIRRORED[direction]
+            direction = MIRRORED[direction]
             index = self._state(frame, sides[0], condition)
         if index is None:
             raise Unknown
-        return _Counter(
+        return Counter(
             index=index,
             start=self.element(body.parent, self._operand(body.parent, loop, 0), index, env),
             step=self._step(body, index, env),
@@ -371,7 +318,7 @@ class Loops:
         operand = lambda number: self._operand(frame, instruction, number)
         opcode = instruction.opcode
         if opcode == "constant":
-            return _literal(instruction.literal, env.at)
+            return literal(instruction.literal, env.at)
         if opcode == "iota":
             return min(env.at or 0, instruction.array.elements - 1)
         if opcode == "broadcast":
@@ -389,21 +336,10 @@ class Loops:
         if opcode == "dynamic-slice" and len(instruction.operands) == 2:
             at = max(0, self.value(frame, operand(1), env.entry(None)))
             return self.value(frame, operand(0), env.entry(at))
-        known = opcode == "compare" or opcode in _INTEGER
+        known = opcode == "compare" or opcode in INTEGER
         if not known or instruction.array.dtype[0] not in "sup":
             raise Unknown
         values = [self.value(frame, x, env) for x in frame.computation.operands(instruction)]
         if opcode == "compare":
-            return int(_COMPARE[instruction.attribute("direction")](*values))
-        return _INTEGER[opcode](*values)
-
-
-def _literal(text: str, at: int | None) -> int:
-    """An entry of a constant as the text gives it: "5", "true", "{0, 1, 2}"."""
-    words = {"true": 1, "false": 0}
-    entries = [part.strip() for part in text.strip("{}").split(",")]
-    try:
-        entry = entries[0 if at is None else min(at, len(entries) - 1)]
-        return words[entry] if entry in words else int(entry)
-    except ValueError as error:
-        raise Unknown from error
+            return int(COMPARE[instruction.attribute("direction")](*values))
+        return INTEGER[opcode](*values)

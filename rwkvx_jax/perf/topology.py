@@ -17,10 +17,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from pallas_kernels.chips import TPUS
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.xla_flags import LIBTPU_ENVIRONMENT
 
-_GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+_GENERATIONS = (*TPUS, "tpu7x")
 _NAME = re.compile(r"^(?P<generation>[a-z0-9]+):(?P<shape>\d+(x\d+)*)$")
 _MOST_CHIPS = 2**16  # descriptions of more take minutes to make, and nobody has them
 
@@ -60,6 +61,11 @@ def generation(name: str) -> str:
             f"{', '.join(_GENERATIONS)} and a shape such as 2x2 or 4x4x8, e.g. 'v5e:2x2'"
         )
     return match["generation"]
+
+
+def smallest(generation: str) -> str:
+    """The smallest topology of a generation that libtpu describes."""
+    return f"{generation}:2x2x1" if generation in ("v4", "v5p") else f"{generation}:2x2"
 
 
 def is_available() -> bool:

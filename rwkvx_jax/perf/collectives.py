@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from rwkvx_jax.plan.hlo import Computation, HloError, Instruction
+from rwkvx_jax.perf.hlo import Computation, HloError, Instruction
 
 KINDS = (
     "all-gather",

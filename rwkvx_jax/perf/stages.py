@@ -4,18 +4,19 @@ A cost is stages one after the other, each its slowest resource: bundles issued 
 flops at its peak, bytes at its bandwidth, and a least charge for every DMA descriptor.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterable
 
-from rwkvx_jax.plan import roofline
+from pallas_kernels.chips import TPUS, TpuChip
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """Of one core: clock (Hz) and matrix peak (bfloat16 flop/s); memory bandwidth (bytes/s).
+class Core:
+    """One core of a chip: clock (Hz), matrix peak (bfloat16 flop/s), memory bandwidth (bytes/s).
 
-    The figures are the planner's (plan/roofline.py), whose table is of whole chips. A DMA is
-    charged at least `copy_seconds`, an assumption on the safe side.
+    A DMA is charged at least `copy_seconds`, an assumption on the safe side.
     """
 
     clock: float
@@ -23,12 +24,14 @@ class Chip:
     bandwidth: float
     copy_seconds: float = 2e-7
 
+    @classmethod
+    def of(cls, chip: TpuChip) -> Core:
+        """One core's share of a chip."""
+        return cls(chip.clock, chip.flops / chip.cores, chip.hbm_bandwidth / chip.cores)
 
-def _one_core(chip: roofline.Chip) -> Chip:
-    return Chip(chip.clock, chip.flops / chip.cores, chip.hbm_bandwidth / chip.cores)
 
-
-CHIPS = {name: _one_core(roofline.CHIPS[name]) for name in ("v5e", "v5p", "v6e")}
+CORES = {name: Core.of(TPUS[name]) for name in ("v5e", "v5p", "v6e")}
+"""Cores of the chips that the kernels are made for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +48,12 @@ class Stage:
     copies: int = 0
     flops: int = 0
 
-    def seconds(self, chip: Chip) -> float:
+    def seconds(self, core: Core) -> float:
         """Estimated time: the slowest of issuing, computing and moving, all overlapped."""
-        moving = max(self.bytes / chip.bandwidth, self.copies * chip.copy_seconds)
-        return max(self.bundles / chip.clock, self.flops / chip.flops, moving)
+        moving = max(self.bytes / core.bandwidth, self.copies * core.copy_seconds)
+        return max(self.bundles / core.clock, self.flops / core.flops, moving)
 
 
-def seconds(stages: Iterable[Stage], chip: Chip) -> float:
+def total_seconds(stages: Iterable[Stage], core: Core) -> float:
     """Estimated time of stages one after the other."""
-    return sum(stage.seconds(chip) for stage in stages)
+    return sum(stage.seconds(core) for stage in stages)

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rwkvx_jax.plan import collectives
-from rwkvx_jax.plan.collectives import Collective
-from rwkvx_jax.plan.hlo import Array, Computation, Instruction, Module
-from rwkvx_jax.plan.loops import Frame, Loops, Trips
+from rwkvx_jax.perf import collectives
+from rwkvx_jax.perf.collectives import Collective
+from rwkvx_jax.perf.hlo import Array, Computation, Instruction, Module
+from rwkvx_jax.perf.loops import Frame, Loops, Trips
 
 # bfloat16 passes of a float32 product, by its precision.
 _PASSES = {"highest": 6, "high": 3}
@@ -77,7 +77,6 @@ class Work:
 class LoopNote:
     """A loop whose number of iterations is not a constant of the program."""
 
-    name: str
     trips: Trips
     source: tuple[tuple[str, str], ...]
 
@@ -105,7 +104,7 @@ class _Reader:
             trips = self.loops.trips(frame, instruction)
             if trips.basis != "constant":
                 source = tuple(self.module.source(instruction))
-                self.notes.append(LoopNote(instruction.name, trips, source))
+                self.notes.append(LoopNote(trips, source))
             yield from self.run(self.loops.body(frame, instruction), times * trips.mean)
         elif opcode == "conditional":
             yield from self._heaviest_branch(frame, instruction, times)

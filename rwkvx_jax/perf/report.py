@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from rwkvx_jax.config import Config
-from rwkvx_jax.plan.planner import Plan, gib
+from rwkvx_jax.perf.planner import Plan, gib
 
 _PLACES = 8  # rows of the table of places
 

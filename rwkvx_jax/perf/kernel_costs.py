@@ -1,0 +1,119 @@
+"""The checked-in table of the TPU kernels' static costs, and what it predicts.
+
+`rwkvx_jax.perf.static_costs` makes the table from the compiler's schedules. The planner scales its
+bundles to the kernels of a program; the doctor shows its estimates beside measured times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pallas_kernels
+from pallas_kernels.chips import TPUS
+from pallas_kernels.tpu_chips import current_chip
+from rwkvx_jax.config import ModelConfig
+
+TABLE = Path(pallas_kernels.__file__).with_name("static_costs.json")
+
+# Kernels of one forward call of an op, and how their time grows with the length.
+_KERNELS = {
+    "wkv7": (("wkv7_forward",), 1),
+    "select_chunks": (("select_chunks",), 2),
+    "sparse_attention": (
+        (
+            "routing_sort",
+            "routing_emit",
+            "block_sparse_start",
+            "block_sparse_past_forward",
+            "block_sparse_own_forward",
+        ),
+        1,
+    ),
+}
+
+
+def read_costs() -> dict[str, dict]:
+    """Cases of the table by name, such as "wkv7_forward/v5e/D768/T4096"; see `static_costs`."""
+    return json.loads(TABLE.read_text())["cases"] if TABLE.exists() else {}
+
+
+class KernelCosts:
+    """Bundles of Pallas kernels, from the checked-in table of the compiler's schedules."""
+
+    def __init__(
+        self, generation: str, cases: Mapping[str, Mapping], variant: tuple[str, ...] = ()
+    ):
+        """
+        Args:
+          generation: of the TPU.
+          cases: by name "kernel/generation/...", as `read_costs` gives them.
+          variant: parts of names such as "C2048" (chunk size) and "K3" (top-k); cases that name
+            another chunk size or top-k are another kernel's.
+        """
+        self._cores = TPUS[generation].cores if generation in TPUS else 1
+        self._cases: dict[str, list[Mapping]] = {}
+        for name, case in cases.items():
+            kernel, chip, *parts = name.split("/")
+            own = {part for part in parts if part[0] in "CK"}
+            if chip == generation and own <= set(variant):
+                self._cases.setdefault(kernel, []).append(case)
+
+    def bundles(self, kernel: str, size: float, parallel_steps: int | None = None) -> float | None:
+        """Bundles that the busiest core issues in one call.
+
+        Those of the case nearest in size, scaled by the bytes and by the share of the grid that a
+        core gets.
+
+        Args:
+          kernel: its name.
+          size: bytes of its arguments and results.
+          parallel_steps: see `Work`.
+
+        Returns:
+          None where the table has no case.
+        """
+        cases = self._cases.get(kernel)
+        if not cases or not size:
+            return None
+        near = min(cases, key=lambda case: abs(math.log(case["hbm_bytes"] / size)))
+        share = self._share(parallel_steps) / self._share(near.get("parallel_steps"))
+        return near["bundles"] * size / near["hbm_bytes"] * share
+
+    def _share(self, steps: int | None) -> float:
+        """Part of a grid that the busiest core runs; an equal one where the steps are not known."""
+        return 1 / self._cores if steps is None else -(-steps // self._cores) / steps
+
+
+def static_estimate(op: str, model: ModelConfig, length: int) -> float | None:
+    """Seconds of a forward call in bfloat16 by `pallas_kernels/static_costs.json`; an estimate.
+
+    Args:
+      op: its name.
+      model: its width, chunk and top-k.
+      length: tokens of one text.
+
+    Returns:
+      None where the file has no case of this chip and these sizes.
+    """
+    chip = current_chip()
+    if chip is None or op not in _KERNELS:
+        return None
+    kernels, power = _KERNELS[op]
+    chunking = "" if op == "wkv7" else f"/C{model.chunk_size}/K{model.top_k}"
+    total, costs = 0.0, read_costs()
+    for kernel in kernels:
+        pattern = re.compile(rf"{kernel}/{chip}/D{model.width}/T(\d+){chunking}")
+        cases = {
+            int(match[1]): case["estimated_seconds"]
+            for name, case in costs.items()
+            if (match := pattern.fullmatch(name))
+        }
+        if not cases:
+            return None
+        nearest = min(cases, key=lambda tokens: abs(tokens - length))
+        total += cases[nearest] * (length / nearest) ** power
+    return total

@@ -1,1 +1,0 @@
-"""Compile-only planning for accelerators that are not here."""
