@@ -1,4 +1,4 @@
-"""Sparse attention: the XLA forms against the dense oracle with a given selection, the oracle
+"""Sparse attention: the XLA forms against the reference with a given selection, the oracle
 against a NumPy loop, equality with full attention, causality, memory, transforms, errors."""
 
 import functools
@@ -47,15 +47,15 @@ def compiled(implementation, chunk_size, top_k):
 
 
 def check(qkv, selection, chunk_size, q_offset=0, **tolerances):
-    """The XLA forms against the dense oracle."""
+    """The XLA forms against the reference."""
     top_k = selection.shape[3] + 1
-    expected = compiled("dense", chunk_size, top_k)(*qkv, selection, q_offset)
+    expected = compiled("reference", chunk_size, top_k)(*qkv, selection, q_offset)
     for form in FORMS if chunk_size <= 512 else FORMS[:1]:
         actual = compiled(form, chunk_size, top_k)(*qkv, selection, q_offset)
         compare(actual, expected, **tolerances)
 
 
-FULL_ORACLE = value_and_gradients(lambda *qkv: full_attention(*qkv, implementation="dense"))
+FULL_ORACLE = value_and_gradients(lambda *qkv: full_attention(*qkv, implementation="reference"))
 
 
 def numpy_attention(q, k, v, selection, chunk_size, offsets, scale):
@@ -75,7 +75,7 @@ def numpy_attention(q, k, v, selection, chunk_size, offsets, scale):
     return out
 
 
-@pytest.mark.parametrize("implementation", ["dense", *FORMS])
+@pytest.mark.parametrize("implementation", ["reference", *FORMS])
 @pytest.mark.parametrize(
     "length, keys, offsets, chunk_size, top_k",
     [(23, 23, [0, 0], 5, 3), (9, 40, [2, 31], 6, 4), (5, 5, [0, 0], 1, 2)],
@@ -166,7 +166,7 @@ def test_large_scores_stay_finite():
     check((10 * q, 10 * k, v), random_selection(0, 1, 200, 2, 24, 3), 24)
 
 
-@pytest.mark.parametrize("implementation", ["dense", *FORMS])
+@pytest.mark.parametrize("implementation", ["reference", *FORMS])
 @pytest.mark.parametrize("length, chunk_size, top_k", [(96, 32, 3), (90, 7, 32)])
 def test_equals_full_attention_while_everything_fits(implementation, length, chunk_size, top_k):
     qkv = random_qkv(6, 2, length)
@@ -178,7 +178,7 @@ def test_equals_full_attention_while_everything_fits(implementation, length, chu
 def test_differs_from_full_attention_beyond():
     qkv = random_qkv(6, 1, 97)
     sparse = sparse_attention(*qkv, chunk_size=32, top_k=3)
-    dense = full_attention(*qkv, implementation="dense")
+    dense = full_attention(*qkv, implementation="reference")
     assert_close(sparse[:, :96], dense[:, :96], rel=1e-5)
     assert np.abs(np.asarray(sparse - dense)[:, 96:]).max() > 1e-3
 
@@ -202,7 +202,7 @@ def test_causality_by_gradient(t, implementation):
     assert np.abs(np.delete(dq, t, axis=1)).max() == 0
 
 
-@pytest.mark.parametrize("implementation", ["dense", *FORMS])
+@pytest.mark.parametrize("implementation", ["reference", *FORMS])
 def test_entries_that_are_not_past_are_ignored(implementation):
     qkv = random_qkv(8, 1, 40)
     good = random_selection(8, 1, 40, 2, 8, 2)

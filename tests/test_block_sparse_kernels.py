@@ -1,4 +1,4 @@
-"""The block-sparse kernels for TPU and GPU, interpreted on a CPU, against the dense oracle.
+"""The block-sparse kernels for TPU and GPU, interpreted on a CPU, against the reference.
 
 Same selection on both sides. The oracle runs in float32 on the very inputs the kernel gets (rounded
 to bfloat16 where those are). Lengths are deliberately unround: a ragged last chunk, an odd number
@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import alignment, block_sparse_gpu, block_sparse_tpu, selection_tpu
 from pallas_kernels.block_sparse_tpu import TileConfig
-from rwkvx_jax.ops.dense_attention import sparse_attention_dense
+from rwkvx_jax.ops.attention_reference import sparse_attention_reference
 from rwkvx_jax.ops.selection import (
     Selector,
     chunk_key_sums,
@@ -54,7 +54,7 @@ def compiled(kernel, chunk_size, tile=SMALL, interpret=True, offset=None):
     def attend(q, k, v, selection, q_offset):
         settings = dict(chunk_size=chunk_size, scale=q.shape[-1] ** -0.5)
         if not kernel:
-            return sparse_attention_dense(q, k, v, selection, q_offset=q_offset, **settings)
+            return sparse_attention_reference(q, k, v, selection, q_offset=q_offset, **settings)
         on_gpu = isinstance(tile, block_sparse_gpu.TileConfig)
         module = block_sparse_gpu if on_gpu else block_sparse_tpu
         return module.block_sparse_attention(

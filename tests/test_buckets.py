@@ -243,6 +243,8 @@ def test_two_processes_killed_and_continued(server, folder, tmp_path):
     job.end()
     (code, out, error), _ = Job(tmp_path, folder, 2, *cache).end()
     assert code == 0 and "continuing after step" in out, error
-    assert same_bits(read_workdir(folder, STEPS)[3], read_workdir(tmp_path / "disk", STEPS)[3])
+    assert same_bits(
+        read_workdir(folder, STEPS).params, read_workdir(tmp_path / "disk", STEPS).params
+    )
     assert json.loads((folder / "config.json").read_text())
     assert os.environ["STORAGE_EMULATOR_HOST"] == server.url

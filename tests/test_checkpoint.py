@@ -87,6 +87,14 @@ def test_what_may_change_between_two_starts(tmp_path, config):
     check_resumable(PROGRESS, config, TEXT, tmp_path)
 
 
+def test_a_value_of_before_it_was_renamed_resumes(tmp_path):
+    run = {**PROGRESS["config"]["run"], "sparse_attention": "dense"}
+    old = {**PROGRESS, "config": {**PROGRESS["config"], "run": run}}
+    check_resumable(old, CURRICULUM, TEXT, tmp_path)
+    with pytest.raises(ConfigError, match="dense.*reference"):
+        RunConfig(sparse_attention="dense")
+
+
 def save_run(workdir, config, params, stage):
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import LongCEConfig, MeshConfig
-from rwkvx_jax.modules import channel_mix, context
+from rwkvx_jax.modules import context, token_shift
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.recurrence import wkv7, wkv7_affine
@@ -145,14 +145,14 @@ def test_token_shift_over_parts():
     h = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 6)), jnp.float32)
     weight = jnp.arange(h.size, dtype=jnp.float32).reshape(h.shape)
     run = lambda h: jax.value_and_grad(
-        lambda h: (weight * channel_mix.previous_token(h, None)).sum()
+        lambda h: (weight * token_shift.previous_token(h, None)).sum()
     )(h)
     expected = run(h)
     with jax.set_mesh(mesh_of(data=2, context=4)):
         actual = jax.jit(run)(h)
         assert sequence_parts(24) == 4
         assert sequence_parts(23) == 1  # stays whole
-        uneven = jax.jit(lambda h: channel_mix.previous_token(h, None))(h[:, :23])
+        uneven = jax.jit(lambda h: token_shift.previous_token(h, None))(h[:, :23])
     np.testing.assert_array_equal(uneven[:, 1:], h[:, :22])
     np.testing.assert_array_equal(actual[1], expected[1])
     assert_close(actual[0], expected[0], rel=1e-6)

@@ -99,7 +99,7 @@ def test_unreadable_sources_are_named(tmp_path):
 
 
 def test_our_file_holds_model_and_tokenizer(tmp_path):
-    config, params, info = official_to_params(official_tensors(), chunk_size=64)
+    config, params, info = official_to_params(official_tensors())
     path = tmp_path / "ours.safetensors"
     write_own_safetensors(path, config, "byte", params)
     own = open_own_safetensors(path)
@@ -116,8 +116,8 @@ def test_any_checkpoint_opens_in_the_dtype_asked_for(tmp_path):
     main([str(tmp_path / "official.pth"), str(tmp_path / "ours.safetensors")])
     expected = official_to_params(tensors)[1]
     for name in ("official.pth", "fla", "ours.safetensors"):
-        opened = open_checkpoint(tmp_path / name, chunk_size=8, top_k=2, dtype=DTYPES["float32"])
-        assert (opened.config.chunk_size, opened.config.top_k) == (8, 2)
+        opened = open_checkpoint(tmp_path / name, dtype=DTYPES["float32"])
+        assert (opened.config.chunk_size, opened.config.top_k) == (2048, 3)
         assert_identical(read_all(opened.params), expected)
 
 

@@ -133,8 +133,8 @@ def test_tensors_keep_the_order_of_their_source(official, tmp_path):
 
 
 def test_settings_are_kept_or_their_loss_is_said(official, tmp_path, capsys):
-    config, params, info = official_to_params(official, chunk_size=32, top_k=2)
-    config = dataclasses.replace(config, selector="max", selector_blocks=4)
+    config, params, info = official_to_params(official)
+    config = dataclasses.replace(config, chunk_size=32, top_k=2, selector="max", selector_blocks=4)
     write_own_safetensors(tmp_path / "ours.safetensors", config, "", params, info)
     run(tmp_path / "ours.safetensors", tmp_path / "again.safetensors")
     assert "warning" not in capsys.readouterr().err

@@ -54,8 +54,6 @@ def test_configuration_is_read_off_the_shapes():
     )
     assert info == OfficialInfo("rwkv.", False, "float32", {}, tuple(tensors))
     assert {n: p.shape for n, p in params.items()} == param_shapes(config)
-    given = official_to_params(official_tensors(), chunk_size=64, top_k=5)[0]
-    assert given == dataclasses.replace(config, chunk_size=64, top_k=5)
 
 
 @pytest.mark.parametrize(

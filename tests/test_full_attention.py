@@ -26,10 +26,10 @@ def attend(implementation, **options):
 
 
 def check(qkv, q_offset=0, **tolerances):
-    """The blocked form against the dense oracle."""
+    """The blocked form against the reference."""
     runs = [
         value_and_gradients(lambda q, k, v, o, name=name: attend(name, q_offset=o)(q, k, v))
-        for name in ("blocked", "dense")
+        for name in ("blocked", "reference")
     ]
     compare(*(run(*qkv, q_offset) for run in runs), **tolerances)
 
@@ -37,7 +37,9 @@ def check(qkv, q_offset=0, **tolerances):
 def test_oracle_follows_the_definition():
     q, k, v = random_qkv(0, 2, 5, 11, values=3)
     offsets = [2, 6]
-    actual = full_attention(q, k, v, q_offset=jnp.array(offsets), scale=0.3, implementation="dense")
+    actual = full_attention(
+        q, k, v, q_offset=jnp.array(offsets), scale=0.3, implementation="reference"
+    )
     for b, t, h in np.ndindex(2, 5, 2):
         seen = offsets[b] + t + 1
         weight = np.exp(0.3 * np.asarray(k)[b, :seen, h] @ np.asarray(q)[b, t, h])
@@ -110,7 +112,7 @@ def test_no_quadratic_array():
 def test_splash_matches_oracle_when_interpreted(length, keys, offset):
     qkv = random_qkv(7, 1, length, keys, heads=1, size=64)
     fast = functools.partial(_splash_attention, scale=0.125, q_offset=offset, interpret=True)
-    oracle = attend("dense", q_offset=offset)
+    oracle = attend("reference", q_offset=offset)
     compare(value_and_gradients(fast)(*qkv), value_and_gradients(oracle)(*qkv))
 
 

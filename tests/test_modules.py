@@ -11,7 +11,7 @@ from flax import nnx
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.model import create_model, get_params
 from rwkvx_jax.modules.attention import Attention
-from rwkvx_jax.modules.channel_mix import last_valid, previous_token
+from rwkvx_jax.modules.token_shift import last_valid, previous_token
 from rwkvx_jax.training.expand import expand
 from tests.helpers import assert_close
 from tests.model_cases import TINY, random_params  # noqa: F401

@@ -38,10 +38,10 @@ FORMS = {
             sparse_attention,
             3,
             {"chunk_size": 32, "top_k": 2},
-            ("dense", "xla", "masked"),
+            ("reference", "xla", "masked"),
         ),
         (sparse_attention, 3, {"chunk_size": 32, "top_k": 4}, ("full",)),
-        (full_attention, 3, {}, ("dense", "blocked")),
+        (full_attention, 3, {}, ("reference", "blocked")),
     )
     for form in forms
 }

@@ -103,7 +103,7 @@ def test_crashes_leave_no_trace(config, undisturbed, tmp_path, monkeypatch):
     final = fit(config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
     assert same_bits(final, params)
-    assert same_bits(read_workdir(tmp_path)[3], params)
+    assert same_bits(read_workdir(tmp_path).params, params)
 
 
 def test_signals_save_and_the_same_command_continues(
@@ -116,7 +116,7 @@ def test_signals_save_and_the_same_command_continues(
             message = f"{number.name} after step {step}; it is saved: the same command continues"
             with pytest.raises(TrainingStopped, match=message):
                 fit(config, tmp_path)
-        assert read_workdir(tmp_path)[2] == step
+        assert read_workdir(tmp_path).step == step
         out = capfd.readouterr().out
         assert f"\n{step} of {STEPS} steps done, {TOKENS[step]:,} tokens; 0:0" in out
         assert f"(goodput); the last checkpoint is of step {step} in {tmp_path}\n" in out
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_changes_nothing_until_a_step_is_named(config, undi
     assert same_bits(fit(config, tmp_path / "run", resume_step=9), params)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     assert [p.name for p in (tmp_path / "run" / SET_ASIDE).iterdir()] == [str(STEPS)]
-    assert read_workdir(tmp_path / "run")[2] == STEPS
+    assert read_workdir(tmp_path / "run").step == STEPS
 
 
 def with_run(config, **changes):
@@ -367,7 +367,7 @@ def test_real_kills_leave_no_trace(tmp_path):
         assert process.wait() == -signal.SIGKILL
     assert start(tmp_path / "killed").wait() == 0
     assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    assert same_bits(*(read_workdir(tmp_path / name)[3] for name in ("whole", "killed")))
+    assert same_bits(*(read_workdir(tmp_path / name).params for name in ("whole", "killed")))
 
 
 def test_the_command_line_reports_errors_in_one_line(tmp_path):

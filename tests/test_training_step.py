@@ -9,7 +9,7 @@ import pytest
 
 from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import LongCEConfig, OptimizerConfig
-from rwkvx_jax.training.step import Guard, stage_program
+from rwkvx_jax.training.step import Guard, from_stored_optimizer, stage_program
 from tests.helpers import assert_close
 from tests.model_cases import random_params
 from tests.training_cases import (
@@ -103,10 +103,10 @@ def test_a_bad_step_changes_nothing_and_is_counted(whole, batch):
     for count in (1, 2):
         state, metrics = whole.train_step(state, bad)
         assert not np.isfinite(metrics["objective"])
-        assert (int(metrics["in_row"]), int(metrics["skipped"])) == (count, count)
+        assert (int(metrics["consecutive_skips"]), int(metrics["skipped"])) == (count, count)
     assert same_bits(before.params, state.params) and same_bits(before.opt_state, state.opt_state)
     state, metrics = whole.train_step(state, good)
-    assert (int(metrics["in_row"]), int(metrics["skipped"])) == (0, 2)
+    assert (int(metrics["consecutive_skips"]), int(metrics["skipped"])) == (0, 2)
     assert not same_bits(before.params, state.params)
 
 
@@ -140,7 +140,7 @@ def test_an_update_that_is_not_finite_never_reaches_the_parameters(whole, batch)
     before = jax.device_get(state.params)
     state, metrics = whole.train_step(state._replace(opt_state=opt_state), batch)
     assert np.isfinite(metrics["objective"]) and np.isfinite(metrics["grad_norm"])
-    assert not metrics["finite_update"] and int(metrics["in_row"]) == 1
+    assert not metrics["finite_update"] and int(metrics["consecutive_skips"]) == 1
     assert same_bits(before, state.params)
 
 
@@ -150,7 +150,7 @@ def test_a_batch_without_targets_changes_nothing(whole, batch):
     before = jax.device_get(state)
     nothing = {**batch, "mask": np.zeros_like(batch["mask"])}
     state, metrics = whole.train_step(state, jax.tree.map(jnp.asarray, nothing))
-    assert (int(metrics["without_target"]), int(metrics["in_row"])) == (8, 1)
+    assert (int(metrics["without_target"]), int(metrics["consecutive_skips"])) == (8, 1)
     assert same_bits(before.params, state.params) and same_bits(before.opt_state, state.opt_state)
 
 
@@ -160,11 +160,19 @@ def test_guard_knows_spikes_from_ordinary_steps():
     for norm in (2.0, 3.0, 1.0):
         good, guard = guard.watch(sound, jnp.float32(norm), 10.0)
         assert good
-    usual = float(guard.usual_norm)
+    usual = float(guard.grad_norm_ema)
     assert 1.9 < usual < 2.1
     good, after = guard.watch(sound, jnp.float32(10.1 * usual), 10.0)
-    assert not good and float(after.usual_norm) == usual and int(after.skipped) == 1
+    assert not good and float(after.grad_norm_ema) == usual and int(after.skipped) == 1
     assert guard.watch(sound, jnp.float32(9.9 * usual), 10.0)[0]
     assert guard.watch(sound, jnp.float32(1e6), 0.0)[0]  # turned off
     assert not guard.watch(jnp.bool_(False), jnp.float32(1.0), 0.0)[0]
     assert not guard.watch(sound, jnp.float32(jnp.inf), 0.0)[0]
+
+
+def test_checkpoints_hold_the_optimizer_under_the_names_that_existing_ones_have(whole):
+    state = whole.abstract_state()
+    stored = state.stored_optimizer()
+    assert stored.keys() == {"moments", "guard"}
+    assert list(stored["guard"]) == ["usual_norm", "skipped", "in_row"]
+    assert from_stored_optimizer(stored) == (state.opt_state, state.guard)

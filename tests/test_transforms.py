@@ -47,10 +47,10 @@ def forms(op, oracle, names, **options):
 
 FORMS = (
     forms(wkv7, "sequential", ("sequential", "chunked", "associative"))
-    | forms(sparse_attention, "dense", ("dense", "xla", "masked"), **CHUNKS)
-    | forms(full_attention, "dense", ("dense", "blocked"))
+    | forms(sparse_attention, "reference", ("reference", "xla", "masked"), **CHUNKS)
+    | forms(full_attention, "reference", ("reference", "blocked"))
 )
-ORACLES = ("wkv7 sequential", "sparse_attention dense", "full_attention dense")
+ORACLES = ("wkv7 sequential", "sparse_attention reference", "full_attention reference")
 
 
 @functools.cache
@@ -206,7 +206,7 @@ def test_forward_mode(name, axes):
         with in_force(mesh):
             assert np.isfinite(jax.tree.leaves(program(tuple(args), tuple(tangents)))[0]).all()
         return
-    best = "sequential" if op.func is wkv7 else "dense"
+    best = "sequential" if op.func is wkv7 else "reference"
     message = f"{op.func.__name__}: only implementation='{best}' .* forward mode"
     with in_force(mesh), pytest.raises(ValueError, match=message):
         program.lower(tuple(args), tuple(tangents))

@@ -131,19 +131,20 @@ def _dtype(options: Options) -> np.dtype | None:
 
 def _open(options: Options, held: contextlib.ExitStack) -> OwnCheckpoint:
     """The source, which can be read until `held` ends."""
-    settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
-    run = _open_run(options.src, options.step)
-    if run is None:
+    source = _open_run(options.src, options.step)
+    if source is None:
         if options.step is not None:
             raise ConversionError(
                 f"--step {options.step} chooses among the checkpoints of a training run, which "
                 f"{options.src} is not"
             )
         src = held.enter_context(on_disk(options.src))
-        return open_checkpoint(src, **settings, dtype=_dtype(options))
+        source = open_checkpoint(src, dtype=_dtype(options))
+    else:
+        source = source._replace(params=in_dtype(source.params, _dtype(options)))
+    settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
     given = {name: size for name, size in settings.items() if size is not None}
-    params = in_dtype(run.params, _dtype(options))
-    return run._replace(config=dataclasses.replace(run.config, **given), params=params)
+    return source._replace(config=dataclasses.replace(source.config, **given))
 
 
 def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
@@ -156,17 +157,17 @@ def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
     if found is None:
         return None
     workdir, named = found
-    config, stage, step, params = read_workdir(workdir, named if step is None else step)
-    params = as_lazy(dict(flat(params)))
-    trained = Trained(step, config.trained_length(step))
-    tokenizer = config.data.tokenizer
-    if config.data.vocab_file:
+    run = read_workdir(workdir, named if step is None else step)
+    params = as_lazy(dict(flat(run.params)))
+    trained = Trained(run.step, run.config.trained_length(run.step))
+    tokenizer = run.config.data.tokenizer
+    if run.config.data.vocab_file:
         tokenizer = ""
         _log.warning(
             "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
-            config.data.vocab_file,
+            run.config.data.vocab_file,
         )
-    return OwnCheckpoint(config.stage_model(stage), tokenizer, params, None, trained)
+    return OwnCheckpoint(run.model_config, tokenizer, params, None, trained)
 
 
 def _tokenizer(options: Options, source: OwnCheckpoint, console: Console) -> str:

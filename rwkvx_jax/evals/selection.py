@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.cache import selector_of
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
@@ -35,7 +34,7 @@ from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
 from rwkvx_jax.evals.figures import new_figure, plain, save, style
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.model import abstract_model, with_params
-from rwkvx_jax.ops.selection import Selector, select_from_rows
+from rwkvx_jax.ops.selection import Selector, select_from_rows, selector_of
 
 _QUERIES_AT_ONCE = 64
 _MEASURES = ("share", "past", "recall")

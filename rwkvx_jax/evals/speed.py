@@ -28,7 +28,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.cache import Cache, cache_bytes, selector_of
+from rwkvx_jax.cache import Cache, cache_bytes
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.evals.common import check_output, open_console, until_interrupted
@@ -36,6 +36,7 @@ from rwkvx_jax.evals.figures import new_figure, save
 from rwkvx_jax.evals.timings import Timings
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.model import Params, abstract_model, create_model, get_params, unstack, with_params
+from rwkvx_jax.ops.selection import selector_of
 from rwkvx_jax.storage import WorkPath
 
 LABELS = {

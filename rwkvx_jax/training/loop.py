@@ -27,7 +27,13 @@ from rwkvx_jax.training.memory import check_memory
 from rwkvx_jax.training.metrics import MetricsWriter, Reporter
 from rwkvx_jax.training.model_flops import step_flops
 from rwkvx_jax.training.saver import Saver
-from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
+from rwkvx_jax.training.step import (
+    StageProgram,
+    TrainState,
+    from_stored_optimizer,
+    initial_params,
+    stage_program,
+)
 from rwkvx_jax.training.timing import RunClock
 from rwkvx_jax.training.trace import Trace
 from rwkvx_jax.training.under_way import Run, StepWatch, TrainingStopped, due, kept
@@ -153,12 +159,9 @@ def _start(
     position = Position(progress["stage"], progress["stage_step"])
     program = stage_program(config, config.stages[position.stage], mesh)
     target = program.abstract_state()
-    params, optimizer = checkpoints.restore(
-        step, target.params, {"moments": target.opt_state, "guard": target.guard}
-    )
-    state = program.start(
-        params, optimizer["moments"], step=position.stage_step, guard=optimizer["guard"]
-    )
+    params, stored = checkpoints.restore(step, target.params, target.stored_optimizer())
+    opt_state, guard = from_stored_optimizer(stored)
+    state = program.start(params, opt_state, step=position.stage_step, guard=guard)
     return Start(step, position, program, state)
 
 
@@ -236,10 +239,10 @@ def _run_stage(
                 position = position._replace(stage_step=position.stage_step + 1)
                 last = position.stage_step == stage.steps
                 watch.submit(position, metrics)
-                if last or total + 1 == due(total + 1, config.run.eval_every):
+                if last or due(total + 1, config.run.eval_every):
                     with watch.interrupted("evaluation"):
                         run.report_evaluation(total + 1, stage, evaluate(state.params))
-                save = total + 1 == due(total + 1, config.run.checkpoint_every)
+                save = due(total + 1, config.run.checkpoint_every)
                 stopping = run.stopping(total + 1)
                 if last or save or stopping or run.saver.retry_due():
                     with watch.interrupted("checkpoint"):  # a bad step is found before it is saved

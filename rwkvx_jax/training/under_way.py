@@ -52,9 +52,8 @@ class Run:
 
     def save(self, position: Position, state: TrainState, *, wait: bool) -> None:
         record = progress_record(self.config, *position, self.data.fingerprint)
-        optimizer = {"moments": state.opt_state, "guard": state.guard}
         step = position.total(self.config)
-        self.saver.save(step, state.params, optimizer, record, wait=wait)
+        self.saver.save(step, state.params, state.stored_optimizer(), record, wait=wait)
 
     def save_records(self, step: int) -> None:
         """To be called with each checkpoint: what a resume reads beside it."""
@@ -82,9 +81,9 @@ def kept(checkpoints: Checkpoints) -> str:
     return f"the last checkpoint is of step {step}"
 
 
-def due(step: int, every: int) -> int:
-    """`step` if it is a multiple of `every`, else -1 (0 = never)."""
-    return step if every and step % every == 0 else -1
+def due(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every` (0: never)."""
+    return every > 0 and step % every == 0
 
 
 class StepWatch:
@@ -146,13 +145,13 @@ class StepWatch:
         self._run.reached = position
         finite_update = bool(values.pop("finite_update"))
         self._count_without_target(total, values)
-        if in_row := int(values.pop("in_row")):
-            self._handle_bad_step(total, values, in_row, finite_update)
-        self._run.clock.step(seconds, self._compiling, kept=not in_row)
+        if skips := int(values.pop("consecutive_skips")):
+            self._handle_bad_step(total, values, skips, finite_update)
+        self._run.clock.step(seconds, self._compiling, kept=not skips)
         self._compiling = 0.0
         rate = self._stage.seq_len * self._stage.global_batch / seconds
         self._run.reporter.step(position.stage_step, values["loss"], rate)
-        if total == due(total, self._run.config.run.log_every) or in_row:
+        if due(total, self._run.config.run.log_every) or skips:
             if values["without_target"] == self._stage.global_batch:
                 del values["loss"], values["objective"]  # there is none
             values["tokens_seen"] = position.tokens(self._run.config)
@@ -178,11 +177,11 @@ class StepWatch:
             )
 
     def _handle_bad_step(
-        self, total: int, values: dict[str, float], in_row: int, finite_update: bool
+        self, total: int, values: dict[str, float], skips: int, finite_update: bool
     ) -> None:
         kind, advice = explain_bad_step(values, self._stage, total, finite_update)
         run = self._run.config.run
-        if run.bad_step == "stop" or in_row > run.max_skipped:
+        if run.bad_step == "stop" or skips > run.max_skipped:
             with contextlib.suppress(CheckpointFailed):  # that the step is bad says more
                 self._run.checkpoints.wait()
             remedy = "continue past single bad steps with --run.bad-step skip"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from rwkvx_jax.ops.attention_inputs import query_positions
 
 
-def sparse_attention_dense(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+def sparse_attention_reference(q, k, v, selection, *, chunk_size, scale, q_offset=0):
     """Oracle of `block_sparse.sparse_attention`, with the arguments of its XLA form."""
     batch, length = q.shape[:2]
     keys = jnp.arange(k.shape[1])
@@ -21,7 +21,7 @@ def sparse_attention_dense(q, k, v, selection, *, chunk_size, scale, q_offset=0)
     return _masked_softmax_attention(q, k, v, visible, scale)
 
 
-def full_attention_dense(q, k, v, *, scale, q_offset=0):
+def full_attention_reference(q, k, v, *, scale, q_offset=0):
     """Oracle of `full_attention.full_attention`."""
     positions = query_positions(q_offset, q.shape[0], q.shape[1])
     causal = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
