@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     "pallas_kernels",
     "rwkvx_jax.config",
+    "rwkvx_jax.progress",
     "rwkvx_jax.storage",
     "rwkvx_jax.textfiles",
     "rwkvx_jax.xla_flags",

@@ -24,7 +24,6 @@ from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     EvalOptions,
     Subject,
-    Tracker,
     even_batches,
     share_with_interval,
 )
@@ -37,6 +36,7 @@ from rwkvx_jax.evals.reader import (
 )
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.generate.memory import memory_left
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.tokenizer import Tokenizer
 
 _PIECE = {"cpu": 256}  # longer ones are no faster there
@@ -241,7 +241,7 @@ def evaluate(
         for panel in panels
     ]
     total = sum(trial.length for todo in pending for trial in todo)
-    with Tracker(console, "tokens", total) as tracker:
+    with Progress(console, total, "tokens") as tracker:
         for panel, todo in zip(panels, pending, strict=True):
             if todo:
                 _run(grid, options, panel, todo, results, tracker, make_reader)
@@ -280,7 +280,7 @@ def _run(
     panel: Subject,
     trials: Sequence[Trial],
     results: Results,
-    tracker: Tracker,
+    tracker: Progress,
     make_reader: Callable[..., Any],
 ) -> None:
     """Runs the trials of one model in batches of equal length."""

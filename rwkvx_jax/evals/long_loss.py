@@ -19,7 +19,6 @@ from rich.table import Table
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     Subject,
-    Tracker,
     even_batches,
     open_console,
     open_subjects,
@@ -31,6 +30,7 @@ from rwkvx_jax.evals.reader import affordable_batch, check_memory
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.evals.scoring import TextScorer
 from rwkvx_jax.generate.memory import memory_left
+from rwkvx_jax.progress import Progress
 
 _FIRST_BIN = 64
 
@@ -109,7 +109,7 @@ def evaluate(
         finished = results.finished(subject.label)
         pending[subject.label] = [d for d in list(documents)[: options.limit] if d not in finished]
     total = options.length * sum(map(len, pending.values()))
-    with Tracker(console, "tokens", total) as tracker:
+    with Progress(console, total, "tokens") as tracker:
         for subject in subjects:
             if todo := pending[subject.label]:
                 _run(
@@ -124,7 +124,7 @@ def _run(
     subject: Subject,
     documents: dict[Document, np.ndarray],
     results: Results,
-    tracker: Tracker,
+    tracker: Progress,
     make_scorer: Callable[..., Any],
 ) -> None:
     piece, edges = min(options.piece, options.length), bin_edges(options.length)

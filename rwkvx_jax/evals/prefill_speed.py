@@ -25,7 +25,7 @@ from rich.table import Table
 
 from rwkvx_jax.cache import cache_bytes
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
-from rwkvx_jax.evals.common import Tracker, open_console, until_interrupted
+from rwkvx_jax.evals.common import open_console, until_interrupted
 from rwkvx_jax.evals.figures import new_figure, save, style
 from rwkvx_jax.evals.grid import Lengths
 from rwkvx_jax.evals.speed import (
@@ -39,6 +39,7 @@ from rwkvx_jax.evals.speed import (
 from rwkvx_jax.evals.timings import Timings
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.model import Params, with_params
+from rwkvx_jax.progress import Progress
 
 Record = dict[str, Any]
 
@@ -158,7 +159,7 @@ def measure(
     ]
     total = sum(length for _, length in todo) * options.repeats
     reader, current = None, None
-    with Tracker(console, "tokens", total) as tracker:
+    with Progress(console, total, "tokens") as tracker:
         for kind, length in todo:
             tracker.describe(f"{LABELS[kind]}, length {length:,}")
             if kind != current:

@@ -26,7 +26,6 @@ from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     Subject,
-    Tracker,
     open_console,
     open_subjects,
     until_interrupted,
@@ -36,6 +35,7 @@ from rwkvx_jax.evals.figures import new_figure, plain, save, style
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.ops.selection import Selector, select_from_rows
+from rwkvx_jax.progress import Progress
 
 _QUERIES_AT_ONCE = 64
 _MEASURES = ("share", "past", "recall")
@@ -284,7 +284,7 @@ def evaluate(options: SelectionOptions, subjects: Sequence[Subject], console: Co
         s.label: [d for d in list(documents)[: options.limit] if d not in results.finished(s.label)]
         for s in subjects
     }
-    with Tracker(console, "documents", sum(map(len, pending.values()))) as tracker:
+    with Progress(console, sum(map(len, pending.values())), "documents") as tracker:
         for subject in subjects:
             observer = Observer(subject, options) if pending[subject.label] else None
             for i, document in enumerate(pending[subject.label]):

@@ -27,13 +27,13 @@ from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     EvalOptions,
     Subject,
-    Tracker,
     open_console,
     open_subjects,
     until_interrupted,
 )
 from rwkvx_jax.evals.results import Record, Results
 from rwkvx_jax.evals.short_table import draw, print_table, summarize
+from rwkvx_jax.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Progress:
-    """A Tracker for each kind of request in turn."""
+    """A Progress for each kind of request in turn."""
 
     def __init__(self, console: Console, label: str):
         self._console, self._label, self._tracker = console, label, None
@@ -261,7 +261,7 @@ class _Progress:
 
     def start(self, what: str, total: int):
         self.__exit__()
-        self._tracker = Tracker(self._console, "tokens", total).__enter__()
+        self._tracker = Progress(self._console, total, "tokens").__enter__()
         self._tracker.describe(f"{self._label}, {what}")
         counted = 0
 

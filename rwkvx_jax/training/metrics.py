@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, timing.jsonl, TensorBoard, and a line or bar for people.
+"""What a run reports: metrics.jsonl, timing.jsonl, and TensorBoard.
 
 `metrics.jsonl` holds only what the computation determines, so that an interrupted run leaves the
 same bytes as an undisturbed one; wall-clock figures go to `timing.jsonl`. On resume both are cut
@@ -13,21 +13,15 @@ import json
 import logging
 import math
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkvx_jax.storage import in_bucket, write_whole
 from rwkvx_jax.training.board import Board
 from rwkvx_jax.training.uploads import BucketLines
 
 _log = logging.getLogger(__name__)
-
-PLAIN_LINE_SECONDS = 10.0
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -190,43 +184,3 @@ class MetricsWriter:
             self._timing.close()
         if self._board is not None:
             self._board.close()
-
-
-class Reporter:
-    """A progress bar on a terminal, a plain line every few seconds elsewhere."""
-
-    def __init__(self, *, active: bool):
-        self._console = Console(quiet=not active, highlight=False)
-        self._bar: Progress | None = None
-        self._task = None
-        self._last_line = 0.0
-
-    def message(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def start_stage(self, name: str, done: int, steps: int) -> None:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(name, total=steps, completed=done, text="compiling")
-        self._name, self._steps, self._last_line = name, steps, 0.0
-
-    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
-        elif time.monotonic() - self._last_line > PLAIN_LINE_SECONDS or done == self._steps:
-            self._last_line = time.monotonic()
-            self.message(f"{self._name} {done}/{self._steps}  {text}")
-
-    def end_stage(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
