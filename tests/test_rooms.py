@@ -12,6 +12,7 @@ ROOMS = [
     "rwkvx_jax.config",
     "rwkvx_jax.progress",
     "rwkvx_jax.storage",
+    "rwkvx_jax.records",
     "rwkvx_jax.textfiles",
     "rwkvx_jax.xla_flags",
     "rwkvx_jax.sharding",

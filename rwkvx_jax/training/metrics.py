@@ -2,94 +2,20 @@
 
 `metrics.jsonl` holds only what the computation determines, so that an interrupted run leaves the
 same bytes as an undisturbed one; wall-clock figures go to `timing.jsonl`. On resume both are cut
-back to the restored step.
+back to the restored step. Their lock is that of the work directory.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import json
-import logging
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rwkvx_jax.storage import in_bucket, write_whole
+from rwkvx_jax.records import RecordFile, cut_back, last_with
+from rwkvx_jax.storage import in_bucket
 from rwkvx_jax.training.board import Board
 from rwkvx_jax.training.uploads import BucketLines
-
-_log = logging.getLogger(__name__)
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of a jsonl file whose "step" is beyond `step`.
-
-    A line that can't be read (of a full disk, or a machine that lost its power) is left out too,
-    with a warning that says what is lost; the file as it was stays beside it.
-
-    Raises:
-      OSError: it can't be read or written.
-    """
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    kept, lost, last = [], [], 0
-    for number, line in enumerate(data.splitlines(keepends=True), 1):
-        found = _step_of(line)
-        if found is not None and found > step:  # whole, or cut off by a kill
-            continue
-        if found is not None and line.endswith(b"\n") and _is_json(line):
-            kept.append(line)
-            last = found
-        else:
-            lost.append((number, last))
-    if lost:
-        _warn_of_lost_lines(path, data, lost, kept, step)
-    if (new := b"".join(kept)) != data:
-        write_whole(path, new)
-
-
-def _step_of(line: bytes) -> int | None:
-    """The step at the beginning of a record, whatever follows; None for anything else."""
-    match = re.match(rb'\{"step": (\d+)[,}]', line)
-    return None if match is None else int(match[1])
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _warn_of_lost_lines(
-    path: Path, data: bytes, lost: list[tuple[int, int]], kept: list[bytes], step: int
-) -> None:
-    copies = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
-    copy = next(name for name in copies if not name.exists())
-    write_whole(copy, data)
-    steps = sorted({_step_of(line) for line in kept} | {step + 1})
-    for number, before in lost:
-        after = steps[bisect.bisect_right(steps, before)]
-        _log.warning(
-            "%s, line %d can't be read: it is left out, and with it what it said of steps between "
-            "%d and %d; the file as it was is kept as %s",
-            path,
-            number,
-            before,
-            after,
-            copy.name,
-        )
-
-
-def _last_record(path: Path, field: str) -> dict[str, Any] | None:
-    """The last record of a jsonl file that has a field; None if there is none."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records = (json.loads(line) for line in reversed(lines))
-    return next((record for record in records if field in record), None)
 
 
 def _timing_tag(name: str) -> str:
@@ -97,23 +23,6 @@ def _timing_tag(name: str) -> str:
     if "_seconds" in name:
         return "time/" + name.replace("_seconds", "")
     return f"perf/{name}"
-
-
-class _Lines:
-    """A jsonl file on a disk, to append to."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("a")
-
-    def add(self, line: str) -> None:
-        self._file.write(line)
-        self._file.flush()
-
-    def upload(self) -> None:
-        """Nothing: it is there."""
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class MetricsWriter:
@@ -142,8 +51,8 @@ class MetricsWriter:
         paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
         for path in paths:
             cut_back(path, resume_step)
-        self.before = _last_record(paths[1], "wall_seconds")
-        kind = BucketLines if in_bucket(workdir) else _Lines
+        self.before = last_with(paths[1], "wall_seconds")
+        kind = BucketLines if in_bucket(workdir) else RecordFile
         self._metrics, self._timing = map(kind, paths)
         if not in_bucket(workdir):
             self._board = Board(workdir / "tensorboard", purge_step=resume_step + 1)
@@ -163,7 +72,7 @@ class MetricsWriter:
         # JSON knows no NaN and no infinity.
         known = lambda value: not isinstance(value, float) or math.isfinite(value)
         record = {key: value if known(value) else None for key, value in record.items()}
-        getattr(self, name).add(json.dumps(record, allow_nan=False) + "\n")
+        getattr(self, name).append([record])
         if self._board is not None:
             scalars = {
                 tag(key): value
@@ -180,7 +89,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._active:
-            self._metrics.close()
-            self._timing.close()
+            self._metrics.upload(last=True)
+            self._timing.upload(last=True)
         if self._board is not None:
             self._board.close()
