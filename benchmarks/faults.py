@@ -197,6 +197,18 @@ def changed_json(name: str, change: Callable[[dict], object]) -> Damage:
     return rewrite(name, rewritten)
 
 
+def changed_header(name: str, change: Callable[[dict], object]) -> Damage:
+    """Changes the first line of a file of records."""
+
+    def rewritten(data: bytes, rng: random.Random) -> bytes:
+        first, rest = data.split(b"\n", 1)
+        value = json.loads(first)
+        changed = change(value)
+        return json.dumps(value if changed is None else changed).encode() + b"\n" + rest
+
+    return rewrite(name, rewritten)
+
+
 def header(change: Callable[[dict], object]) -> Callable[[bytes, random.Random], bytes]:
     """Changes the JSON header of a safetensors file."""
 

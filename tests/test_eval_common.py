@@ -1,7 +1,6 @@
 """Shared pieces of the evaluations: intervals, batches, the reader, opening checkpoints."""
 
 import dataclasses
-import io
 import re
 from pathlib import Path
 
@@ -9,16 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 from rwkvx_jax.checkpoint import Loaded, flat
 from rwkvx_jax.config import Config, ConfigError, DataConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.convert.own import write_own_safetensors
-from rwkvx_jax.evals import common
 from rwkvx_jax.evals.common import (
     EvalOptions,
     Subject,
-    Tracker,
     as_subject,
     even_batches,
     open_subjects,
@@ -267,24 +263,3 @@ def test_names_of_models_are_one_line(tmp_path):
 
 def test_subject_tokenizer_is_the_models(subject):
     assert subject.tokenizer.fingerprint == load_tokenizer("byte").fingerprint
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_tracker_shows_what_is_done_and_left(monkeypatch, terminal):
-    monkeypatch.setattr(common, "PLAIN_LINE_SECONDS", 0.0)
-    clock = iter([0.0, 40.0, 50.0, 80.0])  # 50 seconds with compilation, 30 for the second 1000
-    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock, 90.0))
-    text = io.StringIO()
-    console = Console(file=text, force_terminal=terminal, width=100)
-    with Tracker(console, "tokens", 4000) as tracker:
-        tracker.describe("demo, length 128")
-        tracker.advance(1000)
-        tracker.start_clock()
-        tracker.advance(1000)
-    if terminal:
-        assert "demo, length 128" in text.getvalue() and "2,000 of 4,000 tokens" in text.getvalue()
-    else:
-        assert text.getvalue().splitlines() == [
-            "demo, length 128: 1,000 of 4,000 tokens",
-            "demo, length 128: 2,000 of 4,000 tokens, about 1 min 0 s left",
-        ]

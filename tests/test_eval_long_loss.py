@@ -1,7 +1,6 @@
 """Long loss: losses equal a whole forward pass, documents, bins, resumption, flags, the command."""
 
 import codecs
-import json
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from rwkvx_jax.evals.long_loss import (
     evaluate,
     summarize,
 )
+from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.evals.scoring import TextScorer
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
@@ -115,9 +115,9 @@ def test_documents_are_taken_from_the_files_in_turn(books, tmp_path):
 def test_results_and_summary(books, tmp_path):
     options = make_options(tmp_path / "out", books, documents=4)
     results = evaluate(options, [make_subject()], QUIET, FakeScorer())
-    document = json.loads((tmp_path / "out" / "long_loss.json").read_text())
+    document = read_results(tmp_path / "out" / "long_loss.jsonl")
     assert document["settings"] == {"length": 500, "skip": 60}
-    (panel,) = document["panels"]
+    (panel,) = document["models"]
     assert len(panel["trials"]) == 4 and panel["trials"][0]["edges"] == bin_edges(500)
     summary = results.summary("model")
     offsets = [t["loss"] - 249.5 for t in panel["trials"]]
@@ -140,7 +140,7 @@ def test_interrupted_limited_and_grown(books, tmp_path):
     assert second.read == 4
     undisturbed = make_options(tmp_path / "x", books, documents=6)
     document = evaluate(undisturbed, subjects, QUIET, FakeScorer()).document
-    assert results.document["panels"] == document["panels"]
+    assert results.document["models"] == document["models"]
     limited = FakeScorer()
     evaluate(make_options(tmp_path / "y", books, limit=3), [make_subject()], QUIET, limited)
     assert limited.read == 3
@@ -175,7 +175,7 @@ def test_command_on_war_and_peace(tmp_path, monkeypatch, capsys):
     run_command(monkeypatch, "long-loss", *flags, "--documents", 2, "--piece", 128)
     printed = capsys.readouterr().out
     assert "0 to 64" in printed and "256 to 300" in printed
-    document = json.loads((tmp_path / "long_loss.json").read_text())
-    losses = [t["loss"] for t in document["panels"][0]["trials"]]
+    document = read_results(tmp_path / "long_loss.jsonl")
+    losses = [t["loss"] for t in document["models"][0]["trials"]]
     assert len(losses) == 2 and all(loss > np.log(257) for loss in losses)  # random weights
     assert (tmp_path / "long_loss.png").stat().st_size > 10_000

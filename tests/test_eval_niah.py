@@ -1,6 +1,5 @@
 """Needle evaluation: scores of known readers, files, resumption, flags, the command."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.grid import Trial, heat_maps
 from rwkvx_jax.evals.niah import NiahOptions, evaluate, judge, niah_grid, question_of
+from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.eval_models import (
     QUIET,
@@ -96,17 +96,17 @@ def test_an_answer_ends_at_its_line_break(tmp_path):
 def test_results_files(tmp_path, book):
     options = make_options(tmp_path, book, tasks=("single_2", "recall_16"), limit=5)
     evaluate(options, [make_subject()], QUIET, FakeReader(copy))
-    document = json.loads((tmp_path / "niah_single_2.json").read_text())
+    document = read_results(tmp_path / "niah_single_2.jsonl")
     assert document["task"] == "niah_single_2" and len(document["settings"]["haystack"]) == 16
     assert document["settings"]["answer_tokens"] == 64
-    (panel,) = document["panels"]
+    (panel,) = document["models"]
     assert len(panel["trials"]) == 5
     trial = panel["trials"][0]
     assert (trial["length"], trial["depth"], trial["trial"]) == (1800, 0.0, 0)
     assert trial["answer"] == trial["expected"][0] + "." and trial["correct"] == 1.0
     assert 1600 < trial["prompt_tokens"] <= 1800 - 128
-    recall = json.loads((tmp_path / "niah_recall_16.json").read_text())
-    assert recall["panels"][0]["trials"][0]["prompt_tokens"] == 1800
+    recall = read_results(tmp_path / "niah_recall_16.jsonl")
+    assert recall["models"][0]["trials"][0]["prompt_tokens"] == 1800
 
 
 def test_an_interrupted_run_goes_on(tmp_path):

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid, heatmap, passkey
 from rwkvx_jax.evals.grid import Trial, heat_maps
 from rwkvx_jax.evals.passkey import PasskeyOptions, evaluate, key_of, passkey_grid, prompt_of
+from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.tasks.passkey import is_eval_key
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.eval_models import (
@@ -89,8 +89,8 @@ def test_exact_prompts_have_their_length_and_unseen_keys(tmp_path):
 def test_results_file_holds_everything(tmp_path):
     options = make_options(tmp_path)
     evaluate(options, [make_subject()], QUIET, FakeReader(copy_key))
-    document = json.loads((tmp_path / "passkey.json").read_text())
-    assert document["task"] == "passkey" and document["format"] == 1
+    document = read_results(tmp_path / "passkey.jsonl")
+    assert document["task"] == "passkey" and document["format"] == 2
     assert document["command"] and document["versions"]["jax"] == jax.__version__
     assert document["settings"] == {"protocol": "exact", "keys": "random", "seed": 0}
     assert document["plan"] == {
@@ -99,7 +99,7 @@ def test_results_file_holds_everything(tmp_path):
         "trials": 2,
         "limit": None,
     }
-    (panel,) = document["panels"]
+    (panel,) = document["models"]
     assert panel["label"] == "model" and panel["step"] == 70 and panel["checkpoint"] == "runs/model"
     assert panel["model"]["chunk_size"] == 8 and panel["tokenizer"] == "byte"
     assert [(t["length"], t["depth"], t["trial"]) for t in panel["trials"]] == passkey_grid(
@@ -126,9 +126,9 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path):
     first = FakeReader(copy_key, stop_after=16)
     with pytest.raises(KeyboardInterrupt):
         evaluate(options, [make_subject()], QUIET, first)
-    document = json.loads((tmp_path / "passkey.json").read_text())
-    assert [len(panel["trials"]) for panel in document["panels"]] == [12, 4]
-    assert document["panels"][1]["summary"]["all"]["trials"] == 4
+    document = read_results(tmp_path / "passkey.jsonl")
+    assert [len(panel["trials"]) for panel in document["models"]] == [12, 4]
+    assert document["models"][1]["summary"]["all"]["trials"] == 4
     second = FakeReader(copy_key)
     evaluate(options, [make_subject()], QUIET, second)
     assert len(first.read) == 16 and len(second.read) == 8
@@ -181,8 +181,8 @@ def test_two_processes_that_write_one_file_lose_nothing(tmp_path, caplog):
     assert caplog.text.count("another process writes it too") == 1
     done = [(t["length"], t["depth"], t["trial"]) for t in results.trials("model")]
     assert done == passkey_grid(make_options(tmp_path)).plan()
-    (panel,) = json.loads((tmp_path / "passkey.json").read_text())["panels"]
-    assert panel == results.document["panels"][0]
+    (panel,) = read_results(tmp_path / "passkey.jsonl")["models"]
+    assert panel == results.document["models"][0]
 
 
 def test_answers_that_are_not_finite_are_refused_and_the_others_kept(tmp_path):
@@ -204,22 +204,54 @@ def test_answers_that_are_not_finite_are_refused_and_the_others_kept(tmp_path):
     options = make_options(tmp_path, batch=1)
     with pytest.raises(ConfigError, match="a logit of passkey trial length 128, depth 0.0, "):
         evaluate(options, [make_subject()], QUIET, Failing(copy_key))
-    assert not (tmp_path / "passkey.json").exists()
+    assert not (tmp_path / "passkey.jsonl").exists()
     whole = make_options(tmp_path)
     with pytest.raises(ConfigError, match="nothing of it is stored"):
         evaluate(whole, [make_subject()], QUIET, Failing(copy_key))
-    assert "NaN" not in "".join(p.read_text() for p in tmp_path.glob("*.json"))
+    assert "NaN" not in "".join(p.read_text() for p in tmp_path.glob("*.jsonl"))
 
 
 def test_a_file_with_nan_is_refused(tmp_path):
     evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
-    path = tmp_path / "passkey.json"
+    path = tmp_path / "passkey.jsonl"
     path.write_text(path.read_text().replace('"correct": true', '"correct": NaN', 1))
-    with pytest.raises(ConfigError, match=r"panels\[0\].trials\[0\].correct is not finite"):
+    with pytest.raises(ConfigError, match="passkey.jsonl, line 2: correct is not finite"):
         evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
-    path.write_text(path.read_text().replace("NaN", "true").replace('"trials": [', '"trials": [3,'))
+    path.write_text(path.read_text().replace("NaN", "true") + "3\n")
     with pytest.raises(ConfigError, match="another shape than a results file"):
         evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+
+
+def test_a_killed_process_leaves_half_a_line_at_most(tmp_path, caplog):
+    """Whatever is cut off is made again; the file as it was stays beside it."""
+    evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    path = tmp_path / "passkey.jsonl"
+    whole = path.read_bytes()
+    for number, size in enumerate((len(whole) - 3, len(whole) // 2, 40, 3), 1):
+        path.write_bytes(whole[:size])
+        reader = FakeReader(copy_key)
+        evaluate(make_options(tmp_path), [make_subject()], QUIET, reader)
+        assert path.read_bytes() == whole
+        assert len(reader.read) == 12 - max(0, whole[:size].count(b"\n") - 1)
+        assert path.with_name(f"passkey.jsonl.damaged-{number}").read_bytes() == whole[:size]
+        assert f"kept as passkey.jsonl.damaged-{number}" in caplog.text
+
+
+def test_trials_that_stand_twice_are_told(tmp_path, caplog):
+    evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    path = tmp_path / "passkey.jsonl"
+    path.write_bytes(2 * path.read_bytes())
+    results = evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+    assert results.summary("model")["all"]["trials"] == 12
+    assert "12 trials stand twice" in caplog.text
+
+
+def test_results_of_other_forms_are_refused(tmp_path):
+    for name, message in (("passkey.jsonl.gz", "unpack it with gunzip"), ("passkey.json", "0.1")):
+        (tmp_path / name).write_text("")
+        with pytest.raises(ConfigError, match=message):
+            evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
+        (tmp_path / name).unlink()
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, caplog, monkeypatch):
@@ -244,7 +276,7 @@ def test_a_process_stops_where_another_wrote_what_it_would_drop(tmp_path):
     with pytest.raises(ConfigError, match="it also holds 'other'"):
         options = make_options(tmp_path)
         evaluate(options, [make_subject()], QUIET, FakeReader(interrupted_by_another))
-    panels = json.loads((tmp_path / "passkey.json").read_text())["panels"]
+    panels = read_results(tmp_path / "passkey.jsonl")["models"]
     assert [len(panel["trials"]) for panel in panels] == [12, 12]
 
 
@@ -260,19 +292,22 @@ def test_a_process_stops_where_another_wrote_what_it_would_drop(tmp_path):
 )
 def test_a_file_of_another_evaluation_is_left_alone(tmp_path, flags, subject, message):
     evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
-    before = (tmp_path / "passkey.json").read_bytes()
+    before = (tmp_path / "passkey.jsonl").read_bytes()
     reader = FakeReader(copy_key)
     with pytest.raises(ConfigError, match=re.escape(message)):
         evaluate(make_options(tmp_path, **flags), [make_subject(**subject)], QUIET, reader)
-    assert reader.read == [] and (tmp_path / "passkey.json").read_bytes() == before
+    assert reader.read == [] and (tmp_path / "passkey.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"task": "niah", "format": 1}'])
+@pytest.mark.parametrize(
+    "content", ["[1]", "[1]\n", "no JSON\n", "\0" * 99, '{"task": "niah", "format": 1}\n']
+)
 def test_a_foreign_file_is_left_alone(tmp_path, content):
-    (tmp_path / "passkey.json").write_text(content)
+    (tmp_path / "passkey.jsonl").write_text(content)
     with pytest.raises(ConfigError, match="use another --output"):
         evaluate(make_options(tmp_path), [make_subject()], QUIET, FakeReader(copy_key))
-    assert (tmp_path / "passkey.json").read_text() == content
+    assert (tmp_path / "passkey.jsonl").read_text() == content
+    assert not list(tmp_path.glob("*.damaged*"))
 
 
 @pytest.mark.parametrize(
@@ -363,9 +398,9 @@ def test_command_from_checkpoint_to_figure(tmp_path, monkeypatch, capsys):
     assert "6 finished trials found" in printed
     assert printed.count("0 of 8 right: 0.0 %") == 2
     assert "tiny.safetensors, attention blocks off" in printed
-    document = json.loads((tmp_path / "passkey.json").read_text())
+    document = read_results(tmp_path / "passkey.jsonl")
     assert document["command"].startswith("eval.py passkey --checkpoint")
-    assert [len(panel["trials"]) for panel in document["panels"]] == [8, 8]
+    assert [len(panel["trials"]) for panel in document["models"]] == [8, 8]
     assert (tmp_path / "passkey.png").stat().st_size > 10_000
 
 

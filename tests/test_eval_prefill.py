@@ -1,6 +1,5 @@
 """Prefill times: what is timed, the crossover, resumption, errors, the command."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import prefill_speed
-from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, measure
-from rwkvx_jax.evals.timings import Timings
+from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, measure, open_results
+from rwkvx_jax.evals.report import read_results
+from rwkvx_jax.evals.speed import TIMED
 from tests.eval_models import QUIET, TINY, run_command, write_checkpoint
 
 
@@ -49,17 +49,16 @@ class FakeReader:
 
 def test_rows_are_measured_once(tmp_path):
     options = PrefillOptions(output=tmp_path, lengths=(20, 10, 40), repeats=2, full_limit=20)
-    path = tmp_path / "prefill.json"
-    timings = Timings(path, {"rows": []}, same=(), size="length")
-    document = timings.document
-    run = lambda options, reader: measure(options, TINY, RunConfig(), {}, timings, QUIET, reader)
+    results = open_results(options, RunConfig(), TINY)
+    run = lambda options, reader: measure(options, TINY, RunConfig(), {}, results, QUIET, reader)
     first = FakeReader()
     run(options, first)
     lengths = {"sparse": (10, 20, 40), "rwkv": (10, 20, 40), "full": (10, 20)}
     expected = [(k, n) for k, own in lengths.items() for n in (10, *(n for n in own for _ in "ab"))]
     assert first.read == expected  # the first reading of each model compiles
-    assert json.loads(path.read_text()) == document and len(document["rows"]) == 8
-    assert document["rows"][0] == {
+    (model,) = read_results(tmp_path / "prefill.jsonl")["models"]
+    assert model["trials"] == results.trials(TIMED) and len(model["trials"]) == 8
+    assert model["trials"][-3] == {
         "kind": "sparse",
         "length": 10,
         "seconds": 0.01,
@@ -91,30 +90,32 @@ def test_command(tmp_path, monkeypatch, capsys):
     flags += ["--piece", 16, "--repeats", 1, "--kinds", "sparse", "full"]
     run_command(monkeypatch, "prefill", *flags)
     assert "full / sparse" in capsys.readouterr().out
-    document = json.loads((tmp_path / "prefill.json").read_text())
-    assert [(r["kind"], r["length"]) for r in document["rows"]] == [
-        ("sparse", 16),
-        ("sparse", 40),
+    (model,) = read_results(tmp_path / "prefill.jsonl")["models"]
+    assert [(r["kind"], r["length"]) for r in model["trials"]] == [
         ("full", 16),
         ("full", 40),
+        ("sparse", 16),
+        ("sparse", 40),
     ]
     assert (tmp_path / "prefill.png").stat().st_size > 10_000
     monkeypatch.setattr(prefill_speed, "measure", lambda *_: None)
     run_command(monkeypatch, "prefill", *flags)
     with pytest.raises(SystemExit):
         run_command(monkeypatch, "prefill", *flags[:-5], "--repeats", 2)
-    assert "holds another measurement" in capsys.readouterr().err
+    assert "repeats: 1 -> 2" in capsys.readouterr().err
 
 
 def test_rows_of_two_processes_are_kept(tmp_path):
-    open_file = lambda: Timings(tmp_path / "t.json", {"task": "t", "rows": []}, **KEYS)
+    options = PrefillOptions(output=tmp_path)
+    open_file = lambda: open_results(options, RunConfig(), TINY)
     first, second = open_file(), open_file()
-    first.add(rows("sparse", {10: 1.0}))
-    second.add(rows("sparse", {10: 2.0, 20: 2.0}))
-    assert [row["seconds"] for row in open_file().document["rows"]] == [2.0, 2.0]
-    assert first.has("sparse", 10) and not first.has("sparse", 20)
-    (tmp_path / "t.json").write_text('{"task": "t", "rows": [3]}')
-    with pytest.raises(ConfigError, match="no results file of this task"):
+    first.add(TIMED, rows("sparse", {10: 1.0}))
+    second.add(TIMED, rows("sparse", {10: 2.0, 20: 2.0}))
+    assert [row["seconds"] for row in open_file().trials(TIMED)] == [1.0, 2.0]
+    assert first.finished(TIMED) == {("sparse", 10)}
+    with (tmp_path / "prefill.jsonl").open("a") as file:
+        file.write("[3]\n")
+    with pytest.raises(ConfigError, match="another shape than a results file"):
         open_file()
 
 
@@ -129,6 +130,3 @@ def test_prompts_beyond_the_memory_are_refused(tmp_path, monkeypatch, capsys):
             run_command(monkeypatch, "prefill", *flags, *more)
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-KEYS = {"same": ("task",), "size": "length"}

@@ -1,5 +1,6 @@
 """The report: one table for what can be compared, nothing lost, nothing from outside the page."""
 
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -29,27 +30,29 @@ def passkey_run(folder, *subjects, **flags):
     return folder
 
 
-def write(folder, task, **fields):
+def write(folder, task, key, trials, label="model", **settings):
+    """A results file of one model."""
     folder.mkdir(exist_ok=True)
-    document = {"task": task, "command": f"eval.py {task}", "device": "cpu"} | fields
-    (folder / f"{task}.json").write_text(json.dumps(document))
+    model = {"label": label} | ({} if task == "speed" else {"tokenizer": "byte"})
+    header = {"format": 2, "task": task, "command": f"eval.py {task}", "device": "cpu"}
+    header |= {"settings": settings, "plan": {}, "key": key, "identity": [], "models": [model]}
+    lines = [header, *({"model": label} | trial for trial in trials)]
+    (folder / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 @pytest.fixture
 def others(tmp_path):
     """Results of the other tasks."""
-    acc = lambda value: {"acc": {"value": value, "error": 0.01, "documents": 9}}
-    columns = {"lambada_openai": acc(0.47), "piqa": acc(0.679)}
-    summary = {"columns": columns, "average": 57.45, "averaged": 2}
-    panel = {"label": "m <1>", "tokenizer": "byte"}
-    write(tmp_path / "s", "short", settings={"seed": 0}, panels=[panel | {"summary": summary}])
-    edges = [(0, 64, 2.5), (64, 96, 2.0), (96, 128, 1.0)]
-    bins = [{"begin": a, "end": b, "loss": loss, "error": 0.1} for a, b, loss in edges]
-    summary = {"all": {"loss": 2.25}, "by_position": bins}
-    write(tmp_path / "l", "long-loss", settings={}, panels=[panel | {"summary": summary}])
+    answered = [("lambada_openai", i, float(i < 47)) for i in range(100)]
+    answered += [("piqa", i, float(i < 679)) for i in range(1000)]
+    trials = [{"task": t, "document": i, "metrics": {"acc": acc}} for t, i, acc in answered]
+    write(tmp_path / "s", "short", ["task", "document"], trials, "m <1>", seed=0)
+    trial = {"file": "a", "start": 0, "loss": 2.25, "edges": [0, 64, 96, 128]}
+    trial["losses"] = [2.5, 2.0, 1.0]
+    write(tmp_path / "l", "long-loss", ["file", "start"], [trial], "m <1>")
     rows = [{"kind": "sparse", "context": c, "milliseconds": c / 100} for c in (1024, 8192)]
-    write(tmp_path / "v", "speed", rows=rows)
+    write(tmp_path / "v", "speed", ["kind", "context"], rows)
     return tmp_path
 
 
@@ -85,7 +88,7 @@ def test_markdown_of_every_task(others):
     text = as_markdown("All of it", sections(find_runs([others])))
     assert text.startswith("# All of it\n")
     for line in (
-        r"| m \<1\> | 47.0 ± 1.0 | 67.9 ± 1.0 | 57.5 |",
+        r"| m \<1\> | 47.0 ± 5.0 | 67.9 ± 1.5 | 57.5 |",
         "| model (nats per token at positions) | 0–64 | 64–128 | all |",
         r"| m \<1\> | 2.500 | 1.500 | 2.2500 |",
         f"| {str(others / 'v').replace('_', chr(92) + '_')}: sparse | 10.24 | 81.92 |",
@@ -139,10 +142,10 @@ def test_command(others, monkeypatch, capsys):
 
 
 def test_files_that_are_none(tmp_path):
-    (tmp_path / "x.json").write_text('{"task": "other"}')
+    (tmp_path / "x.jsonl").write_text('{"task": "other"}\n')
     (tmp_path / "y.json").write_text("nonsense")
-    with pytest.raises(ConfigError, match="x.json is no results file"):
-        find_runs([tmp_path / "x.json"])
+    with pytest.raises(ConfigError, match="x.jsonl is no results file"):
+        find_runs([tmp_path / "x.jsonl"])
     with pytest.raises(ConfigError, match="no results file of eval.py in"):
         find_runs([tmp_path])
     with pytest.raises(ConfigError, match="name at least one"):
@@ -166,10 +169,10 @@ def test_only_figures_that_lie_there_are_shown(tmp_path, monkeypatch, capsys):
 def test_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     """They mean nothing to Markdown, HTML or the terminal."""
     label = "a[b](http://x) `c` _d_ [/red] $e$ <script>\x1b[31m\n| f"
-    panel = {"label": label, "tokenizer": "byte", "summary": {"selectors": {}}}
-    found = {m: {"mean": 0.5} for m in ("share", "past", "recall")}
-    panel["summary"]["selectors"]["own"] = found
-    write(tmp_path / "[red]s", "selection", settings={}, panels=[panel])
+    found = {m: [[[1.0]]] for m in ("share", "past", "recall")} | {"held": [[[0.1]]]}
+    trial = {"file": "a", "start": 0, "queries": [2], "mass": [[[0.1, 0.9]]]}
+    trials = [trial | {"selectors": {"own": found}}]
+    write(tmp_path / "[red]s", "selection", ["file", "start"], trials, label)
     parts = sections(find_runs([tmp_path]))
     (line,) = [x for x in as_markdown("t", parts).splitlines() if x.startswith("| a")]
     assert line == (
@@ -182,20 +185,43 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     assert f"wrote {tmp_path / '[/b]out' / 'report.md'}" in capsys.readouterr().out
 
 
+HEADER = {"format": 2, "task": "passkey", "command": "", "device": "", "settings": {}, "key": []}
+HEADER |= {"identity": [], "models": [{"label": "m"}]}
+
+
 @pytest.mark.parametrize(
-    "text, message",
+    "header, line, message",
     [
-        ('{"task": "passkey"}', "names the task 'passkey', but has another shape"),
-        (
-            '{"task": "passkey", "panels": [{"label": "m", "x": NaN}]}',
-            r"panels\[0\].x is not finite",
-        ),
-        ('{"task": "speed", "rows": [1, 1e999]}', r"rows\[1\] is not finite"),
-        ('{"task": "passkey", ' + '"a": [' * 50_000, "is not JSON"),
-        ('{"task": "passkey", "pan', "is not JSON"),
+        ({"models": None}, "", "another shape than a results file"),
+        ({"settings": "x"}, "", "another shape than a results file"),
+        ({"format": 1}, "", "has format 1, and this version reads 2"),
+        ({}, '{"model": "m"}\n', "names the task 'passkey', but has another shape"),
+        ({}, '{"model": "other"}\n', "another shape than a results file"),
+        ({}, '{"model": "m", "x": [1, NaN]}\n', r"line 2: x\[1\] is not finite"),
+        ({}, '{"model": "m", "x": 1e999}\n', "line 2: x is not finite"),
+        ({}, '{"model": "m", ' + '"a": [' * 50_000 + "\n", "line 2 is not JSON"),
+        ({}, '{"model": "m", "x\n', "line 2 is not JSON"),
     ],
 )
-def test_damaged_results_are_refused(tmp_path, text, message):
-    (tmp_path / "x.json").write_text(text)
+def test_damaged_results_are_refused(tmp_path, header, line, message):
+    (tmp_path / "x.jsonl").write_text(json.dumps(HEADER | header) + "\n" + line)
     with pytest.raises(ConfigError, match=message):
         find_runs([tmp_path])
+
+
+def test_compressed_results_and_half_a_line(tmp_path, caplog):
+    passkey_run(tmp_path / "a", make_subject("one"))
+    path = tmp_path / "a" / "passkey.jsonl"
+    (whole,) = find_runs([path])
+    packed = path.with_name("passkey.jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    (unpacked,) = find_runs([packed])
+    assert unpacked.document == whole.document
+    assert len(sections([unpacked])[0].figures) == 1
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match="passkey.jsonl.gz is damaged"):
+        find_runs([packed])
+    path.write_bytes(path.read_bytes()[:-3])
+    (shorter,) = find_runs([path])
+    assert len(shorter.document["models"][0]["trials"]) == 3
+    assert "passkey.jsonl ends in half a line" in caplog.text

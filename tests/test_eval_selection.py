@@ -1,7 +1,6 @@
 """Selection: shares and recall equal a plain computation, files, resumption, errors."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import selection
 from rwkvx_jax.evals.common import Subject
+from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.evals.selection import SelectionOptions, evaluate, measure, positions_of, selectors
 from rwkvx_jax.ops.selection import select_chunks_reference
 from rwkvx_jax.tokenizer import load_tokenizer
@@ -99,8 +99,8 @@ def test_documents_summary_and_resumption(book, tmp_path):
     subject = Subject("m", CONFIG, run, params, load_tokenizer("byte"), "x", None, None)
     evaluate(make_options(tmp_path, book, limit=1), [subject], QUIET)
     results = evaluate(make_options(tmp_path, book), [subject], QUIET)
-    document = json.loads((tmp_path / "selection.json").read_text())
-    (panel,) = document["panels"]
+    document = read_results(tmp_path / "selection.jsonl")
+    (panel,) = document["models"]
     assert len(panel["trials"]) == 3 and document["settings"]["blocks"] == 4
     found = panel["summary"]["selectors"]
     assert set(found) == {"own", "mean", "max", "pooled", "bounds", "recent", "oracle"}

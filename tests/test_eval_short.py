@@ -17,6 +17,7 @@ from rwkvx_jax.config import ConfigError, RunConfig  # noqa: E402
 from rwkvx_jax.evals import batching, harness, short_context  # noqa: E402
 from rwkvx_jax.evals.common import Subject  # noqa: E402
 from rwkvx_jax.evals.harness import AnswerFile, HarnessModel  # noqa: E402
+from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.evals.short_context import ShortOptions, evaluate  # noqa: E402
 from rwkvx_jax.evals.short_table import SHORT_NAMES, summarize  # noqa: E402
 from rwkvx_jax.model import abstract_model, with_params  # noqa: E402
@@ -247,8 +248,8 @@ def test_prompts_as_the_model_sees_them(data):
 def test_all_tasks_from_local_files(subject, data, tmp_path):
     results = evaluate(make_options(tmp_path, data), [subject], QUIET)
     assert "torch" not in sys.modules
-    document = json.loads((tmp_path / "short.json").read_text())
-    (panel,) = document["panels"]
+    document = read_results(tmp_path / "short.jsonl")
+    (panel,) = document["models"]
     assert len(panel["trials"]) == 24 and document["plan"]["documents"]["mmlu_b"] == 2
     columns = panel["summary"]["columns"]
     assert set(columns) == set(SHORT_NAMES)

@@ -1,6 +1,5 @@
 """Decode times: bytes that must be read, contexts that do not fit, errors, the command."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import speed
+from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.evals.speed import SpeedOptions, bytes_per_token
 from tests.eval_models import TINY, run_command, write_checkpoint
 
@@ -48,23 +48,23 @@ def test_command(tmp_path, monkeypatch, capsys):
     flags += ["--steps", 2, "--full-limit", 20, "--memory-gb", 0.01]
     run_command(monkeypatch, "speed", *flags)
     assert "context 100,000 left out" in capsys.readouterr().out
-    document = json.loads((tmp_path / "speed.json").read_text())
-    assert [(r["kind"], r["context"]) for r in document["rows"]] == [
-        ("sparse", 16),
-        ("rwkv", 16),
+    document = read_results(tmp_path / "speed.jsonl")
+    (before,) = [model["trials"] for model in document["models"]]
+    assert [(r["kind"], r["context"]) for r in before] == [
         ("full", 16),
-        ("sparse", 40),
+        ("rwkv", 16),
         ("rwkv", 40),
+        ("sparse", 16),
+        ("sparse", 40),
     ]
-    assert all(len(r["samples"]) == 2 and r["milliseconds"] > 0 for r in document["rows"])
-    assert [left["context"] for left in document["left_out"]] == [100_000]
+    assert all(len(r["samples"]) == 2 and r["milliseconds"] > 0 for r in before)
+    assert [left["context"] for left in document["plan"]["left_out"]] == [100_000]
     assert (tmp_path / "speed.png").stat().st_size > 10_000
-    before = document["rows"]
     flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--steps", 1, "--kinds", "sparse"]
     run_command(monkeypatch, "speed", *flags, "--contexts", "24,16")
-    document = json.loads((tmp_path / "speed.json").read_text())
-    assert [row for row in document["rows"] if row["context"] != 24] == before
-    assert [(r["kind"], r["context"]) for r in document["rows"]][3] == ("sparse", 24)
+    (model,) = read_results(tmp_path / "speed.jsonl")["models"]
+    assert [row for row in model["trials"] if row["context"] != 24] == before
+    assert [(r["kind"], r["context"]) for r in model["trials"]][4] == ("sparse", 24)
     with pytest.raises(SystemExit):
         run_command(monkeypatch, "speed", "--output", tmp_path, "--width", 64, "--num-blocks", 4)
-    assert "model, weights differ" in capsys.readouterr().err
+    assert "model: model.width: 32 -> 64" in capsys.readouterr().err

@@ -23,11 +23,12 @@ from rwkvx_jax.checkpoint_store import (
     NotWritten,
 )
 from rwkvx_jax.config import ConfigError, RunConfig, SourceConfig
+from rwkvx_jax.records import cut_back
 from rwkvx_jax.storage import exclusive, work_path
 from rwkvx_jax.training import loop
 from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.loop import TrainingStopped, fit
-from rwkvx_jax.training.metrics import MetricsWriter, cut_back
+from rwkvx_jax.training.metrics import MetricsWriter
 from rwkvx_jax.training.trace import Trace
 from rwkvx_jax.training.under_way import StepWatch
 from tests.buckets import bucket  # noqa: F401

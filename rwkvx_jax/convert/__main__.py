@@ -18,7 +18,6 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rwkvx_jax.cli import command_line, parse, settle_platform
@@ -36,6 +35,7 @@ from rwkvx_jax.convert.tensors import (
     in_dtype,
     tracked,
 )
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.storage import WorkPath, size
 from rwkvx_jax.tokenizer import TOKENIZER_IDS, tokenizer_of
 
@@ -89,14 +89,13 @@ def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
     if not official and options.dst.suffix != ".safetensors":
         raise ConversionError(f"{options.dst}: our checkpoints are .safetensors files")
     bad: dict[str, int] = {}
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        total = sum(param.nbytes for param in source.params.values())
-        task = progress.add_task("", total=total)
+    total = sum(param.nbytes for param in source.params.values())
+    with Progress(console, total, "bytes", str(options.dst)) as bar:
 
         def seen(name: str, array: np.ndarray) -> None:
             bad[name] = bad.get(name, 0) + nonfinite_values(array)
-            progress.update(task, advance=array.nbytes, description=name)
+            bar.describe(name)
+            bar.advance(array.nbytes)
 
         def accept() -> None:
             if (problem := describe(bad)) and not options.allow_nonfinite:
@@ -114,7 +113,6 @@ def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
                 source.config, source.tokenizer_name, source.info, source.trained
             )
         write_tensors(options.dst, tensors, metadata, accept)
-        progress.update(task, description="done", completed=total)
     if problem := describe(bad):
         _say(console, f"warning: {options.dst} holds {problem}")
     _say(console, _summary(options.dst, official, source.config))
