@@ -14,8 +14,8 @@ import numpy as np
 
 from rwkvx_jax.convert.pth import write_pth
 from rwkvx_jax.convert.safetensors_file import write_safetensors
-from tests.convert_checkpoints import fla_directory, fla_tensors, official_tensors, rwkv7
-from tests.eval_models import ROOT, write_checkpoint
+from tests.convert.convert_checkpoints import fla_directory, fla_tensors, official_tensors, rwkv7
+from tests.evals.eval_models import ROOT, write_checkpoint
 
 Damage = Callable[[Path, random.Random], None]
 

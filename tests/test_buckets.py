@@ -36,7 +36,7 @@ from rwkvx_jax.training.loop import TrainingStopped, fit
 from tests.gcs_server import GcsServer, bucket_environment
 from tests.model_cases import random_params
 from tests.test_hosts import STEPS, Job
-from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, same_bits
+from tests.training.training_cases import CURRICULUM, MODEL, RUN, STAGES, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -151,6 +151,7 @@ def test_buckets_that_cannot_be_used_are_errors_before_any_work(config, server):
         server.start()
 
 
+@pytest.mark.thorough
 def test_a_trace_is_copied_into_the_bucket(folder):
     recorder = trace.Trace(dataclasses.replace(RUN, profile_steps="0:1"), folder)
     recorder.before(0)

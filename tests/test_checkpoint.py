@@ -27,7 +27,7 @@ from rwkvx_jax.sharding import make_mesh
 from rwkvx_jax.training.curriculum import next_stage
 from rwkvx_jax.training.initial import load_initial_params
 from tests.model_cases import random_params
-from tests.training_cases import CURRICULUM, MODEL, STAGES, one_device_mesh, same_bits
+from tests.training.training_cases import CURRICULUM, MODEL, STAGES, one_device_mesh, same_bits
 
 TEXT = {"tokenizer": "byte", "sources": [{"kind": "text", "sha256": "abc", "tokens": 1000}]}
 MESH = one_device_mesh()
@@ -136,6 +136,7 @@ def test_loading_errors(tmp_path, plain_run):
         load_checkpoint(plain_run, overrides={"vocab_size": 300})
 
 
+@pytest.mark.thorough
 def test_initial_parameters_have_to_fit(plain_run, tmp_path):
     assert same_bits(
         load_initial_params(plain_run, CURRICULUM, MESH), random_params(MODEL.without_attention())
@@ -166,6 +167,7 @@ def plain_files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name, inits",
     [

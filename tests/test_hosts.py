@@ -29,10 +29,9 @@ from rwkvx_jax.hosts import (
     stop_signal,
 )
 from rwkvx_jax.sharding import batch_sharding, make_mesh
-from tests.helpers import assert_close
-from tests.training_cases import same_bits
+from tests.helpers import ROOT, assert_close
+from tests.training.training_cases import same_bits
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 from rwkvx_jax.config import (
     Config, LongCEConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, Stage
