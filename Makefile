@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 RUN = $(VENV)/bin/python
 DEMO = runs/demo
 
-.PHONY: venv demo test test-slow lint static-costs
+.PHONY: venv demo test test-all test-slow lint static-costs
 
 venv: $(VENV)/.installed
 
@@ -32,8 +32,13 @@ demo: venv
 	$(RUN) eval.py passkey --checkpoint $(DEMO) --output $(DEMO)/eval --compare-without-attention \
 		--lengths 512,1024,2048,4096,8192,16384 --depths 10 --trials 3
 
+# The quick tests: every room, every op, every command.
 test: venv
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# Everything but what takes minutes or needs a storage server.
+test-all: venv
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: venv
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow

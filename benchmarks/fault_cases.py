@@ -19,6 +19,7 @@ from benchmarks.faults import (
     Fault,
     Faults,
     all_damages,
+    changed_header,
     changed_json,
     flip,
     header,
@@ -256,10 +257,10 @@ def hidden(extra: str | None, name: str = "text.txt") -> Damage:
 
 def stored_results(beds: Path) -> Iterator[Fault]:
     for argv, name, kind in (
-        (PASSKEY, "passkey", "results JSON"),
+        (PASSKEY, "passkey", "results file"),
         (SHORT, "short", "answers file"),
     ):
-        made = Faults(kind, "eval", "eval", argv, (f"out/{name}.json",), 90)
+        made = Faults(kind, "eval", "eval", argv, (f"out/{name}.jsonl",), 90)
         stored = (beds / "eval" / "out").glob(f"{name}*.json*")
         for path in sorted(path for path in stored if path.stat().st_size):  # locks hold nothing
             for word, damage in all_damages(str(path.relative_to(beds / "eval")), ("flipped",)):
@@ -267,18 +268,18 @@ def stored_results(beds: Path) -> Iterator[Fault]:
         yield from made.all
     made = Faults("report", "report", "eval", ["report", "results", "--output", "rep"])
     made.result = ("rep/report.md",)
-    for word, damage in all_damages("results/passkey.json", without=("flipped", "twice as long")):
+    for word, damage in all_damages("results/passkey.jsonl", without=("flipped", "twice as long")):
         made.add(word, damage)
     shapes = {
         "a list": lambda v: [v],
         "null": lambda v: 5,
-        "no trials": lambda v: v.pop("panels") and None,
+        "no trials": lambda v: v.pop("models") and None,
         "NaN": lambda v: v.update(seed=math.nan),
         "fields of text": lambda v: {key: "x" for key in v},
         "fields of null": lambda v: {key: None for key in v},
     }
     for word, change in shapes.items():
-        made.add(f"results are {word}", changed_json("results/passkey.json", change), result=())
+        made.add(f"results are {word}", changed_header("results/passkey.jsonl", change), result=())
     yield from made.all
 
     model = ["--checkpoint", "own.safetensors"]
@@ -345,7 +346,7 @@ def full_disks() -> Iterator[Fault]:
         ("run", "train", ["--config", "config.py", "--workdir", "text.txt"]),
         ("run", "train", ["--config", "config.py", "--workdir", "text.txt/run"]),
         ("run", "train", [*MORE, "--data.cache-dir", "text.txt"]),
-        ("report", "eval", ["report", "results", "--output", "results/passkey.json"]),
+        ("report", "eval", ["report", "results", "--output", "results/passkey.jsonl"]),
         ("data", "read", ["text", "text.txt", "text.txt"]),
     ]
     for bed, door, argv in outputs:

@@ -349,7 +349,7 @@ def final_parameters(workdir: Path) -> bytes:
 
     from rwkvx_jax.checkpoint import flat, read_workdir
 
-    leaves = flat(read_workdir(workdir)[3])
+    leaves = flat(read_workdir(workdir).params)
     return b"".join(np.ascontiguousarray(leaf).tobytes() for _, leaf in leaves)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from rwkvx_jax.convert.pth import write_pth
 from rwkvx_jax.convert.safetensors_file import write_safetensors
-from tests.convert_checkpoints import fla_directory, fla_tensors, official_tensors, rwkv7
-from tests.eval_models import ROOT, write_checkpoint
+from tests.convert.convert_checkpoints import fla_directory, fla_tensors, official_tensors, rwkv7
+from tests.evals.eval_models import ROOT, write_checkpoint
 
 Damage = Callable[[Path, random.Random], None]
 
@@ -193,6 +193,18 @@ def changed_json(name: str, change: Callable[[dict], object]) -> Damage:
         value = json.loads(data)
         changed = change(value)
         return json.dumps(value if changed is None else changed).encode()
+
+    return rewrite(name, rewritten)
+
+
+def changed_header(name: str, change: Callable[[dict], object]) -> Damage:
+    """Changes the first line of a file of records."""
+
+    def rewritten(data: bytes, rng: random.Random) -> bytes:
+        first, rest = data.split(b"\n", 1)
+        value = json.loads(first)
+        changed = change(value)
+        return json.dumps(value if changed is None else changed).encode() + b"\n" + rest
 
     return rewrite(name, rewritten)
 

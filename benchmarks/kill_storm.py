@@ -165,7 +165,7 @@ def steps_done(workdir: Path) -> int:
 def compare(undisturbed: Path, stormy: Path) -> int:
     """Prints what is equal; 0 if everything is."""
     metrics = [(path / "metrics.jsonl").read_bytes() for path in (undisturbed, stormy)]
-    params = [dict(flat(read_workdir(path)[3])) for path in (undisturbed, stormy)]
+    params = [dict(flat(read_workdir(path).params)) for path in (undisturbed, stormy)]
     different = [
         name
         for name in params[0].keys() | params[1].keys()

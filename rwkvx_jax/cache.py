@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.ops.precision import precision_of
-from rwkvx_jax.ops.selection import MEAN, Selector
+from rwkvx_jax.ops.selection import MEAN, Selector, selector_of
 
 Gate = Literal["per_head", "shared"]
 
@@ -39,6 +39,13 @@ class BlockState(NamedTuple):
 
     time_mix: TimeMixState
     ffn_shift: jax.Array  # [B, D]
+
+
+class AttentionState(NamedTuple):
+    """What one attention block carries from one token to the next, beside its pages."""
+
+    ffn_shift: jax.Array  # [B, D]
+    key_tail: jax.Array  # [B, key_conv - 1, D], keys that the convolution still needs
 
 
 class Pages(NamedTuple):
@@ -78,7 +85,7 @@ class CachePolicy:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("length", "blocks", "attention_ffn_shift", "key_tail", "pages"),
+    data_fields=("length", "blocks", "attention", "pages"),
     meta_fields=("gate", "policy"),
 )
 @dataclass(frozen=True)
@@ -87,8 +94,7 @@ class Cache:
 
     length: jax.Array  # [B] int32, rows in the pages: tokens read, less what a policy dropped
     blocks: BlockState  # stacked [L, ...]
-    attention_ffn_shift: jax.Array  # [M, B, D]
-    key_tail: jax.Array  # [M, B, key_conv - 1, D], keys that the convolution still needs
+    attention: AttentionState | None  # stacked [M, ...]; None without attention blocks
     pages: Pages
     gate: Gate
     policy: CachePolicy | None
@@ -104,8 +110,7 @@ class Snapshot(NamedTuple):
 
     length: jax.Array
     blocks: BlockState
-    attention_ffn_shift: jax.Array
-    key_tail: jax.Array
+    attention: AttentionState | None
     key_sums: jax.Array
 
 
@@ -178,8 +183,12 @@ def init_cache(
             ),
             jnp.zeros((layers, batch, width), dtype),
         ),
-        attention_ffn_shift=jnp.zeros((attention, batch, width), dtype),
-        key_tail=jnp.zeros((attention, batch, max(0, config.key_conv - 1), width), dtype),
+        attention=AttentionState(
+            jnp.zeros((attention, batch, width), dtype),
+            jnp.zeros((attention, batch, max(0, config.key_conv - 1), width), dtype),
+        )
+        if attention
+        else None,
         pages=Pages(
             jnp.zeros(pages, dtype),
             jnp.zeros(pages, dtype),
@@ -211,18 +220,9 @@ def cache_bytes(
     return batch * (bytes_of(one) - page + count * page)
 
 
-def selector_of(config: ModelConfig) -> Selector:
-    """The selector that a configuration names."""
-    return Selector(
-        config.selector, config.selector_blocks if config.selector in ("max", "pooled") else 1
-    )
-
-
 def snapshot(cache: Cache) -> Snapshot:
     """What `rewind` needs to come back here after further reading."""
-    return Snapshot(
-        cache.length, cache.blocks, cache.attention_ffn_shift, cache.key_tail, cache.pages.key_sums
-    )
+    return Snapshot(cache.length, cache.blocks, cache.attention, cache.pages.key_sums)
 
 
 def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
@@ -231,14 +231,12 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
     Keys and values stay where they are: rows beyond the length are never seen, and overwritten. So
     without a policy only, which moves rows.
     """
-    length, blocks, shift, tail, sums = snapshot
     return replace(
         cache,
-        length=length,
-        blocks=blocks,
-        attention_ffn_shift=shift,
-        key_tail=tail,
-        pages=cache.pages._replace(key_sums=sums),
+        length=snapshot.length,
+        blocks=snapshot.blocks,
+        attention=snapshot.attention,
+        pages=cache.pages._replace(key_sums=snapshot.key_sums),
     )
 
 

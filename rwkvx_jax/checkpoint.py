@@ -45,6 +45,15 @@ def progress_record(
     }
 
 
+def _saved_config(progress: dict[str, Any]) -> Config:
+    """The config of a checkpoint; values that have been renamed since are understood."""
+    values = progress["config"]
+    run = values.get("run") if isinstance(values, dict) else None
+    if isinstance(run, dict) and run.get("sparse_attention") == "dense":
+        values = {**values, "run": {**run, "sparse_attention": "reference"}}
+    return from_dict(Config, values, "checkpoint")
+
+
 def check_resumable(
     progress: dict[str, Any], config: Config, fingerprint: dict[str, Any], where: Path
 ) -> None:
@@ -56,7 +65,7 @@ def check_resumable(
     Raises:
       ConfigError: lists every field that differs, with both values.
     """
-    old = from_dict(Config, progress["config"], "checkpoint")
+    old = _saved_config(progress)
     current = progress["stage"]
     problems = [
         line
@@ -85,6 +94,20 @@ def check_resumable(
             + "\n  ".join(problems)
             + "\nUse another --workdir, or restore these values."
         )
+
+
+class SavedRun(NamedTuple):
+    """A checkpoint of a run of ours."""
+
+    config: Config
+    stage: Stage
+    step: int  # over all stages
+    params: Params
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of the model that the stage trains."""
+        return self.config.stage_model(self.stage)
 
 
 class Loaded(NamedTuple):
@@ -127,9 +150,14 @@ def load_checkpoint(
     changes = dict(overrides or {})
     changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
     if run_and_step is not None:
-        config, stage, step, params = read_workdir(*run_and_step)
-        model_config, data = config.stage_model(stage), config.data
-        tokenizer, vocab_file = data.tokenizer, data.vocab_file
+        found = read_workdir(*run_and_step)
+        config, step, params, model_config = (
+            found.config,
+            found.step,
+            found.params,
+            found.model_config,
+        )
+        tokenizer, vocab_file = config.data.tokenizer, config.data.vocab_file
         trained_length = config.trained_length(step)
     else:
         with on_disk(path) as file:
@@ -230,8 +258,8 @@ def read_workdir(
     workdir: Path,
     step: int | None = None,
     target: Callable[[ModelConfig], Params] = on_one_device,
-) -> tuple[Config, Stage, int, Params]:
-    """Config, stage, step and parameters of a run.
+) -> SavedRun:
+    """A checkpoint of a run.
 
     Args:
       workdir: of the run.
@@ -252,7 +280,7 @@ def read_workdir(
                 "run.checkpoint_every steps)"
             )
         progress = checkpoints.progress(step)
-        config = from_dict(Config, progress["config"], "checkpoint")
+        config = _saved_config(progress)
         stage = config.stages[progress["stage"]]
         params = checkpoints.restore_params(step, target(config.stage_model(stage)))
-    return config, stage, step, params
+    return SavedRun(config, stage, step, params)

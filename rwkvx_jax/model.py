@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rwkvx_jax.cache import Cache, CachePolicy, Gate, check_room, init_cache
+from rwkvx_jax.cache import AttentionState, Cache, CachePolicy, Gate, check_room, init_cache
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
-from rwkvx_jax.modules.channel_mix import last_valid
 from rwkvx_jax.modules.parameters import layer_norm, orthogonal, parameter, uniform
 from rwkvx_jax.modules.remat import block_input, rematerialize
+from rwkvx_jax.modules.token_shift import last_valid
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.sharding import constrain
 
@@ -174,23 +174,22 @@ class RWKVX(nnx.Module):
 
         def group(carry, scanned):
             x, v_first, pages = carry
-            stacked, (layer, block, shift, tail) = scanned
+            stacked, (layer, block, state) = scanned
             (x, v_first), states = _scan(rwkv, (x, v_first), stacked)
             if block is not None:
                 attend = lambda attention, h: attention.cached(
-                    h, pages, layer, start, lengths, cache.gate, cache.policy, tail
+                    h, pages, layer, start, lengths, cache.gate, cache.policy, state.key_tail
                 )
-                x, shift, (pages, tail) = block(x, attend, shift, lengths)
-            return (x, v_first, pages), (states, shift, tail)
+                x, shift, (pages, tail) = block(x, attend, state.ffn_shift, lengths)
+                state = AttentionState(shift, tail)
+            return (x, v_first, pages), (states, state)
 
         stacked, attention_blocks = self.grouped((self.blocks, first, cache.blocks))
         layers = jnp.arange(max(1, config.num_attention_blocks))
-        kept = (cache.attention_ffn_shift, cache.key_tail)
-        kept = kept if config.num_attention_blocks else (None, None)
-        (x, _, pages), (states, *kept) = _scan(
+        (x, _, pages), (states, attention) = _scan(
             group,
             (x, jnp.zeros_like(x), cache.pages),
-            (stacked, (layers, attention_blocks, *kept)),
+            (stacked, (layers, attention_blocks, cache.attention)),
         )
         flat = lambda p: p.reshape(config.num_blocks, *p.shape[2:])
         rows = start if cache.policy is None else cache.policy.rows_after(start)
@@ -199,8 +198,7 @@ class RWKVX(nnx.Module):
             cache,
             length=rows + lengths,
             blocks=jax.tree.map(flat, states),
-            attention_ffn_shift=cache.attention_ffn_shift if kept[0] is None else kept[0],
-            key_tail=cache.key_tail if kept[1] is None else kept[1],
+            attention=attention,
             pages=pages,
         )
         return self.ln_out(x), cache

@@ -15,8 +15,8 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # With whole call stacks, XLA's CPU compiler (jax 0.10.2) did not come back from inlining a loop of
-# tests/test_transforms.py in a process that had run two hundred other tests; alone, in 0.8 s.
-jax.config.update("jax_include_full_tracebacks_in_locations", False)
+# tests/ops/test_transforms.py in a process that had run two hundred other tests; alone, in 0.8 s.
+jax.config.update("jax_traceback_in_locations_limit", 1)
 
 
 def pytest_collection_modifyitems(config, items):

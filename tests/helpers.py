@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def shared_path(*parts: str) -> Path:
     """Path of optional reference data beside the checkout; skips the test where it is absent."""
-    path = Path(__file__).resolve().parents[2].joinpath("shared", *parts)
+    path = ROOT.parent.joinpath("shared", *parts)
     if not path.exists():
         pytest.skip(f"reference data {'/'.join(parts)} is not beside this checkout")
     return path

@@ -36,7 +36,7 @@ from rwkvx_jax.training.loop import TrainingStopped, fit
 from tests.gcs_server import GcsServer, bucket_environment
 from tests.model_cases import random_params
 from tests.test_hosts import STEPS, Job
-from tests.training_cases import CURRICULUM, MODEL, RUN, STAGES, same_bits
+from tests.training.training_cases import CURRICULUM, MODEL, RUN, STAGES, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -151,6 +151,7 @@ def test_buckets_that_cannot_be_used_are_errors_before_any_work(config, server):
         server.start()
 
 
+@pytest.mark.thorough
 def test_a_trace_is_copied_into_the_bucket(folder):
     recorder = trace.Trace(dataclasses.replace(RUN, profile_steps="0:1"), folder)
     recorder.before(0)
@@ -243,6 +244,8 @@ def test_two_processes_killed_and_continued(server, folder, tmp_path):
     job.end()
     (code, out, error), _ = Job(tmp_path, folder, 2, *cache).end()
     assert code == 0 and "continuing after step" in out, error
-    assert same_bits(read_workdir(folder, STEPS)[3], read_workdir(tmp_path / "disk", STEPS)[3])
+    assert same_bits(
+        read_workdir(folder, STEPS).params, read_workdir(tmp_path / "disk", STEPS).params
+    )
     assert json.loads((folder / "config.json").read_text())
     assert os.environ["STORAGE_EMULATOR_HOST"] == server.url

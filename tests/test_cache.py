@@ -99,6 +99,7 @@ def test_step_by_step_of_the_baselines(changes, tokens):
 SELECTED = dataclasses.replace(TINY, num_blocks=1, num_attention_blocks=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "changes",
     [
@@ -193,6 +194,7 @@ def test_impossible_policies_are_refused(trigger, keep, window):
         CachePolicy(trigger, keep, window)
 
 
+@pytest.mark.thorough
 def test_prefill_under_a_policy_is_token_by_token(reader, tokens):
     policy = CachePolicy(trigger=24, keep=12, window=5)
     make = lambda: reader.model.init_cache(2, TIME, policy=policy)
@@ -232,6 +234,7 @@ def sparse(reference):
     return official(reference, "sparse")
 
 
+@pytest.mark.thorough
 def test_official_decoding(reference, sparse):
     tokens = reference["tokens"][None].astype(np.int32)
     logits, _, _ = sparse.steps(tokens, sparse.model.init_cache(1, 120, gate="shared"))
@@ -242,6 +245,7 @@ def test_official_decoding(reference, sparse):
     assert np.abs(logits[0] - reference["A_step120"][:80]).max() > 1e-2
 
 
+@pytest.mark.thorough
 def test_official_state_after_a_prefill(reference, sparse):
     """Below chunk x top_k tokens every gate reads all: the original's states are ours."""
     tokens = reference["tokens"][:40].astype(np.int32)
@@ -268,6 +272,7 @@ def rows_of(pages):
     return np.asarray(pages)[0].reshape(pages.shape[1], -1, pages.shape[-1]).swapaxes(0, 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["kvm", pytest.param("kvm2", marks=pytest.mark.slow)])
 def test_official_cache_compression(reference, sparse, name):
     tokens = reference["tokens"][None].astype(np.int32)

@@ -27,7 +27,7 @@ from rwkvx_jax.sharding import make_mesh
 from rwkvx_jax.training.curriculum import next_stage
 from rwkvx_jax.training.initial import load_initial_params
 from tests.model_cases import random_params
-from tests.training_cases import CURRICULUM, MODEL, STAGES, one_device_mesh, same_bits
+from tests.training.training_cases import CURRICULUM, MODEL, STAGES, one_device_mesh, same_bits
 
 TEXT = {"tokenizer": "byte", "sources": [{"kind": "text", "sha256": "abc", "tokens": 1000}]}
 MESH = one_device_mesh()
@@ -87,6 +87,14 @@ def test_what_may_change_between_two_starts(tmp_path, config):
     check_resumable(PROGRESS, config, TEXT, tmp_path)
 
 
+def test_a_value_of_before_it_was_renamed_resumes(tmp_path):
+    run = {**PROGRESS["config"]["run"], "sparse_attention": "dense"}
+    old = {**PROGRESS, "config": {**PROGRESS["config"], "run": run}}
+    check_resumable(old, CURRICULUM, TEXT, tmp_path)
+    with pytest.raises(ConfigError, match="dense.*reference"):
+        RunConfig(sparse_attention="dense")
+
+
 def save_run(workdir, config, params, stage):
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(
@@ -128,6 +136,7 @@ def test_loading_errors(tmp_path, plain_run):
         load_checkpoint(plain_run, overrides={"vocab_size": 300})
 
 
+@pytest.mark.thorough
 def test_initial_parameters_have_to_fit(plain_run, tmp_path):
     assert same_bits(
         load_initial_params(plain_run, CURRICULUM, MESH), random_params(MODEL.without_attention())
@@ -158,6 +167,7 @@ def plain_files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name, inits",
     [

@@ -23,7 +23,7 @@ from rwkvx_jax.checkpoint_store import (
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.digest import flat, seal, summarize, unseal
 from rwkvx_jax.training.step import Guard
-from tests.training_cases import same_bits
+from tests.training.training_cases import same_bits
 
 RECORD = {"config": {"x": [1, 2.5]}, "stage": 0, "stage_step": 2, "data": {}}
 STEPS = (1, 2, 4)
@@ -268,6 +268,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_one_message(run, capfd, caplog, kind):

@@ -18,9 +18,9 @@ from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.storage import new_file
 from rwkvx_jax.training.loop import TrainingStopped
-from tests.eval_models import write_checkpoint
+from tests.evals.eval_models import write_checkpoint
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120  # for a command that would hang
 
 
@@ -183,6 +183,7 @@ def start(*command, **options):
     )
 
 
+@pytest.mark.thorough
 def test_a_reader_that_goes_away_ends_a_command_quietly(checkpoint):
     command = ("-m", "rwkvx_jax.generate", "--checkpoint", checkpoint, "--prompt", "The")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -5,7 +5,6 @@ import json
 import re
 import runpy
 import typing
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +33,8 @@ from rwkvx_jax.experiment_files import experiment_name, load_config
 from rwkvx_jax.model import abstract_model, get_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.recurrence import wkv7
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGE = Stage("only", 64, 4, 10, 1e-3)
 CONFIG = Config(ModelConfig.tiny(), (STAGE,))
 

@@ -33,12 +33,14 @@ def examine(dtype="float32"):
     return findings
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_ops_of_a_model_pass(dtype):
     findings = examine(dtype)
     assert len(findings.all) == 3 and findings.failed == []
 
 
+@pytest.mark.thorough
 def test_a_wrong_op_is_found(monkeypatch):
     right = kernels.sparse_attention
 
@@ -53,6 +55,7 @@ def test_a_wrong_op_is_found(monkeypatch):
     assert failed.name.startswith("sparse_attention") and "gradient" in failed.problem
 
 
+@pytest.mark.thorough
 def test_choices_of_other_chunks_are_found(monkeypatch):
     right = kernels.select_chunks
     monkeypatch.setattr(kernels, "select_chunks", lambda q, k, **options: right(-q, k, **options))
@@ -80,6 +83,7 @@ def test_wrong_numbers_of_a_collective_are_found(monkeypatch):
         machine.collectives()
 
 
+@pytest.mark.thorough
 def test_the_command_passes_leaves_nothing_behind_and_writes_json(tmp_path, capsys, monkeypatch):
     from rwkvx_jax.doctor import __main__ as door
 

@@ -29,9 +29,9 @@ from rwkvx_jax.doctor.__main__ import Options as DoctorOptions
 from rwkvx_jax.evals.convert_tasks import Options as TaskOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
 from rwkvx_jax.perf.plan_command import make_parser as plan_parser
-from tests.convert_checkpoints import official_tensors
+from tests.convert.convert_checkpoints import official_tensors
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}

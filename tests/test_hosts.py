@@ -29,10 +29,9 @@ from rwkvx_jax.hosts import (
     stop_signal,
 )
 from rwkvx_jax.sharding import batch_sharding, make_mesh
-from tests.helpers import assert_close
-from tests.training_cases import same_bits
+from tests.helpers import ROOT, assert_close
+from tests.training.training_cases import same_bits
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 from rwkvx_jax.config import (
     Config, LongCEConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, Stage
@@ -120,7 +119,7 @@ def undisturbed(tmp_path_factory):
 
 
 def final(workdir: Path):
-    return read_workdir(workdir, STEPS)[3]
+    return read_workdir(workdir, STEPS).params
 
 
 @pytest.mark.slow
@@ -183,7 +182,7 @@ def test_a_notice_to_one_process_stops_all_after_the_same_step(undisturbed, tmp_
     (code, _, error), (other_code, _, _) = job.end(120)
     assert (code, other_code) == (1, 1)
     assert "stopped by SIGTERM after step" in error
-    saved = read_workdir(job.workdir)[2]
+    saved = read_workdir(job.workdir).step
     assert f"after step {saved};" in error
     (code, _, error), _ = Job(tmp_path, tmp_path / "run", 2).end()
     assert code == 0, error

@@ -66,6 +66,7 @@ def test_logits_are_those_of_an_independent_forward_pass(changes, tokens, tiny):
     assert skipped == 0
 
 
+@pytest.mark.thorough
 def test_no_logit_depends_on_a_later_token(tokens, tiny):
     params, _ = tiny
     model = abstract_model(TINY, FLOAT32)
@@ -81,6 +82,7 @@ def test_no_logit_depends_on_a_later_token(tokens, tiny):
     assert np.all(np.abs(gradient[:, : place + 1]).sum(-1) > 0)  # and all earlier ones matter
 
 
+@pytest.mark.thorough
 def test_remat_and_graph_mode_change_nothing(tokens, tiny):
     params, logits = tiny
     run = dataclasses.replace(FLOAT32, remat="none")
@@ -94,6 +96,7 @@ def test_remat_and_graph_mode_change_nothing(tokens, tiny):
         nnx.set_graph_updates(True)
 
 
+@pytest.mark.thorough
 def test_scanned_layers_are_the_blocks_one_after_the_other(tokens, tiny):
     params, logits = tiny
     model = with_params(abstract_model(TINY, FLOAT32), jax.tree.map(jnp.asarray, params))
@@ -147,6 +150,7 @@ def load_reference(name, reference, **overrides):
     ).model
 
 
+@pytest.mark.thorough
 def test_official_rwkv7(reference):
     model = load_reference("tiny_rwkv7.pth", reference)
     tokens = reference["tokens"][None, :60].astype(np.int32)
@@ -155,6 +159,7 @@ def test_official_rwkv7(reference):
     assert_close(logits, reference["D_rwkv7_step60"], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_official_hybrid_with_full_attention(reference):
     model = load_reference("tiny_rwkvx.pth", reference, attention="full")
     tokens = reference["tokens"][None].astype(np.int32)
@@ -164,6 +169,7 @@ def test_official_hybrid_with_full_attention(reference):
     assert_within(logits[:40], reference["A_seq40"], 2e-5)
 
 
+@pytest.mark.thorough
 def test_sparse_attention_of_one_window_is_official_full_attention(reference):
     model = load_reference("tiny_rwkvx.pth", reference)
     tokens = reference["tokens"][None, :40].astype(np.int32)  # below chunk x top_k = 48
@@ -264,6 +270,7 @@ def test_trained_weights_reverse_every_digit(reverser, lengths, samples):
     assert wrong == 0 and right == samples * sum(lengths)
 
 
+@pytest.mark.thorough
 def test_fresh_models_are_near_uniform_and_reproducible():
     config = dataclasses.replace(TINY, num_blocks=2, num_attention_blocks=1)
     make = jax.jit(lambda: get_params(create_model(config)))

@@ -1,17 +1,19 @@
 """The order of the rooms: a file imports only rooms below its own."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
+
 # Lowest first; entry points (train.py, eval.py, `__main__.py`) stand above all rooms.
 ROOMS = [
     "pallas_kernels",
     "rwkvx_jax.config",
     "rwkvx_jax.experiment_files",
+    "rwkvx_jax.progress",
     "rwkvx_jax.storage",
+    "rwkvx_jax.records",
     "rwkvx_jax.textfiles",
     "rwkvx_jax.xla_flags",
     "rwkvx_jax.sharding",

@@ -24,7 +24,7 @@ from rwkvx_jax.sharding import (
 from rwkvx_jax.training.curriculum import next_stage
 from tests.helpers import assert_close
 from tests.model_cases import random_params
-from tests.training_cases import CURRICULUM, MODEL, RUN, one_device_mesh, random_batch
+from tests.training.training_cases import CURRICULUM, MODEL, RUN, one_device_mesh, random_batch
 
 # Four heads, tensor divides all; a convolution that reaches over the borders of parts.
 EVEN = dataclasses.replace(MODEL, vocab_size=258, width=32, key_conv=3)
@@ -70,6 +70,7 @@ def single():
     return train(one_device_mesh())[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_sharded_steps_are_those_of_one_device(single, sizes):
     mesh = make_mesh(MeshConfig(**sizes))

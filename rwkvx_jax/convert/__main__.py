@@ -18,7 +18,6 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rwkvx_jax.cli import command_line, parse, settle_platform
@@ -36,6 +35,7 @@ from rwkvx_jax.convert.tensors import (
     in_dtype,
     tracked,
 )
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.storage import WorkPath, size
 from rwkvx_jax.tokenizer import TOKENIZER_IDS, tokenizer_of
 
@@ -89,14 +89,13 @@ def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
     if not official and options.dst.suffix != ".safetensors":
         raise ConversionError(f"{options.dst}: our checkpoints are .safetensors files")
     bad: dict[str, int] = {}
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        total = sum(param.nbytes for param in source.params.values())
-        task = progress.add_task("", total=total)
+    total = sum(param.nbytes for param in source.params.values())
+    with Progress(console, total, "bytes", str(options.dst)) as bar:
 
         def seen(name: str, array: np.ndarray) -> None:
             bad[name] = bad.get(name, 0) + nonfinite_values(array)
-            progress.update(task, advance=array.nbytes, description=name)
+            bar.describe(name)
+            bar.advance(array.nbytes)
 
         def accept() -> None:
             if (problem := describe(bad)) and not options.allow_nonfinite:
@@ -114,7 +113,6 @@ def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
                 source.config, source.tokenizer_name, source.info, source.trained
             )
         write_tensors(options.dst, tensors, metadata, accept)
-        progress.update(task, description="done", completed=total)
     if problem := describe(bad):
         _say(console, f"warning: {options.dst} holds {problem}")
     _say(console, _summary(options.dst, official, source.config))
@@ -131,19 +129,20 @@ def _dtype(options: Options) -> np.dtype | None:
 
 def _open(options: Options, held: contextlib.ExitStack) -> OwnCheckpoint:
     """The source, which can be read until `held` ends."""
-    settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
-    run = _open_run(options.src, options.step)
-    if run is None:
+    source = _open_run(options.src, options.step)
+    if source is None:
         if options.step is not None:
             raise ConversionError(
                 f"--step {options.step} chooses among the checkpoints of a training run, which "
                 f"{options.src} is not"
             )
         src = held.enter_context(on_disk(options.src))
-        return open_checkpoint(src, **settings, dtype=_dtype(options))
+        source = open_checkpoint(src, dtype=_dtype(options))
+    else:
+        source = source._replace(params=in_dtype(source.params, _dtype(options)))
+    settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
     given = {name: size for name, size in settings.items() if size is not None}
-    params = in_dtype(run.params, _dtype(options))
-    return run._replace(config=dataclasses.replace(run.config, **given), params=params)
+    return source._replace(config=dataclasses.replace(source.config, **given))
 
 
 def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
@@ -156,17 +155,17 @@ def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
     if found is None:
         return None
     workdir, named = found
-    config, stage, step, params = read_workdir(workdir, named if step is None else step)
-    params = as_lazy(dict(flat(params)))
-    trained = Trained(step, config.trained_length(step))
-    tokenizer = config.data.tokenizer
-    if config.data.vocab_file:
+    run = read_workdir(workdir, named if step is None else step)
+    params = as_lazy(dict(flat(run.params)))
+    trained = Trained(run.step, run.config.trained_length(run.step))
+    tokenizer = run.config.data.tokenizer
+    if run.config.data.vocab_file:
         tokenizer = ""
         _log.warning(
             "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
-            config.data.vocab_file,
+            run.config.data.vocab_file,
         )
-    return OwnCheckpoint(config.stage_model(stage), tokenizer, params, None, trained)
+    return OwnCheckpoint(run.model_config, tokenizer, params, None, trained)
 
 
 def _tokenizer(options: Options, source: OwnCheckpoint, console: Console) -> str:

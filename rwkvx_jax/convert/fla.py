@@ -47,18 +47,12 @@ def is_fla(path: str | os.PathLike) -> bool:
 
 
 def open_fla(
-    path: str | os.PathLike,
-    *,
-    chunk_size: int | None = None,
-    top_k: int | None = None,
-    dtype: np.dtype | None = None,
+    path: str | os.PathLike, *, dtype: np.dtype | None = None
 ) -> tuple[ModelConfig, dict[str, LazyTensor], OfficialInfo]:
     """A flash-linear-attention RWKV-7 directory as our parameters, read lazily.
 
     Args:
       path: directory with config.json and safetensors or torch files.
-      chunk_size: for attention blocks added later; None: the official value.
-      top_k: for attention blocks added later; None: the official value.
       dtype: of the parameters; None keeps the stored one.
 
     Returns:
@@ -81,7 +75,7 @@ def open_fla(
         block="model.layers.{i}.{}",
         first_value_residual=any(n.startswith("model.layers.0.attn.v_lora.") for n in tensors),
     )
-    config = infer_config(tensors, naming, chunk_size, top_k)
+    config = infer_config(tensors, naming)
     wanted = list(slots(config, naming))
     check(tensors, wanted)
     _check_options(path / "config.json", options, config)

@@ -18,19 +18,12 @@ _FEW = 200  # missing tensors that are listed one by one even if most are missin
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 
 
-def infer_config(
-    tensors: Mapping[str, LazyTensor],
-    naming: Naming,
-    chunk_size: int | None = None,
-    top_k: int | None = None,
-) -> ModelConfig:
-    """Reads the configuration off the shapes.
+def infer_config(tensors: Mapping[str, LazyTensor], naming: Naming) -> ModelConfig:
+    """Reads the configuration off the shapes; what leaves no trace there has official values.
 
     Args:
       tensors: of a checkpoint in the layout of `naming`.
       naming: the layout.
-      chunk_size: of the sparse attention; None: the official value.
-      top_k: of the sparse attention; None: the official value.
 
     Raises:
       ConversionError: this is no RWKV-7 checkpoint, or its sizes make no valid model.
@@ -62,8 +55,6 @@ def infer_config(
             ffn_width=0 if hidden_width == 4 * width else hidden_width,
             low_rank=rule,
             low_rank_override=override,
-            chunk_size=ModelConfig.chunk_size if chunk_size is None else chunk_size,
-            top_k=ModelConfig.top_k if top_k is None else top_k,
         )
     except ConfigError as error:
         raise ConversionError(f"the shapes make no valid model: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import numpy as np
@@ -15,36 +14,27 @@ from rwkvx_jax.convert.tensors import ConversionError, in_dtype
 from rwkvx_jax.tokenizer import tokenizer_of
 
 
-def open_checkpoint(
-    path: str | os.PathLike,
-    *,
-    chunk_size: int | None = None,
-    top_k: int | None = None,
-    dtype: np.dtype | None = None,
-) -> OwnCheckpoint:
+def open_checkpoint(path: str | os.PathLike, *, dtype: np.dtype | None = None) -> OwnCheckpoint:
     """Opens our own, an official or a flash-linear-attention checkpoint; data is read lazily.
+
+    Chunk size and top-k are the file's, or the official 2048 and 3 where it does not say.
 
     Args:
       path: .safetensors, .pth, a sharded index, or a Hugging Face directory.
-      chunk_size: of the sparse attention; None: what the file says, else the official 2048.
-      top_k: chunks a query reads; None: what the file says, else the official 3.
       dtype: of the parameters; None keeps the stored one.
 
     Raises:
       ConversionError: a file that is none of these, or is damaged; all wrong tensors are listed.
     """
-    sizes = {"chunk_size": chunk_size, "top_k": top_k}
     if is_fla(path):
-        config, params, info = open_fla(path, **sizes, dtype=dtype)
+        config, params, info = open_fla(path, dtype=dtype)
         return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info)
     tensors, metadata = open_tensors(path)
     if is_own_metadata(metadata):
         own = read_own(path, tensors, metadata)
-        given = {name: size for name, size in sizes.items() if size is not None}
-        config = dataclasses.replace(own.config, **given)
-        return own._replace(config=config, params=in_dtype(own.params, dtype))
+        return own._replace(params=in_dtype(own.params, dtype))
     try:
-        config, params, info = open_official(tensors, **sizes, dtype=dtype)
+        config, params, info = open_official(tensors, dtype=dtype)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
     return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info)

@@ -2,7 +2,7 @@
 
 An RWKV-X file has the prefixes `rwkv.` and `moba.`; a plain RWKV-7 file (RWKV-LM) has the same
 names without `rwkv.`. Neither says anything of itself, so the configuration is read off the
-shapes; chunk size and top-k, which no shape shows, take the official values unless given. What
+shapes; chunk size and top-k, which no shape shows, take the official values. What
 our own layout does not keep (the prefix, dtypes, order, whether block 0 has an unused value
 residual) goes into an `OfficialInfo`, so that a round trip gives back every tensor byte by byte.
 Prefixes that a wrapper of torch put before every name are taken off.
@@ -97,16 +97,12 @@ def official_naming(prefix: str, first_value_residual: bool) -> Naming:
 def open_official(
     tensors: Mapping[str, Any],
     *,
-    chunk_size: int | None = None,
-    top_k: int | None = None,
     dtype: np.dtype | None = None,
 ) -> tuple[ModelConfig, dict[str, LazyTensor], OfficialInfo]:
     """An official checkpoint as our parameters, read lazily.
 
     Args:
       tensors: arrays or lazy tensors under official names.
-      chunk_size: of the sparse attention; None: the official 2048.
-      top_k: of the sparse attention; None: the official 3.
       dtype: of the parameters; None keeps the stored one.
 
     Returns:
@@ -119,7 +115,7 @@ def open_official(
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
     first_value_residual = any(f"{prefix}blocks.0.att.v{i}" in tensors for i in range(3))
     naming = official_naming(prefix, first_value_residual)
-    config = infer_config(tensors, naming, chunk_size, top_k)
+    config = infer_config(tensors, naming)
     wanted = _in_file_order(slots(config, naming))
     check(tensors, wanted)
     dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
@@ -147,12 +143,10 @@ def split_dtypes(dtypes: Mapping[str, str]) -> tuple[str, dict[str, str]]:
 def official_to_params(
     tensors: Mapping[str, Any],
     *,
-    chunk_size: int | None = None,
-    top_k: int | None = None,
     dtype: np.dtype | None = DTYPES["float32"],
 ) -> tuple[ModelConfig, dict[str, np.ndarray], OfficialInfo]:
     """An official checkpoint as our parameters, in memory; see `open_official`."""
-    config, params, info = open_official(tensors, chunk_size=chunk_size, top_k=top_k, dtype=dtype)
+    config, params, info = open_official(tensors, dtype=dtype)
     return config, {name: param.read() for name, param in params.items()}, info
 
 

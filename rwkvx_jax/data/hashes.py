@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkvx_jax import progress
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.binidx import binidx_file
-from rwkvx_jax.data.progress import progress
 from rwkvx_jax.storage import new_file
 
 _log = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ def hash_files(paths: dict[str, Path], *, full: bool, label: str = "") -> Hashes
     """
     hashes: Hashes = {}
     total = sum(path.stat().st_size for path in paths.values()) if full else 0
-    with progress(f"hashing {label}", total) as advance:
+    with progress.of_bytes(f"hashing {label}", total) as bar:
         for part, path in paths.items():
             with path.open("rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 hashes[part] = {"bytes": size, "samples": _sha256(file.fileno(), _places(size))}
                 if full:
                     everything = ((i, min(_BLOCK, size - i)) for i in range(0, size, _BLOCK))
-                    hashes[part]["sha256"] = _sha256(file.fileno(), everything, advance)
+                    hashes[part]["sha256"] = _sha256(file.fileno(), everything, bar.advance)
     return hashes
 
 

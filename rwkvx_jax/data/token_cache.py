@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkvx_jax import progress
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.binidx import Binidx, binidx_file, write_index
 from rwkvx_jax.data.hashes import check_hashes, hash_files, write_hashes
-from rwkvx_jax.data.progress import progress
 from rwkvx_jax.data.sources import EmbeddedCorpus, FileCorpus, Part, encode_part
 from rwkvx_jax.data.workers import follow_parent
 from rwkvx_jax.storage import exclusive, new_file
@@ -140,11 +140,11 @@ def _encode_all(
         _log.info("%s: %d of %d parts are there", name, len(parts) - len(todo), len(parts))
     jobs = [(parts[i], _part_file(folder, i)) for i in todo]
     total, done = sum(part.size for part in parts), sum(parts[i].size for i in todo)
-    with progress(f"tokenizing {name}", total, total - done) as advance:
+    with progress.of_bytes(f"tokenizing {name}", total, total - done) as bar:
         if workers == 0:
             for part, path in jobs:
                 _encode_to_file(tokenizer, part, path)
-                advance(part.size)
+                bar.advance(part.size)
             return
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, context, follow_parent) as pool:
@@ -153,7 +153,7 @@ def _encode_all(
             try:
                 for task in concurrent.futures.as_completed(tasks):
                     task.result()
-                    advance(tasks[task].size)
+                    bar.advance(tasks[task].size)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

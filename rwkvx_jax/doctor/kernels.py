@@ -18,21 +18,20 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sparse_tpu, wkv7_tpu
-from rwkvx_jax.cache import selector_of
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.doctor.findings import Failed, Values
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.recurrence import wkv7
-from rwkvx_jax.ops.selection import select_chunks, select_chunks_reference
+from rwkvx_jax.ops.selection import select_chunks, select_chunks_reference, selector_of
 from rwkvx_jax.perf.kernel_costs import static_estimate
 
 # Largest error of outputs and of gradients: what the tests demand of float32, and what rounding
 # inputs, intermediate products and outputs to bfloat16 leaves.
 _TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 6e-2)}
 _DIFFERING = 1e-3  # share of queries at near ties of two chunks' scores, which may go either way
-_ORACLE_HEADS = 4  # the dense oracle holds [heads, T, T] several times
+_ORACLE_HEADS = 4  # the reference holds [heads, T, T] several times
 _REPEATS = 5
 
 Check = tuple[str, Callable[[], tuple[str, Values]]]
@@ -80,7 +79,7 @@ def _check_wkv7(case: Case) -> tuple[str, Values]:
 
 
 def _check_full(case: Case) -> tuple[str, Values]:
-    oracle = functools.partial(full_attention, implementation="dense")
+    oracle = functools.partial(full_attention, implementation="reference")
     make = functools.partial(_qkv, case)
     return _compare("full_attention", case, full_attention, oracle, make)
 
@@ -117,7 +116,7 @@ def _check_sparse(case: Case) -> tuple[str, Values]:
                 interpret=pltpu.InterpretParams(),
             )
 
-    return _compare("sparse_attention", case, kernel, run("dense"), make)
+    return _compare("sparse_attention", case, kernel, run("reference"), make)
 
 
 def _check_selection(case: Case) -> tuple[str, Values]:

@@ -1,4 +1,4 @@
-"""What every evaluation shares: flags, models under test, intervals, and a progress line.
+"""What every evaluation shares: flags, models under test, and intervals.
 
 A task is a dataclass of flags (a subclass of `EvalOptions`) and a function that runs it. It asks
 its models for answers trial by trial; trials go to a `Results` file (results.py) as they finish.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import jax
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
@@ -27,8 +25,6 @@ from rwkvx_jax.generate.terminal import one_line
 from rwkvx_jax.model import Params, get_params
 from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
-
-PLAIN_LINE_SECONDS = 10.0
 
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a subject's description that decide its answers."""
@@ -241,73 +237,3 @@ def even_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     count = -(-len(items) // size)
     for i in range(count):
         yield items[i * len(items) // count : (i + 1) * len(items) // count]
-
-
-class Tracker:
-    """Shows how far an evaluation is, and how long the rest will take.
-
-    A bar on a terminal, a line every few seconds elsewhere. Used as a context manager.
-    """
-
-    def __init__(self, console: Console, unit: str, total: int):
-        self._console, self._unit = console, unit
-        self._total, self._done, self._name = total, 0, ""
-        self._bar: Progress | None = None
-        self._last_line = time.monotonic()
-        self._start: tuple[float, int] | None = None  # time and amount when the clock started
-
-    def __enter__(self) -> Tracker:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + self._unit),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._total)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def describe(self, name: str) -> None:
-        """Names what is being done now."""
-        self._name = name
-        if self._bar is not None:
-            self._bar.update(self._task, description=name)
-
-    def advance(self, amount: int) -> None:
-        self._done += amount
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-        elif now - self._last_line > PLAIN_LINE_SECONDS:
-            self._last_line = now
-            self._console.print(
-                f"{self._name}: {self._done:,} of {self._total:,} {self._unit}{self._left(now)}",
-                soft_wrap=True,
-            )
-
-    def start_clock(self) -> None:
-        """Estimates from what comes now on: the first batch of a model is mostly compilation."""
-        self._start = time.monotonic(), self._done
-
-    def _left(self, now: float) -> str:
-        """The estimate, or "" before there is anything to go by."""
-        since, before = self._start or (now, self._done)
-        if self._done == before:
-            return ""
-        seconds = (now - since) / (self._done - before) * (self._total - self._done)
-        return f", about {_duration(seconds)} left"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -8,16 +8,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import jsonfiles
 from rwkvx_jax.evals.short_data import read_records
+from rwkvx_jax.records import Record, as_text, parse
 from rwkvx_jax.storage import WorkPath, new_file
-
-Record = dict[str, Any]
 
 # A sentence that goes on in lower case where ActivityNet's second part begins.
 _SECOND_PART = re.compile(r"(?<=[.!?]) (?=[a-z][^.!?]*$)")
@@ -65,7 +63,7 @@ def _icl_records(path: Path, make: Callable[[Record], Record]) -> list[Record]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            record = jsonfiles.parse(line, f"{path}, line {number}")
+            record = parse(line, f"{path}, line {number}")
             try:
                 records.append(make(record))
             except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -170,7 +168,7 @@ def _write(folder: Path, task: str, records: list[Record]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task}.jsonl"
     with new_file(path) as file:
-        file.writelines(f"{jsonfiles.as_text(record)}\n".encode() for record in records)
+        file.writelines(f"{as_text(record)}\n".encode() for record in records)
         file.flush()
         read_records(Path(file.name), task)
     return len(records)

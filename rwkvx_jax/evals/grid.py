@@ -24,7 +24,6 @@ from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     EvalOptions,
     Subject,
-    Tracker,
     even_batches,
     share_with_interval,
 )
@@ -35,8 +34,10 @@ from rwkvx_jax.evals.reader import (
     affordable_batch,
     check_memory,
 )
-from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.evals.results import Results
 from rwkvx_jax.generate.memory import memory_left
+from rwkvx_jax.progress import Progress
+from rwkvx_jax.records import Record
 from rwkvx_jax.tokenizer import Tokenizer
 
 _PIECE = {"cpu": 256}  # longer ones are no faster there
@@ -218,7 +219,7 @@ def evaluate(
     for trial in trials[: len(trials) // len(grid.lengths)]:  # the shortest are the first to fail
         grid.prompt(panels[0].tokenizer, trial)
     results = Results(
-        options.output / f"{grid.task}.json",
+        options.output / f"{grid.task}.jsonl",
         task=grid.task,
         settings=grid.settings | _policy_settings(options),
         plan={
@@ -229,7 +230,7 @@ def evaluate(
         },
         key_fields=Trial._fields,
         planned=trials,
-        panels=[panel.description for panel in panels],
+        models=[panel.description for panel in panels],
         identity_fields=IDENTITY_FIELDS,
         summarize=summarize,
     )
@@ -241,11 +242,10 @@ def evaluate(
         for panel in panels
     ]
     total = sum(trial.length for todo in pending for trial in todo)
-    with Tracker(console, "tokens", total) as tracker:
+    with Progress(console, total, "tokens") as tracker:
         for panel, todo in zip(panels, pending, strict=True):
             if todo:
                 _run(grid, options, panel, todo, results, tracker, make_reader)
-    results.save()
     return results
 
 
@@ -280,7 +280,7 @@ def _run(
     panel: Subject,
     trials: Sequence[Trial],
     results: Results,
-    tracker: Tracker,
+    tracker: Progress,
     make_reader: Callable[..., Any],
 ) -> None:
     """Runs the trials of one model in batches of equal length."""
@@ -318,7 +318,7 @@ def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
     rows = {length: i for i, length in enumerate(grid.lengths)}
     columns = {depth: i for i, depth in enumerate(grid.depths)}
     maps = []
-    for panel in results.document["panels"]:
+    for panel in results.document["models"]:
         shape = len(rows), len(columns)
         correct, trials = np.zeros(shape), np.zeros(shape, int)
         for trial in panel["trials"]:

@@ -20,7 +20,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import jsonfiles
 from rwkvx_jax.evals.batching import (
     Answers,
     Call,
@@ -34,7 +33,7 @@ from rwkvx_jax.evals.common import Subject
 from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
 from rwkvx_jax.evals.scoring import TextScorer, read_lanes, score_places
 from rwkvx_jax.model import abstract_model, with_params
-from rwkvx_jax.storage import append, exclusive, write_whole
+from rwkvx_jax.records import NOT_FINITE_REMEDY, RecordFile, as_text, not_finite
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
@@ -47,21 +46,15 @@ class AnswerFile:
     """Answers by request, one json line each, appended as they come."""
 
     def __init__(self, path: Path):
-        """Reads what is there; a last line cut off by a kill is dropped.
+        """Reads what is there; a last line cut off by a kill is dropped, with a warning.
 
         Raises:
           ConfigError: a malformed line elsewhere (with its number), such as one with NaN.
         """
-        self._path, self._answers = path, {}
+        self._file, self._answers = RecordFile(path), {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            write_whole(path, whole)
-        for number, line in enumerate(whole.splitlines(), 1):
-            match jsonfiles.parse(line, f"{path}, line {number}", "remove the file"):
+        for number, value in enumerate(self._file.new(), 1):
+            match value:
                 case [str(key), int() | float() | str() | [float(), bool()] as answer]:
                     self._answers[key] = answer
                 case _:
@@ -75,9 +68,8 @@ class AnswerFile:
         Raises:
           ConfigError: another process has it open, or as the constructor does.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         busy = f"another evaluation writes {path}: wait for it, or use another --output"
-        with exclusive(path.with_name(f"{path.name}.lock"), busy=busy):
+        with RecordFile(path).locked(busy=busy):
             yield cls(path)
 
     def __contains__(self, key: str) -> bool:
@@ -88,16 +80,16 @@ class AnswerFile:
 
     def add(self, answers: dict[str, Any]) -> list[str]:
         """Keeps answers, on disk too, but for those that are not finite: their keys."""
-        good = {key: a for key, a in answers.items() if not jsonfiles.not_finite(a)}
+        good = {key: a for key, a in answers.items() if not not_finite(a)}
         self._answers |= good
         if good:
-            append(self._path, "".join(f"{jsonfiles.as_text(item)}\n" for item in good.items()))
+            self._file.append(list(good.items()))
         return [key for key in answers if key not in good]
 
 
 def request_key(kind: str, *parts: Any) -> str:
     """Name of a request: a hash of all that it says."""
-    return hashlib.blake2b(jsonfiles.as_text([kind, *parts]).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(as_text([kind, *parts]).encode(), digest_size=12).hexdigest()
 
 
 class Refused:
@@ -114,7 +106,7 @@ class Refused:
     def add_not_finite(self, request: Any) -> None:
         self.add(
             request,
-            f"its logits are not finite (NaN or infinity): {jsonfiles.NOT_FINITE_REMEDY}",
+            f"its logits are not finite (NaN or infinity): {NOT_FINITE_REMEDY}",
         )
 
     def tell(self) -> None:

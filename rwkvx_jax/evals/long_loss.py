@@ -19,7 +19,6 @@ from rich.table import Table
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     Subject,
-    Tracker,
     even_batches,
     open_console,
     open_subjects,
@@ -28,9 +27,11 @@ from rwkvx_jax.evals.common import (
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
 from rwkvx_jax.evals.figures import MARK, new_figure, plain, save, style
 from rwkvx_jax.evals.reader import affordable_batch, check_memory
-from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.scoring import TextScorer
 from rwkvx_jax.generate.memory import memory_left
+from rwkvx_jax.progress import Progress
+from rwkvx_jax.records import Record
 
 _FIRST_BIN = 64
 
@@ -77,7 +78,7 @@ def evaluate(
     console: Console,
     make_scorer: Callable[..., Any] = TextScorer,
 ) -> Results:
-    """Runs the documents that are not finished yet, and writes long_loss.json.
+    """Runs the documents that are not finished yet, and writes long_loss.jsonl.
 
     Args:
       options: the flags.
@@ -94,13 +95,13 @@ def evaluate(
         check_memory(subject, options.length, piece, None, free, batch)
     documents = read_documents(options, subjects[0].tokenizer)
     results = Results(
-        options.output / "long_loss.json",
+        options.output / "long_loss.jsonl",
         task="long-loss",
         settings={"length": options.length, "skip": options.skip},
         plan={"text": str(options.text), "documents": len(documents), "limit": options.limit},
         key_fields=Document._fields,
         planned=documents,
-        panels=[subject.description for subject in subjects],
+        models=[subject.description for subject in subjects],
         identity_fields=IDENTITY_FIELDS,
         summarize=summarize,
     )
@@ -109,13 +110,12 @@ def evaluate(
         finished = results.finished(subject.label)
         pending[subject.label] = [d for d in list(documents)[: options.limit] if d not in finished]
     total = options.length * sum(map(len, pending.values()))
-    with Tracker(console, "tokens", total) as tracker:
+    with Progress(console, total, "tokens") as tracker:
         for subject in subjects:
             if todo := pending[subject.label]:
                 _run(
                     options, subject, {d: documents[d] for d in todo}, results, tracker, make_scorer
                 )
-    results.save()
     return results
 
 
@@ -124,7 +124,7 @@ def _run(
     subject: Subject,
     documents: dict[Document, np.ndarray],
     results: Results,
-    tracker: Tracker,
+    tracker: Progress,
     make_scorer: Callable[..., Any],
 ) -> None:
     piece, edges = min(options.piece, options.length), bin_edges(options.length)
@@ -152,7 +152,7 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
     document = results.document
     figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
-    for i, panel in enumerate(document["panels"]):
+    for i, panel in enumerate(document["models"]):
         bins = [b for b in panel["summary"]["by_position"]]
         if not bins:
             continue
@@ -163,7 +163,7 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
             half = 1.96 * np.array([b["error"] for b in bins])
             color = style(i)["color"]
             axes.fill_between(x, loss - half, loss + half, color=color, alpha=0.15, linewidth=0)
-    lengths = sorted({p["trained_length"] for p in document["panels"]} - {None})
+    lengths = sorted({p["trained_length"] for p in document["models"]} - {None})
     for i, length in enumerate(lengths):
         label = "longest training sequence" if i == 0 else None
         axes.axvline(length, label=label, linewidth=1.5, **MARK)
@@ -185,7 +185,7 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
 
 def print_table(results: Results, console: Console) -> None:
     """A row for each octave of positions, a column for each model."""
-    panels = results.document["panels"]
+    panels = results.document["models"]
     table = Table("positions", *[panel["label"] for panel in panels], title="loss (nats per token)")
     lines: dict[tuple[int, int], list[str]] = {}
     for column, panel in enumerate(panels):
@@ -201,7 +201,7 @@ def print_table(results: Results, console: Console) -> None:
 
 
 def run(options: LongLossOptions) -> None:
-    """The command: evaluates, writes long_loss.json and long_loss.png, prints a table."""
+    """The command: evaluates, writes long_loss.jsonl and long_loss.png, prints a table."""
     console = open_console()
     subjects = open_subjects(options)
     with until_interrupted(console):

@@ -20,7 +20,8 @@ from rwkvx_jax.evals import grid
 from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_interrupted
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
-from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.evals.results import Results
+from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tasks.haystack import TextFolder, open_folder
 from rwkvx_jax.tasks.niah import (
@@ -65,7 +66,7 @@ class NiahOptions(GridOptions):
     """RULER's needles and variable tracking, and key-value recall, by length and depth."""
 
     tasks: tuple[TaskName, ...] = ("single_1", "single_2", "single_3")
-    """What to run; each writes niah_<task>.json and .png."""
+    """What to run; each writes niah_<task>.jsonl and .png."""
     lengths: Lengths = (1000, 2000, 4000, 8000)
     """Lengths in tokens. RULER's tasks count 128 (tracking: 30) of them for the answer, recall is
     exact."""
@@ -210,7 +211,7 @@ def print_overview(console: Console, results: dict[TaskName, Results]) -> None:
     short = lambda n: f"{n // 1000}K" if n % 1000 == 0 else f"{n:,}"
     columns = [f"{name}\n{'/'.join(map(short, lengths[name]))}" for name in results]
     table = Table("model", *columns, title="score (%) by length, all depths")
-    for panel in next(iter(results.values())).document["panels"]:
+    for panel in next(iter(results.values())).document["models"]:
         cells = []
         for name, result in results.items():
             summary = result.summary(panel["label"])["by_length"]

@@ -20,7 +20,8 @@ from rwkvx_jax.evals import grid
 from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_interrupted
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.reader import GreedyReader
-from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.evals.results import Results
+from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tasks.haystack import open_folder
 from rwkvx_jax.tasks.passkey import (
@@ -212,7 +213,7 @@ def evaluate(
 
 
 def run(options: PasskeyOptions) -> None:
-    """The command: evaluates, writes passkey.json and passkey.png, prints the tables."""
+    """The command: evaluates, writes passkey.jsonl and passkey.png, prints the tables."""
     console = open_console()
     subjects = open_subjects(options)
     with until_interrupted(console):

@@ -8,14 +8,11 @@ and slower on long ones: where the two lines cross is what the figure is for.
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +22,23 @@ from rich.table import Table
 
 from rwkvx_jax.cache import cache_bytes
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
-from rwkvx_jax.evals.common import Tracker, open_console, until_interrupted
+from rwkvx_jax.evals.common import open_console, until_interrupted
 from rwkvx_jax.evals.figures import new_figure, save, style
 from rwkvx_jax.evals.grid import Lengths
+from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.speed import (
     LABELS,
+    TIMED,
     ModelOptions,
     layered_model,
     load_subject,
     make_configs,
     random_params,
 )
-from rwkvx_jax.evals.timings import Timings
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.model import Params, with_params
-
-Record = dict[str, Any]
-
-_SAME = ("task", "settings", "device", "cores")
+from rwkvx_jax.progress import Progress
+from rwkvx_jax.records import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,38 +89,49 @@ class Reader:
 
 
 def run(options: PrefillOptions) -> None:
-    """Times what an earlier run has not, prints a table, writes prefill.json and prefill.png."""
+    """Times what an earlier run has not, prints a table, writes prefill.jsonl and prefill.png."""
     console = open_console()
     run_config, config, params = load_subject(options)
     _check_memory(options, config, run_config)
-    path = options.output / "prefill.json"
-    timings = Timings(path, _document(options, run_config, config), same=_SAME, size="length")
+    results = open_results(options, run_config, config)
     with until_interrupted(console):
-        measure(options, config, run_config, params, timings, console)
-    document = timings.document
-    document["crossover"] = crossover(document["rows"])
-    timings.save()
-    print_table(document, console)
-    draw(document, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}", soft_wrap=True)
+        measure(options, config, run_config, params, results, console)
+    path, rows = results.path.with_suffix(".png"), results.trials(TIMED)
+    print_table(rows, console)
+    draw(rows, config, path)
+    console.print(f"wrote {results.path} and {path}", soft_wrap=True)
 
 
-def _document(options: PrefillOptions, run_config: RunConfig, config: ModelConfig) -> Record:
-    return {
-        "task": "prefill",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "settings": {
+def open_results(options: PrefillOptions, run_config: RunConfig, config: ModelConfig) -> Results:
+    """The results file, with the rows that earlier runs measured."""
+    return Results(
+        options.output / "prefill.jsonl",
+        task="prefill",
+        settings={
             "model": to_dict(config),
             "compute_dtype": run_config.compute_dtype,
             "weights": str(options.checkpoint or "random"),
             "piece": options.piece,
             "repeats": options.repeats,
         },
-        "rows": [],
-    }
+        plan={"lengths": options.lengths},
+        key_fields=("kind", "length"),
+        planned=None,
+        models=[
+            {
+                "label": TIMED,
+                "device": jax.devices()[0].device_kind,
+                "cores": os.cpu_count(),
+            }
+        ],
+        identity_fields=("device", "cores"),
+        summarize=summarize,
+    )
+
+
+def summarize(rows: list[Record]) -> Record:
+    """Where sparse attention begins to be faster."""
+    return {"crossover": crossover(rows)}
 
 
 def _check_memory(options: PrefillOptions, config: ModelConfig, run_config: RunConfig) -> None:
@@ -143,22 +150,22 @@ def measure(
     config: ModelConfig,
     run_config: RunConfig,
     params: Params,
-    timings: Timings,
+    results: Results,
     console: Console,
     make_reader: Callable[..., Callable[[np.ndarray], float]] = Reader,
 ) -> None:
     """Adds the missing rows, and writes the file after each."""
-    lengths = sorted(set(options.lengths))
+    lengths, finished = sorted(set(options.lengths)), results.finished(TIMED)
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, max(lengths)).astype(np.int32)
     todo = [
         (kind, length)
         for kind in options.kinds
         for length in lengths
-        if not timings.has(kind, length) and (kind != "full" or length <= options.full_limit)
+        if (kind, length) not in finished and (kind != "full" or length <= options.full_limit)
     ]
     total = sum(length for _, length in todo) * options.repeats
     reader, current = None, None
-    with Tracker(console, "tokens", total) as tracker:
+    with Progress(console, total, "tokens") as tracker:
         for kind, length in todo:
             tracker.describe(f"{LABELS[kind]}, length {length:,}")
             if kind != current:
@@ -174,7 +181,7 @@ def measure(
                 tracker.advance(length)
             middle = statistics.median(seconds)
             row = {"kind": kind, "length": length, "seconds": middle, "samples": seconds}
-            timings.add([row])
+            results.add(TIMED, [row])
 
 
 def crossover(rows: list[Record]) -> float | None:
@@ -196,18 +203,18 @@ def crossover(rows: list[Record]) -> float | None:
     return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** share)
 
 
-def print_table(document: Record, console: Console) -> None:
+def print_table(rows: list[Record], console: Console) -> None:
     """A row a length: seconds and tokens per second of each model, and the hybrids' ratio."""
-    kinds = [k for k in LABELS if any(row["kind"] == k for row in document["rows"])]
+    kinds = [k for k in LABELS if any(row["kind"] == k for row in rows)]
     table = Table("length", *[f"{LABELS[k]}\ns (tokens/s)" for k in kinds], "full / sparse")
-    times = {(row["kind"], row["length"]): row["seconds"] for row in document["rows"]}
+    times = {(row["kind"], row["length"]): row["seconds"] for row in rows}
     for length in sorted({length for _, length in times}):
         own = [times.get((kind, length)) for kind in kinds]
         cells = [f"{s:.2f} ({length / s:,.0f})" if s else "–" for s in own]
         pair = times.get(("full", length)), times.get(("sparse", length))
         table.add_row(f"{length:,}", *cells, f"{pair[0] / pair[1]:.2f}" if all(pair) else "–")
     console.print(table)
-    console.print(_verdict(document["crossover"]))
+    console.print(_verdict(crossover(rows)))
 
 
 def _verdict(length: float | None) -> str:
@@ -216,27 +223,26 @@ def _verdict(length: float | None) -> str:
     return f"sparse attention is faster from about {length:,.0f} tokens on"
 
 
-def draw(document: Record, path: Path) -> None:
+def draw(measured: list[Record], config: ModelConfig, path: Path) -> None:
     """Milliseconds per prompt token by length, one line a model; a mark at the crossover."""
     figure = new_figure(6.8, 4.4)
     axes = figure.add_subplot()
     for i, (kind, label) in enumerate(LABELS.items()):
         rows = sorted(
-            (row for row in document["rows"] if row["kind"] == kind), key=lambda row: row["length"]
+            (row for row in measured if row["kind"] == kind), key=lambda row: row["length"]
         )
         if rows:
             x = [row["length"] for row in rows]
             each = [1e3 * row["seconds"] / row["length"] for row in rows]
             axes.plot(x, each, label=label, markersize=5, **style(i))
-    if document["crossover"] is not None:
-        label = f"crossover, about {document['crossover']:,.0f} tokens"
-        axes.axvline(document["crossover"], color="black", linestyle=":", label=label)
+    if (crossing := crossover(measured)) is not None:
+        label = f"crossover, about {crossing:,.0f} tokens"
+        axes.axvline(crossing, color="black", linestyle=":", label=label)
     axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="ms per prompt token")
-    model = document["settings"]["model"]
     axes.set_title(
-        f"Reading a prompt, L{model['num_blocks']} M{model['num_attention_blocks']} "
-        f"D{model['width']}, chunk {model['chunk_size']}, top-k {model['top_k']}, "
-        f"{document['device']}, {document['cores']} cores",
+        f"Reading a prompt, L{config.num_blocks} M{config.num_attention_blocks} D{config.width}, "
+        f"chunk {config.chunk_size}, top-k {config.top_k}, {jax.devices()[0].device_kind}, "
+        f"{os.cpu_count()} cores",
         fontsize=9,
     )
     axes.set_ylim(bottom=0)

@@ -13,19 +13,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tyro
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import jsonfiles
+from rwkvx_jax.evals import grid, long_loss, prefill_speed, selection, short_table
 from rwkvx_jax.evals.common import check_output, open_console
 from rwkvx_jax.evals.niah import TITLES
+from rwkvx_jax.evals.results import read_contents
 from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
+from rwkvx_jax.evals.speed import LABELS
 from rwkvx_jax.generate.terminal import one_line
+from rwkvx_jax.records import PACKED_SUFFIX, SUFFIX, Record
 from rwkvx_jax.storage import WorkPath, files_below, in_bucket, write_whole
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class ReportOptions:
     """Collects results of several runs into report.html and report.md."""
 
     inputs: tyro.conf.Positional[tuple[WorkPath, ...]]
-    """Results files (.json), or folders that hold some at any depth."""
+    """Results files (.jsonl, .jsonl.gz), or folders that hold some at any depth."""
     output: WorkPath
     """Folder of the report."""
     title: str = "Evaluation report"
@@ -82,9 +83,9 @@ def find_runs(inputs: Sequence[Path]) -> list[Run]:
     for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
-        files = [path] if path.is_file() else files_below(path, ".json")
+        files = [path] if path.is_file() else _record_files(path)
         for file in files:
-            document = _read(file)
+            document = read_results(file)
             if document is not None:
                 runs.append(Run(file, document))
             elif file == path:
@@ -94,23 +95,35 @@ def find_runs(inputs: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _read(file: Path) -> Record | None:
-    """The document of a results file, None for any other file."""
-    data = file.read_bytes()
-    if not any(f'"{task}"'.encode() in data for task in _TASKS):  # much else ends in .json
+def _record_files(folder: Path) -> list[Path]:
+    return sorted([*files_below(folder, SUFFIX), *files_below(folder, PACKED_SUFFIX)])
+
+
+def read_results(file: Path) -> Record | None:
+    """The document of a results file (see `results.Contents`), None for any other file.
+
+    Raises:
+      ConfigError: a damaged one.
+    """
+    if not file.name.endswith((SUFFIX, PACKED_SUFFIX)) or (contents := read_contents(file)) is None:
         return None
-    document = jsonfiles.parse(data, str(file), "remove it, or evaluate again")
-    if not isinstance(document, dict) or document.get("task") not in _TASKS:
+    task = contents.headers[0]["task"]
+    if task not in _TASKS:
         return None
-    run = Run(file, document)
     try:
-        _section([run])
+        document = contents.document(_summarizer(task))
+        _section([Run(file, document)])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
-            f"{file} names the task {document['task']!r}, but has another shape than its results "
-            f"({error!r}): remove it, or name the other files one by one"
+            f"{file} names the task {task!r}, but has another shape than its results ({error!r}): "
+            "remove it, or name the other files one by one"
         ) from error
     return document
+
+
+def _figure_of(results: Path) -> Path:
+    """Where the figure of a results file is."""
+    return results.with_name(results.name.split(SUFFIX)[0] + ".png")
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -118,8 +131,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         document = run.document
-        tokenizers = sorted({panel["tokenizer"] for panel in document.get("panels", [])})
-        same = [document["task"], document.get("settings"), tokenizers]
+        tokenizers = sorted({model.get("tokenizer", "") for model in document["models"]})
+        same = [document["task"], document["settings"], tokenizers]
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     return _told_apart([_section(own) for own in groups.values()])
 
@@ -139,7 +152,7 @@ def _section(runs: list[Run]) -> Section:
     document = runs[0].document
     task = document["task"]
     panels = [panel for run in runs for panel in _labelled(run, runs)]
-    settings = (document.get("settings") or {}).items()
+    settings = document["settings"].items()
     notes = [f"{name}: {value}" for name, value in settings if not isinstance(value, dict)]
     tokenizers = sorted({panel["tokenizer"] for panel in panels if "tokenizer" in panel})
     notes += [f"tokenizer: {', '.join(tokenizers)}"] if tokenizers else []
@@ -149,9 +162,9 @@ def _section(runs: list[Run]) -> Section:
         notes=notes,
         table=_maker(task)(panels),
         figures=[
-            (str(run.path.parent), run.path.with_suffix(".png"))
+            (str(run.path.parent), _figure_of(run.path))
             for run in runs
-            if _is_figure(run.path.with_suffix(".png"))
+            if _is_figure(_figure_of(run.path))
         ],
         commands=[one_line(run.document["command"]) for run in runs],
     )
@@ -172,13 +185,13 @@ def _is_figure(path: Path) -> bool:
 
 def _labelled(run: Run, runs: list[Run]) -> list[Record]:
     """The models of a run; labels that occur in several runs tell their folder too."""
-    if "panels" not in run.document:  # times: rows of one model in several kinds
-        return [dict(run.document, label=str(run.path.parent))]
+    if run.document["task"] in ("speed", "prefill"):  # rows of one model in several kinds
+        return [dict(model, label=str(run.path.parent)) for model in run.document["models"]]
     others = {
-        panel["label"] for other in runs if other is not run for panel in other.document["panels"]
+        panel["label"] for other in runs if other is not run for panel in other.document["models"]
     }
     mark = lambda label: f"{label} ({run.path.parent})" if label in others else label
-    return [dict(panel, label=mark(panel["label"])) for panel in run.document["panels"]]
+    return [dict(panel, label=mark(panel["label"])) for panel in run.document["models"]]
 
 
 def _grid_table(panels: list[Record]) -> Table:
@@ -247,25 +260,29 @@ def _loss_table(panels: list[Record]) -> Table:
 
 def _speed_table(panels: list[Record]) -> Table:
     """A row a model kind: milliseconds per token at each context."""
-    contexts = sorted({row["context"] for panel in panels for row in panel["rows"]})
+    contexts = sorted({row["context"] for panel in panels for row in panel["trials"]})
     rows = []
     for panel in panels:
-        for kind in dict.fromkeys(row["kind"] for row in panel["rows"]):
-            own = {r["context"]: r["milliseconds"] for r in panel["rows"] if r["kind"] == kind}
+        for kind in _kinds(panel):
+            own = {r["context"]: r["milliseconds"] for r in panel["trials"] if r["kind"] == kind}
             texts = [f"{own[c]:.2f}" if c in own else "–" for c in contexts]
             rows.append([f"{panel['label']}: {kind}", *texts])
     return Table(["model (ms per token at context)", *[f"{c:,}" for c in contexts]], rows)
 
 
+def _kinds(panel: Record) -> list[str]:
+    return [kind for kind in LABELS if any(row["kind"] == kind for row in panel["trials"])]
+
+
 def _prefill_table(panels: list[Record]) -> Table:
     """A row a model kind: milliseconds per prompt token at each length, and the crossover."""
-    lengths = sorted({row["length"] for panel in panels for row in panel["rows"]})
+    lengths = sorted({row["length"] for panel in panels for row in panel["trials"]})
     rows = []
     for panel in panels:
-        for kind in dict.fromkeys(row["kind"] for row in panel["rows"]):
-            own = {r["length"]: r["seconds"] for r in panel["rows"] if r["kind"] == kind}
+        for kind in _kinds(panel):
+            own = {r["length"]: r["seconds"] for r in panel["trials"] if r["kind"] == kind}
             texts = [f"{1e3 * own[n] / n:.3f}" if n in own else "–" for n in lengths]
-            crossing = panel["crossover"] if kind == "sparse" else None
+            crossing = panel["summary"]["crossover"] if kind == "sparse" else None
             texts.append("–" if crossing is None else f"{crossing:,.0f}")
             rows.append([f"{panel['label']}: {kind}", *texts])
     columns = [f"{n:,}" for n in lengths]
@@ -306,6 +323,18 @@ def _maker(task: str) -> Callable[[list[Record]], Table]:
         "prefill": _prefill_table,
     }
     return makers.get(task, _grid_table)
+
+
+def _summarizer(task: str) -> Callable[[list[Record]], Record]:
+    """What sums up the trials of a task."""
+    summarizers = {
+        "short": short_table.summarize,
+        "long-loss": long_loss.summarize,
+        "selection": selection.summarize,
+        "speed": lambda rows: {},
+        "prefill": prefill_speed.summarize,
+    }
+    return summarizers.get(task, grid.summarize)
 
 
 _TITLES = {
@@ -398,7 +427,7 @@ def run(options: ReportOptions) -> None:
     """The command: writes report.html and report.md."""
     console = open_console()
     runs = find_runs(options.inputs)
-    for figure in (run.path.with_suffix(".png") for run in runs):
+    for figure in (_figure_of(run.path) for run in runs):
         if (_is_link(figure) or figure.exists()) and not _is_figure(figure):
             console.print(f"{figure} is left out: it is a link, or no PNG", soft_wrap=True)
     parts = sections(runs)

@@ -1,10 +1,9 @@
 """The results file of an evaluation: every trial, written while it runs, never lost, never rerun.
 
-The file is replaced as a whole after each batch of trials, under a lock, so a killed process leaves
-the last complete state. The same command run again finds its finished trials there. A file only
-grows: it takes more models and more trials of the same settings, and refuses a command that would
-leave something it holds out of its summary. What another process writes there meanwhile is kept
-too. Numbers that are not finite never get in.
+A file of records (records.py): a header says what was asked of which models, and each line below it
+is one finished trial. It only grows: the same command run again finds its finished trials there,
+and one that asks for more models or trials adds a header of its own. A command that would leave out
+something that the file holds is refused. Summaries are computed when the file is read.
 """
 
 from __future__ import annotations
@@ -20,23 +19,121 @@ from typing import Any
 
 import jax
 
+from rwkvx_jax import records
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import jsonfiles
-from rwkvx_jax.storage import exclusive, in_bucket
+from rwkvx_jax.records import Record, RecordFile
 
-FORMAT = 1
+FORMAT = 2
 
 _log = logging.getLogger(__name__)
 
-Record = dict[str, Any]
+Summarize = Callable[[list[Record]], Record]
+
+
+class Contents:
+    """What the lines of a results file say.
+
+    Attributes:
+      headers: in their order.
+      models: descriptions by label, in the order of their first mention; that of a model with
+        trials is the one they were made with.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.headers: list[Record] = []
+        self.models: dict[str, Record] = {}
+        self._trials: dict[str, dict[tuple, Record]] = {}
+
+    def take(self, lines: Iterable[Any]) -> None:
+        """Adds lines.
+
+        Raises:
+          ConfigError: a line of another shape, or of another model under the same name.
+        """
+        doubles = 0
+        try:
+            for line in lines:
+                if "format" in line:
+                    self._take_header(line)
+                else:
+                    doubles += not self._take_trial(line)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ConfigError(
+                f"{self._path} exists but has another shape than a results file ({error!r}): use "
+                "another --output, or remove it"
+            ) from error
+        if doubles:
+            _log.warning("%s: %d trials stand twice; the first count", self._path, doubles)
+
+    def _take_header(self, header: Record) -> None:
+        if header["format"] != FORMAT:
+            raise ConfigError(
+                f"{self._path} has format {header['format']!r}, and this version reads {FORMAT}: "
+                "use another --output"
+            )
+        for field, kind in (("task", str), ("settings", dict), ("key", list), ("identity", list)):
+            if not isinstance(header[field], kind):
+                raise TypeError(f"{field} is {header[field]!r}")
+        self.headers.append(header)
+        for model in header["models"]:
+            if not self._trials.get(model["label"]):
+                self.models[model["label"]] = model
+
+    def _take_trial(self, line: Record) -> bool:
+        """Adds a trial; False where its model has it already."""
+        header = self.headers[-1]
+        label = line["model"]
+        model = {m["label"]: m for m in header["models"]}[label]
+        for field in header["identity"]:
+            if model[field] != self.models[label][field]:
+                raise ConfigError(f"{self._path} holds trials of two models named {label!r}")
+        key = tuple(line[field] for field in header["key"])
+        trials = self._trials.setdefault(label, {})
+        if not trials:
+            self.models[label] = model
+        if key in trials:
+            return False
+        trials[key] = {name: value for name, value in line.items() if name != "model"}
+        return True
+
+    def trials(self, label: str) -> dict[tuple, Record]:
+        """Finished trials of a model by their keys, in their order."""
+        return dict(sorted(self._trials.get(label, {}).items()))
+
+    def has_trials(self, label: str) -> bool:
+        return bool(self._trials.get(label))
+
+    def document(self, summarize: Summarize) -> Record:
+        """The newest header; its models are all of the file's, each with `summary` and `trials`."""
+        models = []
+        for label, description in self.models.items():
+            trials = list(self.trials(label).values())
+            models.append(description | {"summary": summarize(trials), "trials": trials})
+        return self.headers[-1] | {"models": models}
+
+
+def read_contents(path: Path) -> Contents | None:
+    """A results file as it is on the disk; None for a file of anything else.
+
+    Raises:
+      ConfigError: a damaged one.
+    """
+    remedy = "remove it, or evaluate again"
+    data = records.read_bytes(path, remedy)
+    first = records.parse(data.split(b"\n", 1)[0], f"{path}, line 1", remedy)
+    if not isinstance(first, dict) or "format" not in first or "task" not in first:
+        return None
+    contents = Contents(path)
+    contents.take(records.read(path, remedy))
+    return contents
 
 
 class Results:
     """Trials by model, on disk.
 
-    document: what the file holds: task, command, versions, settings (equal in every run that
-    adds to it), plan (the newest run's), and panels, one a model: its description, a summary and
-    its trials.
+    Attributes:
+      path: of the file.
     """
 
     def __init__(
@@ -47,156 +144,167 @@ class Results:
         settings: Record,
         plan: Record,
         key_fields: Sequence[str],
-        planned: Iterable[tuple],
-        panels: Sequence[Record],
+        planned: Iterable[tuple] | None,
+        models: Sequence[Record],
         identity_fields: Sequence[str],
-        summarize: Callable[[list[Record]], Record],
+        summarize: Summarize,
     ):
-        """Starts the file, or takes over what an earlier run left in it.
+        """Takes over what an earlier run left in the file.
 
         Args:
-          path: of the JSON file.
+          path: of the file; its name ends in .jsonl.
           task: its name.
           settings: what every trial depends on beside its key and its model.
           plan: what this run was asked to do.
           key_fields: fields of a trial that tell it apart from all others of its model.
-          planned: keys of all trials that the plan contains.
-          panels: descriptions of the models, each with a "label".
+          planned: keys of all trials that the plan contains; None: the file may hold any.
+          models: their descriptions, each with a "label".
           identity_fields: those parts of a description on which a trial depends.
           summarize: summary of a model's trials.
 
         Raises:
           ConfigError: the file holds something else; says what differs.
         """
-        self.path, self._key_fields, self._summarize = path, tuple(key_fields), summarize
-        self._planned, self._identity_fields = set(planned), tuple(identity_fields)
-        self.document: Record = {
-            "task": task,
+        self.path, self._summarize, self._warned = path, summarize, False
+        self._planned = None if planned is None else set(planned)
+        header = {
             "format": FORMAT,
+            "task": task,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"jax": jax.__version__, "rwkvx-jax": _own_version()},
             "device": jax.devices()[0].device_kind,
             "settings": settings,
             "plan": plan,
-            "panels": [dict(panel, summary={}, trials=[]) for panel in panels],
+            "key": key_fields,
+            "identity": identity_fields,
+            "models": models,
         }
-        self._seen, self._warned = _state(path), False
-        if self._seen:
-            self._take_over(self._read())
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._header: Record = json.loads(records.as_text(header))
+        self._file, self._contents = RecordFile(path), Contents(path)
+        _refuse_other_forms(path)
+        if path.exists():
+            with self._file.locked():
+                self._take_over()
+        self._written = any(_without_run(h) == _without_run(self._header) for h in self._headers)
+
+    @property
+    def _headers(self) -> list[Record]:
+        return self._contents.headers
+
+    @property
+    def document(self) -> Record:
+        """What the file says (see `Contents.document`), under the header of this run."""
+        shown = self._contents.document(self._summarize) if self._headers else {}
+        models = {model["label"]: model for model in shown.get("models", [])}
+        empty = {"summary": self._summarize([]), "trials": []}
+        own = {m["label"]: models.get(m["label"], m | empty) for m in self._header["models"]}
+        return self._header | {"models": list((own | models).values())}
 
     def trials(self, label: str) -> list[Record]:
         """Finished trials of a model."""
-        return self._panel(label)["trials"]
+        return list(self._contents.trials(label).values())
 
     def summary(self, label: str) -> Record:
         return self._summarize(self.trials(label))
 
     def finished(self, label: str) -> set[tuple]:
         """Keys of the finished trials of a model."""
-        return {self._key(trial) for trial in self.trials(label)}
+        return set(self._contents.trials(label))
 
     def add(self, label: str, trials: Iterable[Record]) -> None:
-        """Appends finished trials and writes the file.
+        """Appends finished trials; those that the file holds already are left out.
 
         Raises:
-          ConfigError: trials with numbers that are not finite; they are left out, the others kept.
+          ConfigError: trials with numbers that are not finite: they are left out, the others kept;
+            or another process wrote trials there that this evaluation must not hold: none is saved.
         """
         trials = list(trials)
-        good = [trial for trial in trials if not jsonfiles.not_finite(trial)]
-        if good:
+        if good := [trial for trial in trials if not records.not_finite(trial)]:
             self._append(label, good)
-            self.save()
         for trial in trials:
-            if name := jsonfiles.not_finite(trial):
-                key = ", ".join(f"{field} {trial[field]}" for field in self._key_fields)
+            if name := records.not_finite(trial):
+                key = ", ".join(f"{field} {trial[field]}" for field in self._header["key"])
                 raise ConfigError(
-                    f"{label}: {name} of {self.document['task']} trial {key} is not finite (NaN or "
-                    f"infinity): {jsonfiles.NOT_FINITE_REMEDY}"
+                    f"{label}: {name} of {self._header['task']} trial {key} is not finite (NaN or "
+                    f"infinity): {records.NOT_FINITE_REMEDY}"
                 )
 
-    def save(self) -> None:
-        """Replaces the file in one step; a reader sees the old or the new one, never a half.
-
-        Raises:
-          ConfigError: another process wrote trials there that this evaluation must not hold; the
-            trials of this batch are not saved then.
-        """
-        with exclusive(self.path.with_name(f"{self.path.name}.lock")):
-            if _state(self.path) not in (None, self._seen):
-                if not self._warned:
-                    _log.warning("%s: another process writes it too; all is kept", self.path)
+    def _append(self, label: str, trials: Sequence[Record]) -> None:
+        with self._file.locked():
+            if self._take_over() and not self._warned:
+                _log.warning("%s: another process writes it too; all is kept", self.path)
                 self._warned = True
-                self._take_over(self._read())
-            self._replace()
+            finished = self.finished(label)
+            key = lambda trial: tuple(trial[field] for field in self._header["key"])
+            lines = [{"model": label} | t for t in trials if key(t) not in finished]
+            if not lines:
+                return
+            # Trials belong to the models of the header above them.
+            if not self._written or self._headers[-1]["models"] != self._header["models"]:
+                lines.insert(0, self._header)
+            self._file.append(lines)
+            self._contents.take(lines)
+            self._written = True
 
-    def _replace(self) -> None:
-        for panel in self.document["panels"]:
-            panel["trials"].sort(key=self._key)
-            panel["summary"] = self._summarize(panel["trials"])
-        jsonfiles.write(self.path, self.document)
-        self._seen = _state(self.path)
-
-    def _panel(self, label: str) -> Record:
-        return next(p for p in self.document["panels"] if p["label"] == label)
-
-    def _append(self, label: str, trials: Iterable[Record]) -> None:
-        """Adds the trials that are not there yet."""
-        finished = self.finished(label)
-        self.trials(label).extend(t for t in trials if self._key(t) not in finished)
-
-    def _key(self, trial: Record) -> tuple:
-        return tuple(trial[field] for field in self._key_fields)
-
-    def _read(self) -> Record:
-        old = jsonfiles.read(self.path)
-        expected = {"task": self.document["task"], "format": FORMAT}
-        found = {k: old.get(k) for k in expected} if isinstance(old, dict) else {}
-        if found != expected:
-            raise ConfigError(
-                f"{self.path} exists but is no results file of {expected}: use another --output"
-            )
-        return old
-
-    def _take_over(self, old: Record) -> None:
-        """Adds the trials of another run, if this run's plan covers all of them."""
-        try:
-            problems = self._merge(old)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{self.path} exists but has another shape than a results file ({error!r}): use "
-                "another --output"
-            ) from error
-        if problems:
+    def _take_over(self) -> bool:
+        """Reads what others wrote, if this run's plan covers all of it; whether there was any."""
+        lines = self._file.new(begins=b'{"format": ')
+        if lines and not self._headers:
+            self._check_kind(lines[0])
+        self._contents.take(lines)
+        if lines and (problems := self._problems()):
             raise ConfigError(
                 f"{self.path} holds trials of another evaluation (file -> now):\n  "
                 + "\n  ".join(problems)
                 + "\nA file takes more models and more trials, never fewer or other ones: use "
                 "another --output, or remove the file."
             )
+        return bool(lines)
 
-    def _merge(self, old: Record) -> list[str]:
-        """Adds the trials of another run; what forbids it."""
-        problems = _changes("", old["settings"], self.document["settings"])
-        labels = {panel["label"]: panel for panel in self.document["panels"]}
-        for before in old["panels"]:
-            label = before["label"]
-            if not before["trials"]:
+    def _check_kind(self, first: Any) -> None:
+        expected = {"task": self._header["task"], "format": FORMAT}
+        found = {k: first.get(k) for k in expected} if isinstance(first, dict) else {}
+        if found != expected:
+            raise ConfigError(
+                f"{self.path} exists but is no results file of {expected}: use another --output"
+            )
+
+    def _problems(self) -> list[str]:
+        """What forbids to add this run's trials to those in the file."""
+        problems: list[str] = []
+        for header in self._headers:
+            problems += _changes("", header["settings"], self._header["settings"])
+        own = {model["label"]: model for model in self._header["models"]}
+        for label, before in self._contents.models.items():
+            if not self._contents.has_trials(label):
                 continue
-            if label not in labels:
+            if label not in own:
                 problems.append(f"it also holds {label!r}, which this command does not name")
                 continue
-            for field in self._identity_fields:
-                problems += _changes(f"{label}: {field}", before[field], labels[label][field])
-            outside = [t for t in before["trials"] if self._key(t) not in self._planned]
+            for field in self._header["identity"]:
+                problems += _changes(f"{label}: {field}", before[field], own[label][field])
+            outside = self.finished(label) - (self._planned or self.finished(label))
             if outside:
-                first = {field: outside[0][field] for field in self._key_fields}
+                first = dict(zip(self._header["key"], min(outside), strict=True))
                 problems.append(
                     f"{label}: {len(outside)} of its trials are not part of this command, "
                     f"such as {first}"
                 )
-            self._append(label, before["trials"])
-        return problems
+        return list(dict.fromkeys(problems))
+
+
+def _without_run(header: Record) -> Record:
+    """A header without what differs from run to run of one command."""
+    return {k: v for k, v in header.items() if k not in ("command", "versions", "device")}
+
+
+def _refuse_other_forms(path: Path) -> None:
+    """Refuses to begin a file anew beside the same results in another form."""
+    packed, old = path.with_name(f"{path.name}.gz"), path.with_suffix(".json")
+    if packed.exists():
+        raise ConfigError(f"{packed} holds these results, compressed: unpack it with gunzip first")
+    if old.exists():
+        raise ConfigError(f"{old} is a results file of version 0.1: use another --output")
 
 
 def _changes(name: str, old: Any, new: Any) -> list[str]:
@@ -207,19 +315,7 @@ def _changes(name: str, old: Any, new: Any) -> list[str]:
             for key in sorted(old.keys() | new.keys())
             for line in _changes(f"{name}.{key}".lstrip("."), old.get(key), new.get(key))
         ]
-    new = json.loads(jsonfiles.as_text(new))  # tuples become lists, as they did in the file
     return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
-
-
-def _state(file: Path) -> tuple[int, ...] | None:
-    """What changes whenever the file is replaced or written; None where there is none."""
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    if in_bucket(file):
-        return int(status.mtime or 0), status.length
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _own_version() -> str:

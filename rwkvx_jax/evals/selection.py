@@ -21,21 +21,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.cache import selector_of
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     Subject,
-    Tracker,
     open_console,
     open_subjects,
     until_interrupted,
 )
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
 from rwkvx_jax.evals.figures import new_figure, plain, save, style
-from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.evals.results import Results
 from rwkvx_jax.model import abstract_model, with_params
-from rwkvx_jax.ops.selection import Selector, select_from_rows
+from rwkvx_jax.ops.selection import Selector, select_from_rows, selector_of
+from rwkvx_jax.progress import Progress
+from rwkvx_jax.records import Record
 
 _QUERIES_AT_ONCE = 64
 _MEASURES = ("share", "past", "recall")
@@ -256,7 +256,7 @@ def _mean(values: Sequence[Any]) -> np.ndarray:
 
 
 def evaluate(options: SelectionOptions, subjects: Sequence[Subject], console: Console) -> Results:
-    """Measures the documents that are not finished yet, and writes selection.json.
+    """Measures the documents that are not finished yet, and writes selection.jsonl.
 
     Raises:
       ConfigError: nothing to choose, no document, or a results file of another evaluation.
@@ -265,7 +265,7 @@ def evaluate(options: SelectionOptions, subjects: Sequence[Subject], console: Co
         check_subject(subject, options)
     documents = read_documents(options, subjects[0].tokenizer)
     results = Results(
-        options.output / "selection.json",
+        options.output / "selection.jsonl",
         task="selection",
         settings={
             "length": options.length,
@@ -276,7 +276,7 @@ def evaluate(options: SelectionOptions, subjects: Sequence[Subject], console: Co
         plan={"text": str(options.text), "documents": len(documents), "limit": options.limit},
         key_fields=Document._fields,
         planned=documents,
-        panels=[subject.description for subject in subjects],
+        models=[subject.description for subject in subjects],
         identity_fields=IDENTITY_FIELDS,
         summarize=summarize,
     )
@@ -284,7 +284,7 @@ def evaluate(options: SelectionOptions, subjects: Sequence[Subject], console: Co
         s.label: [d for d in list(documents)[: options.limit] if d not in results.finished(s.label)]
         for s in subjects
     }
-    with Tracker(console, "documents", sum(map(len, pending.values()))) as tracker:
+    with Progress(console, sum(map(len, pending.values())), "documents") as tracker:
         for subject in subjects:
             observer = Observer(subject, options) if pending[subject.label] else None
             for i, document in enumerate(pending[subject.label]):
@@ -294,7 +294,6 @@ def evaluate(options: SelectionOptions, subjects: Sequence[Subject], console: Co
                 tracker.advance(1)
                 if i == 0:
                     tracker.start_clock()
-    results.save()
     return results
 
 
@@ -305,7 +304,7 @@ def _record(document: Document, found: dict[str, Any]) -> Record:
 
 def draw(results: Results, path: Path) -> None:
     """A row a model: share by layer and head, what is held by distance, selectors compared."""
-    panels = [p for p in results.document["panels"] if p["trials"]]
+    panels = [p for p in results.document["models"] if p["trials"]]
     figure = new_figure(13.5, 3.9 * len(panels))
     axes = figure.subplots(len(panels), 3, squeeze=False, width_ratios=[1, 1.3, 1.5])
     for (left, middle, right), panel in zip(axes, panels, strict=True):
@@ -383,7 +382,7 @@ def _draw_bars(axes, found: Record) -> None:
 def print_table(results: Results, console: Console) -> None:
     """A row for each model and selector."""
     table = Table("model", "selector", "all mass held (%)", "past mass held (%)", "recall (%)")
-    for panel in results.document["panels"]:
+    for panel in results.document["models"]:
         for name, found in panel["summary"]["selectors"].items():
             cells = [f"{100 * found[m]['mean']:.1f}" for m in _MEASURES]
             table.add_row(panel["label"], _NAMES[name], *cells)
@@ -391,7 +390,7 @@ def print_table(results: Results, console: Console) -> None:
 
 
 def run(options: SelectionOptions) -> None:
-    """The command: measures, writes selection.json and selection.png, prints a table."""
+    """The command: measures, writes selection.jsonl and selection.png, prints a table."""
     console = open_console()
     subjects = open_subjects(options)
     with until_interrupted(console):

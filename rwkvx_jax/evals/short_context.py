@@ -22,18 +22,19 @@ import numpy as np
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import jsonfiles, short_data
+from rwkvx_jax.evals import short_data
 from rwkvx_jax.evals.common import (
     IDENTITY_FIELDS,
     EvalOptions,
     Subject,
-    Tracker,
     open_console,
     open_subjects,
     until_interrupted,
 )
-from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.short_table import draw, print_table, summarize
+from rwkvx_jax.progress import Progress
+from rwkvx_jax.records import Record, as_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ def offline_configs(name: str, data_dir: Path) -> list[dict[str, Any]]:
 
 
 def evaluate(options: ShortOptions, subjects: Sequence[Subject], console: Console) -> Results:
-    """Runs what is not answered yet, and writes short.json.
+    """Runs what is not answered yet, and writes short.jsonl.
 
     Raises:
       ConfigError: lm_eval or data missing, malformed records, or a results file of another
@@ -155,13 +156,13 @@ def evaluate(options: ShortOptions, subjects: Sequence[Subject], console: Consol
     counts = {name: len(task.eval_docs) for name, task in tasks.items()}
     data = {name: _fingerprint(task) for name, task in tasks.items()}
     results = Results(
-        options.output / "short.json",
+        options.output / "short.jsonl",
         task="short",
         settings={"seed": options.seed, "fewshot": options.fewshot},
         plan={"tasks": options.tasks, "documents": counts, "limit": options.limit},
         key_fields=("task", "document", "data"),
         planned=[(name, i, data[name]) for name, count in counts.items() for i in range(count)],
-        panels=[subject.description for subject in subjects],
+        models=[subject.description for subject in subjects],
         identity_fields=IDENTITY_FIELDS,
         summarize=summarize,
     )
@@ -177,7 +178,6 @@ def evaluate(options: ShortOptions, subjects: Sequence[Subject], console: Consol
             continue
         trials = _run(options, subject, tasks, data, console)
         results.add(subject.label, [t for t in trials if _key(t) not in finished])
-    results.save()
     return results
 
 
@@ -207,7 +207,7 @@ def _run(
     from rwkvx_jax.evals.harness import AnswerFile, HarnessModel
 
     description = subject.description
-    identity = jsonfiles.as_text([description[field] for field in IDENTITY_FIELDS])
+    identity = as_text([description[field] for field in IDENTITY_FIELDS])
     name = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     path = options.output / "short_answers" / f"{name}.jsonl"
     with AnswerFile.open(path) as answers, _Progress(console, subject.label) as progress:
@@ -247,7 +247,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Progress:
-    """A Tracker for each kind of request in turn."""
+    """A Progress for each kind of request in turn."""
 
     def __init__(self, console: Console, label: str):
         self._console, self._label, self._tracker = console, label, None
@@ -261,7 +261,7 @@ class _Progress:
 
     def start(self, what: str, total: int):
         self.__exit__()
-        self._tracker = Tracker(self._console, "tokens", total).__enter__()
+        self._tracker = Progress(self._console, total, "tokens").__enter__()
         self._tracker.describe(f"{self._label}, {what}")
         counted = 0
 
@@ -276,7 +276,7 @@ class _Progress:
 
 
 def run(options: ShortOptions) -> None:
-    """The command: evaluates, writes short.json and short.png, prints the paper's table."""
+    """The command: evaluates, writes short.jsonl and short.png, prints the paper's table."""
     console = open_console()
     check_installed()
     subjects = open_subjects(options)

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import jsonfiles
-
-Record = dict[str, Any]
+from rwkvx_jax.records import Record, parse
 
 TASKS = (
     "lambada_openai",
@@ -87,7 +85,7 @@ def read_records(path: Path, task: str) -> list[Record]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            record = jsonfiles.parse(line, f"{path}, line {number}")
+            record = parse(line, f"{path}, line {number}")
             if problem := _problem(record, task):
                 raise ConfigError(f"{path}, line {number}: {problem}")
             records.append(prepare(record, task))

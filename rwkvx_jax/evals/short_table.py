@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkvx_jax.evals.figures import LINES, new_figure, plain, save
-from rwkvx_jax.evals.results import Record, Results
+from rwkvx_jax.evals.results import Results
+from rwkvx_jax.records import Record
 
 SHORT_NAMES = {
     "lambada_openai": "lmb",
@@ -81,7 +82,7 @@ def main_score(columns: Record, column: str) -> tuple[float, float | None]:
 
 def print_table(results: Results, console: Console) -> None:
     """A row a model in the paper's layout, and a row of standard errors."""
-    panels = results.document["panels"]
+    panels = results.document["models"]
     known = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
     others = sorted({c for p in panels for c in p["summary"]["columns"]} - set(known))
     table = Table(title="scores (%) ± standard error over documents")
@@ -110,7 +111,7 @@ def print_table(results: Results, console: Console) -> None:
 
 def draw(results: Results, path: Path) -> None:
     """Bars by task, one colour a model, with 95 % intervals; a tick marks the score of guessing."""
-    panels = results.document["panels"]
+    panels = results.document["models"]
     columns = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
     columns += sorted({c for p in panels for c in p["summary"]["columns"]} - set(columns))
     figure = new_figure(max(5.0, 0.9 * len(columns) * (1 + 0.3 * len(panels))), 4.2)

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +26,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rwkvx_jax.cache import Cache, cache_bytes, selector_of
+from rwkvx_jax.cache import Cache, cache_bytes
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.evals.common import check_output, open_console, until_interrupted
 from rwkvx_jax.evals.figures import new_figure, save
-from rwkvx_jax.evals.timings import Timings
+from rwkvx_jax.evals.results import Results
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.model import Params, abstract_model, create_model, get_params, unstack, with_params
+from rwkvx_jax.ops.selection import selector_of
+from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
 
 LABELS = {
@@ -43,7 +43,8 @@ LABELS = {
     "rwkv": "RWKV-7 with as many blocks",
     "full": "full-attention hybrid",
 }
-_SAME = ("task", "model", "compute_dtype", "weights", "device", "cores")
+_IDENTITY = ("model", "compute_dtype", "weights", "device", "cores")
+TIMED = "model"  # the only one of a results file
 _READ_BYTES = 1 << 29  # of the array by which the bandwidth is measured
 
 
@@ -119,59 +120,74 @@ class Runner(NamedTuple):
 
 
 def run(options: SpeedOptions) -> None:
-    """Times what an earlier run has not, prints a table, writes `speed.json` and `speed.png`."""
+    """Times what an earlier run has not, prints a table, writes `speed.jsonl` and `speed.png`."""
     console = open_console()
     run_config, config, params = load_subject(options)
-    document: dict[str, Any] = {
-        "task": "speed",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "cores": _cores(),
-        "model": to_dict(config),
-        "compute_dtype": run_config.compute_dtype,
-        "weights": str(options.checkpoint or "random"),
-        "left_out": [],
-        "rows": [],
-    }
-    timings = Timings(options.output / "speed.json", document, same=_SAME, size="context")
+    contexts, left_out = sorted(set(options.contexts)), []
+    for context in contexts:
+        size = _cache_size(config, run_config, context)
+        if size > options.memory_gb * 1e9:
+            left_out.append({"context": context, "cache_bytes": size})
+            console.print(f"context {context:,} left out: its cache takes {size / 1e9:.1f} GB")
+    contexts = [c for c in contexts if c not in [out["context"] for out in left_out]]
+    results = _open_results(options, run_config, config, left_out)
     with until_interrupted(console):
-        _measure(options, run_config, config, params, timings, console)
-    if not document["rows"]:
+        _measure(options, contexts, run_config, config, params, results)
+    order = list(LABELS)
+    rows = sorted(results.trials(TIMED), key=lambda row: (row["context"], order.index(row["kind"])))
+    if not rows:
         raise ConfigError(
             f"none of the contexts {options.contexts} fits into --memory-gb {options.memory_gb:g}"
         )
-    order = list(LABELS)
-    document["rows"].sort(key=lambda row: (row["context"], order.index(row["kind"])))
-    timings.save()
-    _print(console, document["rows"])
-    _draw(options.output / "speed.png", document)
+    _print(console, rows)
+    _draw(options.output / "speed.png", rows)
+
+
+def _open_results(
+    options: SpeedOptions, run_config: RunConfig, config: ModelConfig, left_out: list[Record]
+) -> Results:
+    model = {
+        "label": TIMED,
+        "model": to_dict(config),
+        "compute_dtype": run_config.compute_dtype,
+        "weights": str(options.checkpoint or "random"),
+        "device": jax.devices()[0].device_kind,
+        "cores": _cores(),
+    }
+    return Results(
+        options.output / "speed.jsonl",
+        task="speed",
+        settings={},
+        plan={"contexts": options.contexts, "steps": options.steps, "left_out": left_out},
+        key_fields=("kind", "context"),
+        planned=None,
+        models=[model],
+        identity_fields=_IDENTITY,
+        summarize=lambda rows: {},
+    )
 
 
 def _measure(
     options: SpeedOptions,
+    contexts: Sequence[int],
     run_config: RunConfig,
     config: ModelConfig,
     params: Params,
-    timings: Timings,
-    console: Console,
+    results: Results,
 ) -> None:
-    """Adds the missing rows, and writes the file after each context."""
-    runners = _runners(options, config, run_config, params)
+    """Adds the missing rows, one context after the other."""
+    runners, finished = _runners(options, config, run_config, params), results.finished(TIMED)
     data = np.ones(_READ_BYTES // 8, np.int64)
-    dtype = jnp.dtype(run_config.compute_dtype)
-    for context in sorted(set(options.contexts)):
-        missing = {k: runner for k, runner in runners.items() if not timings.has(k, context)}
+    for context in contexts:
+        missing = {k: r for k, r in runners.items() if (k, context) not in finished}
         missing = {k: r for k, r in missing.items() if k != "full" or context <= options.full_limit}
-        size = cache_bytes(config, dtype, 1, context + config.chunk_size)
-        if not missing:
-            continue
-        if size > options.memory_gb * 1e9:
-            timings.document["left_out"].append({"context": context, "cache_bytes": size})
-            console.print(f"context {context:,} left out: its cache takes {size / 1e9:.1f} GB")
-            timings.save()
-        else:
-            timings.add(_time_context(options, missing, run_config, context, data))
+        if missing:
+            results.add(TIMED, _time_context(options, missing, run_config, context, data))
+
+
+def _cache_size(config: ModelConfig, run_config: RunConfig, context: int) -> int:
+    dtype = jnp.dtype(run_config.compute_dtype)
+    return cache_bytes(config, dtype, 1, context + config.chunk_size)
 
 
 def load_subject(options: ModelOptions) -> tuple[RunConfig, ModelConfig, Params]:
@@ -247,7 +263,7 @@ def _time_context(
     run_config: RunConfig,
     context: int,
     data: np.ndarray,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Steps of all models in turn; the two hybrids share one cache, written in place."""
     length = context + next(iter(runners.values())).config.chunk_size // 2
     kinds, caches = list(runners), {}
@@ -281,7 +297,7 @@ def _owner(kind: str) -> str:
     return "rwkv" if kind == "rwkv" else "hybrid"
 
 
-def _row(kind, context, runner: Runner, run_config, length, seconds, bandwidth) -> dict[str, Any]:
+def _row(kind, context, runner: Runner, run_config, length, seconds, bandwidth) -> Record:
     must_read = bytes_per_token(runner.config, run_config, runner.params, length)
     middle = statistics.median(seconds)
     return {
@@ -356,7 +372,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _print(console: Console, rows: list[dict[str, Any]]) -> None:
+def _print(console: Console, rows: list[Record]) -> None:
     table = Table(
         "model", "context", "ms/token", "MB read", "GB/s", "of bandwidth", "time, bytes / RWKV-7"
     )
@@ -379,11 +395,11 @@ def _print(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _draw(path: Path, document: dict[str, Any]) -> None:
+def _draw(path: Path, measured: list[Record]) -> None:
     figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     for kind, label in LABELS.items():
-        rows = [row for row in document["rows"] if row["kind"] == kind]
+        rows = [row for row in measured if row["kind"] == kind]
         if rows:
             x = [row["context"] for row in rows]
             (line,) = axes.plot(x, [row["milliseconds"] for row in rows], "o-", label=label)

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, selector_of, write_rows
+from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
-from rwkvx_jax.modules.channel_mix import previous_token
-from rwkvx_jax.modules.parameters import orthogonal, parameter, project, uniform
+from rwkvx_jax.modules.parameters import input_matrix, parameter, project
 from rwkvx_jax.modules.remat import keep
+from rwkvx_jax.modules.token_shift import previous_token
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
-from rwkvx_jax.ops.selection import select_from_rows
+from rwkvx_jax.ops.selection import select_from_rows, selector_of
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
@@ -32,20 +32,16 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        width = config.width
-        for name, gain, bound in (
-            ("receptance", 1.0, 0.5),
-            ("key", 1.0, 0.05),
-            ("value", 1.0, 0.5),
-        ):
-            shape = (width, width)
-            if config.init == "rwkv_lm":
-                matrix = orthogonal(rngs.params(), shape, gain)
-            else:
-                matrix = uniform(rngs.params(), shape, bound * width**-0.5)
-            setattr(self, name, parameter(matrix, "embed", "heads"))
+        width, aligned = config.width, config.attention_init == "aligned"
+        matrix = lambda gain, bound: parameter(
+            input_matrix(config, rngs.params(), (width, width), gain=gain, bound=bound),
+            "embed",
+            "heads",
+        )
+        self.receptance = matrix(gain=1.0, bound=0.5)
+        self.key = matrix(gain=1.0, bound=0.05)
+        self.value = matrix(gain=1.0, bound=0.5)
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
-        aligned = config.attention_init == "aligned"
         if aligned:
             self.key = parameter(jnp.copy(self.receptance[...]), "embed", "heads")
         if config.key_conv:
@@ -178,7 +174,8 @@ class Attention(nnx.Module):
           tail: keys of the tokens before, oldest first; None: h begins a sequence.
           lengths: valid tokens of each row, where there is a tail.
         """
-        q, k, v = (keep(project(h, getattr(self, n)[...])) for n in ("receptance", "key", "value"))
+        matrices = self.receptance, self.key, self.value
+        q, k, v = (keep(project(h, matrix[...])) for matrix in matrices)
         if self.config.key_conv:
             k, tail = self._convolve(k, tail, lengths)
         heads = self.config.num_heads

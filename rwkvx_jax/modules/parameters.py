@@ -57,6 +57,15 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float) -> jax.Array
     return make(key)
 
 
+def input_matrix(
+    config: ModelConfig, key: jax.Array, shape: tuple[int, int], *, gain: float, bound: float
+) -> jax.Array:
+    """By the family an orthogonal matrix times gain, or a uniform one within bound / sqrt(D)."""
+    if config.init == "rwkv_lm":
+        return orthogonal(key, shape, gain)
+    return uniform(key, shape, bound * config.width**-0.5)
+
+
 def low_rank_out(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Second matrix [R, D] of a low-rank pair: orthogonal, gain 0.1 (larger for tall shapes)."""
     rows, columns = shape
@@ -77,7 +86,7 @@ class LayerConstants:
     layers: int
 
     @property
-    def new(self) -> bool:
+    def rwkv_lm(self) -> bool:
         return self.config.init == "rwkv_lm"
 
     @property
@@ -109,7 +118,7 @@ class LayerConstants:
     def token_shift(self, name: str) -> jax.Array:
         """x_r, x_w, x_k, x_v, x_a or x_g: how much of the previous token each channel mixes in."""
         power = {"r": 0.2, "g": 0.2, "w": 0.9, "a": 0.9, "k": 0.7, "v": 0.7}[name]
-        if name in "kv" and not self.new:
+        if name in "kv" and not self.rwkv_lm:
             power, shift = (0.9, 0.4) if name == "k" else (0.4, 0.6)
             return 1.0 - (self.ramp ** (power * self.r10) + shift * self.r01)
         return 1.0 - self.ramp ** (power * self.r10)
@@ -120,33 +129,33 @@ class LayerConstants:
 
     def decay(self) -> jax.Array:
         """w0."""
-        if self.new:
+        if self.rwkv_lm:
             curve = self.position ** (1.0 + self.r01**0.3)
             return -6.0 + 6.0 * curve + 0.5 + 2.5 * self.zigzag
         return -7.0 + 5.0 * self.position ** (0.85 + self.r01**0.5) + 0.5
 
     def learning_rate(self) -> jax.Array:
         """a0."""
-        if self.new:
+        if self.rwkv_lm:
             return -0.19 + 0.3 * self.zigzag + 0.4 * self.linear
         return jnp.zeros(self.config.width)
 
     def value_residual(self) -> jax.Array:
         """v0."""
-        return 0.73 - 0.4 * self.linear if self.new else jnp.ones(self.config.width)
+        return 0.73 - 0.4 * self.linear if self.rwkv_lm else jnp.ones(self.config.width)
 
     def removal_key(self) -> jax.Array:
         """k_k."""
-        return 0.71 - 0.1 * self.linear if self.new else jnp.full(self.config.width, 0.85)
+        return 0.71 - 0.1 * self.linear if self.rwkv_lm else jnp.full(self.config.width, 0.85)
 
     def key_scale(self) -> jax.Array:
         """k_a."""
-        return jnp.full(self.config.width, 1.02 if self.new else 1.0)
+        return jnp.full(self.config.width, 1.02 if self.rwkv_lm else 1.0)
 
     def bonus(self) -> jax.Array:
         """r_k."""
-        return jnp.full(self.config.width, -0.04 if self.new else 0.0)
+        return jnp.full(self.config.width, -0.04 if self.rwkv_lm else 0.0)
 
     def group_norm_scale(self) -> jax.Array:
-        scale = ((1.0 + self.layer) / self.layers) ** 0.7 if self.new else jnp.float32(1.0)
+        scale = ((1.0 + self.layer) / self.layers) ** 0.7 if self.rwkv_lm else jnp.float32(1.0)
         return jnp.broadcast_to(scale, (self.config.width,))

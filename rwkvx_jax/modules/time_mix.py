@@ -11,16 +11,15 @@ from flax import nnx
 from rwkvx_jax.cache import TimeMixState
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
-from rwkvx_jax.modules.channel_mix import last_valid, previous_token
 from rwkvx_jax.modules.parameters import (
     LayerConstants,
+    input_matrix,
     low_rank_out,
-    orthogonal,
     parameter,
     project,
-    uniform,
 )
 from rwkvx_jax.modules.remat import keep
+from rwkvx_jax.modules.token_shift import last_valid, previous_token
 from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
@@ -46,34 +45,34 @@ class TimeMix(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
-        width, heads, size = config.width, config.num_heads, config.head_size
-        for name in "rwkvag":
-            setattr(self, f"x_{name}", parameter(constants.token_shift(name), "vector"))
-        starts = {
-            "w": constants.decay(),
-            "a": constants.learning_rate(),
-            "v": constants.value_residual(),
-        }
-        for name, rank in config.ranks._asdict().items():
-            first, second = jnp.zeros((width, rank)), low_rank_out(rngs.params(), (rank, width))
-            setattr(self, f"{name}1", parameter(first, "embed", "rank"))
-            setattr(self, f"{name}2", parameter(second, "rank", "heads"))
-            if name in starts:
-                setattr(self, f"{name}0", parameter(starts[name], "vector"))
-        self.k_k = parameter(constants.removal_key(), "vector")
-        self.k_a = parameter(constants.key_scale(), "vector")
+        width, heads, size, ranks = config.width, config.num_heads, config.head_size, config.ranks
+        vector = lambda value: parameter(value, "vector")
+        inner = lambda rank: parameter(jnp.zeros((width, rank)), "embed", "rank")
+        outer = lambda rank: parameter(low_rank_out(rngs.params(), (rank, width)), "rank", "heads")
+        square = lambda gain, bound: parameter(
+            input_matrix(config, rngs.params(), (width, width), gain=gain, bound=bound),
+            "embed",
+            "heads",
+        )
+        self.x_r = vector(constants.token_shift("r"))
+        self.x_w = vector(constants.token_shift("w"))
+        self.x_k = vector(constants.token_shift("k"))
+        self.x_v = vector(constants.token_shift("v"))
+        self.x_a = vector(constants.token_shift("a"))
+        self.x_g = vector(constants.token_shift("g"))
+        self.w0 = vector(constants.decay())
+        self.w1, self.w2 = inner(ranks.w), outer(ranks.w)
+        self.a0 = vector(constants.learning_rate())
+        self.a1, self.a2 = inner(ranks.a), outer(ranks.a)
+        self.v0 = vector(constants.value_residual())
+        self.v1, self.v2 = inner(ranks.v), outer(ranks.v)
+        self.g1, self.g2 = inner(ranks.g), outer(ranks.g)
+        self.k_k = vector(constants.removal_key())
+        self.k_a = vector(constants.key_scale())
         self.r_k = parameter(constants.bonus().reshape(heads, size), "heads", "head_size")
-        for name, gain, bound in (
-            ("receptance", 1.0, 0.5),
-            ("key", 0.1, 0.05),
-            ("value", 1.0, 0.5),
-        ):
-            shape = (width, width)
-            if constants.new:
-                matrix = orthogonal(rngs.params(), shape, gain)
-            else:
-                matrix = uniform(rngs.params(), shape, bound * width**-0.5)
-            setattr(self, name, parameter(matrix, "embed", "heads"))
+        self.receptance = square(gain=1.0, bound=0.5)
+        self.key = square(gain=0.1, bound=0.05)
+        self.value = square(gain=1.0, bound=0.5)
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         self.ln_x = GroupNorm(constants)
 
@@ -98,8 +97,8 @@ class TimeMix(nnx.Module):
         r, log_w, k, v, a, g, residual = self.projections(h, before)
         v_first = jnp.where(first, v, v_first)
         v = v + (v_first - v) * residual  # layer 0: the difference is exactly zero
-        kk = normalize_heads(split(k * self._vector("k_k", k.dtype)))
-        k = k * (1 + (a - 1) * self._vector("k_a")).astype(k.dtype)
+        kk = normalize_heads(split(k * _per_channel(self.k_k, k.dtype)))
+        k = k * (1 + (a - 1) * _per_channel(self.k_a)).astype(k.dtype)
         remove, write = (-kk).astype(h.dtype), (kk * split(a)).astype(h.dtype)
         r, log_w, k, v = split(r), split(log_w), split(k), split(v)
         if lengths is not None:
@@ -117,26 +116,29 @@ class TimeMix(nnx.Module):
 
     def projections(self, h: jax.Array, shift: jax.Array | None) -> tuple[jax.Array, ...]:
         """r, log_w (float32), k, v, a (float32), g and the share of v_first in v: [B, T, D]."""
-        times = lambda x, name: project(x, getattr(self, name)[...])
         difference = previous_token(h, shift) - h
-        mixed = {name: h + difference * self._vector(f"x_{name}", h.dtype) for name in "rwkvag"}
-        # Second matrix of a low-rank pair: float32, as what follows is sensitive.
-        low_rank = lambda inner, name: times(inner, name).astype(jnp.float32)
+        mix = lambda share: h + difference * _per_channel(share, h.dtype)
+        for_r, for_w, for_k = mix(self.x_r), mix(self.x_w), mix(self.x_k)
+        for_v, for_a, for_g = mix(self.x_v), mix(self.x_a), mix(self.x_g)
+        # Of low-rank pairs only the first product: to compute the second again costs less than to
+        # keep it. The second is made float32, as what follows is sensitive.
+        product = lambda x, matrix: keep(project(x, matrix[...]))
+        low_rank = lambda x, matrix: project(x, matrix[...]).astype(jnp.float32)
 
-        # Not the second matrix of a low-rank pair: computing it again costs less than keeping it.
-        product = lambda name, matrix: keep(times(mixed[name], matrix))
-
-        r, k, v = product("r", "receptance"), product("k", "key"), product("v", "value")
-        z = self._vector("w0") + low_rank(jnp.tanh(product("w", "w1")), "w2")
+        r, k = product(for_r, self.receptance), product(for_k, self.key)
+        v = product(for_v, self.value)
+        z = _per_channel(self.w0) + low_rank(jnp.tanh(product(for_w, self.w1)), self.w2)
         log_w = -DECAY_BOUND * jax.nn.sigmoid(z)
-        a = jax.nn.sigmoid(self._vector("a0") + low_rank(product("a", "a1"), "a2"))
-        g = times(jax.nn.sigmoid(product("g", "g1")), "g2")
-        residual = jax.nn.sigmoid(self._vector("v0") + low_rank(product("v", "v1"), "v2"))
+        a = jax.nn.sigmoid(_per_channel(self.a0) + low_rank(product(for_a, self.a1), self.a2))
+        g = project(jax.nn.sigmoid(product(for_g, self.g1)), self.g2[...])
+        residual = low_rank(product(for_v, self.v1), self.v2)
+        residual = jax.nn.sigmoid(_per_channel(self.v0) + residual)
         return r, log_w, k, v, a, g, residual.astype(h.dtype)
 
-    def _vector(self, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """A per-channel parameter as [1, 1, D]."""
-        return getattr(self, name)[...][None, None].astype(dtype)
+
+def _per_channel(parameter: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """A parameter [D] as [1, 1, D]."""
+    return parameter[...][None, None].astype(dtype)
 
 
 def _recurrence(

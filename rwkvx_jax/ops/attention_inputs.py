@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rwkvx_jax.ops.placement import local, vary_together
 
 NO_FORWARD_MODE = (
-    "{}: only implementation='dense' can be differentiated in forward mode (jvp, jacfwd, "
+    "{}: only implementation='reference' can be differentiated in forward mode (jvp, jacfwd, "
     "linearize); all others have a reverse mode of their own (grad, vjp, and hessian over it)"
 )
 

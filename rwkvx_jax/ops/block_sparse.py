@@ -21,13 +21,13 @@ from rwkvx_jax.ops.attention_inputs import (
     known_or_rows,
     run_attention,
 )
+from rwkvx_jax.ops.attention_reference import sparse_attention_reference
 from rwkvx_jax.ops.block_sparse_masked import (
     masking_obstacle,
     masking_pays,
     sparse_attention_masked,
 )
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
-from rwkvx_jax.ops.dense_attention import sparse_attention_dense
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
 from rwkvx_jax.ops.full_attention import full_attention
@@ -60,7 +60,7 @@ def sparse_attention(
       q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
         last key are meaningless but finite.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
-      implementation: "dense" (float32 oracle, quadratic memory), "xla" (gathers chunk by chunk),
+      implementation: "reference" (float32, quadratic memory), "xla" (gathers chunk by chunk),
         "masked" (scores everything, for texts that are not long and chunks up to 512), "full" (full
         attention, where no selection is given and every chunk is read), "pallas", or None to
         choose by platform and shapes.
@@ -68,12 +68,12 @@ def sparse_attention(
 
     Returns:
       [B, Tq, H, V] in q's dtype. Scores and sums are float32. Differentiable in q, k, v in reverse
-      mode ("dense" in both); no gradient flows through the selection.
+      mode ("reference" in both); no gradient flows through the selection.
 
     Raises:
       ValueError: on shapes or dtypes that do not fit, chunk_size < 1, top_k < 1, a selector that
         does not fit the chunk, a named implementation that cannot run here, or forward-mode
-        differentiation of another than "dense".
+        differentiation of another than "reference".
     """
     check_chunking(chunk_size, top_k)
     check_selector(selector, chunk_size)
@@ -89,7 +89,7 @@ def sparse_attention(
         selection = select_chunks(q, k, **chunking, selector=selector)
     _check_selection(selection, q.shape, top_k)
     selection = selection.astype(jnp.int32)  # numbers of chunks may not fit where entries do
-    if chosen != "dense":
+    if chosen != "reference":
         q, k, v = reverse_only(NO_FORWARD_MODE.format("sparse_attention"), q, k, v)
     run = functools.partial(_IMPLEMENTATIONS[chosen], chunk_size=chunk_size, scale=scale)
     return run_attention(run, (q, k, v, selection), q_offset, check_vma=chosen != "pallas")
@@ -115,7 +115,7 @@ def _candidates(q, k, v, slots, chunk_size, q_offset, everything) -> list[Candid
         forms.reverse()
     if everything:
         forms.insert(0, Candidate("full"))
-    return [Candidate("pallas", ("tpu", "gpu"), problem), *forms, Candidate("dense")]
+    return [Candidate("pallas", ("tpu", "gpu"), problem), *forms, Candidate("reference")]
 
 
 def _kernels(platform: str):
@@ -138,5 +138,5 @@ _IMPLEMENTATIONS = {
     "pallas": _sparse_attention_pallas,
     "xla": sparse_attention_xla,
     "masked": sparse_attention_masked,
-    "dense": sparse_attention_dense,
+    "reference": sparse_attention_reference,
 }

@@ -19,7 +19,7 @@ from rwkvx_jax.ops.attention_inputs import (
     offset_of_rows,
     run_attention,
 )
-from rwkvx_jax.ops.dense_attention import full_attention_dense
+from rwkvx_jax.ops.attention_reference import full_attention_reference
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 from rwkvx_jax.ops.heads import map_heads
@@ -48,15 +48,15 @@ def full_attention(
       q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
         last key are meaningless but finite.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
-      implementation: "dense" (float32 oracle, quadratic memory), "blocked", "splash" (TPU),
+      implementation: "reference" (float32, quadratic memory), "blocked", "splash" (TPU),
         "cudnn" (GPU), or None to choose by platform, shapes and dtype.
 
     Returns:
-      [B, Tq, H, V] in q's dtype, differentiable in q, k, v in reverse mode ("dense" in both).
+      [B, Tq, H, V] in q's dtype, differentiable in q, k, v in reverse mode ("reference" in both).
 
     Raises:
       ValueError: on shapes or dtypes that do not fit, a named implementation that cannot run here,
-        or forward-mode differentiation of another than "dense".
+        or forward-mode differentiation of another than "reference".
     """
     check_attention_inputs(q, k, v, q_offset)
     scale = check_scale(scale, q.shape[-1])
@@ -64,13 +64,13 @@ def full_attention(
         Candidate("splash", ("tpu",), lambda _: _splash_obstacle(q, k, v, q_offset)),
         Candidate("cudnn", ("gpu",), lambda _: _cudnn_obstacle(q, k, v, q_offset)),
         Candidate("blocked"),
-        Candidate("dense"),
+        Candidate("reference"),
     )
     chosen = resolve("full_attention", implementation, candidates)
-    if chosen != "dense":
+    if chosen != "reference":
         q, k, v = reverse_only(NO_FORWARD_MODE.format("full_attention"), q, k, v)
     run = functools.partial(_IMPLEMENTATIONS[chosen], scale=scale)
-    return run_attention(run, (q, k, v), q_offset, check_vma=chosen in ("blocked", "dense"))
+    return run_attention(run, (q, k, v), q_offset, check_vma=chosen in ("blocked", "reference"))
 
 
 def _splash_obstacle(q, k, v, q_offset) -> str | None:
@@ -175,5 +175,5 @@ _IMPLEMENTATIONS = {
     "splash": _splash_attention,
     "cudnn": _cudnn_attention,
     "blocked": _blocked_attention,
-    "dense": full_attention_dense,
+    "reference": full_attention_reference,
 }

@@ -14,7 +14,7 @@ from rwkvx_jax.ops.placement import partitioned
 
 _NO_SECOND_REVERSE = (
     "attention: loops of data-dependent length have one reverse mode, not a second one over it; "
-    "use jax.hessian or jax.jvp of jax.grad, or implementation='dense'"
+    "use jax.hessian or jax.jvp of jax.grad, or implementation='reference'"
 )
 
 

@@ -65,7 +65,8 @@ def local(
 def partitioned(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
     """`fn(*arrays)`; over Auto mesh axes each device computes its own batch rows and heads.
 
-    Not differentiable where there are such axes.
+    Not on a TPU: its compiler has no custom partitioning, gathers the arrays and computes the whole
+    on every device. Not differentiable where there are such axes.
 
     Args:
       fn: function of the arrays, row by row and head by head; returns a tuple of arrays.
@@ -74,7 +75,9 @@ def partitioned(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
     mesh = _mesh_with(AxisType.Auto, arrays)
     if mesh is None or mesh.size == 1 or _axes_of(AxisType.Manual, mesh):
         return fn(*arrays)
-    return _split_by_compiler(fn, arrays)(*arrays)
+    split = _split_by_compiler(fn, arrays)
+    # Which compiler it will be is known when the program is lowered, not while it is traced.
+    return jax.lax.platform_dependent(*arrays, tpu=fn, default=split)
 
 
 def _split_by_compiler(fn, arrays):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import selection_tpu
+from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.ops.attention_inputs import (
     check_chunking,
     check_offset,
@@ -121,6 +122,12 @@ class Selector(NamedTuple):
 
 MEAN = Selector()
 """The paper's selector."""
+
+
+def selector_of(config: ModelConfig) -> Selector:
+    """The selector that a configuration names."""
+    parts = config.selector_blocks if config.selector in ("max", "pooled") else 1
+    return Selector(config.selector, parts)
 
 
 def chunk_key_sums(k: jax.Array, chunk_size: int) -> jax.Array:

@@ -15,14 +15,8 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress as Live
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pallas_kernels.chips import TPUS
 from rwkvx_jax.cli import command_line, parse_with_overrides
@@ -38,6 +32,7 @@ from rwkvx_jax.perf.programs import (
     train_program,
     train_size,
 )
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import check_fits, make_mesh
 from rwkvx_jax.storage import work_path, write_whole
 from rwkvx_jax.xla_flags import apply_xla_flags
@@ -148,16 +143,11 @@ def _sweep(flags: argparse.Namespace, config: Config) -> int:
         accumulations=flags.sweep_accumulation or (),
     )
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=len(candidates))
+    with Progress(console, len(candidates), "variants", ends=True) as bar:
 
         def say(done: int, what: str) -> None:
-            bar.update(task, completed=done, description=what)
-            if not console.is_terminal:
-                console.print(f"{done} of {len(candidates)} done; {what}", soft_wrap=True)
+            bar.describe(what)
+            bar.advance(done - bar.done)
 
         rows = sweep.sweep(config, stage, place, candidates, Path(flags.sweep), say=say)
     print(f"stage {stage.name} of {flags.config} on {flags.topology}: estimates; nothing ran.\n")
@@ -197,8 +187,6 @@ def _progress(text: str) -> Iterator[None]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     if not console.is_terminal:
         console.print(text, soft_wrap=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Live(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task(text, total=None)
         yield

@@ -52,7 +52,7 @@ def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
         )
 
     if run_and_step is not None:
-        return read_workdir(*run_and_step, target)[3]
+        return read_workdir(*run_and_step, target).params
     bad: dict[str, int] = {}
 
     def seen(name: str, array: np.ndarray) -> None:

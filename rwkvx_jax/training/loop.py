@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
 
 from pallas_kernels.chips import peak_flops
 from rwkvx_jax.checkpoint import check_resumable
@@ -18,16 +19,23 @@ from rwkvx_jax.config import Config, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.hosts import check_joined, first_does, host_rows, stop_signal
 from rwkvx_jax.model import Params
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
 from rwkvx_jax.storage import exclusive, make_folder, write_whole
 from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
 from rwkvx_jax.training.evaluate import check_targets, make_evaluator
 from rwkvx_jax.training.initial import load_initial_params
 from rwkvx_jax.training.memory import check_memory
-from rwkvx_jax.training.metrics import MetricsWriter, Reporter
+from rwkvx_jax.training.metrics import MetricsWriter
 from rwkvx_jax.training.model_flops import step_flops
 from rwkvx_jax.training.saver import Saver
-from rwkvx_jax.training.step import StageProgram, TrainState, initial_params, stage_program
+from rwkvx_jax.training.step import (
+    StageProgram,
+    TrainState,
+    from_stored_optimizer,
+    initial_params,
+    stage_program,
+)
 from rwkvx_jax.training.timing import RunClock
 from rwkvx_jax.training.trace import Trace
 from rwkvx_jax.training.under_way import Run, StepWatch, TrainingStopped, due, kept
@@ -102,27 +110,27 @@ def _fit(
         checkpoints = held.enter_context(
             Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=stage_ends(config))
         )
-        reporter = Reporter(active=jax.process_index() == 0)
+        console = _open_console()
         kind = mesh.devices.flat[0].device_kind
         hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
         start = _start(config, mesh, data, checkpoints, workdir, resume_step)
-        reporter.message(f"{mesh.size} {kind} device(s){hosts}, workdir {workdir}")
+        console.print(f"{mesh.size} {kind} device(s){hosts}, workdir {workdir}")
         if start is None and init_from is not None:
             initial_params = load_initial_params(init_from, config, mesh)
         if start is not None:
             for path in checkpoints.set_aside(after=start.step):
-                reporter.message(f"moved the checkpoint of a later step to {path}")
+                console.print(f"moved the checkpoint of a later step to {path}")
             stage, done = config.stages[start.position.stage].name, start.position.stage_step
-            reporter.message(
+            console.print(
                 f"continuing after step {start.step}: stage {stage}, {done} of its steps done"
             )
         writer = _prepare_records(config, workdir, 0 if start is None else start.step)
-        clock = _start_clock(writer, reporter, mesh, 0 if start is None else start.step)
+        clock = _start_clock(writer, console, mesh, 0 if start is None else start.step)
         trace = Trace(run, workdir)
         try:
             with closing(writer), closing(trace), stop_signal() as stopping:
                 saver = Saver(checkpoints, workdir, run.storage_patience)
-                parts = mesh, data, checkpoints, saver, writer, reporter, trace, clock, stopping
+                parts = mesh, data, checkpoints, saver, writer, console, trace, clock, stopping
                 reached = Position(0, 0) if start is None else start.position
                 progress = Run(config, workdir, *parts, reached)
                 try:
@@ -153,12 +161,9 @@ def _start(
     position = Position(progress["stage"], progress["stage_step"])
     program = stage_program(config, config.stages[position.stage], mesh)
     target = program.abstract_state()
-    params, optimizer = checkpoints.restore(
-        step, target.params, {"moments": target.opt_state, "guard": target.guard}
-    )
-    state = program.start(
-        params, optimizer["moments"], step=position.stage_step, guard=optimizer["guard"]
-    )
+    params, stored = checkpoints.restore(step, target.params, target.stored_optimizer())
+    opt_state, guard = from_stored_optimizer(stored)
+    state = program.start(params, opt_state, step=position.stage_step, guard=guard)
     return Start(step, position, program, state)
 
 
@@ -175,14 +180,20 @@ def _prepare_records(config: Config, workdir: Path, step: int) -> MetricsWriter:
     return writer
 
 
+def _open_console() -> Console:
+    """The standard output, where the first process says what happens; texts are no markup."""
+    quiet = jax.process_index() != 0
+    return Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 def _start_clock(
-    writer: MetricsWriter, reporter: Reporter, mesh: jax.sharding.Mesh, step: int
+    writer: MetricsWriter, console: Console, mesh: jax.sharding.Mesh, step: int
 ) -> RunClock:
     """The clock of a run that goes on after `step`."""
     kind = mesh.devices.flat[0].device_kind
     peak = peak_flops(kind)
     if peak is None:
-        reporter.message(f"unknown chip {kind!r}: model-flops utilisation (mfu) is not reported")
+        console.print(f"unknown chip {kind!r}: model-flops utilisation (mfu) is not reported")
     clock = RunClock(writer.before, peak and peak * mesh.size)
     if writer.before is None:  # so that time until the first checkpoint counts, too
         writer.write_timing(step, clock.totals())
@@ -209,7 +220,7 @@ def _run_stage(
     run: Run, program: StageProgram, state: TrainState, position: Position
 ) -> TrainState:
     config, stage = run.config, run.config.stages[position.stage]
-    run.reporter.message(
+    run.console.print(
         f"stage {stage.name}: {stage.steps} steps of {stage.global_batch} x {stage.seq_len} "
         f"tokens, {stage.trainable} parameters, loss {stage.loss}"
     )
@@ -222,10 +233,11 @@ def _run_stage(
     )
     evaluate = make_evaluator(config, stage, program, run.data, run.mesh)
     run.clock.start_stage(stage.global_batch * stage.seq_len, step_flops(config, stage))
-    run.reporter.start_stage(stage.name, position.stage_step, stage.steps)
-    watch = StepWatch(run, stage, position)
+    begun = position.stage_step
+    bar = Progress(run.console, stage.steps, "steps", stage.name, done=begun, ends=True)
+    watch = StepWatch(run, stage, position, bar)
     try:
-        with closing(iterator):
+        with bar, closing(iterator):
             while position.stage_step < stage.steps:
                 total = position.total(config)
                 run.trace.before(total)
@@ -236,10 +248,10 @@ def _run_stage(
                 position = position._replace(stage_step=position.stage_step + 1)
                 last = position.stage_step == stage.steps
                 watch.submit(position, metrics)
-                if last or total + 1 == due(total + 1, config.run.eval_every):
+                if last or due(total + 1, config.run.eval_every):
                     with watch.interrupted("evaluation"):
                         run.report_evaluation(total + 1, stage, evaluate(state.params))
-                save = total + 1 == due(total + 1, config.run.checkpoint_every)
+                save = due(total + 1, config.run.checkpoint_every)
                 stopping = run.stopping(total + 1)
                 if last or save or stopping or run.saver.retry_due():
                     with watch.interrupted("checkpoint"):  # a bad step is found before it is saved
@@ -251,7 +263,6 @@ def _run_stage(
                         "command continues"
                     )
     finally:
-        run.reporter.end_stage()
         watch.end()
     return state
 

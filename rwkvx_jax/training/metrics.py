@@ -1,101 +1,21 @@
-"""What a run reports: metrics.jsonl, timing.jsonl, TensorBoard, and a line or bar for people.
+"""What a run reports: metrics.jsonl, timing.jsonl, and TensorBoard.
 
 `metrics.jsonl` holds only what the computation determines, so that an interrupted run leaves the
 same bytes as an undisturbed one; wall-clock figures go to `timing.jsonl`. On resume both are cut
-back to the restored step.
+back to the restored step. Their lock is that of the work directory.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import json
-import logging
 import math
-import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from rwkvx_jax.storage import in_bucket, write_whole
+from rwkvx_jax.records import RecordFile, cut_back, last_with
+from rwkvx_jax.storage import in_bucket
 from rwkvx_jax.training.board import Board
 from rwkvx_jax.training.uploads import BucketLines
-
-_log = logging.getLogger(__name__)
-
-PLAIN_LINE_SECONDS = 10.0
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of a jsonl file whose "step" is beyond `step`.
-
-    A line that can't be read (of a full disk, or a machine that lost its power) is left out too,
-    with a warning that says what is lost; the file as it was stays beside it.
-
-    Raises:
-      OSError: it can't be read or written.
-    """
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    kept, lost, last = [], [], 0
-    for number, line in enumerate(data.splitlines(keepends=True), 1):
-        found = _step_of(line)
-        if found is not None and found > step:  # whole, or cut off by a kill
-            continue
-        if found is not None and line.endswith(b"\n") and _is_json(line):
-            kept.append(line)
-            last = found
-        else:
-            lost.append((number, last))
-    if lost:
-        _warn_of_lost_lines(path, data, lost, kept, step)
-    if (new := b"".join(kept)) != data:
-        write_whole(path, new)
-
-
-def _step_of(line: bytes) -> int | None:
-    """The step at the beginning of a record, whatever follows; None for anything else."""
-    match = re.match(rb'\{"step": (\d+)[,}]', line)
-    return None if match is None else int(match[1])
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _warn_of_lost_lines(
-    path: Path, data: bytes, lost: list[tuple[int, int]], kept: list[bytes], step: int
-) -> None:
-    copies = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
-    copy = next(name for name in copies if not name.exists())
-    write_whole(copy, data)
-    steps = sorted({_step_of(line) for line in kept} | {step + 1})
-    for number, before in lost:
-        after = steps[bisect.bisect_right(steps, before)]
-        _log.warning(
-            "%s, line %d can't be read: it is left out, and with it what it said of steps between "
-            "%d and %d; the file as it was is kept as %s",
-            path,
-            number,
-            before,
-            after,
-            copy.name,
-        )
-
-
-def _last_record(path: Path, field: str) -> dict[str, Any] | None:
-    """The last record of a jsonl file that has a field; None if there is none."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records = (json.loads(line) for line in reversed(lines))
-    return next((record for record in records if field in record), None)
 
 
 def _timing_tag(name: str) -> str:
@@ -103,23 +23,6 @@ def _timing_tag(name: str) -> str:
     if "_seconds" in name:
         return "time/" + name.replace("_seconds", "")
     return f"perf/{name}"
-
-
-class _Lines:
-    """A jsonl file on a disk, to append to."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("a")
-
-    def add(self, line: str) -> None:
-        self._file.write(line)
-        self._file.flush()
-
-    def upload(self) -> None:
-        """Nothing: it is there."""
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class MetricsWriter:
@@ -148,8 +51,8 @@ class MetricsWriter:
         paths = [workdir / "metrics.jsonl", workdir / "timing.jsonl"]
         for path in paths:
             cut_back(path, resume_step)
-        self.before = _last_record(paths[1], "wall_seconds")
-        kind = BucketLines if in_bucket(workdir) else _Lines
+        self.before = last_with(paths[1], "wall_seconds")
+        kind = BucketLines if in_bucket(workdir) else RecordFile
         self._metrics, self._timing = map(kind, paths)
         if not in_bucket(workdir):
             self._board = Board(workdir / "tensorboard", purge_step=resume_step + 1)
@@ -169,7 +72,7 @@ class MetricsWriter:
         # JSON knows no NaN and no infinity.
         known = lambda value: not isinstance(value, float) or math.isfinite(value)
         record = {key: value if known(value) else None for key, value in record.items()}
-        getattr(self, name).add(json.dumps(record, allow_nan=False) + "\n")
+        getattr(self, name).append([record])
         if self._board is not None:
             scalars = {
                 tag(key): value
@@ -186,47 +89,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._active:
-            self._metrics.close()
-            self._timing.close()
+            self._metrics.upload(last=True)
+            self._timing.upload(last=True)
         if self._board is not None:
             self._board.close()
-
-
-class Reporter:
-    """A progress bar on a terminal, a plain line every few seconds elsewhere."""
-
-    def __init__(self, *, active: bool):
-        self._console = Console(quiet=not active, highlight=False)
-        self._bar: Progress | None = None
-        self._task = None
-        self._last_line = 0.0
-
-    def message(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def start_stage(self, name: str, done: int, steps: int) -> None:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(name, total=steps, completed=done, text="compiling")
-        self._name, self._steps, self._last_line = name, steps, 0.0
-
-    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
-        elif time.monotonic() - self._last_line > PLAIN_LINE_SECONDS or done == self._steps:
-            self._last_line = time.monotonic()
-            self.message(f"{self._name} {done}/{self._steps}  {text}")
-
-    def end_stage(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

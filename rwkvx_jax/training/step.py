@@ -44,9 +44,9 @@ _NORM_MEMORY = 0.98  # of the running mean of the gradient norm: about 50 steps
 class Guard(NamedTuple):
     """What tells good steps from bad ones; starts afresh with each stage."""
 
-    usual_norm: jax.Array  # float32, running mean of the gradient norm; 0 before the first step
+    grad_norm_ema: jax.Array  # float32, running mean of the gradient norm; 0 before the first step
     skipped: jax.Array  # int32, bad steps of the stage
-    in_row: jax.Array  # int32, bad steps since the last good one
+    consecutive_skips: jax.Array  # int32, bad steps since the last good one
 
     @classmethod
     def start(cls) -> Guard:
@@ -64,13 +64,19 @@ class Guard(NamedTuple):
         """
         good = sound & jnp.isfinite(norm)
         if spike_factor:
-            good &= (self.usual_norm == 0) | (norm <= spike_factor * self.usual_norm)
-        mean = _NORM_MEMORY * self.usual_norm + (1 - _NORM_MEMORY) * norm
-        mean = jnp.where(self.usual_norm == 0, norm, mean)
+            good &= (self.grad_norm_ema == 0) | (norm <= spike_factor * self.grad_norm_ema)
+        mean = _NORM_MEMORY * self.grad_norm_ema + (1 - _NORM_MEMORY) * norm
+        mean = jnp.where(self.grad_norm_ema == 0, norm, mean)
         bad = 1 - good.astype(jnp.int32)
         return good, Guard(
-            jnp.where(good, mean, self.usual_norm), self.skipped + bad, bad * (self.in_row + 1)
+            jnp.where(good, mean, self.grad_norm_ema),
+            self.skipped + bad,
+            bad * (self.consecutive_skips + 1),
         )
+
+
+# Of the fields of a guard, in checkpoints; other names would not read those that exist.
+STORED_GUARD = ("usual_norm", "skipped", "in_row")
 
 
 class TrainState(NamedTuple):
@@ -80,6 +86,17 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any  # of the trainable parameters only
     guard: Guard
+
+    def stored_optimizer(self) -> dict[str, Any]:
+        """`opt_state` and `guard` under the names by which checkpoints hold them."""
+        names = dict(zip(Guard._fields, STORED_GUARD, strict=True))
+        guard = {names[field]: value for field, value in self.guard._asdict().items()}
+        return {"moments": self.opt_state, "guard": guard}
+
+
+def from_stored_optimizer(stored: dict[str, Any]) -> tuple[Any, Guard]:
+    """`opt_state` and `guard` of `TrainState.stored_optimizer`."""
+    return stored["moments"], Guard(*(stored["guard"][name] for name in STORED_GUARD))
 
 
 def split_trainable(params: Params, trainable: str) -> tuple[Params, Params]:
@@ -267,7 +284,7 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
             "learning_rate": jnp.asarray(rate, jnp.float32),
             "without_target": jnp.sum(targets == 0),
             "skipped": guard.skipped,
-            "in_row": guard.in_row,
+            "consecutive_skips": guard.consecutive_skips,
             "finite_update": finite_update,
         }
         return state, metrics

@@ -12,16 +12,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from rwkvx_jax.checkpoint import progress_record
 from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import Config, Stage, UserError
 from rwkvx_jax.data.pipeline import OpenData
 from rwkvx_jax.hosts import global_batch
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import batch_sharding
 from rwkvx_jax.training.bad_steps import explain_bad_step
 from rwkvx_jax.training.curriculum import Position, stage_ends
-from rwkvx_jax.training.metrics import MetricsWriter, Reporter
+from rwkvx_jax.training.metrics import MetricsWriter
 from rwkvx_jax.training.saver import Saver
 from rwkvx_jax.training.step import TrainState
 from rwkvx_jax.training.timing import RunClock
@@ -44,7 +46,7 @@ class Run:
     checkpoints: Checkpoints
     saver: Saver
     writer: MetricsWriter
-    reporter: Reporter
+    console: Console
     trace: Trace
     clock: RunClock
     stopping: Callable[[int], str]  # steps done -> signal because of which to save and stop
@@ -52,9 +54,8 @@ class Run:
 
     def save(self, position: Position, state: TrainState, *, wait: bool) -> None:
         record = progress_record(self.config, *position, self.data.fingerprint)
-        optimizer = {"moments": state.opt_state, "guard": state.guard}
         step = position.total(self.config)
-        self.saver.save(step, state.params, optimizer, record, wait=wait)
+        self.saver.save(step, state.params, state.stored_optimizer(), record, wait=wait)
 
     def save_records(self, step: int) -> None:
         """To be called with each checkpoint: what a resume reads beside it."""
@@ -65,11 +66,11 @@ class Run:
         if values:
             self.writer.write(step, stage.name, values, group="eval")
             text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            self.reporter.message(f"step {step} ({stage.name}): {text}")
+            self.console.print(f"step {step} ({stage.name}): {text}")
 
     def report_end(self) -> None:
         done, tokens = self.reached.total(self.config), self.reached.tokens(self.config)
-        self.reporter.message(
+        self.console.print(
             f"{done:,} of {stage_ends(self.config)[-1]:,} steps done, {tokens:,} tokens; "
             f"{self.clock.summary()}; {kept(self.checkpoints)} in {self.workdir}"
         )
@@ -82,16 +83,16 @@ def kept(checkpoints: Checkpoints) -> str:
     return f"the last checkpoint is of step {step}"
 
 
-def due(step: int, every: int) -> int:
-    """`step` if it is a multiple of `every`, else -1 (0 = never)."""
-    return step if every and step % every == 0 else -1
+def due(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every` (0: never)."""
+    return every > 0 and step % every == 0
 
 
 class StepWatch:
     """Looks at each step's metrics one step late, so that looking never stalls the device."""
 
-    def __init__(self, run: Run, stage: Stage, position: Position):
-        self._run, self._stage = run, stage
+    def __init__(self, run: Run, stage: Stage, position: Position, bar: Progress):
+        self._run, self._stage, self._bar = run, stage, bar
         self._pending: tuple[Position, dict[str, Any]] | None = None
         self._sharding = batch_sharding(run.mesh, stage.global_batch)
         self._clock = time.perf_counter()
@@ -146,13 +147,15 @@ class StepWatch:
         self._run.reached = position
         finite_update = bool(values.pop("finite_update"))
         self._count_without_target(total, values)
-        if in_row := int(values.pop("in_row")):
-            self._handle_bad_step(total, values, in_row, finite_update)
-        self._run.clock.step(seconds, self._compiling, kept=not in_row)
-        self._compiling = 0.0
+        if skips := int(values.pop("consecutive_skips")):
+            self._handle_bad_step(total, values, skips, finite_update)
+        self._run.clock.step(seconds, self._compiling, kept=not skips)
+        first, self._compiling = self._compiling > 0, 0.0
         rate = self._stage.seq_len * self._stage.global_batch / seconds
-        self._run.reporter.step(position.stage_step, values["loss"], rate)
-        if total == due(total, self._run.config.run.log_every) or in_row:
+        self._bar.advance(1, f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s")
+        if first:
+            self._bar.start_clock()
+        if due(total, self._run.config.run.log_every) or skips:
             if values["without_target"] == self._stage.global_batch:
                 del values["loss"], values["objective"]  # there is none
             values["tokens_seen"] = position.tokens(self._run.config)
@@ -163,7 +166,7 @@ class StepWatch:
         """Counts samples that add nothing to the loss, and says so at the first."""
         count, batch = int(values["without_target"]), self._stage.global_batch
         if count and not self._without_target:
-            self._run.reporter.message(
+            self._run.console.print(
                 f"{count} of the {batch} samples of step {total} have no target: their answers lie "
                 f"beyond seq_len {self._stage.seq_len}, or they have none"
             )
@@ -173,16 +176,16 @@ class StepWatch:
         """To be called at the end of the stage."""
         self._dog.close()
         if self._without_target:
-            self._run.reporter.message(
+            self._run.console.print(
                 f"{self._without_target} samples of stage {self._stage.name} had no target"
             )
 
     def _handle_bad_step(
-        self, total: int, values: dict[str, float], in_row: int, finite_update: bool
+        self, total: int, values: dict[str, float], skips: int, finite_update: bool
     ) -> None:
         kind, advice = explain_bad_step(values, self._stage, total, finite_update)
         run = self._run.config.run
-        if run.bad_step == "stop" or in_row > run.max_skipped:
+        if run.bad_step == "stop" or skips > run.max_skipped:
             with contextlib.suppress(CheckpointFailed):  # that the step is bad says more
                 self._run.checkpoints.wait()
             remedy = "continue past single bad steps with --run.bad-step skip"
@@ -192,4 +195,4 @@ class StepWatch:
                 f"{kind} (stage {self._stage.name}); parameters were not changed by it, "
                 f"{kept(self._run.checkpoints)}. {advice}, or {remedy}"
             )
-        self._run.reporter.message(f"skipped a step: {kind}")
+        self._run.console.print(f"skipped a step: {kind}")

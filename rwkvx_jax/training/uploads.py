@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rwkvx_jax.records import RecordFile, as_text
 from rwkvx_jax.storage import bucket_errors, write_whole
 
 _log = logging.getLogger(__name__)
@@ -15,7 +18,7 @@ UPLOAD_SECONDS = 60.0
 _WAIT_SECONDS = 5.0  # for an upload, which a bucket that answers needs less for
 
 
-class BucketLines:
+class BucketLines(RecordFile):
     """A file that grows: all of it is written again, now and then and in `upload`.
 
     An upload that fails is told, and made good by the next one: it never ends a run. It is waited
@@ -28,17 +31,28 @@ class BucketLines:
         Raises:
           OSError: it can't be read.
         """
-        self._path, self._thread, self._failed = path, None, False
+        super().__init__(path)
+        self._thread, self._failed = None, False
         with bucket_errors(path):
             self._text = path.read_text() if path.exists() else ""
         self._begun = time.monotonic()
 
-    def add(self, line: str) -> None:
-        self._text += line
+    def append(self, values: Sequence[Any]) -> None:
+        self._text += "".join(f"{as_text(value)}\n" for value in values)
         if time.monotonic() - self._begun > UPLOAD_SECONDS:
             self.upload()
 
-    def upload(self) -> None:
+    def upload(self, *, last: bool = False) -> None:
+        """Writes what was appended; `last`: waits for it, if the bucket answered before."""
+        if not last:
+            self._upload()
+            return
+        if self._thread is not None and not self._failed:
+            self._thread.join()
+        self._upload()
+        self._thread.join(_WAIT_SECONDS if self._failed else None)
+
+    def _upload(self) -> None:
         if self._thread is not None and not self._failed:
             self._thread.join(_WAIT_SECONDS)  # it may be of an older text
         if self._thread is None or not self._thread.is_alive():
@@ -48,15 +62,9 @@ class BucketLines:
         if not self._failed:
             self._thread.join(_WAIT_SECONDS)
 
-    def close(self) -> None:
-        if self._thread is not None and not self._failed:
-            self._thread.join()
-        self.upload()
-        self._thread.join(_WAIT_SECONDS if self._failed else None)
-
     def _put(self, text: str) -> None:
         try:
-            write_whole(self._path, text.encode())
+            write_whole(self.path, text.encode())
             self._failed = False
         except OSError as error:
             self._failed = True

@@ -1,0 +1,33 @@
+"""Token shift: each token beside the one before it, across borders of pieces and of devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rwkvx_jax.modules import context
+from rwkvx_jax.sharding import sequence_parts
+
+
+def previous_token(
+    h: jax.Array,  # [B, T, D]
+    shift: jax.Array | None,  # [B, D], the input before h, or None: zeros
+) -> jax.Array:
+    """h moved one step later in time: [B, T, D], beginning with `shift`."""
+    if shift is None and sequence_parts(h.shape[1]) > 1:
+        return context.previous_token(h)
+    first = jnp.zeros_like(h[:, :1]) if shift is None else shift[:, None].astype(h.dtype)
+    return jnp.concatenate([first, h[:, :-1]], axis=1)
+
+
+def last_valid(
+    h: jax.Array,  # [B, T, D]
+    shift: jax.Array | None,  # [B, D]
+    lengths: jax.Array | None,  # [B], valid tokens of each row, or None: all
+) -> jax.Array:
+    """The last valid row of h, [B, D]; `shift` where a row has none."""
+    if lengths is None:
+        return h[:, -1]
+    last = jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    before = jnp.zeros_like(last) if shift is None else shift.astype(h.dtype)
+    return jnp.where((lengths > 0)[:, None], last, before)

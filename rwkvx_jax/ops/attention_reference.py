@@ -1,0 +1,38 @@
+"""Float32 oracles of the attention ops: a whole [Tq, Tk] mask and a plain softmax, for tests."""
+
+import jax
+import jax.numpy as jnp
+
+from rwkvx_jax.ops.attention_inputs import query_positions
+
+
+def sparse_attention_reference(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+    """Oracle of `block_sparse.sparse_attention`, with the arguments of its XLA form."""
+    batch, length = q.shape[:2]
+    keys = jnp.arange(k.shape[1])
+    positions = query_positions(q_offset, batch, length)  # [B, Tq]
+    own = positions // chunk_size
+    past = jnp.where(selection < own[:, :, None, None], selection, -1)
+    chosen = past[..., None] == (keys // chunk_size)[None, None, None, None, :]
+    visible = chosen.any(axis=3).transpose(0, 2, 1, 3)  # [B, H, Tq, Tk]
+    causal = keys[None, None, :] <= positions[:, :, None]
+    same = (keys // chunk_size)[None, None, :] == own[:, :, None]
+    visible |= (causal & same)[:, None]
+    return _masked_softmax_attention(q, k, v, visible, scale)
+
+
+def full_attention_reference(q, k, v, *, scale, q_offset=0):
+    """Oracle of `full_attention.full_attention`."""
+    positions = query_positions(q_offset, q.shape[0], q.shape[1])
+    causal = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
+    return _masked_softmax_attention(q, k, v, causal[:, None], scale)
+
+
+def _masked_softmax_attention(q, k, v, visible, scale):
+    high = jax.lax.Precision.HIGHEST
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    scores = jnp.einsum("bthk,bshk->bhts", q32, k32, precision=high) * scale
+    scores = jnp.where(visible, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bhts,bshv->bthv", weights, v32, precision=high)
+    return out.astype(q.dtype)

@@ -1,0 +1,133 @@
+"""Prefill times: what is timed, the crossover, resumption, errors, the command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkvx_jax.config import ConfigError, RunConfig
+from rwkvx_jax.evals import prefill_speed
+from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, measure, open_results
+from rwkvx_jax.evals.report import read_results
+from rwkvx_jax.evals.speed import TIMED
+from tests.evals.eval_models import QUIET, TINY, run_command, write_checkpoint
+
+
+def rows(kind, times):
+    return [{"kind": kind, "length": n, "seconds": s} for n, s in times.items()]
+
+
+def test_crossover():
+    full = rows("full", {100: 1.0, 200: 4.0, 400: 16.0})
+    assert crossover(full + rows("sparse", {100: 2.0, 200: 4.0, 400: 8.0})) == pytest.approx(200)
+    later = crossover(full + rows("sparse", {100: 2.0, 200: 5.0, 400: 8.0}))
+    a, b = np.log(4 / 5), np.log(2)
+    assert later == pytest.approx(200 * 2 ** (-a / (b - a))) and 200 < later < 400
+    assert crossover(full + rows("sparse", {100: 0.5, 200: 1, 400: 2})) == 100
+    assert crossover(full + rows("sparse", {100: 2, 200: 5, 400: 17})) is None
+    assert crossover(full) is None
+    twice = rows("sparse", {100: 0.5, 200: 5.0, 400: 8.0})  # ahead, behind, ahead: the last counts
+    assert 200 < crossover(full + twice) < 400
+
+
+class FakeReader:
+    """Notes what is read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __call__(self, config, run, params, piece, rows):
+        kind = "full" if config.attention == "full" else "sparse"
+        kind = "rwkv" if not config.num_attention_blocks else kind
+
+        def read(tokens):
+            self.read.append((kind, len(tokens)))
+            return len(tokens) / 1000
+
+        return read
+
+
+def test_rows_are_measured_once(tmp_path):
+    options = PrefillOptions(output=tmp_path, lengths=(20, 10, 40), repeats=2, full_limit=20)
+    results = open_results(options, RunConfig(), TINY)
+    run = lambda options, reader: measure(options, TINY, RunConfig(), {}, results, QUIET, reader)
+    first = FakeReader()
+    run(options, first)
+    lengths = {"sparse": (10, 20, 40), "rwkv": (10, 20, 40), "full": (10, 20)}
+    expected = [(k, n) for k, own in lengths.items() for n in (10, *(n for n in own for _ in "ab"))]
+    assert first.read == expected  # the first reading of each model compiles
+    (model,) = read_results(tmp_path / "prefill.jsonl")["models"]
+    assert model["trials"] == results.trials(TIMED) and len(model["trials"]) == 8
+    assert model["trials"][-3] == {
+        "kind": "sparse",
+        "length": 10,
+        "seconds": 0.01,
+        "samples": [0.01, 0.01],
+    }
+    again = FakeReader()
+    run(options, again)
+    assert again.read == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"piece": 0}, "--piece is 0"),
+        ({"repeats": 0}, "--repeats is 0"),
+        ({"kinds": ()}, "--kinds"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        PrefillOptions(output=Path("x"), **flags)
+    with pytest.raises(ConfigError, match="--lengths is"):
+        PrefillOptions(output=Path("x"), lengths=(0, 5))
+
+
+@pytest.mark.thorough
+def test_command(tmp_path, monkeypatch, capsys):
+    checkpoint = write_checkpoint(tmp_path / "tiny.safetensors")
+    flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--lengths", "16,40"]
+    flags += ["--piece", 16, "--repeats", 1, "--kinds", "sparse", "full"]
+    run_command(monkeypatch, "prefill", *flags)
+    assert "full / sparse" in capsys.readouterr().out
+    (model,) = read_results(tmp_path / "prefill.jsonl")["models"]
+    assert [(r["kind"], r["length"]) for r in model["trials"]] == [
+        ("full", 16),
+        ("full", 40),
+        ("sparse", 16),
+        ("sparse", 40),
+    ]
+    assert (tmp_path / "prefill.png").stat().st_size > 10_000
+    monkeypatch.setattr(prefill_speed, "measure", lambda *_: None)
+    run_command(monkeypatch, "prefill", *flags)
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "prefill", *flags[:-5], "--repeats", 2)
+    assert "repeats: 1 -> 2" in capsys.readouterr().err
+
+
+def test_rows_of_two_processes_are_kept(tmp_path):
+    options = PrefillOptions(output=tmp_path)
+    open_file = lambda: open_results(options, RunConfig(), TINY)
+    first, second = open_file(), open_file()
+    first.add(TIMED, rows("sparse", {10: 1.0}))
+    second.add(TIMED, rows("sparse", {10: 2.0, 20: 2.0}))
+    assert [row["seconds"] for row in open_file().trials(TIMED)] == [1.0, 2.0]
+    assert first.finished(TIMED) == {("sparse", 10)}
+    with (tmp_path / "prefill.jsonl").open("a") as file:
+        file.write("[3]\n")
+    with pytest.raises(ConfigError, match="another shape than a results file"):
+        open_file()
+
+
+def test_prompts_beyond_the_memory_are_refused(tmp_path, monkeypatch, capsys):
+    flags = ["--output", tmp_path, "--width", 64, "--vocab-size", 99, "--num-blocks", 4]
+    for more, message in (
+        (["--lengths", 10**12], "a prompt of 1,000,000,000,000 tokens"),
+        (["--piece", 10**12], "read 1,000,000,000,000 at once"),
+        (["--num-blocks", 10**9], "1,000,000,004 blocks of width 64"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command(monkeypatch, "prefill", *flags, *more)
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,180 @@
+"""The train step: accumulation, frozen parameters, bad steps, one compilation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkvx_jax.checkpoint import flat
+from rwkvx_jax.config import LongCEConfig, OptimizerConfig
+from rwkvx_jax.training.step import Guard, from_stored_optimizer, stage_program
+from tests.helpers import assert_close
+from tests.model_cases import random_params
+from tests.training.training_cases import (
+    CURRICULUM,
+    MODEL,
+    STAGES,
+    one_device_mesh,
+    random_batch,
+    same_bits,
+)
+
+# Without clipping the first moment after one step is 0.1 times the gradient.
+CONFIG = dataclasses.replace(CURRICULUM, optimizer=OptimizerConfig(clip_norm=0.0))
+ALL = dataclasses.replace(STAGES[2], seq_len=24)
+TIME = 24
+
+
+def make(stage):
+    mesh = one_device_mesh()
+    return stage_program(CONFIG, stage, mesh)
+
+
+def run(program, batch):
+    """One step from the same parameters: the state after it and the metrics."""
+    state = program.start(random_params(MODEL), None)
+    return program.train_step(state, jax.tree.map(jnp.asarray, batch))
+
+
+def gradients(state):
+    return next(s for s in state.opt_state if hasattr(s, "mu")).mu
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return make(ALL)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch(8, TIME)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("average", ["token", pytest.param("sample", marks=pytest.mark.slow)])
+def test_accumulation_is_the_big_batch(whole, batch, average):
+    stage = dataclasses.replace(ALL, loss_average=average)
+    big = whole if average == "token" else make(stage)
+    state, metrics = run(big, batch)
+    parts_state, parts_metrics = run(make(dataclasses.replace(stage, accumulation=4)), batch)
+    for name in ("loss", "objective", "grad_norm"):
+        assert_close(parts_metrics[name], metrics[name], rel=1e-5, name=name)
+    for (name, found), (_, expected) in zip(
+        flat(gradients(parts_state)), flat(gradients(state)), strict=True
+    ):
+        assert_close(found, expected, rel=1e-5, name=name)
+
+
+@pytest.mark.slow
+def test_longce_accumulates_too(batch):
+    stage = dataclasses.replace(ALL, loss="longce", longce=LongCEConfig(5, 4))
+    state, metrics = run(make(stage), batch)
+    parts_state, parts_metrics = run(make(dataclasses.replace(stage, accumulation=2)), batch)
+    assert metrics["objective"] != metrics["loss"]
+    assert_close(parts_metrics["objective"], metrics["objective"], rel=1e-5)
+    for found, expected in zip(
+        *map(jax.tree.leaves, (gradients(parts_state), gradients(state))), strict=True
+    ):
+        assert_close(found, expected, rel=2e-5)
+
+
+def test_one_compilation_and_an_exact_second_start(whole, batch):
+    params = random_params(MODEL)
+    state = whole.start(params, None)
+    batch = jax.tree.map(jnp.asarray, batch)
+    for _ in range(3):
+        state, _ = whole.train_step(state, batch)
+    # As after a restart: host arrays and a step that is not 0.
+    host = jax.device_get(state)
+    again = whole.start(host.params, host.opt_state, step=3, guard=host.guard)
+    first, _ = whole.train_step(state, batch)
+    second, _ = whole.train_step(again, batch)
+    assert same_bits(first, second) and int(second.step) == 4
+    assert whole.train_step._cache_size() == 1
+
+
+def test_a_bad_step_changes_nothing_and_is_counted(whole, batch):
+    state = whole.start(random_params(MODEL), None)
+    good = jax.tree.map(jnp.asarray, batch)
+    bad = {**good, "mask": good["mask"].at[0, 0].set(jnp.nan)}
+    state, metrics = whole.train_step(state, good)
+    before = jax.device_get(state)
+    for count in (1, 2):
+        state, metrics = whole.train_step(state, bad)
+        assert not np.isfinite(metrics["objective"])
+        assert (int(metrics["consecutive_skips"]), int(metrics["skipped"])) == (count, count)
+    assert same_bits(before.params, state.params) and same_bits(before.opt_state, state.opt_state)
+    state, metrics = whole.train_step(state, good)
+    assert (int(metrics["consecutive_skips"]), int(metrics["skipped"])) == (0, 2)
+    assert not same_bits(before.params, state.params)
+
+
+@pytest.mark.thorough
+def test_preheat_holds_nothing_for_frozen_parameters(batch):
+    program = make(dataclasses.replace(STAGES[1], seq_len=TIME))
+    params = random_params(MODEL)
+    state, _ = run(program, batch)
+    trained = {name for name, _ in flat(params) if name.startswith("attention_blocks.")}
+    assert {
+        f"attention_blocks.{n}" for n, _ in flat(gradients(state)["attention_blocks"])
+    } == trained
+    arrays = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(arrays) == 2 * len(trained)  # two moments each, nothing else
+    for (name, before), (_, after) in zip(flat(params), flat(state.params), strict=True):
+        changed = np.asarray(before).tobytes() != np.asarray(after).tobytes()
+        assert changed == (name in trained), name
+
+
+def test_an_update_that_is_not_finite_never_reaches_the_parameters(whole, batch):
+    """Loss and gradient are finite; what the optimizer makes of them is not."""
+    state = whole.start(random_params(MODEL), None)
+    batch = jax.tree.map(jnp.asarray, batch)
+    state, metrics = whole.train_step(state, batch)
+    assert metrics["finite_update"] and int(metrics["without_target"]) == 1  # of `random_batch`
+    position = next(i for i, s in enumerate(state.opt_state) if hasattr(s, "nu"))
+    adam = state.opt_state[position]
+    # As an eps that a device takes for 0 would: a root of a second moment of about 0.
+    second = jax.tree.map(lambda nu: jnp.full_like(nu, -1e30), adam.nu)
+    opt_state = (*state.opt_state[:position], adam._replace(nu=second))
+    opt_state += state.opt_state[position + 1 :]
+    before = jax.device_get(state.params)
+    state, metrics = whole.train_step(state._replace(opt_state=opt_state), batch)
+    assert np.isfinite(metrics["objective"]) and np.isfinite(metrics["grad_norm"])
+    assert not metrics["finite_update"] and int(metrics["consecutive_skips"]) == 1
+    assert same_bits(before, state.params)
+
+
+def test_a_batch_without_targets_changes_nothing(whole, batch):
+    state = whole.start(random_params(MODEL), None)
+    state, _ = whole.train_step(state, jax.tree.map(jnp.asarray, batch))
+    before = jax.device_get(state)
+    nothing = {**batch, "mask": np.zeros_like(batch["mask"])}
+    state, metrics = whole.train_step(state, jax.tree.map(jnp.asarray, nothing))
+    assert (int(metrics["without_target"]), int(metrics["consecutive_skips"])) == (8, 1)
+    assert same_bits(before.params, state.params) and same_bits(before.opt_state, state.opt_state)
+
+
+def test_guard_knows_spikes_from_ordinary_steps():
+    guard = Guard.start()
+    sound = jnp.bool_(True)
+    for norm in (2.0, 3.0, 1.0):
+        good, guard = guard.watch(sound, jnp.float32(norm), 10.0)
+        assert good
+    usual = float(guard.grad_norm_ema)
+    assert 1.9 < usual < 2.1
+    good, after = guard.watch(sound, jnp.float32(10.1 * usual), 10.0)
+    assert not good and float(after.grad_norm_ema) == usual and int(after.skipped) == 1
+    assert guard.watch(sound, jnp.float32(9.9 * usual), 10.0)[0]
+    assert guard.watch(sound, jnp.float32(1e6), 0.0)[0]  # turned off
+    assert not guard.watch(jnp.bool_(False), jnp.float32(1.0), 0.0)[0]
+    assert not guard.watch(sound, jnp.float32(jnp.inf), 0.0)[0]
+
+
+def test_checkpoints_hold_the_optimizer_under_the_names_that_existing_ones_have(whole):
+    state = whole.abstract_state()
+    stored = state.stored_optimizer()
+    assert stored.keys() == {"moments", "guard"}
+    assert list(stored["guard"]) == ["usual_norm", "skipped", "in_row"]
+    assert from_stored_optimizer(stored) == (state.opt_state, state.guard)
