@@ -9,21 +9,14 @@ from typing import Any
 import tyro
 
 from rwkvx_jax.cli import command_line, settle_platform
-from rwkvx_jax.evals import (
-    long_loss,
-    niah,
-    passkey,
-    prefill_speed,
-    report,
-    selection,
-    short_context,
-    speed,
-)
+from rwkvx_jax.evals import prefill_speed, report, speed
+from rwkvx_jax.evals.short import task as short
+from rwkvx_jax.evals.tasks import long_loss, niah, passkey, selection
 
 TASKS = {
     "passkey": (passkey.PasskeyOptions, passkey.run),
     "niah": (niah.NiahOptions, niah.run),
-    "short": (short_context.ShortOptions, short_context.run),
+    "short": (short.ShortOptions, short.run),
     "long-loss": (long_loss.LongLossOptions, long_loss.run),
     "report": (report.ReportOptions, report.run),
     "selection": (selection.SelectionOptions, selection.run),

@@ -20,19 +20,19 @@ import numpy as np
 from lm_eval.api.instance import Instance
 
 from rwkvx_jax.config import ModelConfig, RunConfig
-from rwkvx_jax.evals.common import Subject
-from rwkvx_jax.evals.harness import AnswerFile, HarnessModel
-from rwkvx_jax.evals.scoring import score_places
-from rwkvx_jax.evals.short_context import ShortOptions, load_tasks
+from rwkvx_jax.evals.models import EvalModel
+from rwkvx_jax.evals.short.harness import AnswerFile, HarnessModel
+from rwkvx_jax.evals.short.scoring import score_places
+from rwkvx_jax.evals.short.task import ShortOptions, load_tasks
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 
 ROUNDS = 3
 
 
-def one_by_one(subject: Subject, requests: list[tuple[list[int], list[int]]]):
+def one_by_one(tested: EvalModel, requests: list[tuple[list[int], list[int]]]):
     """A function that answers all requests, each by a forward pass of its own."""
-    model, params = abstract_model(subject.config, subject.run), jax.device_put(subject.params)
+    model, params = abstract_model(tested.config, tested.run), jax.device_put(tested.params)
     lengths = [len(context) + len(continuation) - 1 for context, continuation in requests]
     classes = np.unique(np.ceil(np.quantile(lengths, np.linspace(0.125, 1, 8)))).astype(int)
     most = max(len(continuation) for _, continuation in requests)
@@ -72,7 +72,7 @@ def main() -> None:
     config = dataclasses.replace(ModelConfig.tiny(), vocab_size=tokenizer.vocab_size)
     run = RunConfig(compute_dtype="float32")
     params = jax.device_get(get_params(create_model(config, run)))
-    subject = Subject("tiny", config, run, params, tokenizer, "", None, None)
+    tested = EvalModel("tiny", config, run, params, tokenizer, "", None, None)
     options = ShortOptions(
         checkpoint=(Path("-"),), output=Path("-"), data_dir=args.data_dir, tasks=tuple(args.tasks)
     )
@@ -84,20 +84,20 @@ def main() -> None:
         found["all"] = [request for own in found.values() for request in own]
     with tempfile.TemporaryDirectory() as folder:
         for name, texts in found.items():
-            compare(subject, name, texts, Path(folder) / name)
+            compare(tested, name, texts, Path(folder) / name)
 
 
-def compare(subject: Subject, name: str, texts: list[tuple[str, str]], folder: Path) -> None:
+def compare(tested: EvalModel, name: str, texts: list[tuple[str, str]], folder: Path) -> None:
     """Prints a line: seconds and requests a second of both ways, and how far they differ."""
-    encode = subject.tokenizer.encode
+    encode = tested.tokenizer.encode
     requests = []
     for context, continuation in texts:
         head = encode("\n" + context).tolist()
         requests.append((head, encode("\n" + context + continuation).tolist()[len(head) :]))
     instances = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
     answers = AnswerFile(folder / "warm")
-    model = HarnessModel(subject, answers, piece=2048)
-    alone = one_by_one(subject, requests)
+    model = HarnessModel(tested, answers, prefill_chunk=2048)
+    alone = one_by_one(tested, requests)
     expected, found = alone(), [value for value, _ in model.loglikelihood(instances)]
     seconds = [np.inf, np.inf]
     for i in range(ROUNDS):

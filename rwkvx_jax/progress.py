@@ -87,6 +87,13 @@ class Progress:
             line = f"{self._name}: {self._amount()}{text and ', ' + text}{self._left(now)}"
             self._console.print(line, soft_wrap=True, markup=False)
 
+    def restart(self, name: str, total: int) -> None:
+        """Begins with another piece of work, of which nothing is done."""
+        self._name, self._total, self.done, self._text, self._start = name, total, 0, "", None
+        if self._bar is not None:
+            fields = {"amount": self._amount(), "text": ""}
+            self._bar.reset(self._task, total=total, description=name, **fields)
+
     def start_clock(self) -> None:
         """Estimates from what comes now on: what was done before was mostly compilation."""
         self._start = time.monotonic(), self.done

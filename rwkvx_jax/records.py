@@ -117,6 +117,22 @@ def read_bytes(path: Path, remedy: str = _REMEDY) -> bytes:
         raise ConfigError(f"{path} is damaged ({error}): {remedy}") from error
 
 
+def head(path: Path, size: int) -> bytes:
+    """The first bytes of a file, unpacked if its name ends in .gz.
+
+    Raises:
+      ConfigError: a compressed file that is damaged.
+      OSError: it can't be read.
+    """
+    with bucket_errors(path), path.open("rb") as file:
+        if not path.name.endswith(".gz"):
+            return file.read(size)
+        try:
+            return gzip.GzipFile(fileobj=file).read(size)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ConfigError(f"{path} is damaged ({error}): {_REMEDY}") from error
+
+
 def _values(path: Path, whole: bytes, first: int, remedy: str) -> Iterator[Any]:
     for number, line in enumerate(whole.splitlines(), first):
         yield parse(line, f"{path}, line {number}", remedy)

@@ -12,15 +12,17 @@ import urllib.parse
 import jax
 import pytest
 
+from rwkvx_jax import records
 from rwkvx_jax.checkpoint import load_checkpoint, read_workdir
 from rwkvx_jax.config import ConfigError, MeshConfig
 from rwkvx_jax.convert.__main__ import main as convert
 from rwkvx_jax.convert.own import write_own_safetensors
 from rwkvx_jax.digest import flat
-from rwkvx_jax.evals.common import check_output
-from rwkvx_jax.evals.figures import new_figure
-from rwkvx_jax.evals.figures import save as save_figure
+from rwkvx_jax.evals.models import check_output
+from rwkvx_jax.evals.plots import new_figure
+from rwkvx_jax.evals.plots import save as save_figure
 from rwkvx_jax.model import get_params
+from rwkvx_jax.records import RecordFile
 from rwkvx_jax.storage import (
     append,
     files_below,
@@ -101,6 +103,14 @@ def test_a_model_goes_through_a_bucket(folder, tmp_path, capfd):
 
 def test_results_of_evaluations(folder):
     check_output(folder)
+    first, second = RecordFile(folder / "x.jsonl"), RecordFile(folder / "x.jsonl")
+    for i, file in enumerate((first, second, first)):
+        with file.locked():
+            file.new()
+            file.append([{"trial": i}])
+    first.path.write_bytes(first.path.read_bytes() + b'{"tri')
+    assert second.new() == [{"trial": 2}] and first.path.read_bytes().count(b"\n") == 3
+    assert records.read(first.path) == [{"trial": i} for i in range(3)]
     save_figure(new_figure(1, 1), folder / "figure.png")
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="gs://absent/x: there is no such bucket"):

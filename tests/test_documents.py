@@ -26,10 +26,12 @@ from rwkvx_jax.convert.__main__ import Options as ConvertOptions
 from rwkvx_jax.convert.pth import write_pth
 from rwkvx_jax.data.__main__ import Arguments as DataOptions
 from rwkvx_jax.doctor.__main__ import Options as DoctorOptions
-from rwkvx_jax.evals.convert_tasks import Options as TaskOptions
+from rwkvx_jax.evals import report
+from rwkvx_jax.evals.short.convert import Options as TaskOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
 from rwkvx_jax.perf.plan_command import make_parser as plan_parser
 from tests.convert.convert_checkpoints import official_tensors
+from tests.evals.eval_models import QUIET, FakeReader, make_model
 from tests.helpers import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
@@ -274,6 +276,7 @@ def test_every_program_is_run_by_a_test():
         "docs/attention.md": 1,
         "docs/convert.md": 1,
         "docs/data.md": 2,
+        "docs/evaluation.md": 1,
         "docs/generation.md": 1,
         "docs/research.md": 3,
     }
@@ -292,6 +295,22 @@ def test_another_selector():
 def test_a_custom_stage():
     names = run("docs/research.md", 2)
     assert names["history"][-1] < names["history"][0] - 0.05
+
+
+def test_a_task_of_ones_own(tmp_path):
+    (source,) = programs("docs/evaluation.md")
+    assert source.count("\n") < 120
+    names = run("docs/evaluation.md")
+    flags = {"checkpoint": (Path("m"),), "output": tmp_path, "depths": 3, "trials": 2}
+    options = cli.parse(names["CopyOptions"], ["--checkpoint", "m", "--output", "x"], "copy")
+    assert options.lengths == (256, 1024) and options.letters == 8
+    solve = lambda text: " " + re.search(r"The word is (\w+)\.", text)[1]
+    for output, reader, share in (("right", solve, 1.0), ("wrong", lambda text: " no", 0.0)):
+        options = names["CopyOptions"](**(flags | {"output": tmp_path / output}))
+        results = names["evaluate"](options, [make_model()], QUIET, FakeReader(reader))
+        assert results.summary("model")["all"]["accuracy"] == share
+    (part,) = report.sections(report.find_runs([tmp_path / "right"]))
+    assert part.title == "copy" and part.table.rows[0][1:3] == ["100.0 (61 to 100)"] * 2
 
 
 def test_programs_that_show_calls():

@@ -33,6 +33,22 @@ ROOMS = [
     "rwkvx_jax.training",
     "rwkvx_jax.generate",
     "rwkvx_jax.evals",
+    "rwkvx_jax.evals.intervals",
+    "rwkvx_jax.evals.tables",
+    "rwkvx_jax.evals.results",
+    "rwkvx_jax.evals.models",
+    "rwkvx_jax.evals.plots",
+    "rwkvx_jax.evals.runner",
+    "rwkvx_jax.evals.documents",
+    "rwkvx_jax.evals.readers",
+    "rwkvx_jax.evals.grid",
+    "rwkvx_jax.evals.chunk_mass",
+    "rwkvx_jax.evals.timed",
+    "rwkvx_jax.evals.speed",
+    "rwkvx_jax.evals.prefill_speed",
+    "rwkvx_jax.evals.short",
+    "rwkvx_jax.evals.tasks",
+    "rwkvx_jax.evals.report",
     "rwkvx_jax.cli",
     "rwkvx_jax.perf",
     "rwkvx_jax.plan",
@@ -47,11 +63,9 @@ FILES = sorted(
 
 
 def room(module: str) -> int | None:
-    """Index of the room that a dotted module belongs to; None for other packages."""
-    for index, name in enumerate(ROOMS):
-        if module == name or module.startswith(name + "."):
-            return index
-    return None
+    """Index of the room that a dotted module belongs to, the innermost; None for other packages."""
+    own = [name for name in ROOMS if module == name or module.startswith(name + ".")]
+    return ROOMS.index(max(own, key=len)) if own else None
 
 
 def imported(tree: ast.AST):

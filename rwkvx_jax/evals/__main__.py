@@ -3,7 +3,7 @@
 import sys
 
 from rwkvx_jax.cli import command_line, parse
-from rwkvx_jax.evals.convert_tasks import Options, convert
+from rwkvx_jax.evals.short.convert import Options, convert
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Long documents for evaluations of running text: pieces of text files, all of one length."""
+"""Long documents for evaluations of running text: parts of text files, all of one length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from rwkvx_jax.cache import MOST_ROWS
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.common import EvalOptions
+from rwkvx_jax.evals.models import EvalOptions, require_at_least_1
 from rwkvx_jax.storage import WorkPath, files_below
 from rwkvx_jax.tokenizer import Tokenizer
 
@@ -30,9 +30,7 @@ class TextOptions(EvalOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("length", "documents"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"--{name} is {value}: it must be at least 1")
+        require_at_least_1(self, "length", "documents")
         if self.length > MOST_ROWS:
             raise ConfigError(f"--length is {self.length:,}: a text has at most {MOST_ROWS:,}")
         if self.skip < 0:
@@ -40,7 +38,7 @@ class TextOptions(EvalOptions):
 
 
 class Document(NamedTuple):
-    """A piece of a file: its name, and where it starts in the file's tokens."""
+    """A part of a file: its name, and where it starts in the file's tokens."""
 
     file: str
     start: int
@@ -55,16 +53,16 @@ def read_documents(options: TextOptions, tokenizer: Tokenizer) -> dict[Document,
     files = [options.text] if options.text.is_file() else files_below(options.text, ".txt")
     if not files:
         raise ConfigError(f"--text {options.text}: no such .txt file, nor a folder with any")
-    pieces: list[list[tuple[Document, np.ndarray]]] = []
+    parts: list[list[tuple[Document, np.ndarray]]] = []
     sizes = {}
     for file in files:
         name = file.name if options.text.is_file() else str(file.relative_to(options.text))
         tokens = tokenizer.encode_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
         sizes[name] = len(tokens)
         starts = range(options.skip, len(tokens) - options.length, options.length)
-        pieces.append([(Document(name, s), tokens[s : s + options.length + 1]) for s in starts])
-    longest = max(map(len, pieces))
-    in_turn = [own[i] for i in range(longest) for own in pieces if i < len(own)]
+        parts.append([(Document(name, s), tokens[s : s + options.length + 1]) for s in starts])
+    longest = max(map(len, parts))
+    in_turn = [own[i] for i in range(longest) for own in parts if i < len(own)]
     if not in_turn:
         largest = max(sizes, key=sizes.get)
         raise ConfigError(

@@ -1,16 +1,15 @@
 """Tasks whose questions form a grid of prompt lengths and depths, with several trials in each cell.
 
-A task says how a prompt is made and an answer judged (`Grid`); running it in batches, keeping the
-trials, summing them up and showing them as heat maps is the same for all.
+A task says how a prompt is made and an answer judged (`Grid`); asking in batches, summing up and
+showing heat maps is the same for all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -20,30 +19,23 @@ from rich.console import Console
 
 from rwkvx_jax.cache import MOST_ROWS, CachePolicy
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.common import (
-    IDENTITY_FIELDS,
-    EvalOptions,
-    Subject,
-    even_batches,
-    share_with_interval,
-)
-from rwkvx_jax.evals.heatmap import HeatMap, draw, print_table
-from rwkvx_jax.evals.reader import (
-    STEP_TOKENS,
-    GreedyReader,
-    affordable_batch,
-    check_memory,
-)
+from rwkvx_jax.evals import runner
+from rwkvx_jax.evals.intervals import share_with_interval
+from rwkvx_jax.evals.models import EvalModel, EvalOptions, require_at_least_1
+from rwkvx_jax.evals.plots import HeatMap, draw, print_table
+from rwkvx_jax.evals.readers import STEP_TOKENS, GreedyReader, affordable_batch, check_memory
 from rwkvx_jax.evals.results import Results
+from rwkvx_jax.evals.runner import Task, even_batches
+from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
 from rwkvx_jax.tokenizer import Tokenizer
 
-_PIECE = {"cpu": 256}  # longer ones are no faster there
-_DEFAULT_PIECE = 2048
+_PREFILL_CHUNK = {"cpu": 256}  # longer ones are no faster there
+_DEFAULT_PREFILL_CHUNK = 2048
 _CPU_ROWS, _CPU_PROMPT_TOKENS = 4, 131_072
-_MOST_TRIALS = 1_000_000  # of a model: the file is written anew after every batch
+_MOST_TRIALS = 1_000_000  # of a model
 
 
 def _parse_lengths(words: list[str]) -> tuple[int, ...]:
@@ -84,32 +76,50 @@ Policy = Annotated[
 class GridOptions(EvalOptions):
     """Flags of every grid."""
 
-    piece: int | None = None
+    lengths: Lengths
+    """Prompt lengths in tokens."""
+    depths: int = 10
+    """Depths of what is asked for, evenly spaced from 0 to 100 %."""
+    trials: int = 5
+    """Questions at every length and depth."""
+    prefill_chunk: Annotated[int | None, tyro.conf.arg(name="piece")] = None
     """Tokens of a prompt read at once. Default: 2048, on a CPU 256. What consecutive prompts begin
-    with together is read once, in whole pieces."""
+    with together is read once, in whole chunks."""
     policy: Policy = None
     """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
     it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
+        self._check_plan()
 
-def check_plan(lengths: Sequence[int], depths: int, trials: int) -> None:
-    """Refuses a plan that makes no sense or could never be run, before it is written out.
+    def _check_plan(self) -> None:
+        """Refuses a plan that makes no sense or could never be run, before it is written out.
 
-    Raises:
-      ConfigError: an option out of bounds, or too many trials together.
-    """
-    if not lengths or min(lengths) < 1:
-        raise ConfigError(f"--lengths is {lengths}: give numbers of at least 1, such as 1000,2000")
-    if max(lengths) > MOST_ROWS:
-        raise ConfigError(f"--lengths has {max(lengths):,}: a prompt has at most {MOST_ROWS:,}")
-    for name, value in (("depths", depths), ("trials", trials)):
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}: it must be at least 1")
-    if (total := len(lengths) * depths * trials) > _MOST_TRIALS:
-        raise ConfigError(
-            f"{len(lengths)} --lengths, {depths:,} --depths and {trials:,} --trials make {total:,} "
-            f"trials, and a results file takes {_MOST_TRIALS:,}: lower --depths or --trials"
-        )
+        Raises:
+          ConfigError: an option out of bounds, or too many trials together.
+        """
+        lengths = self.lengths
+        if not lengths or min(lengths) < 1:
+            raise ConfigError(
+                f"--lengths is {lengths}: give numbers of at least 1, such as 1000,2000"
+            )
+        if max(lengths) > MOST_ROWS:
+            raise ConfigError(f"--lengths has {max(lengths):,}: a prompt has at most {MOST_ROWS:,}")
+        require_at_least_1(self, "depths", "trials")
+        if (total := len(lengths) * self.depths * self.trials) > _MOST_TRIALS:
+            raise ConfigError(
+                f"{len(lengths)} --lengths, {self.depths:,} --depths and {self.trials:,} --trials "
+                f"make {total:,} trials, and a results file takes {_MOST_TRIALS:,}: lower --depths "
+                "or --trials"
+            )
+
+    @property
+    def depth_shares(self) -> tuple[float, ...]:
+        """The depths, from 0 to 1."""
+        steps = max(1, self.depths - 1)
+        return tuple(round(i / steps, 6) for i in range(self.depths))
 
 
 class Trial(NamedTuple):
@@ -157,21 +167,6 @@ class Grid:
         ]
 
 
-def with_attention_off(subjects: Sequence[Subject]) -> list[Subject]:
-    """Each model, followed by itself without its attention blocks where it has some.
-
-    Raises:
-      ConfigError: none has any.
-    """
-    if not any(subject.config.num_attention_blocks for subject in subjects):
-        raise ConfigError("--compare-without-attention: no checkpoint here has attention blocks")
-    pairs = [
-        [subject, subject.without_attention()] if subject.config.num_attention_blocks else [subject]
-        for subject in subjects
-    ]
-    return [panel for pair in pairs for panel in pair]
-
-
 def summarize(trials: Sequence[Record]) -> Record:
     """Shares with intervals: of all trials, by length, and by length and depth."""
 
@@ -197,64 +192,48 @@ def summarize(trials: Sequence[Record]) -> Record:
 def evaluate(
     grid: Grid,
     options: GridOptions,
-    panels: Sequence[Subject],
+    models: Sequence[EvalModel],
     console: Console,
     make_reader: Callable[..., Any] = GreedyReader,
 ) -> Results:
-    """Runs what an earlier run has not finished, and writes the results file.
+    """Asks what an earlier run has not, and keeps the answers.
 
     Args:
       grid: the task.
       options: the flags.
-      panels: models with the same tokenizer.
+      models: with the same tokenizer.
       console: shows the progress.
-      make_reader: (subject, piece=, batch=, longest=, policy=) -> a function as `GreedyReader` is
-        one.
+      make_reader: (model, prefill_chunk=, batch=, longest=, policy=) -> a function as
+        `GreedyReader` is one.
 
     Raises:
       ConfigError: lengths that can't hold a prompt, or a results file of another evaluation.
     """
-    check_sizes(grid, options, panels)
+    check_sizes(grid, options, models)
     trials = grid.plan()
     for trial in trials[: len(trials) // len(grid.lengths)]:  # the shortest are the first to fail
-        grid.prompt(panels[0].tokenizer, trial)
-    results = Results(
-        options.output / f"{grid.task}.jsonl",
-        task=grid.task,
+        grid.prompt(models[0].tokenizer, trial)
+    plan = {"lengths": grid.lengths, "depths": grid.depths, "trials": grid.trials}
+    task = Task(
+        name=grid.task,
         settings=grid.settings | _policy_settings(options),
-        plan={
-            "lengths": grid.lengths,
-            "depths": grid.depths,
-            "trials": grid.trials,
-            "limit": options.limit,
-        },
-        key_fields=Trial._fields,
-        planned=trials,
-        models=[panel.description for panel in panels],
-        identity_fields=IDENTITY_FIELDS,
+        plan=plan | {"limit": options.limit},
+        trials=trials,
+        chosen=trials[: options.limit],
+        answer=partial(_answer, grid, options, make_reader),
         summarize=summarize,
+        size=lambda trial: trial.length,
     )
-    finished = {panel.label: results.finished(panel.label) for panel in panels}
-    if skipped := sum(map(len, finished.values())):
-        console.print(f"{skipped} finished trials found in {results.path}", soft_wrap=True)
-    pending = [
-        [trial for trial in trials[: options.limit] if trial not in finished[panel.label]]
-        for panel in panels
-    ]
-    total = sum(trial.length for todo in pending for trial in todo)
-    with Progress(console, total, "tokens") as tracker:
-        for panel, todo in zip(panels, pending, strict=True):
-            if todo:
-                _run(grid, options, panel, todo, results, tracker, make_reader)
-    return results
+    return runner.evaluate(task, options.output, models, console)
 
 
-def check_sizes(grid: Grid, options: GridOptions, panels: Sequence[Subject]) -> None:
+def check_sizes(grid: Grid, options: GridOptions, models: Sequence[EvalModel]) -> None:
     """Refuses prompts that do not fit into the memory; see `check_memory`."""
     longest, free = max(grid.lengths), memory_left()
     batch = options.batch and min(options.batch, grid.trials * len(grid.depths))
-    for panel in panels:
-        check_memory(panel, longest, _piece_of(options, longest), options.policy, free, batch)
+    chunk = _prefill_chunk(options, longest)
+    for model in models:
+        check_memory(model, longest, chunk, options.policy, free, batch)
 
 
 def _policy_settings(options: GridOptions) -> Record:
@@ -262,55 +241,66 @@ def _policy_settings(options: GridOptions) -> Record:
     return {} if options.policy is None else {"policy": asdict(options.policy)}
 
 
-def _piece_of(options: GridOptions, longest: int) -> int:
-    return min(options.piece or _PIECE.get(jax.default_backend(), _DEFAULT_PIECE), longest)
+def _prefill_chunk(options: GridOptions, longest: int) -> int:
+    default = _PREFILL_CHUNK.get(jax.default_backend(), _DEFAULT_PREFILL_CHUNK)
+    return min(options.prefill_chunk or default, longest)
 
 
-def _step_tokens(piece: int, longest: int) -> int:
+def _step_tokens(prefill_chunk: int, longest: int) -> int:
     """Tokens that all rows of a batch read at once. On a CPU one row keeps all cores busy, and each
     row reads what the prompts share: few rows where they are long, some for the answers' sake."""
     if jax.default_backend() != "cpu":
         return STEP_TOKENS
-    return piece * max(1, min(_CPU_ROWS, _CPU_PROMPT_TOKENS // longest))
+    return prefill_chunk * max(1, min(_CPU_ROWS, _CPU_PROMPT_TOKENS // longest))
 
 
-def _run(
+def _answer(
     grid: Grid,
     options: GridOptions,
-    panel: Subject,
-    trials: Sequence[Trial],
-    results: Results,
-    tracker: Progress,
     make_reader: Callable[..., Any],
-) -> None:
-    """Runs the trials of one model in batches of equal length."""
-    tokenizer, longest = panel.tokenizer, max(grid.lengths)
-    piece = _piece_of(options, longest)
-    count, policy = grid.answer_length(tokenizer), options.policy
+    model: EvalModel,
+    trials: Sequence[Trial],
+    progress: Progress,
+) -> Iterator[list[Record]]:
+    """Asks one model, in batches of equal length."""
+    tokenizer, longest, policy = model.tokenizer, max(grid.lengths), options.policy
+    chunk, count = _prefill_chunk(options, longest), grid.answer_length(tokenizer)
     by_length = [[t for t in trials if t.length == length] for length in grid.lengths]
-    most = max(map(len, by_length))
-    rows = longest + count
-    affordable = affordable_batch(panel, rows, piece, _step_tokens(piece, longest), policy)
-    batch = min(most, options.batch or affordable)
+    most, step = max(map(len, by_length)), _step_tokens(chunk, longest)
+    batch = options.batch or affordable_batch(model, longest + count, chunk, step, policy)
+    batch = min(most, batch)
     batch = -(-most // -(-most // batch))  # as many batches, but the last one as full as the others
-    reader = make_reader(panel, piece=piece, batch=batch, longest=longest, policy=policy)
-    batches = [chosen for same in by_length for chosen in even_batches(same, batch)]
-    for i, chosen in enumerate(batches):
-        tracker.describe(f"{panel.label}, length {chosen[0].length:,}")
+    reader = make_reader(model, prefill_chunk=chunk, batch=batch, longest=longest, policy=policy)
+    for chosen in (part for same in by_length for part in even_batches(same, batch)):
+        progress.describe(f"{model.label}, length {chosen[0].length:,}")
         prompts = [grid.prompt(tokenizer, trial) for trial in chosen]
-        answers = reader(prompts, count, tracker.advance, partial(grid.ended, tokenizer))
-        results.add(
-            panel.label,
-            [
-                trial._asdict()
-                | {"prompt_tokens": len(prompt)}
-                | grid.judge(tokenizer, trial, answer)
-                | ({} if (answer >= 0).all() else {"a logit": math.nan})
-                for trial, prompt, answer in zip(chosen, prompts, answers, strict=True)
-            ],
-        )
-        if i == 0:
-            tracker.start_clock()
+        answers = reader(prompts, count, progress.advance, partial(grid.ended, tokenizer))
+        yield [
+            trial._asdict()
+            | {"prompt_tokens": len(prompt)}
+            | grid.judge(tokenizer, trial, answer)
+            | ({} if (answer >= 0).all() else {"a logit": math.nan})
+            for trial, prompt, answer in zip(chosen, prompts, answers, strict=True)
+        ]
+
+
+def table(models: list[Record]) -> Table:
+    """A row a model: right answers in per cent at each length, with intervals."""
+    lengths = sorted({cell["length"] for p in models for cell in p["summary"]["by_length"]})
+    rows = []
+    for model in models:
+        cells = {cell["length"]: cell for cell in model["summary"]["by_length"]}
+        texts = [_share(cells[n]) if n in cells else "–" for n in lengths]
+        rows.append([model["label"], *texts, _share(model["summary"]["all"])])
+    columns = [f"{n:,}" for n in lengths]
+    return Table(["model (right answers, %, with 95 % interval)", *columns, "all"], rows)
+
+
+def _share(cell: Record) -> str:
+    if not cell["trials"]:
+        return "–"
+    low, high = 100 * cell["low"], 100 * cell["high"]
+    return f"{100 * cell['accuracy']:.1f} ({low:.0f} to {high:.0f})"
 
 
 def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
@@ -318,19 +308,19 @@ def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
     rows = {length: i for i, length in enumerate(grid.lengths)}
     columns = {depth: i for i, depth in enumerate(grid.depths)}
     maps = []
-    for panel in results.document["models"]:
+    for model in results.document["models"]:
         shape = len(rows), len(columns)
         correct, trials = np.zeros(shape), np.zeros(shape, int)
-        for trial in panel["trials"]:
+        for trial in model["trials"]:
             cell = rows[trial["length"]], columns[trial["depth"]]
             trials[cell] += 1
             correct[cell] += trial["correct"]
-        step, trained = panel["step"], panel["trained_length"]
+        step, trained = model["step"], model["trained_length"]
         facts = [f"step {step:,}"] if step is not None else []
         facts += [f"trained on up to {trained:,} tokens"] if trained is not None else []
         maps.append(
             HeatMap(
-                panel["label"],
+                model["label"],
                 ", ".join(facts),
                 grid.lengths,
                 grid.depths,
@@ -344,8 +334,8 @@ def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
 
 def show(
     grid: Grid, results: Results, console: Console, *, title: str, unit: str, depth_label: str
-) -> Path:
-    """Draws the figure, prints the tables, and returns the path of the figure.
+) -> None:
+    """Draws the figure and prints the tables.
 
     Args:
       grid: the task.
@@ -355,10 +345,11 @@ def show(
       unit: what lengths are counted in.
       depth_label: what a depth is; "" where the only one means nothing.
     """
-    maps = heat_maps(grid, results)
-    path = results.path.with_suffix(".png")
-    draw(maps, path, title=title, x_label=f"prompt length ({unit})", y_label=depth_label)
-    for heat_map in maps:
-        print_table(console, heat_map, length_header="tokens")
-    console.print(f"wrote {results.path} and {path}", soft_wrap=True)
-    return path
+    maps, labels = heat_maps(grid, results), {"y_label": depth_label}
+    labels["x_label"] = f"prompt length ({unit})"
+
+    def tables() -> None:
+        for heat_map in maps:
+            print_table(console, heat_map, length_header="tokens")
+
+    runner.show(results, console, lambda path: draw(maps, path, title=title, **labels), tables)

@@ -18,12 +18,14 @@ from typing import NamedTuple
 import tyro
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import grid, long_loss, prefill_speed, selection, short_table
-from rwkvx_jax.evals.common import check_output, open_console
-from rwkvx_jax.evals.niah import TITLES
-from rwkvx_jax.evals.results import read_contents
-from rwkvx_jax.evals.short_table import MAIN_METRICS, SHORT_NAMES, main_score
-from rwkvx_jax.evals.speed import LABELS
+from rwkvx_jax.evals import grid, prefill_speed, speed
+from rwkvx_jax.evals.models import check_output
+from rwkvx_jax.evals.results import Summarize, read_contents
+from rwkvx_jax.evals.runner import open_console
+from rwkvx_jax.evals.short import table as short_table
+from rwkvx_jax.evals.tables import Table
+from rwkvx_jax.evals.tasks import long_loss, selection
+from rwkvx_jax.evals.tasks.niah import TITLES
 from rwkvx_jax.generate.terminal import one_line
 from rwkvx_jax.records import PACKED_SUFFIX, SUFFIX, Record
 from rwkvx_jax.storage import WorkPath, files_below, in_bucket, write_whole
@@ -43,13 +45,6 @@ class ReportOptions:
         if not self.inputs:
             raise ConfigError("name at least one results file or a folder of them")
         check_output(self.output)
-
-
-class Table(NamedTuple):
-    """Text in rows and columns; the first column is left-aligned, the others are numbers."""
-
-    columns: list[str]
-    rows: list[list[str]]
 
 
 class Section(NamedTuple):
@@ -108,10 +103,8 @@ def read_results(file: Path) -> Record | None:
     if not file.name.endswith((SUFFIX, PACKED_SUFFIX)) or (contents := read_contents(file)) is None:
         return None
     task = contents.headers[0]["task"]
-    if task not in _TASKS:
-        return None
     try:
-        document = contents.document(_summarizer(task))
+        document = contents.document(_shown(task).summarize)
         _section([Run(file, document)])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
@@ -151,16 +144,16 @@ def _told_apart(parts: list[Section]) -> list[Section]:
 def _section(runs: list[Run]) -> Section:
     document = runs[0].document
     task = document["task"]
-    panels = [panel for run in runs for panel in _labelled(run, runs)]
+    models = [model for run in runs for model in _labelled(run, runs)]
     settings = document["settings"].items()
     notes = [f"{name}: {value}" for name, value in settings if not isinstance(value, dict)]
-    tokenizers = sorted({panel["tokenizer"] for panel in panels if "tokenizer" in panel})
+    tokenizers = sorted({model["tokenizer"] for model in models if "tokenizer" in model})
     notes += [f"tokenizer: {', '.join(tokenizers)}"] if tokenizers else []
     notes += [f"device: {', '.join(sorted({run.document['device'] for run in runs}))}"]
     return Section(
-        title=_title(task),
+        title=_shown(task).title,
         notes=notes,
-        table=_maker(task)(panels),
+        table=_shown(task).table(models),
         figures=[
             (str(run.path.parent), _figure_of(run.path))
             for run in runs
@@ -188,167 +181,36 @@ def _labelled(run: Run, runs: list[Run]) -> list[Record]:
     if run.document["task"] in ("speed", "prefill"):  # rows of one model in several kinds
         return [dict(model, label=str(run.path.parent)) for model in run.document["models"]]
     others = {
-        panel["label"] for other in runs if other is not run for panel in other.document["models"]
+        model["label"] for other in runs if other is not run for model in other.document["models"]
     }
     mark = lambda label: f"{label} ({run.path.parent})" if label in others else label
-    return [dict(panel, label=mark(panel["label"])) for panel in run.document["models"]]
+    return [dict(model, label=mark(model["label"])) for model in run.document["models"]]
 
 
-def _grid_table(panels: list[Record]) -> Table:
-    """A row a model: right answers in per cent at each length, with intervals."""
-    lengths = sorted({cell["length"] for p in panels for cell in p["summary"]["by_length"]})
-    rows = []
-    for panel in panels:
-        cells = {cell["length"]: cell for cell in panel["summary"]["by_length"]}
-        texts = [_share(cells[n]) if n in cells else "–" for n in lengths]
-        rows.append([panel["label"], *texts, _share(panel["summary"]["all"])])
-    columns = [f"{n:,}" for n in lengths]
-    return Table(["model (right answers, %, with 95 % interval)", *columns, "all"], rows)
-
-
-def _share(cell: Record) -> str:
-    if not cell["trials"]:
-        return "–"
-    low, high = 100 * cell["low"], 100 * cell["high"]
-    return f"{100 * cell['accuracy']:.1f} ({low:.0f} to {high:.0f})"
-
-
-def _short_table(panels: list[Record]) -> Table:
-    """The paper's table."""
-    found = {column for panel in panels for column in panel["summary"]["columns"]}
-    columns = [c for c in SHORT_NAMES if c in found] + sorted(found - set(SHORT_NAMES))
-    rows = []
-    for panel in panels:
-        texts = []
-        for column in columns:
-            if column not in panel["summary"]["columns"]:
-                texts.append("–")
-                continue
-            score, error = main_score(panel["summary"]["columns"], column)
-            texts.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
-        average = panel["summary"]["average"]
-        rows.append([panel["label"], *texts, "–" if average is None else f"{average:.1f}"])
-    names = [SHORT_NAMES.get(c, c) + (" n" if c in MAIN_METRICS else "") for c in columns]
-    return Table(["model (%, ± standard error)", *names, "avg"], rows)
-
-
-def _loss_table(panels: list[Record]) -> Table:
-    """A row a model: mean loss in each octave of positions, of which results hold the halves."""
-    octaves: dict[tuple[int, int], None] = {}
-    means = []
-    for panel in panels:
-        own: dict[int, list[tuple[int, int, float]]] = {}
-        for b in panel["summary"]["by_position"]:
-            own.setdefault(int(b["begin"]).bit_length(), []).append(
-                (b["begin"], b["end"], b["loss"])
-            )
-        spans = {}
-        for parts in own.values():
-            tokens = sum(end - begin for begin, end, _ in parts)
-            total = sum((end - begin) * loss for begin, end, loss in parts)
-            spans[parts[0][0], parts[-1][1]] = total / tokens
-        octaves |= dict.fromkeys(spans)
-        means.append(spans)
-    rows = []
-    for panel, own in zip(panels, means, strict=True):
-        whole = panel["summary"]["all"]
-        texts = [f"{own[o]:.3f}" if o in own else "–" for o in sorted(octaves)]
-        rows.append([panel["label"], *texts, f"{whole['loss']:.4f}" if whole else "–"])
-    columns = [f"{begin:,}–{end:,}" for begin, end in sorted(octaves)]
-    return Table(["model (nats per token at positions)", *columns, "all"], rows)
-
-
-def _speed_table(panels: list[Record]) -> Table:
-    """A row a model kind: milliseconds per token at each context."""
-    contexts = sorted({row["context"] for panel in panels for row in panel["trials"]})
-    rows = []
-    for panel in panels:
-        for kind in _kinds(panel):
-            own = {r["context"]: r["milliseconds"] for r in panel["trials"] if r["kind"] == kind}
-            texts = [f"{own[c]:.2f}" if c in own else "–" for c in contexts]
-            rows.append([f"{panel['label']}: {kind}", *texts])
-    return Table(["model (ms per token at context)", *[f"{c:,}" for c in contexts]], rows)
-
-
-def _kinds(panel: Record) -> list[str]:
-    return [kind for kind in LABELS if any(row["kind"] == kind for row in panel["trials"])]
-
-
-def _prefill_table(panels: list[Record]) -> Table:
-    """A row a model kind: milliseconds per prompt token at each length, and the crossover."""
-    lengths = sorted({row["length"] for panel in panels for row in panel["trials"]})
-    rows = []
-    for panel in panels:
-        for kind in _kinds(panel):
-            own = {r["length"]: r["seconds"] for r in panel["trials"] if r["kind"] == kind}
-            texts = [f"{1e3 * own[n] / n:.3f}" if n in own else "–" for n in lengths]
-            crossing = panel["summary"]["crossover"] if kind == "sparse" else None
-            texts.append("–" if crossing is None else f"{crossing:,.0f}")
-            rows.append([f"{panel['label']}: {kind}", *texts])
-    columns = [f"{n:,}" for n in lengths]
-    return Table(["model (ms per prompt token at length)", *columns, "faster than full from"], rows)
-
-
-def _selection_table(panels: list[Record]) -> Table:
-    """A row a model and selector."""
-    rows = [
-        [f"{panel['label']}: {name}", *[f"{100 * found[m]['mean']:.1f}" for m in measures]]
-        for measures in [("share", "past", "recall")]
-        for panel in panels
-        for name, found in panel["summary"]["selectors"].items()
-    ]
-    columns = ["model: selector (%)", "all mass held", "past mass held", "recall of the oracle"]
-    return Table(columns, rows)
-
-
-_TASKS = {
-    "passkey",
-    "short",
-    "long-loss",
-    "selection",
-    "speed",
-    "prefill",
-    *(f"niah_{name}" for name in TITLES),
-}
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _maker(task: str) -> Callable[[list[Record]], Table]:
-    """What makes a task's table."""
-    makers = {
-        "short": _short_table,
-        "long-loss": _loss_table,
-        "selection": _selection_table,
-        "speed": _speed_table,
-        "prefill": _prefill_table,
-    }
-    return makers.get(task, _grid_table)
+class Shown(NamedTuple):
+    """How a task is shown: its title, what sums up a model's trials, and its table of models."""
+
+    title: str
+    summarize: Summarize
+    table: Callable[[list[Record]], Table]
 
 
-def _summarizer(task: str) -> Callable[[list[Record]], Record]:
-    """What sums up the trials of a task."""
-    summarizers = {
-        "short": short_table.summarize,
-        "long-loss": long_loss.summarize,
-        "selection": selection.summarize,
-        "speed": lambda rows: {},
-        "prefill": prefill_speed.summarize,
-    }
-    return summarizers.get(task, grid.summarize)
-
-
-_TITLES = {
-    "passkey": "Passkey retrieval",
-    "short": "Short-context benchmarks",
-    "long-loss": "Loss by position",
-    "selection": "Selection of chunks",
-    "speed": "Decoding speed",
-    "prefill": "Reading a prompt",
+_SHOWN = {
+    "short": Shown("Short-context benchmarks", short_table.summarize, short_table.table),
+    "long-loss": Shown("Loss by position", long_loss.summarize, long_loss.table),
+    "selection": Shown("Selection of chunks", selection.summarize, selection.table),
+    "speed": Shown("Decoding speed", speed.summarize, speed.table),
+    "prefill": Shown("Reading a prompt", prefill_speed.summarize, prefill_speed.table),
 }
 
 
-def _title(task: str) -> str:
-    return _TITLES.get(task) or TITLES[task.removeprefix("niah_")]
+def _shown(task: str) -> Shown:
+    """All other tasks are grids."""
+    title = "Passkey retrieval" if task == "passkey" else TITLES.get(task.removeprefix("niah_"))
+    return _SHOWN.get(task) or Shown(title or task, grid.summarize, grid.table)
 
 
 def as_markdown(title: str, parts: Sequence[Section]) -> str:

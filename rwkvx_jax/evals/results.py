@@ -12,7 +12,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rwkvx_jax.config import ConfigError
 from rwkvx_jax.records import Record, RecordFile
 
 FORMAT = 2
+_BEGINS = b'{"format": '
 
 _log = logging.getLogger(__name__)
 
@@ -97,18 +98,19 @@ class Contents:
         trials[key] = {name: value for name, value in line.items() if name != "model"}
         return True
 
-    def trials(self, label: str) -> dict[tuple, Record]:
-        """Finished trials of a model by their keys, in their order."""
-        return dict(sorted(self._trials.get(label, {}).items()))
+    def trials(self, label: str) -> list[Record]:
+        """Finished trials of a model, in the order of their keys."""
+        return [trial for _, trial in sorted(self._trials.get(label, {}).items())]
 
-    def has_trials(self, label: str) -> bool:
-        return bool(self._trials.get(label))
+    def keys(self, label: str) -> Set[tuple]:
+        """Keys of the finished trials of a model."""
+        return self._trials.get(label, {}).keys()
 
     def document(self, summarize: Summarize) -> Record:
         """The newest header; its models are all of the file's, each with `summary` and `trials`."""
         models = []
         for label, description in self.models.items():
-            trials = list(self.trials(label).values())
+            trials = self.trials(label)
             models.append(description | {"summary": summarize(trials), "trials": trials})
         return self.headers[-1] | {"models": models}
 
@@ -119,14 +121,11 @@ def read_contents(path: Path) -> Contents | None:
     Raises:
       ConfigError: a damaged one.
     """
-    remedy = "remove it, or evaluate again"
-    data = records.read_bytes(path, remedy)
-    first = records.parse(data.split(b"\n", 1)[0], f"{path}, line 1", remedy)
-    if not isinstance(first, dict) or "format" not in first or "task" not in first:
+    if not records.head(path, len(_BEGINS)) == _BEGINS:  # much else is JSON lines
         return None
     contents = Contents(path)
-    contents.take(records.read(path, remedy))
-    return contents
+    contents.take(records.read(path, "remove it, or evaluate again"))
+    return contents if contents.headers else None
 
 
 class Results:
@@ -202,14 +201,14 @@ class Results:
 
     def trials(self, label: str) -> list[Record]:
         """Finished trials of a model."""
-        return list(self._contents.trials(label).values())
+        return self._contents.trials(label)
 
     def summary(self, label: str) -> Record:
         return self._summarize(self.trials(label))
 
     def finished(self, label: str) -> set[tuple]:
         """Keys of the finished trials of a model."""
-        return set(self._contents.trials(label))
+        return set(self._contents.keys(label))
 
     def add(self, label: str, trials: Iterable[Record]) -> None:
         """Appends finished trials; those that the file holds already are left out.
@@ -234,7 +233,7 @@ class Results:
             if self._take_over() and not self._warned:
                 _log.warning("%s: another process writes it too; all is kept", self.path)
                 self._warned = True
-            finished = self.finished(label)
+            finished = self._contents.keys(label)
             key = lambda trial: tuple(trial[field] for field in self._header["key"])
             lines = [{"model": label} | t for t in trials if key(t) not in finished]
             if not lines:
@@ -248,7 +247,7 @@ class Results:
 
     def _take_over(self) -> bool:
         """Reads what others wrote, if this run's plan covers all of it; whether there was any."""
-        lines = self._file.new(begins=b'{"format": ')
+        lines = self._file.new(begins=_BEGINS)
         if lines and not self._headers:
             self._check_kind(lines[0])
         self._contents.take(lines)
@@ -276,14 +275,14 @@ class Results:
             problems += _changes("", header["settings"], self._header["settings"])
         own = {model["label"]: model for model in self._header["models"]}
         for label, before in self._contents.models.items():
-            if not self._contents.has_trials(label):
+            if not self._contents.keys(label):
                 continue
             if label not in own:
                 problems.append(f"it also holds {label!r}, which this command does not name")
                 continue
             for field in self._header["identity"]:
                 problems += _changes(f"{label}: {field}", before[field], own[label][field])
-            outside = self.finished(label) - (self._planned or self.finished(label))
+            outside = self.finished(label) - self._planned if self._planned is not None else ()
             if outside:
                 first = dict(zip(self._header["key"], min(outside), strict=True))
                 problems.append(

@@ -13,88 +13,53 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from rwkvx_jax.cache import Cache, cache_bytes
-from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
-from rwkvx_jax.evals.common import check_output, open_console, until_interrupted
-from rwkvx_jax.evals.figures import new_figure, save
+from rwkvx_jax.evals import runner
+from rwkvx_jax.evals.grid import Lengths
+from rwkvx_jax.evals.models import require_at_least_1
+from rwkvx_jax.evals.plots import new_figure, save
 from rwkvx_jax.evals.results import Results
-from rwkvx_jax.generate.memory import memory_left
-from rwkvx_jax.model import Params, abstract_model, create_model, get_params, unstack, with_params
+from rwkvx_jax.evals.runner import Task, open_console, until_interrupted
+from rwkvx_jax.evals.tables import Table
+from rwkvx_jax.evals.timed import (
+    LABELS,
+    TIMED,
+    ModelOptions,
+    Timed,
+    kinds_of,
+    layered_model,
+    load_model,
+    make_configs,
+    random_params,
+)
+from rwkvx_jax.model import Params, abstract_model, with_params
 from rwkvx_jax.ops.selection import selector_of
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
-from rwkvx_jax.storage import WorkPath
 
-LABELS = {
-    "sparse": "RWKV-X (sparse attention)",
-    "rwkv": "RWKV-7 with as many blocks",
-    "full": "full-attention hybrid",
-}
 _IDENTITY = ("model", "compute_dtype", "weights", "device", "cores")
-TIMED = "model"  # the only one of a results file
 _READ_BYTES = 1 << 29  # of the array by which the bandwidth is measured
-
-
-def _numbers(words: list[str]) -> tuple[int, ...]:
-    return tuple(int(word) for word in words[0].split(","))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Flags of every measurement of time: which models."""
-
-    output: WorkPath
-    """Directory of the results."""
-    checkpoint: WorkPath | None = None
-    """Model to time; without one, a model of the sizes below with random weights."""
-    num_blocks: int = 12
-    num_attention_blocks: int = 4
-    width: int = 768
-    vocab_size: int = 65536
-    chunk_size: int = 2048
-    top_k: int = 3
-    kinds: tuple[Literal["sparse", "rwkv", "full"], ...] = ("sparse", "rwkv", "full")
-    """Models to time."""
-    full_limit: int = 65536
-    """Longest context of the full-attention hybrid."""
-
-    def __post_init__(self):
-        for name in ("full_limit", *(() if self.checkpoint else ("num_blocks",))):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} is {getattr(self, name)}: it must be at least 1")
-        if not self.kinds:
-            raise ConfigError("--kinds is empty: name at least one of sparse, rwkv, full")
-        check_output(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions(ModelOptions):
     """Times decode steps at several context lengths; draws milliseconds by context."""
 
-    contexts: Annotated[
-        tuple[int, ...],
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="N,N,...",
-            instance_from_str=_numbers,
-            is_instance=lambda x: isinstance(x, tuple),
-            str_from_instance=lambda x: [",".join(map(str, x))],
-        ),
-    ] = (1024, 8192, 65536, 262144, 1048576)
+    contexts: Lengths = (1024, 8192, 65536, 262144, 1048576)
     """Tokens in the cache, to which half a chunk is added."""
     steps: int = 15
     """Steps of each model and context, after two of warm-up."""
@@ -103,12 +68,18 @@ class SpeedOptions(ModelOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 1:
-            raise ConfigError(f"--steps is {self.steps}: it must be at least 1")
+        require_at_least_1(self, "steps")
         if not self.contexts or min(self.contexts) < 1:
             raise ConfigError(f"--contexts is {self.contexts}: give positive numbers")
         if not 0 < self.memory_gb < math.inf:
             raise ConfigError(f"--memory-gb is {self.memory_gb}: give a number above 0")
+
+
+class Decoding(NamedTuple):
+    """What is timed: steps at one context, of one kind of model."""
+
+    kind: str
+    context: int
 
 
 class Runner(NamedTuple):
@@ -122,7 +93,7 @@ class Runner(NamedTuple):
 def run(options: SpeedOptions) -> None:
     """Times what an earlier run has not, prints a table, writes `speed.jsonl` and `speed.png`."""
     console = open_console()
-    run_config, config, params = load_subject(options)
+    run_config, config, params = load_model(options)
     contexts, left_out = sorted(set(options.contexts)), []
     for context in contexts:
         size = _cache_size(config, run_config, context)
@@ -130,23 +101,7 @@ def run(options: SpeedOptions) -> None:
             left_out.append({"context": context, "cache_bytes": size})
             console.print(f"context {context:,} left out: its cache takes {size / 1e9:.1f} GB")
     contexts = [c for c in contexts if c not in [out["context"] for out in left_out]]
-    results = _open_results(options, run_config, config, left_out)
-    with until_interrupted(console):
-        _measure(options, contexts, run_config, config, params, results)
-    order = list(LABELS)
-    rows = sorted(results.trials(TIMED), key=lambda row: (row["context"], order.index(row["kind"])))
-    if not rows:
-        raise ConfigError(
-            f"none of the contexts {options.contexts} fits into --memory-gb {options.memory_gb:g}"
-        )
-    _print(console, rows)
-    _draw(options.output / "speed.png", rows)
-
-
-def _open_results(
-    options: SpeedOptions, run_config: RunConfig, config: ModelConfig, left_out: list[Record]
-) -> Results:
-    model = {
+    description = {
         "label": TIMED,
         "model": to_dict(config),
         "compute_dtype": run_config.compute_dtype,
@@ -154,85 +109,60 @@ def _open_results(
         "device": jax.devices()[0].device_kind,
         "cores": _cores(),
     }
-    return Results(
-        options.output / "speed.jsonl",
-        task="speed",
+    model = Timed(config, run_config, params, description)
+    with until_interrupted(console):
+        results = _evaluate(options, contexts, left_out, model)
+    order = list(LABELS)
+    rows = sorted(results.trials(TIMED), key=lambda r: (r["context"], order.index(r["kind"])))
+    runner.show(results, console, partial(_draw, rows), lambda: _print(console, rows))
+
+
+def _evaluate(
+    options: SpeedOptions, contexts: Sequence[int], left_out: list[Record], model: Timed
+) -> Results:
+    """Measures the missing rows, one context after the other."""
+    rows = [
+        Decoding(kind, context)
+        for context in contexts
+        for kind in options.kinds
+        if kind != "full" or context <= options.full_limit
+    ]
+    if not rows:
+        raise ConfigError(
+            f"none of the contexts {options.contexts} fits into --memory-gb {options.memory_gb:g} "
+            f"and, with full attention, --full-limit {options.full_limit}"
+        )
+    task = Task(
+        name="speed",
         settings={},
         plan={"contexts": options.contexts, "steps": options.steps, "left_out": left_out},
-        key_fields=("kind", "context"),
-        planned=None,
-        models=[model],
-        identity_fields=_IDENTITY,
-        summarize=lambda rows: {},
+        trials=rows,
+        chosen=rows,
+        answer=partial(_measure, options),
+        summarize=summarize,
+        size=lambda row: 1,
+        unit="rows",
+        identity=_IDENTITY,
+        alone=False,
     )
+    quiet = Console(quiet=True)  # a bar's thread would disturb what is timed
+    return runner.evaluate(task, options.output, [model], quiet)
 
 
 def _measure(
-    options: SpeedOptions,
-    contexts: Sequence[int],
-    run_config: RunConfig,
-    config: ModelConfig,
-    params: Params,
-    results: Results,
-) -> None:
-    """Adds the missing rows, one context after the other."""
-    runners, finished = _runners(options, config, run_config, params), results.finished(TIMED)
+    options: SpeedOptions, model: Timed, rows: Sequence[Decoding], progress: Progress
+) -> Iterator[list[Record]]:
+    runners = _runners(options, model.config, model.run, model.params)
     data = np.ones(_READ_BYTES // 8, np.int64)
-    for context in contexts:
-        missing = {k: r for k, r in runners.items() if (k, context) not in finished}
-        missing = {k: r for k, r in missing.items() if k != "full" or context <= options.full_limit}
-        if missing:
-            results.add(TIMED, _time_context(options, missing, run_config, context, data))
+    for context in dict.fromkeys(row.context for row in rows):
+        missing = {row.kind: runners[row.kind] for row in rows if row.context == context}
+        yield _time_context(options, missing, model.run, context, data)
+        progress.advance(len(missing))
 
 
 def _cache_size(config: ModelConfig, run_config: RunConfig, context: int) -> int:
     dtype = jnp.dtype(run_config.compute_dtype)
     return cache_bytes(config, dtype, 1, context + config.chunk_size)
-
-
-def load_subject(options: ModelOptions) -> tuple[RunConfig, ModelConfig, Params]:
-    """The hybrid's parameters, one array a layer."""
-    if options.checkpoint is not None:
-        loaded = load_checkpoint(options.checkpoint)
-        return loaded.model.run, loaded.model.config, get_params(unstack(loaded.model))
-    config = ModelConfig(
-        num_blocks=options.num_blocks,
-        num_attention_blocks=options.num_attention_blocks,
-        width=options.width,
-        vocab_size=options.vocab_size,
-        chunk_size=options.chunk_size,
-        top_k=options.top_k,
-    )
-    _check_size(config)
-    cpu = jax.default_backend() == "cpu"
-    run_config = RunConfig(compute_dtype="float32" if cpu else "bfloat16")
-    return run_config, config, random_params(config, run_config)
-
-
-def _check_size(config: ModelConfig) -> None:
-    """Refuses random weights that can't fit into the memory, by their large matrices alone."""
-    blocks = config.num_blocks + config.num_attention_blocks
-    least = 4 * config.width * (8 * config.width * blocks + 2 * config.vocab_size)
-    free = memory_left()
-    if free is not None and least > free:
-        raise ConfigError(
-            f"a model of {blocks:,} blocks of width {config.width:,} and {config.vocab_size:,} "
-            f"tokens has more than {least / 1e9:,.1f} GB of weights, and {free / 1e9:,.1f} GB are "
-            "free: lower --num-blocks, --width or --vocab-size"
-        )
-
-
-def random_params(config: ModelConfig, run_config: RunConfig) -> Params:
-    """Parameters of an unstacked model, drawn fast; good for nothing but timing."""
-    rng = np.random.default_rng(0)
-    shapes = get_params(layered_model(config, run_config))
-    draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02)
-    return jax.tree.map(draw, shapes)
-
-
-def layered_model(config: ModelConfig, run_config: RunConfig):
-    """The model with shapes in place of arrays, one array a layer."""
-    return jax.eval_shape(lambda: unstack(create_model(config, run_config)))
 
 
 def _runners(
@@ -245,16 +175,6 @@ def _runners(
         decode = lambda p, token, cache, m=abstract: with_params(m, p).decode(token, cache)
         runners[kind] = Runner(jax.jit(decode, donate_argnums=2), weights, configs[kind])
     return runners
-
-
-def make_configs(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The models that are compared, by kind."""
-    blocks = config.num_blocks + config.num_attention_blocks
-    return {
-        "sparse": config,
-        "rwkv": replace(config, num_blocks=blocks, num_attention_blocks=0),
-        "full": replace(config, attention="full"),
-    }
 
 
 def _time_context(
@@ -372,8 +292,25 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def summarize(rows: list[Record]) -> Record:
+    """Nothing: every row is shown."""
+    return {}
+
+
+def table(models: list[Record]) -> Table:
+    """A row a model kind: milliseconds per token at each context."""
+    contexts = sorted({row["context"] for model in models for row in model["trials"]})
+    rows = []
+    for model in models:
+        for kind in kinds_of(model):
+            own = {r["context"]: r["milliseconds"] for r in model["trials"] if r["kind"] == kind}
+            texts = [f"{own[c]:.2f}" if c in own else "–" for c in contexts]
+            rows.append([f"{model['label']}: {kind}", *texts])
+    return Table(["model (ms per token at context)", *[f"{c:,}" for c in contexts]], rows)
+
+
 def _print(console: Console, rows: list[Record]) -> None:
-    table = Table(
+    shown = RichTable(
         "model", "context", "ms/token", "MB read", "GB/s", "of bandwidth", "time, bytes / RWKV-7"
     )
     base = {row["context"]: row for row in rows if row["kind"] == "rwkv"}
@@ -383,7 +320,7 @@ def _print(console: Console, rows: list[Record]) -> None:
         if other:
             times = row["milliseconds"] / other["milliseconds"]
             quotient = f"{times:.3f} / {row['bytes'] / other['bytes']:.3f}"
-        table.add_row(
+        shown.add_row(
             LABELS[row["kind"]],
             f"{row['context']:,}",
             f"{row['milliseconds']:.1f}",
@@ -392,10 +329,10 @@ def _print(console: Console, rows: list[Record]) -> None:
             f"{row['share_of_bandwidth']:.0%}",
             quotient,
         )
-    console.print(table)
+    console.print(shown)
 
 
-def _draw(path: Path, measured: list[Record]) -> None:
+def _draw(measured: list[Record], path: Path) -> None:
     figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     for kind, label in LABELS.items():

@@ -23,6 +23,7 @@ import numpy as np
 
 from rwkvx_jax.cache import Cache, CachePolicy, Snapshot, rewind, snapshot
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.memory import check_memory
 from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed, count_token, sample
 from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
@@ -182,14 +183,9 @@ class Engine:
         texts = [self._checked(i, text, session) for i, text in enumerate(texts)]
         lengths = np.asarray([len(text) for text in texts], np.int32)
         begin = time.perf_counter()
-        for start in range(0, int(lengths.max()), self._piece):
-            part = np.zeros((self.batch, self._piece), np.int32)
-            for row, text in zip(part, texts, strict=True):
-                cut = text[start : start + self._piece]
-                row[: len(cut)] = cut
-            valid = np.clip(lengths - start, 0, self._piece)
+        for chunk, valid in prefill_chunks(texts, self._piece):
             logits, session.cache = self._read(
-                self.params, part, session.progress.logits, session.cache, valid
+                self.params, chunk, session.progress.logits, session.cache, valid
             )
             session.progress = session.progress._replace(logits=logits)
         session.progress.logits.block_until_ready()

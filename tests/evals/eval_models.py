@@ -11,7 +11,7 @@ from rich.console import Console
 from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.convert.own import write_own_safetensors
-from rwkvx_jax.evals.common import Subject
+from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.model import abstract_model, get_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.helpers import ROOT
@@ -42,11 +42,11 @@ def write_checkpoint(path, config=TINY, tokenizer="byte"):
     return path
 
 
-def make_subject(label="model", tokenizer="byte", scale=1.0, **facts):
+def make_model(label="model", tokenizer="byte", scale=1.0, **facts):
     """A model whose parameters no reader looks at."""
     params = {"embed": np.full(3, scale, np.float32), "attention_blocks": {"x": np.zeros(2)}}
     facts = {"step": 70, "trained_length": 128} | facts
-    return Subject(
+    return EvalModel(
         label, TINY, RunConfig(), params, load_tokenizer(tokenizer), "runs/model", **facts
     )
 
@@ -57,15 +57,15 @@ class FakeReader:
     def __init__(self, solve, stop_after=None):
         self.solve, self.stop_after, self.read = solve, stop_after, []
 
-    def __call__(self, subject, *, piece, batch, longest, policy):
+    def __call__(self, tested, *, prefill_chunk, batch, longest, policy):
         def answer(prompts, count, advance, ended):
             assert 0 < len(prompts) <= batch
             if self.stop_after is not None and len(self.read) >= self.stop_after:
                 raise KeyboardInterrupt
-            texts = [subject.tokenizer.decode(prompt) for prompt in prompts]
-            self.read += [(subject.label, text) for text in texts]
+            texts = [tested.tokenizer.decode(prompt) for prompt in prompts]
+            self.read += [(tested.label, text) for text in texts]
             advance(sum(map(len, prompts)))
-            rows = [subject.tokenizer.encode(self.solve(text)) for text in texts]
+            rows = [tested.tokenizer.encode(self.solve(text)) for text in texts]
             return np.stack([np.resize(row, count) for row in rows])
 
         return answer

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from rwkvx_jax.evals import batching
-from rwkvx_jax.evals.batching import common_sizes, group_rows, pack, plan_calls
+from rwkvx_jax.evals.short import batching
+from rwkvx_jax.evals.short.batching import common_sizes, group_rows, pack, plan_calls
 
 
 def make_requests(rng, count, letters=2):
@@ -75,23 +75,23 @@ def replay(packed, sizes):
                 text[lane] = []
             for i in range(packed.lengths[step, lane]):
                 text[lane].append(int(packed.tokens[step, lane, i]))
-                flat = (step * sizes.lanes + lane) * sizes.piece + i
+                flat = (step * sizes.lanes + lane) * sizes.width + i
                 before[flat] = tuple(text[lane])
             if packed.keep[step, lane]:
                 kept[lane] = list(text[lane])
     return before
 
 
-@pytest.mark.parametrize("lanes, piece", [(1, 16), (3, 4), (8, 7), (50, 16)])
-def test_arrays_say_what_the_requests_ask(lanes, piece, monkeypatch):
+@pytest.mark.parametrize("lanes, prefill_chunk", [(1, 16), (3, 4), (8, 7), (50, 16)])
+def test_arrays_say_what_the_requests_ask(lanes, prefill_chunk, monkeypatch):
     monkeypatch.setattr(batching, "_STEPS", 9)
     requests = make_requests(np.random.default_rng(lanes), 60, letters=7)
-    calls = plan_calls(group_rows(requests), lanes, piece)
-    sizes = common_sizes(calls, lanes, piece)
+    calls = plan_calls(group_rows(requests), lanes, prefill_chunk)
+    sizes = common_sizes(calls, lanes, prefill_chunk)
     found = {}
     for call in calls:
         packed, answers = pack(call, sizes)
-        assert packed.tokens.shape == (sizes.steps, lanes, piece)
+        assert packed.tokens.shape == (sizes.steps, lanes, prefill_chunk)
         assert packed.targets.shape == (sizes.places, batching.ALTERNATIVES)
         before = replay(packed, sizes)
         ends = [*answers.begins[1:], len(answers.indices)]

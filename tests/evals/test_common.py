@@ -12,17 +12,11 @@ import pytest
 from rwkvx_jax.checkpoint import Loaded, flat
 from rwkvx_jax.config import Config, ConfigError, DataConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.convert.own import write_own_safetensors
-from rwkvx_jax.evals.common import (
-    EvalOptions,
-    Subject,
-    as_subject,
-    even_batches,
-    open_subjects,
-    share_with_interval,
-    wilson,
-)
-from rwkvx_jax.evals.heatmap import HeatMap, draw
-from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
+from rwkvx_jax.evals.intervals import share_with_interval, wilson
+from rwkvx_jax.evals.models import EvalModel, EvalOptions, as_model, open_models
+from rwkvx_jax.evals.plots import HeatMap, draw
+from rwkvx_jax.evals.readers import GreedyReader, affordable_batch
+from rwkvx_jax.evals.runner import even_batches
 from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
@@ -39,8 +33,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def subject(model):
-    return as_subject(Loaded(model, "byte", "", None, None, None), Path("tiny"), "tiny")
+def tested(model):
+    return as_model(Loaded(model, "byte", "", None, None, None), Path("tiny"), "tiny")
 
 
 @pytest.mark.parametrize(
@@ -87,15 +81,15 @@ def greedy_by_full_passes(model, prompt, count):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("attention", [True, False])
-def test_reader_continues_as_full_passes_do(subject, attention):
+def test_reader_continues_as_full_passes_do(tested, attention):
     if not attention:
-        subject = subject.without_attention()
-    params = jax.tree.map(jnp.asarray, subject.params)
-    model = with_params(abstract_model(subject.config, FLOAT32), params)
+        tested = tested.without_attention()
+    params = jax.tree.map(jnp.asarray, tested.params)
+    model = with_params(abstract_model(tested.config, FLOAT32), params)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 257, n).astype(np.int32) for n in (43, 7, 16)]
     read = []
-    reader = GreedyReader(subject, piece=16, batch=4, longest=1)  # too low: it has to grow
+    reader = GreedyReader(tested, prefill_chunk=16, batch=4, longest=1)  # too low: it has to grow
     answers = reader(prompts, 8, read.append)
     assert answers.shape == (3, 8)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -124,16 +118,16 @@ def test_reader_continues_as_full_passes_do(subject, attention):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("attention", [True, False])
-def test_what_prompts_share_is_read_once_and_changes_nothing(subject, attention, monkeypatch):
+def test_what_prompts_share_is_read_once_and_changes_nothing(tested, attention, monkeypatch):
     if not attention:
-        subject = subject.without_attention()
+        tested = tested.without_attention()
     rng = np.random.default_rng(2)
     draw = lambda n: rng.integers(1, 257, n).astype(np.int32)
     trunk = draw(90)
     prompts = [np.concatenate([trunk[:cut], draw(100 - cut)]) for cut in (5, 5, 37, 37, 64, 89)]
     other = [draw(50), trunk[:33]]  # begins anew, and with fewer tokens than are known
     batches = [prompts[:2], prompts[2:4], prompts[4:], other, [trunk[:40]], prompts[:1]]
-    shared = GreedyReader(subject, piece=16, batch=2, longest=100)
+    shared = GreedyReader(tested, prefill_chunk=16, batch=2, longest=100)
     fed, feed = [], Engine.feed
 
     def counted(self, session, texts):
@@ -147,7 +141,7 @@ def test_what_prompts_share_is_read_once_and_changes_nothing(subject, attention,
         found.append(shared(batch, 6, lambda count: None))
         amounts.append(sum(fed))
     assert amounts == [100, 100, 100 - 32, 50, 40, 100]
-    alone = GreedyReader(subject, piece=16, batch=2, longest=100)
+    alone = GreedyReader(tested, prefill_chunk=16, batch=2, longest=100)
     for batch, answers in zip(batches, found, strict=True):
         for prompt, answer in zip(batch, answers, strict=True):
             alone([draw(3)], 1, lambda count: None)  # so that nothing is shared
@@ -155,15 +149,15 @@ def test_what_prompts_share_is_read_once_and_changes_nothing(subject, attention,
             np.testing.assert_array_equal(answer, expected)
 
 
-def test_attention_matters_in_the_reader_test(model, subject):
+def test_attention_matters_in_the_reader_test(model, tested):
     tokens = np.arange(1, 65)[None]
-    off = subject.without_attention()
+    off = tested.without_attention()
     plain = with_params(abstract_model(off.config, FLOAT32), off.params)
     assert float(jnp.abs(model(tokens) - plain(tokens)).max()) > 0.1
 
 
 @pytest.mark.parametrize(
-    "config, length, piece, batch",
+    "config, length, prefill_chunk, batch",
     [
         (ModelConfig.tiny(), 1024, 256, 32),
         (ModelConfig.tiny(), 16384, 2048, 4),
@@ -172,17 +166,17 @@ def test_attention_matters_in_the_reader_test(model, subject):
         (ModelConfig.rwkvx_0b2(), 1_000_000, 2048, 1),
     ],
 )
-def test_default_batch_bounds_memory(config, length, piece, batch):
-    subject = Subject("", config, FLOAT32, {}, None, "", None, None)
-    assert affordable_batch(subject, length, piece) == batch
+def test_default_batch_bounds_memory(config, length, prefill_chunk, batch):
+    tested = EvalModel("", config, FLOAT32, {}, None, "", None, None)
+    assert affordable_batch(tested, length, prefill_chunk) == batch
 
 
-def test_identity_sees_every_bit(subject):
-    before = subject.description["parameters"]
-    assert before == subject.description["parameters"]
-    params = jax.tree.map(np.array, subject.params)
+def test_identity_sees_every_bit(tested):
+    before = tested.description["parameters"]
+    assert before == tested.description["parameters"]
+    params = jax.tree.map(np.array, tested.params)
     params["head"]["weight"].view(np.uint8)[0, 0] ^= 1
-    assert subject._replace(params=params).description["parameters"] != before
+    assert tested._replace(params=params).description["parameters"] != before
 
 
 @pytest.mark.parametrize("step, expected", [(0, None), (1, 128), (10, 128), (11, 512), (30, 512)])
@@ -204,31 +198,31 @@ def save(path, config, tokenizer):
     return path
 
 
-def test_open_subjects_names_and_overrides(tmp_path):
+def test_open_models_names_and_overrides(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     paths = [save(tmp_path / d / "m.safetensors", TINY, "byte") for d in "ab"]
-    subjects = open_subjects(options(*paths, chunk_size=4))
-    assert [s.label for s in subjects] == [str(path) for path in paths]
-    assert [(s.config.chunk_size, s.config.top_k) for s in subjects] == [(4, 2)] * 2
-    assert [s.label for s in open_subjects(options(paths[0]))] == ["m.safetensors"]
+    models = open_models(options(*paths, chunk_size=4))
+    assert [s.label for s in models] == [str(path) for path in paths]
+    assert [(s.config.chunk_size, s.config.top_k) for s in models] == [(4, 2)] * 2
+    assert [s.label for s in open_models(options(paths[0]))] == ["m.safetensors"]
 
 
 @pytest.mark.thorough
-def test_open_subjects_refuses_what_cannot_be_compared(tmp_path):
+def test_open_models_refuses_what_cannot_be_compared(tmp_path):
     pytest.importorskip("pyrwkv_tokenizer")
     byte = save(tmp_path / "byte.safetensors", TINY, "byte")
     world_config = dataclasses.replace(TINY, vocab_size=65536, width=16)
     world = save(tmp_path / "world.safetensors", world_config, "world")
     with pytest.raises(ConfigError, match="byte.safetensors and .*world.safetensors use different"):
-        open_subjects(options(byte, world))
+        open_models(options(byte, world))
     unknown = save(tmp_path / "unknown.safetensors", TINY, "")
     with pytest.raises(ConfigError, match="unknown.safetensors does not say which tokenizer"):
-        open_subjects(options(unknown))
+        open_models(options(unknown))
     small = save(tmp_path / "small.safetensors", dataclasses.replace(TINY, vocab_size=99), "byte")
     with pytest.raises(ConfigError, match="vocabulary of 99, too small"):
-        open_subjects(options(small))
+        open_models(options(small))
     with pytest.raises(ConfigError, match="no checkpoint at .*absent"):
-        open_subjects(options(tmp_path / "absent"))
+        open_models(options(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +232,7 @@ def test_open_subjects_refuses_what_cannot_be_compared(tmp_path):
         (["a", "a"], {}, "given twice"),
         (["a"], {"limit": 0}, "--limit is 0"),
         (["a"], {"chunk_size": 0}, "--chunk-size is 0"),
-        (["a"], {"piece": -1}, "--piece is -1"),
+        (["a"], {"prefill_chunk": -1}, "--piece is -1"),
         (["a"], {"seed": -1}, "--seed is -1"),
         (["a"], {"seed": 2**70}, "it must lie between 0 and 4294967295"),
     ],
@@ -257,12 +251,12 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
 
 def test_names_of_models_are_one_line(tmp_path):
     path = save(tmp_path / "a\x1b[31m\n$b$.safetensors", TINY, "byte")
-    (subject,) = open_subjects(options(path))
-    assert subject.label == "a\\x1b[31m\\n$b$.safetensors"
-    map_of = HeatMap(subject.label + "$", "", (8,), (0.5,), *np.ones((2, 1, 1), int), None)
+    (tested,) = open_models(options(path))
+    assert tested.label == "a\\x1b[31m\\n$b$.safetensors"
+    map_of = HeatMap(tested.label + "$", "", (8,), (0.5,), *np.ones((2, 1, 1), int), None)
     draw([map_of] * 2, tmp_path / "x.png", title="t", x_label="x", y_label="y")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
-def test_subject_tokenizer_is_the_models(subject):
-    assert subject.tokenizer.fingerprint == load_tokenizer("byte").fingerprint
+def test_subject_tokenizer_is_the_models(tested):
+    assert tested.tokenizer.fingerprint == load_tokenizer("byte").fingerprint

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
-from rwkvx_jax.evals import scoring
-from rwkvx_jax.evals.common import Subject
+from rwkvx_jax.evals import readers
 from rwkvx_jax.evals.documents import read_documents
-from rwkvx_jax.evals.long_loss import (
+from rwkvx_jax.evals.models import EvalModel
+from rwkvx_jax.evals.readers import TextScorer
+from rwkvx_jax.evals.report import read_results
+from rwkvx_jax.evals.tasks.long_loss import (
     LongLossOptions,
     bin_edges,
     evaluate,
     summarize,
 )
-from rwkvx_jax.evals.report import read_results
-from rwkvx_jax.evals.scoring import TextScorer
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.evals.eval_models import (
     QUIET,
     TINY,
-    make_subject,
+    make_model,
     random_params,
     run_command,
     write_checkpoint,
@@ -54,7 +54,7 @@ class FakeScorer:
     def __init__(self, stop_after=None):
         self.stop_after, self.read = stop_after, 0
 
-    def __call__(self, subject, *, piece, batch, longest):
+    def __call__(self, tested, *, prefill_chunk, batch, longest):
         def score(texts, advance):
             if self.stop_after is not None and self.read >= self.stop_after:
                 raise KeyboardInterrupt
@@ -69,14 +69,14 @@ class FakeScorer:
 
 @pytest.mark.thorough
 def test_piecewise_losses_equal_a_whole_pass(monkeypatch):
-    monkeypatch.setattr(scoring, "_BLOCK_LOGITS", 2 * 257 * 9)  # several blocks, a ragged one
+    monkeypatch.setattr(readers, "_BLOCK_LOGITS", 2 * 257 * 9)  # several blocks, a ragged one
     params = random_params(TINY)
-    subject = Subject("m", TINY, RunConfig(compute_dtype="float32"), params, BYTE, "", None, None)
+    tested = EvalModel("m", TINY, RunConfig(compute_dtype="float32"), params, BYTE, "", None, None)
     texts = np.random.default_rng(0).integers(1, 257, (2, 62)).astype(np.int32)
     read = []
     ragged = [texts[0], texts[1, :40]]
-    losses = TextScorer(subject, piece=16, batch=3, longest=61)(ragged, read.append)
-    model = with_params(abstract_model(TINY, subject.run), params)
+    losses = TextScorer(tested, prefill_chunk=16, batch=3, longest=61)(ragged, read.append)
+    model = with_params(abstract_model(TINY, tested.run), params)
     logits = np.asarray(jax.jit(lambda t: model(t))(texts[:, :-1]), np.float64)
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
     log_p -= logits.max(-1, keepdims=True)
@@ -115,38 +115,38 @@ def test_documents_are_taken_from_the_files_in_turn(books, tmp_path):
 
 def test_results_and_summary(books, tmp_path):
     options = make_options(tmp_path / "out", books, documents=4)
-    results = evaluate(options, [make_subject()], QUIET, FakeScorer())
+    results = evaluate(options, [make_model()], QUIET, FakeScorer())
     document = read_results(tmp_path / "out" / "long_loss.jsonl")
     assert document["settings"] == {"length": 500, "skip": 60}
-    (panel,) = document["models"]
-    assert len(panel["trials"]) == 4 and panel["trials"][0]["edges"] == bin_edges(500)
+    (shown,) = document["models"]
+    assert len(shown["trials"]) == 4 and shown["trials"][0]["edges"] == bin_edges(500)
     summary = results.summary("model")
-    offsets = [t["loss"] - 249.5 for t in panel["trials"]]
+    offsets = [t["loss"] - 249.5 for t in shown["trials"]]
     first = summary["by_position"][0]
     assert (first["begin"], first["end"], first["documents"]) == (0, 64, 4)
     assert first["loss"] == pytest.approx(31.5 + np.mean(offsets))
     assert first["error"] == pytest.approx(np.std(offsets, ddof=1) / 2)
     assert summary["all"]["loss"] == pytest.approx(249.5 + np.mean(offsets))
     assert summarize([]) == {"all": None, "by_position": []}
-    assert summarize(panel["trials"][:1])["all"]["error"] is None
+    assert summarize(shown["trials"][:1])["all"]["error"] is None
 
 
 def test_interrupted_limited_and_grown(books, tmp_path):
     options = make_options(tmp_path / "out", books, documents=6)
-    subjects = [make_subject(), make_subject("other", scale=2.0)]
+    models = [make_model(), make_model("other", scale=2.0)]
     with pytest.raises(KeyboardInterrupt):
-        evaluate(options, subjects, QUIET, FakeScorer(stop_after=8))
+        evaluate(options, models, QUIET, FakeScorer(stop_after=8))
     second = FakeScorer()
-    results = evaluate(options, subjects, QUIET, second)
+    results = evaluate(options, models, QUIET, second)
     assert second.read == 4
     undisturbed = make_options(tmp_path / "x", books, documents=6)
-    document = evaluate(undisturbed, subjects, QUIET, FakeScorer()).document
+    document = evaluate(undisturbed, models, QUIET, FakeScorer()).document
     assert results.document["models"] == document["models"]
     limited = FakeScorer()
-    evaluate(make_options(tmp_path / "y", books, limit=3), [make_subject()], QUIET, limited)
+    evaluate(make_options(tmp_path / "y", books, limit=3), [make_model()], QUIET, limited)
     assert limited.read == 3
     with pytest.raises(ConfigError, match="length: 500 -> 400"):
-        evaluate(make_options(tmp_path / "y", books, length=400), subjects, QUIET, limited)
+        evaluate(make_options(tmp_path / "y", books, length=400), models, QUIET, limited)
 
 
 @pytest.mark.parametrize(

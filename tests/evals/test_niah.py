@@ -8,13 +8,13 @@ import pytest
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.grid import Trial, heat_maps
-from rwkvx_jax.evals.niah import NiahOptions, evaluate, judge, niah_grid, question_of
 from rwkvx_jax.evals.report import read_results
+from rwkvx_jax.evals.tasks.niah import NiahOptions, evaluate, judge, niah_grid, question_of
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.evals.eval_models import (
     QUIET,
     FakeReader,
-    make_subject,
+    make_model,
     run_command,
     write_checkpoint,
 )
@@ -63,7 +63,7 @@ def guess(text):
 def test_oracle_scores_everything_and_a_guess_nothing(tmp_path, book):
     for solve, expected in ((copy, 1.0), (guess, 0.0)):
         options = make_options(tmp_path / solve.__name__, book, tasks=ALL)
-        results = evaluate(options, [make_subject()], QUIET, FakeReader(solve))
+        results = evaluate(options, [make_model()], QUIET, FakeReader(solve))
         shares = {name: r.summary("model")["all"]["accuracy"] for name, r in results.items()}
         assert shares == dict.fromkeys(ALL, expected)
         assert {r.summary("model")["all"]["trials"] for r in results.values()} == {12}
@@ -72,7 +72,7 @@ def test_oracle_scores_everything_and_a_guess_nothing(tmp_path, book):
 def test_tracking_scores_in_part(tmp_path):
     first = lambda text: ",".join(copy(text).split(",")[:2])  # two of the five variables
     options = make_options(tmp_path, tasks=("tracking",), lengths=(1800,))
-    results = evaluate(options, [make_subject()], QUIET, FakeReader(first))["tracking"]
+    results = evaluate(options, [make_model()], QUIET, FakeReader(first))["tracking"]
     share = results.summary("model")["all"]
     assert share["accuracy"] == pytest.approx(0.4) and share["trials"] == 6
     assert share["low"] < 0.4 < share["high"]
@@ -95,13 +95,13 @@ def test_an_answer_ends_at_its_line_break(tmp_path):
 
 def test_results_files(tmp_path, book):
     options = make_options(tmp_path, book, tasks=("single_2", "recall_16"), limit=5)
-    evaluate(options, [make_subject()], QUIET, FakeReader(copy))
+    evaluate(options, [make_model()], QUIET, FakeReader(copy))
     document = read_results(tmp_path / "niah_single_2.jsonl")
     assert document["task"] == "niah_single_2" and len(document["settings"]["haystack"]) == 16
     assert document["settings"]["answer_tokens"] == 64
-    (panel,) = document["models"]
-    assert len(panel["trials"]) == 5
-    trial = panel["trials"][0]
+    (shown,) = document["models"]
+    assert len(shown["trials"]) == 5
+    trial = shown["trials"][0]
     assert (trial["length"], trial["depth"], trial["trial"]) == (1800, 0.0, 0)
     assert trial["answer"] == trial["expected"][0] + "." and trial["correct"] == 1.0
     assert 1600 < trial["prompt_tokens"] <= 1800 - 128
@@ -112,9 +112,9 @@ def test_results_files(tmp_path, book):
 def test_an_interrupted_run_goes_on(tmp_path):
     options = make_options(tmp_path, tasks=("single_1", "multikey_2"))
     with pytest.raises(KeyboardInterrupt):
-        evaluate(options, [make_subject()], QUIET, FakeReader(copy, stop_after=16))
+        evaluate(options, [make_model()], QUIET, FakeReader(copy, stop_after=16))
     second = FakeReader(copy)
-    results = evaluate(options, [make_subject()], QUIET, second)
+    results = evaluate(options, [make_model()], QUIET, second)
     assert len(second.read) == 8
     assert [len(r.trials("model")) for r in results.values()] == [12, 12]
 
@@ -137,12 +137,12 @@ def test_questions_depend_on_seed_task_and_trial_alone(tmp_path):
 def test_a_kept_reader_serves_all_tasks(tmp_path):
     made = []
 
-    def make(subject, **sizes):
-        made.append(subject.label)
-        return FakeReader(copy)(subject, **sizes)
+    def make(tested, **sizes):
+        made.append(tested.label)
+        return FakeReader(copy)(tested, **sizes)
 
     options = make_options(tmp_path, tasks=("single_1", "multikey_2"))
-    evaluate(options, [make_subject()], QUIET, make)
+    evaluate(options, [make_model()], QUIET, make)
     assert made == ["model"]
 
 
@@ -166,7 +166,7 @@ def test_short_lengths_fail_before_anything_is_read(tmp_path):
     reader = FakeReader(copy)
     options = make_options(tmp_path, tasks=("single_1", "recall_256"))
     with pytest.raises(ConfigError, match="too short for 256 pairs"):
-        evaluate(options, [make_subject()], QUIET, reader)
+        evaluate(options, [make_model()], QUIET, reader)
     assert reader.read == [] and not list(tmp_path.iterdir())
 
 

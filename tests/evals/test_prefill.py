@@ -7,10 +7,12 @@ import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import prefill_speed
-from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, measure, open_results
+from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, evaluate
 from rwkvx_jax.evals.report import read_results
-from rwkvx_jax.evals.speed import TIMED
+from rwkvx_jax.evals.timed import TIMED, Timed
 from tests.evals.eval_models import QUIET, TINY, run_command, write_checkpoint
+
+MODEL = Timed(TINY, RunConfig(), {}, {"label": TIMED, "device": "cpu", "cores": 2})
 
 
 def rows(kind, times):
@@ -36,7 +38,7 @@ class FakeReader:
     def __init__(self):
         self.read = []
 
-    def __call__(self, config, run, params, piece, rows):
+    def __call__(self, config, run, params, prefill_chunk, rows):
         kind = "full" if config.attention == "full" else "sparse"
         kind = "rwkv" if not config.num_attention_blocks else kind
 
@@ -49,10 +51,9 @@ class FakeReader:
 
 def test_rows_are_measured_once(tmp_path):
     options = PrefillOptions(output=tmp_path, lengths=(20, 10, 40), repeats=2, full_limit=20)
-    results = open_results(options, RunConfig(), TINY)
-    run = lambda options, reader: measure(options, TINY, RunConfig(), {}, results, QUIET, reader)
+    run = lambda options, reader: evaluate(options, MODEL, QUIET, reader)
     first = FakeReader()
-    run(options, first)
+    results = run(options, first)
     lengths = {"sparse": (10, 20, 40), "rwkv": (10, 20, 40), "full": (10, 20)}
     expected = [(k, n) for k, own in lengths.items() for n in (10, *(n for n in own for _ in "ab"))]
     assert first.read == expected  # the first reading of each model compiles
@@ -69,10 +70,16 @@ def test_rows_are_measured_once(tmp_path):
     assert again.read == []
 
 
+def test_nothing_to_measure(tmp_path):
+    options = PrefillOptions(output=tmp_path, lengths=(20,), kinds=("full",), full_limit=10)
+    with pytest.raises(ConfigError, match="within --full-limit 10"):
+        evaluate(options, MODEL, QUIET, FakeReader())
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"piece": 0}, "--piece is 0"),
+        ({"prefill_chunk": 0}, "--piece is 0"),
         ({"repeats": 0}, "--repeats is 0"),
         ({"kinds": ()}, "--kinds"),
     ],
@@ -99,7 +106,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         ("sparse", 40),
     ]
     assert (tmp_path / "prefill.png").stat().st_size > 10_000
-    monkeypatch.setattr(prefill_speed, "measure", lambda *_: None)
+    monkeypatch.setattr(prefill_speed.Reader, "__call__", lambda *_: pytest.fail("all is there"))
     run_command(monkeypatch, "prefill", *flags)
     with pytest.raises(SystemExit):
         run_command(monkeypatch, "prefill", *flags[:-5], "--repeats", 2)
@@ -107,17 +114,27 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 
 def test_rows_of_two_processes_are_kept(tmp_path):
-    options = PrefillOptions(output=tmp_path)
-    open_file = lambda: open_results(options, RunConfig(), TINY)
-    first, second = open_file(), open_file()
-    first.add(TIMED, rows("sparse", {10: 1.0}))
-    second.add(TIMED, rows("sparse", {10: 2.0, 20: 2.0}))
-    assert [row["seconds"] for row in open_file().trials(TIMED)] == [1.0, 2.0]
-    assert first.finished(TIMED) == {("sparse", 10)}
+    """The second measures all while the first is at work, which then keeps what it finds there."""
+    options = PrefillOptions(output=tmp_path, lengths=(10, 20), repeats=1, kinds=("sparse",))
+    second = FakeReader()
+
+    class Interrupted(FakeReader):
+        def __call__(self, *sizes):
+            read = super().__call__(*sizes)
+
+            def after_another(tokens):
+                if not second.read:
+                    evaluate(options, MODEL, QUIET, second)
+                return 7 * read(tokens)
+
+            return after_another
+
+    results = evaluate(options, MODEL, QUIET, Interrupted())
+    assert [row["seconds"] for row in results.trials(TIMED)] == [0.01, 0.02]
     with (tmp_path / "prefill.jsonl").open("a") as file:
         file.write("[3]\n")
     with pytest.raises(ConfigError, match="another shape than a results file"):
-        open_file()
+        evaluate(options, MODEL, QUIET, second)
 
 
 def test_prompts_beyond_the_memory_are_refused(tmp_path, monkeypatch, capsys):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import passkey
-from rwkvx_jax.evals.passkey import PasskeyOptions
 from rwkvx_jax.evals.report import ReportOptions, as_html, as_markdown, find_runs, sections
-from tests.evals.eval_models import QUIET, FakeReader, make_subject, run_command
+from rwkvx_jax.evals.tasks import passkey
+from rwkvx_jax.evals.tasks.passkey import PasskeyOptions
+from tests.evals.eval_models import QUIET, FakeReader, make_model, run_command
 
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
@@ -20,12 +20,12 @@ PIXEL = bytes.fromhex(
 )
 
 
-def passkey_run(folder, *subjects, **flags):
+def passkey_run(folder, *models, **flags):
     """A real results file, with a figure beside it."""
     flags = {"lengths": (300,), "depths": 2, "trials": 2} | flags
     options = PasskeyOptions(checkpoint=(Path("m"),), output=folder, **flags)
     solve = lambda text: " " + re.search(r"The pass key is (\d+)\.", text)[1]
-    passkey.evaluate(options, subjects, QUIET, FakeReader(solve))
+    passkey.evaluate(options, models, QUIET, FakeReader(solve))
     (folder / "passkey.png").write_bytes(PIXEL)
     return folder
 
@@ -57,10 +57,10 @@ def others(tmp_path):
 
 
 def test_comparable_runs_share_a_table(tmp_path):
-    passkey_run(tmp_path / "a", make_subject("one"))
-    passkey_run(tmp_path / "b", make_subject("two"), make_subject("one", scale=2.0))
-    passkey_run(tmp_path / "c", make_subject("one"), seed=1)
-    passkey_run(tmp_path / "d", make_subject("one"), lengths=(300, 400))
+    passkey_run(tmp_path / "a", make_model("one"))
+    passkey_run(tmp_path / "b", make_model("two"), make_model("one", scale=2.0))
+    passkey_run(tmp_path / "c", make_model("one"), seed=1)
+    passkey_run(tmp_path / "d", make_model("one"), lengths=(300, 400))
     first, second = sections(find_runs([tmp_path]))
     assert first.table.columns[1:] == ["300", "400", "all"]
     labels = [row[0] for row in first.table.rows]
@@ -79,8 +79,8 @@ def test_comparable_runs_share_a_table(tmp_path):
 
 def test_different_tokenizers_never_share_a_table(tmp_path):
     pytest.importorskip("pyrwkv_tokenizer")
-    passkey_run(tmp_path / "a", make_subject("one"))
-    passkey_run(tmp_path / "b", make_subject("two", tokenizer="world"))
+    passkey_run(tmp_path / "a", make_model("one"))
+    passkey_run(tmp_path / "b", make_model("two", tokenizer="world"))
     assert len(sections(find_runs([tmp_path]))) == 2
 
 
@@ -118,7 +118,7 @@ class Checker(HTMLParser):
 
 
 def test_html_is_whole_and_self_contained(others):
-    passkey_run(others / "p", make_subject("one"))
+    passkey_run(others / "p", make_model("one"))
     page = as_html("A & B", sections(find_runs([others])))
     checker = Checker()
     checker.feed(page)
@@ -154,7 +154,7 @@ def test_files_that_are_none(tmp_path):
 
 def test_only_figures_that_lie_there_are_shown(tmp_path, monkeypatch, capsys):
     for name in "abc":
-        passkey_run(tmp_path / name, make_subject(name))
+        passkey_run(tmp_path / name, make_model(name))
     secret = tmp_path / "secret"
     secret.write_bytes(PIXEL + b"TOKEN")
     (tmp_path / "a" / "passkey.png").unlink()
@@ -210,7 +210,7 @@ def test_damaged_results_are_refused(tmp_path, header, line, message):
 
 
 def test_compressed_results_and_half_a_line(tmp_path, caplog):
-    passkey_run(tmp_path / "a", make_subject("one"))
+    passkey_run(tmp_path / "a", make_model("one"))
     path = tmp_path / "a" / "passkey.jsonl"
     (whole,) = find_runs([path])
     packed = path.with_name("passkey.jsonl.gz")

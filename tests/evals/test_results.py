@@ -3,8 +3,8 @@
 import pytest
 
 from rwkvx_jax.checkpoint import load_checkpoint
-from rwkvx_jax.evals import niah, passkey
-from rwkvx_jax.evals.common import open_subjects
+from rwkvx_jax.evals.models import open_models
+from rwkvx_jax.evals.tasks import niah, passkey
 from rwkvx_jax.experiment_files import load_config
 from tests.evals.eval_models import QUIET
 from tests.helpers import ROOT
@@ -30,7 +30,7 @@ def test_the_models_are_those_of_their_configs(name, experiment):
 def test_the_hybrid_finds_passkeys(tmp_path):
     flags = {"lengths": (3000,), "depths": 4, "trials": 1}
     options = asked(passkey.PasskeyOptions, tmp_path, HYBRID, **flags)
-    results = passkey.evaluate(options, open_subjects(options), QUIET)
+    results = passkey.evaluate(options, open_models(options), QUIET)
     assert results.summary(f"{HYBRID}.safetensors")["all"]["accuracy"] == 1
 
 
@@ -38,5 +38,5 @@ def test_the_hybrid_finds_passkeys(tmp_path):
 def test_the_hybrid_finds_one_of_sixty_four_pairs(tmp_path):
     flags = {"tasks": ("recall_64",), "lengths": (3000,), "depths": 4, "trials": 1}
     options = asked(niah.NiahOptions, tmp_path, HYBRID, **flags)
-    results = niah.evaluate(options, open_subjects(options), QUIET)["recall_64"]
+    results = niah.evaluate(options, open_models(options), QUIET)["recall_64"]
     assert results.summary(f"{HYBRID}.safetensors")["all"]["accuracy"] >= 0.75

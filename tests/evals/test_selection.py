@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
-from rwkvx_jax.evals import selection
-from rwkvx_jax.evals.common import Subject
+from rwkvx_jax.evals.chunk_mass import measure, positions_of, selectors
+from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.report import read_results
-from rwkvx_jax.evals.selection import SelectionOptions, evaluate, measure, positions_of, selectors
+from rwkvx_jax.evals.tasks import selection
+from rwkvx_jax.evals.tasks.selection import SelectionOptions, evaluate
 from rwkvx_jax.ops.selection import select_chunks_reference
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.evals.eval_models import (
     QUIET,
     TINY,
-    make_subject,
+    make_model,
     random_params,
     run_command,
     write_checkpoint,
@@ -98,13 +99,13 @@ def book(tmp_path_factory):
 @pytest.mark.thorough
 def test_documents_summary_and_resumption(book, tmp_path):
     params, run = random_params(CONFIG), RunConfig(compute_dtype="float32")
-    subject = Subject("m", CONFIG, run, params, load_tokenizer("byte"), "x", None, None)
-    evaluate(make_options(tmp_path, book, limit=1), [subject], QUIET)
-    results = evaluate(make_options(tmp_path, book), [subject], QUIET)
+    tested = EvalModel("m", CONFIG, run, params, load_tokenizer("byte"), "x", None, None)
+    evaluate(make_options(tmp_path, book, limit=1), [tested], QUIET)
+    results = evaluate(make_options(tmp_path, book), [tested], QUIET)
     document = read_results(tmp_path / "selection.jsonl")
-    (panel,) = document["models"]
-    assert len(panel["trials"]) == 3 and document["settings"]["blocks"] == 4
-    found = panel["summary"]["selectors"]
+    (shown,) = document["models"]
+    assert len(shown["trials"]) == 3 and document["settings"]["blocks"] == 4
+    found = shown["summary"]["selectors"]
     assert set(found) == {"own", "mean", "max", "pooled", "bounds", "recent", "oracle"}
     assert found["own"] == found["mean"] and found["oracle"]["recall"]["mean"] == 1.0
     for record in found.values():
@@ -121,7 +122,7 @@ def test_documents_summary_and_resumption(book, tmp_path):
 
     selection.Observer.__call__, kept = fail, selection.Observer.__call__
     try:
-        evaluate(make_options(tmp_path, book), [subject], QUIET)
+        evaluate(make_options(tmp_path, book), [tested], QUIET)
     finally:
         selection.Observer.__call__ = kept
 
@@ -136,9 +137,9 @@ def test_documents_summary_and_resumption(book, tmp_path):
     ],
 )
 def test_where_there_is_nothing_to_choose(config, flags, message, book, tmp_path):
-    subject = make_subject()._replace(config=dataclasses.replace(CONFIG, **config))
+    tested = make_model()._replace(config=dataclasses.replace(CONFIG, **config))
     with pytest.raises(ConfigError, match=message):
-        evaluate(make_options(tmp_path, book, **flags), [subject], QUIET)
+        evaluate(make_options(tmp_path, book, **flags), [tested], QUIET)
 
 
 @pytest.mark.thorough

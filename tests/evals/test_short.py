@@ -14,12 +14,13 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from rwkvx_jax.config import ConfigError, RunConfig  # noqa: E402
-from rwkvx_jax.evals import batching, harness, short_context  # noqa: E402
-from rwkvx_jax.evals.common import Subject  # noqa: E402
-from rwkvx_jax.evals.harness import AnswerFile, HarnessModel  # noqa: E402
-from rwkvx_jax.evals.report import read_results
-from rwkvx_jax.evals.short_context import ShortOptions, evaluate  # noqa: E402
-from rwkvx_jax.evals.short_table import SHORT_NAMES, summarize  # noqa: E402
+from rwkvx_jax.evals.models import EvalModel  # noqa: E402
+from rwkvx_jax.evals.report import read_results  # noqa: E402
+from rwkvx_jax.evals.short import batching, harness  # noqa: E402
+from rwkvx_jax.evals.short import task as short_context  # noqa: E402
+from rwkvx_jax.evals.short.harness import AnswerFile, HarnessModel  # noqa: E402
+from rwkvx_jax.evals.short.table import SHORT_NAMES, summarize  # noqa: E402
+from rwkvx_jax.evals.short.task import ShortOptions, evaluate  # noqa: E402
 from rwkvx_jax.model import abstract_model, with_params  # noqa: E402
 from rwkvx_jax.tokenizer import load_tokenizer  # noqa: E402
 from tests.evals.eval_models import (  # noqa: E402
@@ -36,17 +37,17 @@ FLOAT32 = RunConfig(compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def subject():
+def tested():
     params = random_params(TINY)
     params["head"]["weight"][:, [0, *range(129, 257)]] = 0  # what it says is text
-    return Subject("m", TINY, FLOAT32, params, BYTE, "x", None, None)
+    return EvalModel("m", TINY, FLOAT32, params, BYTE, "x", None, None)
 
 
 @pytest.fixture(scope="module")
-def log_probs(subject):
+def log_probs(tested):
     """The oracle: text -> log-probabilities [n, W] after each token of "line break + text", by one
     unbatched pass; padded to one length behind the text, which a causal model can't see."""
-    model = with_params(abstract_model(TINY, FLOAT32), jax.tree.map(jnp.asarray, subject.params))
+    model = with_params(abstract_model(TINY, FLOAT32), jax.tree.map(jnp.asarray, tested.params))
     forward = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))
 
     def run(text):
@@ -58,8 +59,8 @@ def log_probs(subject):
     return run
 
 
-def make_model(subject, path, **flags):
-    return HarnessModel(subject, AnswerFile(path / "answers.jsonl"), piece=16, **flags)
+def make_model(tested, path, **flags):
+    return HarnessModel(tested, AnswerFile(path / "answers.jsonl"), prefill_chunk=16, **flags)
 
 
 def asked(kind, *arguments):
@@ -70,8 +71,8 @@ def asked(kind, *arguments):
 
 
 @pytest.mark.thorough
-def test_loglikelihoods_equal_unbatched_ones(subject, log_probs, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "_PIECE", 8)
+def test_loglikelihoods_equal_unbatched_ones(tested, log_probs, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_STEP_TOKENS", 8)
     monkeypatch.setattr(harness, "_BATCH_TOKENS", {"cpu": 40})  # five lanes, several calls
     rng = np.random.default_rng(0)
     letters = lambda n: "".join(rng.choice(list("abc de"), n)).strip() + "x"
@@ -82,7 +83,7 @@ def test_loglikelihoods_equal_unbatched_ones(subject, log_probs, tmp_path, monke
     examples = letters(60)
     for question in (letters(30), letters(20), letters(9)):
         pairs += [(examples + question, " " + letters(int(n))) for n in (1, 2, 25, 7)]
-    model = make_model(subject, tmp_path)
+    model = make_model(tested, tmp_path)
     answers = model.loglikelihood(asked("loglikelihood", *pairs))
     assert model.compilations == 1 and model.requests == len(set(pairs))
     for (context, continuation), (value, is_greedy) in zip(pairs, answers, strict=True):
@@ -99,16 +100,16 @@ def test_loglikelihoods_equal_unbatched_ones(subject, log_probs, tmp_path, monke
 
 
 @pytest.mark.thorough
-def test_answers_are_found_again(subject, tmp_path):
+def test_answers_are_found_again(tested, tmp_path):
     pairs = [("one", " two"), ("three", " four"), ("five", " six")]
-    first = make_model(subject, tmp_path)
+    first = make_model(tested, tmp_path)
     two = first.loglikelihood(asked("loglikelihood", *pairs[:2]))
     with (tmp_path / "answers.jsonl").open("a") as file:
         file.write('["torn')
-    second = make_model(subject, tmp_path)
+    second = make_model(tested, tmp_path)
     three = second.loglikelihood(asked("loglikelihood", *pairs))
     assert three[:2] == two and (first.requests, second.requests) == (2, 1)
-    third = make_model(subject, tmp_path)
+    third = make_model(tested, tmp_path)
     assert third.loglikelihood(asked("loglikelihood", *pairs)) == three and third.requests == 0
     for line, message in (
         ("nonsense", "line 2 is not JSON"),
@@ -118,7 +119,7 @@ def test_answers_are_found_again(subject, tmp_path):
     ):
         (tmp_path / "answers.jsonl").write_text(f'["a", 1.5]\n{line}\n["b", "x"]\n')
         with pytest.raises(ConfigError, match=message):
-            make_model(subject, tmp_path)
+            make_model(tested, tmp_path)
 
 
 def test_one_process_at_a_time_has_an_answers_file_open(tmp_path):
@@ -133,10 +134,10 @@ def test_one_process_at_a_time_has_an_answers_file_open(tmp_path):
 
 
 @pytest.mark.thorough
-def test_requests_that_fail_lose_no_others(subject, tmp_path):
+def test_requests_that_fail_lose_no_others(tested, tmp_path):
     """Empty continuations, settings that mean nothing, and logits that are not finite."""
     pairs = [("one", " two"), ("three", ""), ("five", " six")]
-    model = make_model(subject, tmp_path)
+    model = make_model(tested, tmp_path)
     with pytest.raises(ConfigError, match=r"m, request \('three', ''\): the continuation is empty"):
         model.loglikelihood(asked("loglikelihood", *pairs))
     assert model.requests == 2
@@ -148,23 +149,23 @@ def test_requests_that_fail_lose_no_others(subject, tmp_path):
         model.generate_until(asked("generate_until", *requests))
     assert model.requests == 3
 
-    params = {**subject.params, "embed": subject.params["embed"].copy()}
+    params = {**tested.params, "embed": tested.params["embed"].copy()}
     params["embed"][BYTE.encode("f")[0], 0] = np.nan
     (tmp_path / "answers.jsonl").unlink()
-    damaged = make_model(subject._replace(params=params), tmp_path, batch=1)
+    damaged = make_model(tested._replace(params=params), tmp_path, batch=1)
     with pytest.raises(ConfigError, match=r"request \('five', ' six'\): its logits are not finite"):
         damaged.loglikelihood(asked("loglikelihood", *pairs[::2]))
     assert damaged.loglikelihood(asked("loglikelihood", pairs[0])) == [pytest.approx(good[0])]
-    with pytest.raises(ConfigError, match=r"request \('of',\): its logits are not finite"):
-        damaged.loglikelihood_rolling(asked("loglikelihood_rolling", ("of",), ("one",)))
+    with pytest.raises(ConfigError, match=r"request \('off',\): its logits are not finite"):
+        damaged.loglikelihood_rolling(asked("loglikelihood_rolling", ("off",), ("one",)))
     assert "NaN" not in (tmp_path / "answers.jsonl").read_text()
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.thorough
-def test_whole_texts(subject, log_probs, tmp_path):
+def test_whole_texts(tested, log_probs, tmp_path):
     texts = ["a short one", "abc " * 30, ""]
-    model = make_model(subject, tmp_path)
+    model = make_model(tested, tmp_path)
     values = model.loglikelihood_rolling(asked("loglikelihood_rolling", *[(t,) for t in texts]))
     for text, value in zip(texts, values, strict=True):
         targets = BYTE.encode(text)
@@ -173,7 +174,7 @@ def test_whole_texts(subject, log_probs, tmp_path):
 
 
 @pytest.mark.thorough
-def test_generation_stops(subject, log_probs, tmp_path):
+def test_generation_stops(tested, log_probs, tmp_path):
     def greedy(text, count):
         for _ in range(count):
             text += BYTE.decode([int(log_probs(text)[-1, 1:].argmax()) + 1])
@@ -185,7 +186,7 @@ def test_generation_stops(subject, log_probs, tmp_path):
     stop = ways[0][5]
     requests = [(p, {"until": [stop], "max_gen_toks": 12}) for p in prompts]
     requests += [(prompts[1], {"until": [], "max_gen_toks": 4})]
-    model = make_model(subject, tmp_path)
+    model = make_model(tested, tmp_path)
     answers = model.generate_until(asked("generate_until", *requests))
     assert answers[:3] == [way.split(stop)[0] for way in ways]
     assert answers[3] == ways[1][:4]
@@ -251,33 +252,33 @@ def test_prompts_as_the_model_sees_them(data):
 
 
 @pytest.mark.thorough
-def test_all_tasks_from_local_files(subject, data, tmp_path):
-    results = evaluate(make_options(tmp_path, data), [subject], QUIET)
+def test_all_tasks_from_local_files(tested, data, tmp_path):
+    results = evaluate(make_options(tmp_path, data), [tested], QUIET)
     assert "torch" not in sys.modules
     document = read_results(tmp_path / "short.jsonl")
-    (panel,) = document["models"]
-    assert len(panel["trials"]) == 24 and document["plan"]["documents"]["mmlu_b"] == 2
-    columns = panel["summary"]["columns"]
+    (shown,) = document["models"]
+    assert len(shown["trials"]) == 24 and document["plan"]["documents"]["mmlu_b"] == 2
+    columns = shown["summary"]["columns"]
     assert set(columns) == set(SHORT_NAMES)
     assert {c["acc"]["documents"] for c in columns.values()} == {3}
-    piqa = [t for t in panel["trials"] if t["task"] == "piqa"]
+    piqa = [t for t in shown["trials"] if t["task"] == "piqa"]
     first, second = piqa[0]["answers"]
     assert piqa[0]["metrics"]["acc"] == float(first[0] > second[0])
     norm = [first[0] / len("Heat it."), second[0] / len("Cool it.")]
     assert piqa[0]["metrics"]["acc_norm"] == float(norm[0] > norm[1])
-    lambada = [t["answers"][0][0] for t in panel["trials"] if t["task"] == "lambada_openai"]
+    lambada = [t["answers"][0][0] for t in shown["trials"] if t["task"] == "lambada_openai"]
     assert columns["lambada_openai"]["perplexity"]["value"] == pytest.approx(
         np.exp(-np.mean(lambada)), rel=1e-6
     )
     average = np.mean(
         [100 * columns[c]["acc_norm" if c == "hellaswag" else "acc"]["value"] for c in columns]
     )
-    assert panel["summary"]["average"] == pytest.approx(average)
+    assert shown["summary"]["average"] == pytest.approx(average)
     assert results.summary("m")["averaged"] == 8
 
 
 @pytest.mark.thorough
-def test_an_interrupted_run_loses_no_answer(subject, data, tmp_path, monkeypatch):
+def test_an_interrupted_run_loses_no_answer(tested, data, tmp_path, monkeypatch):
     monkeypatch.setattr(batching, "_STEPS", 1)
     options = make_options(tmp_path, data, tasks=("piqa", "sciq", "arc_easy"), batch=1)
     calls = []
@@ -290,35 +291,35 @@ def test_an_interrupted_run_loses_no_answer(subject, data, tmp_path, monkeypatch
 
     monkeypatch.setattr(harness, "pack", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(options, [subject], QUIET)
+        evaluate(options, [tested], QUIET)
     (answers,) = (tmp_path / "short_answers").glob("*.jsonl")
     saved = answers.read_text().splitlines()
     assert 0 < len(saved) < 6  # of the first call: the second one was still running
     monkeypatch.setattr(harness, "pack", batching.pack)
-    evaluate(options, [subject], QUIET)
+    evaluate(options, [tested], QUIET)
     lines = answers.read_text().splitlines()
     assert lines[: len(saved)] == saved and len(set(lines)) == len(lines)
     monkeypatch.setattr(HarnessModel, "_compute", lambda *_: pytest.fail("nothing is left to do"))
-    results = evaluate(options, [subject], QUIET)
+    results = evaluate(options, [tested], QUIET)
     assert len(results.trials("m")) == 9
 
 
 @pytest.mark.thorough
-def test_limit_and_then_the_rest(subject, data, tmp_path):
-    limited = evaluate(make_options(tmp_path, data, tasks=("piqa",), limit=2), [subject], QUIET)
+def test_limit_and_then_the_rest(tested, data, tmp_path):
+    limited = evaluate(make_options(tmp_path, data, tasks=("piqa",), limit=2), [tested], QUIET)
     assert len(limited.trials("m")) == 2
-    full = evaluate(make_options(tmp_path, data, tasks=("piqa", "sciq")), [subject], QUIET)
+    full = evaluate(make_options(tmp_path, data, tasks=("piqa", "sciq")), [tested], QUIET)
     assert len(full.trials("m")) == 6
     with pytest.raises(ConfigError, match="3 of its trials are not part of this command"):
-        evaluate(make_options(tmp_path, data, tasks=("piqa",)), [subject], QUIET)
+        evaluate(make_options(tmp_path, data, tasks=("piqa",)), [tested], QUIET)
 
 
 @pytest.mark.thorough
-def test_other_data_under_the_same_name_is_refused(subject, data, tmp_path):
-    evaluate(make_options(tmp_path, data, tasks=("piqa",)), [subject], QUIET)
+def test_other_data_under_the_same_name_is_refused(tested, data, tmp_path):
+    evaluate(make_options(tmp_path, data, tasks=("piqa",)), [tested], QUIET)
     other = write(tmp_path / "other", piqa=[RECORDS["piqa"] | {"goal": "Freeze water"}] * 3)
     with pytest.raises(ConfigError, match="3 of its trials are not part of this command"):
-        evaluate(make_options(tmp_path, other, tasks=("piqa",)), [subject], QUIET)
+        evaluate(make_options(tmp_path, other, tasks=("piqa",)), [tested], QUIET)
 
 
 def test_summary_has_standard_errors():

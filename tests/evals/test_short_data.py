@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import short_data
-from rwkvx_jax.evals.convert_tasks import Options, convert, hellaswag_records
+from rwkvx_jax.evals.short import data as short_data
+from rwkvx_jax.evals.short.convert import Options, convert, hellaswag_records
 from tests.helpers import shared_path
 
 RECORDS = {
@@ -138,9 +138,7 @@ def test_prompts_and_metrics_are_lm_evals(task, path):
     # lm_eval's files name Python functions with a tag that only its own loader knows.
     text = (lm_eval_folder() / path).read_text().replace("!function", "")
     theirs = yaml.safe_load(text)
-    ours = yaml.safe_load(
-        (Path(short_data.__file__).parent / f"short_tasks/{task}.yaml").read_text()
-    )
+    ours = yaml.safe_load((Path(short_data.__file__).parent / f"tasks/{task}.yaml").read_text())
     fields = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "metric_list")
     fields += ("fewshot_split", "fewshot_config")
     for field in fields:

@@ -1,34 +1,30 @@
 """Loss by position on long documents: does more context still help, and where does it stop?
 
-Documents are pieces of text files, all of one length, read from an empty state; each token's loss
+Documents are parts of text files, all of one length, read from an empty state; each token's loss
 counts at the number of tokens before it. One line a checkpoint. Source of the protocol: the RWKV-X
 repository's long loss (spec section 6), which has the mean alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from rwkvx_jax.evals.common import (
-    IDENTITY_FIELDS,
-    Subject,
-    even_batches,
-    open_console,
-    open_subjects,
-    until_interrupted,
-)
+from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
-from rwkvx_jax.evals.figures import MARK, new_figure, plain, save, style
-from rwkvx_jax.evals.reader import affordable_batch, check_memory
+from rwkvx_jax.evals.models import EvalModel
+from rwkvx_jax.evals.plots import MARK, new_figure, plain, save, style
+from rwkvx_jax.evals.readers import TextScorer, affordable_batch, check_memory
 from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.scoring import TextScorer
+from rwkvx_jax.evals.runner import Task, even_batches
+from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
@@ -74,71 +70,56 @@ def summarize(trials: Sequence[Record]) -> Record:
 
 def evaluate(
     options: LongLossOptions,
-    subjects: Sequence[Subject],
+    models: Sequence[EvalModel],
     console: Console,
     make_scorer: Callable[..., Any] = TextScorer,
 ) -> Results:
-    """Runs the documents that are not finished yet, and writes long_loss.jsonl.
+    """Runs the documents that are not finished yet, and keeps them in long_loss.jsonl.
 
     Args:
       options: the flags.
-      subjects: models with the same tokenizer.
+      models: with the same tokenizer.
       console: shows the progress.
-      make_scorer: (subject, piece=, batch=, longest=) -> a function as `TextScorer` is one.
+      make_scorer: (model, prefill_chunk=, batch=, longest=) -> a function as `TextScorer` is one.
 
     Raises:
       ConfigError: no document, no memory for one, or a results file of another evaluation.
     """
-    piece, free = min(options.piece, options.length), memory_left()
+    chunk, free = min(options.prefill_chunk, options.length), memory_left()
     batch = options.batch and min(options.batch, options.documents)
-    for subject in subjects:
-        check_memory(subject, options.length, piece, None, free, batch)
-    documents = read_documents(options, subjects[0].tokenizer)
-    results = Results(
-        options.output / "long_loss.jsonl",
-        task="long-loss",
+    for model in models:
+        check_memory(model, options.length, chunk, None, free, batch)
+    documents = read_documents(options, models[0].tokenizer)
+    task = Task(
+        name="long-loss",
         settings={"length": options.length, "skip": options.skip},
         plan={"text": str(options.text), "documents": len(documents), "limit": options.limit},
-        key_fields=Document._fields,
-        planned=documents,
-        models=[subject.description for subject in subjects],
-        identity_fields=IDENTITY_FIELDS,
+        trials=list(documents),
+        chosen=list(documents)[: options.limit],
+        answer=partial(_score, options, documents, make_scorer),
         summarize=summarize,
+        size=lambda document: options.length,
     )
-    pending = {}
-    for subject in subjects:
-        finished = results.finished(subject.label)
-        pending[subject.label] = [d for d in list(documents)[: options.limit] if d not in finished]
-    total = options.length * sum(map(len, pending.values()))
-    with Progress(console, total, "tokens") as tracker:
-        for subject in subjects:
-            if todo := pending[subject.label]:
-                _run(
-                    options, subject, {d: documents[d] for d in todo}, results, tracker, make_scorer
-                )
-    return results
+    return runner.evaluate(task, options.output, models, console)
 
 
-def _run(
+def _score(
     options: LongLossOptions,
-    subject: Subject,
     documents: dict[Document, np.ndarray],
-    results: Results,
-    tracker: Progress,
     make_scorer: Callable[..., Any],
-) -> None:
-    piece, edges = min(options.piece, options.length), bin_edges(options.length)
-    batch = options.batch or affordable_batch(subject, options.length, piece)
-    batch = min(batch, len(documents))
-    scorer = make_scorer(subject, piece=piece, batch=batch, longest=options.length)
-    for i, chosen in enumerate(even_batches(list(documents), batch)):
-        tracker.describe(f"{subject.label}, {chosen[0].file} from token {chosen[0].start:,}")
-        losses = scorer([documents[d] for d in chosen], tracker.advance)
-        results.add(
-            subject.label, [_record(d, own, edges) for d, own in zip(chosen, losses, strict=True)]
-        )
-        if i == 0:
-            tracker.start_clock()
+    model: EvalModel,
+    chosen: Sequence[Document],
+    progress: Progress,
+) -> Iterator[list[Record]]:
+    """Losses of one model, batch by batch."""
+    chunk, edges = min(options.prefill_chunk, options.length), bin_edges(options.length)
+    batch = options.batch or affordable_batch(model, options.length, chunk)
+    batch = min(batch, len(chosen))
+    scorer = make_scorer(model, prefill_chunk=chunk, batch=batch, longest=options.length)
+    for part in even_batches(chosen, batch):
+        progress.describe(f"{model.label}, {part[0].file} from token {part[0].start:,}")
+        losses = scorer([documents[document] for document in part], progress.advance)
+        yield [_record(document, own, edges) for document, own in zip(part, losses, strict=True)]
 
 
 def _record(document: Document, losses: np.ndarray, edges: list[int]) -> Record:
@@ -152,13 +133,13 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
     document = results.document
     figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
-    for i, panel in enumerate(document["models"]):
-        bins = [b for b in panel["summary"]["by_position"]]
+    for i, model in enumerate(document["models"]):
+        bins = [b for b in model["summary"]["by_position"]]
         if not bins:
             continue
         x = [max(1.0, (b["begin"] * b["end"]) ** 0.5) if b["begin"] else b["end"] / 2 for b in bins]
         loss = np.array([b["loss"] for b in bins])
-        axes.plot(x, loss, label=plain(panel["label"]), markersize=4, linewidth=1.3, **style(i))
+        axes.plot(x, loss, label=plain(model["label"]), markersize=4, linewidth=1.3, **style(i))
         if bins[0]["error"] is not None:
             half = 1.96 * np.array([b["error"] for b in bins])
             color = style(i)["color"]
@@ -185,28 +166,55 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
 
 def print_table(results: Results, console: Console) -> None:
     """A row for each octave of positions, a column for each model."""
-    panels = results.document["models"]
-    table = Table("positions", *[panel["label"] for panel in panels], title="loss (nats per token)")
+    models = results.document["models"]
+    shown = RichTable(
+        "positions", *[model["label"] for model in models], title="loss (nats per token)"
+    )
     lines: dict[tuple[int, int], list[str]] = {}
-    for column, panel in enumerate(panels):
-        for b in panel["summary"]["by_position"]:
-            cells = lines.setdefault((b["begin"], b["end"]), ["–"] * len(panels))
+    for column, model in enumerate(models):
+        for b in model["summary"]["by_position"]:
+            cells = lines.setdefault((b["begin"], b["end"]), ["–"] * len(models))
             error = f" ± {1.96 * b['error']:.3f}" if b["error"] is not None else ""
             cells[column] = f"{b['loss']:.3f}{error}"
     for (begin, end), cells in sorted(lines.items()):
-        table.add_row(f"{begin:,} to {end:,}", *cells)
-    whole = [panel["summary"]["all"] for panel in panels]
-    table.add_row("all", *[f"{mean['loss']:.4f}" if mean else "–" for mean in whole])
-    console.print(table)
+        shown.add_row(f"{begin:,} to {end:,}", *cells)
+    whole = [model["summary"]["all"] for model in models]
+    shown.add_row("all", *[f"{mean['loss']:.4f}" if mean else "–" for mean in whole])
+    console.print(shown)
+
+
+def table(models: list[Record]) -> Table:
+    """A row a model: mean loss in each octave of positions, of which results hold the halves."""
+    octaves: dict[tuple[int, int], None] = {}
+    means = []
+    for model in models:
+        own: dict[int, list[tuple[int, int, float]]] = {}
+        for b in model["summary"]["by_position"]:
+            own.setdefault(int(b["begin"]).bit_length(), []).append(
+                (b["begin"], b["end"], b["loss"])
+            )
+        spans = {}
+        for parts in own.values():
+            tokens = sum(end - begin for begin, end, _ in parts)
+            total = sum((end - begin) * loss for begin, end, loss in parts)
+            spans[parts[0][0], parts[-1][1]] = total / tokens
+        octaves |= dict.fromkeys(spans)
+        means.append(spans)
+    rows = []
+    for model, own in zip(models, means, strict=True):
+        whole = model["summary"]["all"]
+        texts = [f"{own[o]:.3f}" if o in own else "–" for o in sorted(octaves)]
+        rows.append([model["label"], *texts, f"{whole['loss']:.4f}" if whole else "–"])
+    columns = [f"{begin:,}–{end:,}" for begin, end in sorted(octaves)]
+    return Table(["model (nats per token at positions)", *columns, "all"], rows)
 
 
 def run(options: LongLossOptions) -> None:
     """The command: evaluates, writes long_loss.jsonl and long_loss.png, prints a table."""
-    console = open_console()
-    subjects = open_subjects(options)
-    with until_interrupted(console):
-        results = evaluate(options, subjects, console)
-    path = results.path.with_suffix(".png")
-    draw(results, path, subjects[0].tokenizer.name)
-    print_table(results, console)
-    console.print(f"wrote {results.path} and {path}", soft_wrap=True)
+
+    def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
+        tokenizer = models[0].tokenizer.name
+        tables = partial(print_table, results, console)
+        runner.show(results, console, lambda path: draw(results, path, tokenizer), tables)
+
+    runner.run(options, evaluate, show)

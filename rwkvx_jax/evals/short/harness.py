@@ -20,7 +20,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.batching import (
+from rwkvx_jax.evals.models import EvalModel
+from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch
+from rwkvx_jax.evals.short.batching import (
     Answers,
     Call,
     Packed,
@@ -29,16 +31,14 @@ from rwkvx_jax.evals.batching import (
     pack,
     plan_calls,
 )
-from rwkvx_jax.evals.common import Subject
-from rwkvx_jax.evals.reader import GreedyReader, affordable_batch
-from rwkvx_jax.evals.scoring import TextScorer, read_lanes, score_places
+from rwkvx_jax.evals.short.scoring import read_lanes, score_places
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.records import NOT_FINITE_REMEDY, RecordFile, as_text, not_finite
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
 _DEFAULT_BATCH_TOKENS = 8192
-_PIECE = 32  # tokens of a text that a step reads
+_STEP_TOKENS = 32  # tokens of a text that a step reads
 _DEFAULT_ANSWER = 256  # tokens of a generation whose task sets no limit
 
 
@@ -118,7 +118,7 @@ class Refused:
 
 
 class HarnessModel(TemplateLM):
-    """One subject.
+    """One model under test.
 
     Attributes:
       requests: how many requests have been computed (not found in the file).
@@ -127,28 +127,28 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        subject: Subject,
+        model: EvalModel,
         answers: AnswerFile,
         *,
-        piece: int,
+        prefill_chunk: int,
         batch: int | None = None,
         start: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda n: None,
     ):
         """
         Args:
-          subject: the model.
+          model: that answers.
           answers: of this very model.
-          piece: tokens of a long text read at once.
+          prefill_chunk: tokens of a long text read at once.
           batch: rows of a batch; None: as many as read 8192 tokens, on a CPU 2048.
           start: (what, tokens in all) -> a function that is told of tokens as they are read.
         """
         super().__init__()
-        self._subject, self._answers, self._piece = subject, answers, piece
+        self._tested, self._answers, self._chunk = model, answers, prefill_chunk
         self._height, self._start = batch, start
         self._tokens = _BATCH_TOKENS.get(jax.default_backend(), _DEFAULT_BATCH_TOKENS)
-        self._line_break = [int(token) for token in subject.tokenizer.encode("\n")]
-        self._model = abstract_model(subject.config, subject.run)
-        self._params = jax.device_put(subject.params)
+        self._line_break = [int(token) for token in model.tokenizer.encode("\n")]
+        self._model = abstract_model(model.config, model.run)
+        self._params = jax.device_put(model.params)
         self._score = jax.jit(self._score_call, static_argnames="rows")
         self.requests = 0
 
@@ -162,7 +162,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._subject.tokenizer.end_of_document
+        return self._tested.tokenizer.end_of_document
 
     @property
     def prefix_token_id(self) -> int:
@@ -172,7 +172,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self._subject.tokenizer.encode(string).tolist()
+        return self._tested.tokenizer.encode(string).tolist()
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -188,7 +188,7 @@ class HarnessModel(TemplateLM):
           ConfigError: an empty continuation, or logits that are not finite; all others are kept.
         """
         keys = [request_key("loglikelihood", *texts) for texts, _, _ in requests]
-        pending, asked, refused = {}, {}, Refused(self._subject.label)
+        pending, asked, refused = {}, {}, Refused(self._tested.label)
         for key, (texts, context, continuation) in zip(keys, requests, strict=True):
             if key in self._answers or key in asked:
                 continue
@@ -210,10 +210,10 @@ class HarnessModel(TemplateLM):
         names = list(pending)
         groups = group_rows(list(pending.values()))
         longest = max(len(row.inputs) for group in groups for row in group.rows)
-        lanes = self._height or affordable_batch(self._subject, longest, _PIECE, self._tokens)
+        lanes = self._height or affordable_batch(self._tested, longest, _STEP_TOKENS, self._tokens)
         lanes = min(lanes, len(groups))
-        calls = plan_calls(groups, lanes, _PIECE)
-        sizes = common_sizes(calls, lanes, _PIECE)
+        calls = plan_calls(groups, lanes, _STEP_TOKENS)
+        sizes = common_sizes(calls, lanes, _STEP_TOKENS)
         advance = self._start("loglikelihoods", sum(self._tokens_of(call) for call in calls))
         running: list[tuple[int, Answers, tuple[jax.Array, jax.Array]]] = []
         failed: list[str] = []
@@ -248,7 +248,7 @@ class HarnessModel(TemplateLM):
         Raises:
           ConfigError: logits that are not finite; all other texts are kept.
         """
-        refused = Refused(self._subject.label)
+        refused = Refused(self._tested.label)
         texts = [request.args[0] for request in requests]
         keys = [request_key("rolling", text) for text in texts]
         pending = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._answers}
@@ -263,9 +263,9 @@ class HarnessModel(TemplateLM):
             order = sorted(rows, key=lambda key: len(rows[key]))
             advance = self._start("whole texts", sum(len(row) - 1 for row in rows.values()))
             longest = len(rows[order[-1]]) - 1
-            piece = min(self._piece, longest)
-            height = min(len(order), self._height or max(1, self._tokens // piece))
-            scorer = TextScorer(self._subject, piece=piece, batch=height, longest=longest)
+            chunk = min(self._chunk, longest)
+            height = min(len(order), self._height or max(1, self._tokens // chunk))
+            scorer = TextScorer(self._tested, prefill_chunk=chunk, batch=height, longest=longest)
             for i in range(0, len(order), height):
                 chosen = order[i : i + height]
                 losses = scorer([rows[key] for key in chosen], advance)
@@ -285,7 +285,7 @@ class HarnessModel(TemplateLM):
         """
         keys = [request_key("generate", *request.args) for request in requests]
         asked = {key: request.args for key, request in zip(keys, requests, strict=True)}
-        refused, groups = Refused(self._subject.label), {}
+        refused, groups = Refused(self._tested.label), {}
         for key, (context, options) in asked.items():
             if key not in self._answers:
                 try:
@@ -315,9 +315,9 @@ class HarnessModel(TemplateLM):
         """Answers requests of the same settings; those whose logits are not finite."""
         order = sorted(rows, key=lambda key: len(rows[key]))
         longest = len(rows[order[-1]])
-        piece = min(self._piece, longest)
-        height = min(len(order), self._height or max(1, self._tokens // piece))
-        reader = GreedyReader(self._subject, piece=piece, batch=height, longest=longest)
+        chunk = min(self._chunk, longest)
+        height = min(len(order), self._height or max(1, self._tokens // chunk))
+        reader = GreedyReader(self._tested, prefill_chunk=chunk, batch=height, longest=longest)
         ended, failed = lambda answer: self._cut(answer, stops)[1], []
         for i in range(0, len(order), height):
             chosen = order[i : i + height]
@@ -333,7 +333,7 @@ class HarnessModel(TemplateLM):
     def _cut(self, answer: np.ndarray, stops: Sequence[str]) -> tuple[str, bool]:
         """Text of an answer up to its end or the first stop string, and whether either occurred."""
         ends = np.flatnonzero(answer == self.eot_token_id)
-        text = self._subject.tokenizer.decode(answer[: ends[0]] if len(ends) else answer)
+        text = self._tested.tokenizer.decode(answer[: ends[0]] if len(ends) else answer)
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         return (text[: min(places)] if places else text), bool(len(ends) or places)
 

@@ -1,14 +1,9 @@
-"""What every evaluation shares: flags, models under test, and intervals.
-
-A task is a dataclass of flags (a subclass of `EvalOptions`) and a function that runs it. It asks
-its models for answers trial by trial; trials go to a `Results` file (results.py) as they finish.
-"""
+"""The models under test: which ones a command names, how they are loaded and described."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
@@ -27,7 +21,7 @@ from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
-"""Those fields of a subject's description that decide its answers."""
+"""Those fields of a model's description that decide its answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +38,9 @@ class EvalOptions:
     limit: int | None = None
     """Run only the first N trials of each model; a later run without it does the rest."""
     batch: int | None = None
-    """Prompts read side by side. Default: 8192 / piece, fewer where long caches need the memory."""
-    piece: int = 2048
+    """Prompts read side by side. Default: 8192 / --piece, fewer where long caches need
+    the memory."""
+    prefill_chunk: Annotated[int, tyro.conf.arg(name="piece")] = 2048
     """Tokens of a prompt read at once."""
     chunk_size: int | None = None
     """Replaces the chunk size of the sparse attention that the checkpoint was trained with."""
@@ -61,13 +56,22 @@ class EvalOptions:
             raise ConfigError("no checkpoint given: name one with --checkpoint PATH")
         if len(set(self.checkpoint)) < len(self.checkpoint):
             raise ConfigError("a checkpoint is given twice: every --checkpoint must differ")
-        for name in ("limit", "batch", "piece", "chunk_size", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} is {value}: it must be at least 1")
+        require_at_least_1(self, "limit", "batch", "prefill_chunk", "chunk_size", "top_k")
         check_seed(self.seed, "--seed")
         check_output(self.output)
+
+
+def require_at_least_1(options: Any, *names: str) -> None:
+    """Refuses sizes below 1 among the fields of a task's options; None counts as not given.
+
+    Raises:
+      ConfigError: names the flag and its value.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            flag = {"prefill_chunk": "piece"}.get(name, name.replace("_", "-"))
+            raise ConfigError(f"--{flag} is {value}: it must be at least 1")
 
 
 def check_output(path: Path) -> None:
@@ -87,7 +91,7 @@ def check_output(path: Path) -> None:
             raise ConfigError(f"--output {path}: {place} is a file; name a folder")
 
 
-class Subject(NamedTuple):
+class EvalModel(NamedTuple):
     """A model under evaluation; its parameters stay on the host until its turn comes."""
 
     label: str
@@ -114,7 +118,7 @@ class Subject(NamedTuple):
             "vocabulary": self.tokenizer.fingerprint,
         }
 
-    def without_attention(self) -> Subject:
+    def without_attention(self) -> EvalModel:
         """The same model with its attention blocks taken out."""
         params = {name: p for name, p in self.params.items() if name != "attention_blocks"}
         return self._replace(
@@ -124,7 +128,7 @@ class Subject(NamedTuple):
         )
 
 
-def open_subjects(options: EvalOptions) -> list[Subject]:
+def open_models(options: EvalOptions) -> list[EvalModel]:
     """Loads every checkpoint of the command line.
 
     Raises:
@@ -132,7 +136,7 @@ def open_subjects(options: EvalOptions) -> list[Subject]:
         whose tokenizer differs from the first one's.
     """
     names = [path.resolve().name for path in options.checkpoint]
-    subjects: list[Subject] = []
+    models: list[EvalModel] = []
     for path, name in zip(options.checkpoint, names, strict=True):
         loaded = load_checkpoint(
             path,
@@ -141,19 +145,19 @@ def open_subjects(options: EvalOptions) -> list[Subject]:
             overrides={"selector": options.selector} if options.selector else None,
         )
         label = one_line(name if names.count(name) == 1 else str(path))
-        subjects.append(as_subject(loaded, path, label, options.vocab_file))
-        first, last = subjects[0], subjects[-1]
+        models.append(as_model(loaded, path, label, options.vocab_file))
+        first, last = models[0], models[-1]
         if first.tokenizer.fingerprint != last.tokenizer.fingerprint:
             raise ConfigError(
                 f"{first.checkpoint} and {path} use different vocabularies (tokenizers "
                 f"{first.tokenizer.name} and {last.tokenizer.name}): their lengths can't share a "
                 "figure; evaluate them one by one"
             )
-    return subjects
+    return models
 
 
-def as_subject(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> Subject:
-    """A loaded checkpoint as a subject, its arrays moved to the host."""
+def as_model(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> EvalModel:
+    """A loaded checkpoint as a model under test, its arrays moved to the host."""
     config = loaded.model.config
     if not loaded.tokenizer:
         raise ConfigError(
@@ -167,7 +171,7 @@ def as_subject(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> 
             f"{path} has a vocabulary of {config.vocab_size}, too small for the "
             f"{tokenizer.name} tokenizer with {tokenizer.vocab_size} ids"
         )
-    return Subject(
+    return EvalModel(
         label=label,
         config=config,
         run=loaded.model.run,
@@ -179,6 +183,21 @@ def as_subject(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> 
     )
 
 
+def with_attention_off(models: Sequence[EvalModel]) -> list[EvalModel]:
+    """Each model, followed by itself without its attention blocks where it has some.
+
+    Raises:
+      ConfigError: none has any.
+    """
+    if not any(model.config.num_attention_blocks for model in models):
+        raise ConfigError("--compare-without-attention: no checkpoint here has attention blocks")
+    pairs = [
+        [model, model.without_attention()] if model.config.num_attention_blocks else [model]
+        for model in models
+    ]
+    return [model for pair in pairs for model in pair]
+
+
 def _digest(params: Params) -> str:
     """A hash of all parameters, bit by bit."""
     digest = hashlib.blake2b(digest_size=16)
@@ -187,53 +206,3 @@ def _digest(params: Params) -> str:
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf.view(np.uint8).data)
     return digest.hexdigest()
-
-
-def open_console() -> Console:
-    """The standard output; wide where it is a file, so that tables are never squeezed.
-
-    Names are shown as they are (`[b]` is no markup), but for control characters.
-    """
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 240
-    return console
-
-
-@contextlib.contextmanager
-def until_interrupted(console: Console) -> Iterator[None]:
-    """On Ctrl-C says how to go on, and exits with status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("interrupted: finished trials are saved, the same command continues")
-        raise SystemExit(130) from None
-
-
-def wilson(correct: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share: (low, high), 95 % at the default z.
-
-    Unlike the normal approximation it stays within [0, 1] and keeps a width at 0 and 100 %.
-    Without any trial it is (0, 1). Trials scored between 0 and 1 count in part; they vary less than
-    right and wrong ones of the same mean, so the interval is then wide enough.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    share, z2 = correct / trials, z * z / trials
-    center = (share + z2 / 2) / (1 + z2)
-    half = z * ((share * (1 - share) + z2 / 4) / trials) ** 0.5 / (1 + z2)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def share_with_interval(correct: float, trials: int) -> dict[str, Any]:
-    """JSON form of a share; `accuracy` is None where nothing was tried."""
-    low, high = wilson(correct, trials)
-    accuracy = correct / trials if trials else None
-    return {"trials": trials, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
-
-
-def even_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Cuts items into the fewest batches of at most `size`, as equal as they can be."""
-    count = -(-len(items) // size)
-    for i in range(count):
-        yield items[i * len(items) // count : (i + 1) * len(items) // count]

@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import grid
-from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_interrupted
+from rwkvx_jax.evals import grid, runner
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
-from rwkvx_jax.evals.reader import GreedyReader
+from rwkvx_jax.evals.models import EvalModel, with_attention_off
+from rwkvx_jax.evals.readers import GreedyReader
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
@@ -62,7 +62,7 @@ class PasskeyOptions(GridOptions):
     """exact: prompts of exactly so many of the model's own tokens; official: the repository's
     length rule and answer length (World tokenizer only)."""
     haystack: WorkPath | None = None
-    """A .txt file, a folder of them or a quoted pattern: hides the key in a piece of this text,
+    """A .txt file, a folder of them or a quoted pattern: hides the key in a part of this text,
     another one for each trial, instead of in repeated sentences (protocol exact)."""
     digits: int = 5
     """Length of random keys; training documents have 5 digits."""
@@ -72,12 +72,11 @@ class PasskeyOptions(GridOptions):
     """Also shows each model with its attention blocks taken out."""
 
     def __post_init__(self):
+        if not self.lengths:
+            object.__setattr__(self, "lengths", _DEFAULT_LENGTHS[self.protocol])
         super().__post_init__()
         if self.keys == "auto":
             object.__setattr__(self, "keys", "official" if self.official else "random")
-        lengths = self.lengths or _DEFAULT_LENGTHS[self.protocol]
-        object.__setattr__(self, "lengths", tuple(sorted(set(lengths))))
-        grid.check_plan(self.lengths, self.depths, self.trials)
         if not 3 <= self.digits <= 9:
             raise ConfigError(f"--digits is {self.digits}: keys have 3 to 9")
         if self.digits != 5 and self.keys == "official":
@@ -99,8 +98,9 @@ class PasskeyOptions(GridOptions):
     @property
     def depth_shares(self) -> tuple[float, ...]:
         """The depths, from 0 to 1."""
-        steps = self.depths if self.official else max(1, self.depths - 1)
-        return tuple(round(i / steps, 6) for i in range(self.depths))
+        if not self.official:
+            return super().depth_shares
+        return tuple(round(i / self.depths, 6) for i in range(self.depths))
 
 
 def key_of(options: PasskeyOptions, trial: Trial) -> int:
@@ -190,7 +190,7 @@ def passkey_grid(options: PasskeyOptions) -> Grid:
 
 def evaluate(
     options: PasskeyOptions,
-    subjects: Sequence[Subject],
+    models: Sequence[EvalModel],
     console: Console,
     make_reader: Callable[..., Any] = GreedyReader,
 ) -> Results:
@@ -200,33 +200,32 @@ def evaluate(
       ConfigError: a protocol that does not fit the tokenizer, lengths too short for a prompt, no
         attention blocks to take out, or a results file of another evaluation.
     """
-    tokenizer = subjects[0].tokenizer
+    tokenizer = models[0].tokenizer
     if options.official and tokenizer.name != "world":
         raise ConfigError(
             f"--protocol official counts characters for the World tokenizer, and "
-            f"{subjects[0].checkpoint} uses the {tokenizer.name} tokenizer: use --protocol exact"
+            f"{models[0].checkpoint} uses the {tokenizer.name} tokenizer: use --protocol exact"
         )
-    panels = subjects
     if options.compare_without_attention:
-        panels = grid.with_attention_off(subjects)
-    return grid.evaluate(passkey_grid(options), options, panels, console, make_reader)
+        models = with_attention_off(models)
+    return grid.evaluate(passkey_grid(options), options, models, console, make_reader)
 
 
 def run(options: PasskeyOptions) -> None:
     """The command: evaluates, writes passkey.jsonl and passkey.png, prints the tables."""
-    console = open_console()
-    subjects = open_subjects(options)
-    with until_interrupted(console):
-        results = evaluate(options, subjects, console)
-    tokenizer = subjects[0].tokenizer.name
-    grid.show(
-        passkey_grid(options),
-        results,
-        console,
-        title=_title(options),
-        unit="World tokens, the repository's rule" if options.official else f"{tokenizer} tokens",
-        depth_label="depth of the key (% of the filler)",
-    )
+
+    def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
+        unit = f"{models[0].tokenizer.name} tokens"
+        grid.show(
+            passkey_grid(options),
+            results,
+            console,
+            title=_title(options),
+            unit="World tokens, the repository's rule" if options.official else unit,
+            depth_label="depth of the key (% of the filler)",
+        )
+
+    runner.run(options, evaluate, show)
 
 
 def _title(options: PasskeyOptions) -> str:

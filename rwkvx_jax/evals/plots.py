@@ -1,7 +1,8 @@
-"""Accuracy by length and depth: a figure of heat maps, and the same as a table in the terminal.
+"""Figures: colours that any kind of colour vision tells apart, saving, and heat maps.
 
-One heat map a model, all in one figure, and below them a line a model over all depths, with 95 %
-Wilson intervals: cells hold few trials, so the lines are what two models should be compared by.
+A heat map shows accuracy by length and depth: one a model, all in one figure, and below them a line
+a model over all depths, with 95 % Wilson intervals: cells hold few trials, so the lines are what
+two models should be compared by. The same as a table goes to the terminal.
 """
 
 from __future__ import annotations
@@ -13,13 +14,44 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rwkvx_jax.evals.common import wilson
-from rwkvx_jax.evals.figures import LINES, MARK, MARKERS, new_figure, plain, save
+from rwkvx_jax.evals.intervals import wilson
+from rwkvx_jax.generate.terminal import one_line
+from rwkvx_jax.storage import new_file
+
+# Okabe and Ito's colours: vermilion marks the training length, the others are lines, each with a
+# marker of its own; yellow is too pale on white.
+MARK = {"color": "#D55E00", "linestyle": (0, (4, 2))}
+LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = "osD^vP"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches whose parts never overlap."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def style(number: int) -> dict[str, object]:
+    """Colour and marker of line `number`."""
+    return {"color": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def plain(text: str) -> str:
+    """A name as a figure shows it: `$` starts no formula, control characters are spelled out."""
+    return one_line(text).replace("$", r"\$")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG in one step; makes its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+
 
 _COLORS = matplotlib.colormaps["cividis"]  # reads the same with any kind of colour vision
 _EMPTY = "0.92"

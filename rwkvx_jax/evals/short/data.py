@@ -1,7 +1,7 @@
 """The short-context sets as local files: one json object a line, with Hugging Face's field names.
 
 `<data_dir>/<task>.jsonl` for each task, and `mmlu_dev.jsonl` for MMLU's examples. Every record is
-checked when it is read. The prompts are in short_tasks/*.yaml, in lm_eval's own format.
+checked when it is read. The prompts are in tasks/*.yaml, in lm_eval's own format.
 """
 
 from __future__ import annotations

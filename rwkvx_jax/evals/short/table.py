@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from rwkvx_jax.evals.figures import LINES, new_figure, plain, save
+from rwkvx_jax.evals.plots import LINES, new_figure, plain, save
 from rwkvx_jax.evals.results import Results
+from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.records import Record
 
 SHORT_NAMES = {
@@ -80,54 +81,58 @@ def main_score(columns: Record, column: str) -> tuple[float, float | None]:
     return 100 * metric["value"], None if error is None else 100 * error
 
 
-def print_table(results: Results, console: Console) -> None:
-    """A row a model in the paper's layout, and a row of standard errors."""
-    panels = results.document["models"]
-    known = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
-    others = sorted({c for p in panels for c in p["summary"]["columns"]} - set(known))
-    table = Table(title="scores (%) ± standard error over documents")
-    table.add_column("model")
-    for column in known + others:
-        metric = MAIN_METRICS.get(column, "acc")
-        mark = "" if metric == "acc" or column in others else " n"
-        table.add_column(f"{SHORT_NAMES.get(column, column)}{mark}", justify="right")
-    averaged = max(p["summary"]["averaged"] for p in panels)
-    table.add_column(
-        "avg" if averaged == len(SHORT_NAMES) else f"avg of {averaged}", justify="right"
-    )
-    for panel in panels:
-        cells = []
-        for column in known + others:
-            if column not in panel["summary"]["columns"]:
-                cells.append("–")
+def table(models: list[Record], average: str = "avg") -> Table:
+    """The paper's table: a row a model, scores with standard errors, their average last."""
+    found = {column for model in models for column in model["summary"]["columns"]}
+    columns = [c for c in SHORT_NAMES if c in found] + sorted(found - set(SHORT_NAMES))
+    rows = []
+    for model in models:
+        texts = []
+        for column in columns:
+            if column not in model["summary"]["columns"]:
+                texts.append("–")
                 continue
-            score, error = main_score(panel["summary"]["columns"], column)
-            cells.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
-        average = panel["summary"]["average"]
-        table.add_row(panel["label"], *cells, "–" if average is None else f"{average:.1f}")
-    console.print(table)
+            score, error = main_score(model["summary"]["columns"], column)
+            texts.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
+        mean = model["summary"]["average"]
+        rows.append([model["label"], *texts, "–" if mean is None else f"{mean:.1f}"])
+    names = [SHORT_NAMES.get(c, c) + (" n" if c in MAIN_METRICS else "") for c in columns]
+    return Table(["model (%, ± standard error)", *names, average], rows)
+
+
+def print_table(results: Results, console: Console) -> None:
+    """The paper's table on the terminal."""
+    models = results.document["models"]
+    averaged = max(model["summary"]["averaged"] for model in models)
+    found = table(models, "avg" if averaged == len(SHORT_NAMES) else f"avg of {averaged}")
+    shown = RichTable(title="scores (%) ± standard error over documents")
+    for i, column in enumerate(["model", *found.columns[1:]]):
+        shown.add_column(column, justify="right" if i else "left")
+    for row in found.rows:
+        shown.add_row(*row)
+    console.print(shown)
     console.print("n: normalised by the length of each choice (acc_norm)")
 
 
 def draw(results: Results, path: Path) -> None:
     """Bars by task, one colour a model, with 95 % intervals; a tick marks the score of guessing."""
-    panels = results.document["models"]
-    columns = [c for c in SHORT_NAMES if any(c in p["summary"]["columns"] for p in panels)]
-    columns += sorted({c for p in panels for c in p["summary"]["columns"]} - set(columns))
-    figure = new_figure(max(5.0, 0.9 * len(columns) * (1 + 0.3 * len(panels))), 4.2)
+    models = results.document["models"]
+    columns = [c for c in SHORT_NAMES if any(c in m["summary"]["columns"] for m in models)]
+    columns += sorted({c for m in models for c in m["summary"]["columns"]} - set(columns))
+    figure = new_figure(max(5.0, 0.9 * len(columns) * (1 + 0.3 * len(models))), 4.2)
     axes = figure.add_subplot()
-    width = 0.8 / len(panels)
-    for i, panel in enumerate(panels):
-        own = [(x, c) for x, c in enumerate(columns) if c in panel["summary"]["columns"]]
-        scores = [main_score(panel["summary"]["columns"], c) for _, c in own]
+    width = 0.8 / len(models)
+    for i, model in enumerate(models):
+        own = [(x, c) for x, c in enumerate(columns) if c in model["summary"]["columns"]]
+        scores = [main_score(model["summary"]["columns"], c) for _, c in own]
         axes.bar(
-            [x + (i - (len(panels) - 1) / 2) * width for x, _ in own],
+            [x + (i - (len(models) - 1) / 2) * width for x, _ in own],
             [score for score, _ in scores],
             width * 0.9,
             yerr=[1.96 * (error or 0) for _, error in scores],
             capsize=3,
             color=LINES[i % len(LINES)],
-            label=plain(panel["label"]),
+            label=plain(model["label"]),
         )
     for x, column in enumerate(columns):
         if column in CHANCE:

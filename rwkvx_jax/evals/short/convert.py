@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.short_data import read_records
+from rwkvx_jax.evals.short.data import read_records
 from rwkvx_jax.records import Record, as_text, parse
 from rwkvx_jax.storage import WorkPath, new_file
 

@@ -49,9 +49,9 @@ class Group(NamedTuple):
         rests = [row.inputs[self.shared :] for row in self.rows]
         return [self.rows[0].inputs[: self.shared], *filter(None, rests)]
 
-    def steps(self, piece: int) -> int:
-        """How often a lane reads `piece` tokens for it."""
-        return sum(-(-len(text) // piece) for text in self.texts())
+    def steps(self, width: int) -> int:
+        """How often a lane reads `width` tokens for it."""
+        return sum(-(-len(text) // width) for text in self.texts())
 
 
 def group_rows(requests: Sequence[Request]) -> list[Group]:
@@ -102,10 +102,10 @@ Call = list[list[Group]]
 """The groups of each lane."""
 
 
-def plan_calls(groups: Sequence[Group], lanes: int, piece: int) -> list[Call]:
+def plan_calls(groups: Sequence[Group], lanes: int, width: int) -> list[Call]:
     """Groups spread over calls of so many lanes, all lanes of a call nearly equally long; those
     with the most steps first."""
-    sizes = [group.steps(piece) for group in groups]
+    sizes = [group.steps(width) for group in groups]
     count = max(1, round(sum(sizes) / (lanes * _STEPS)))
     filled = [(0, i, []) for i in range(lanes * count)]
     for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):  # the longest first
@@ -120,18 +120,18 @@ def plan_calls(groups: Sequence[Group], lanes: int, piece: int) -> list[Call]:
 class Sizes(NamedTuple):
     """Of the arrays of every call: tokens a step, lanes, steps, and places (see `Packed`)."""
 
-    piece: int
+    width: int
     lanes: int
     steps: int
     places: int
 
 
-def common_sizes(calls: Sequence[Call], lanes: int, piece: int) -> Sizes:
+def common_sizes(calls: Sequence[Call], lanes: int, width: int) -> Sizes:
     """Sizes that hold each of the calls."""
-    steps = max(sum(group.steps(piece) for group in lane) for call in calls for lane in call)
+    steps = max(sum(group.steps(width) for group in lane) for call in calls for lane in call)
     asked = lambda group: sum(len(t) for row in group.rows for _, _, t in row.requests)
     places = max(sum(asked(group) for lane in call for group in lane) for call in calls)
-    return Sizes(piece, lanes, steps, places)
+    return Sizes(width, lanes, steps, places)
 
 
 class Packed(NamedTuple):
@@ -143,7 +143,7 @@ class Packed(NamedTuple):
     `places`: indices into tokens, flattened. The first `step_count` and `place_count` matter.
     """
 
-    tokens: np.ndarray  # [steps, lanes, piece]
+    tokens: np.ndarray  # [steps, lanes, width]
     lengths: np.ndarray  # [steps, lanes]
     back: np.ndarray  # [steps, lanes] bool
     fresh: np.ndarray  # [steps, lanes] bool
@@ -165,20 +165,20 @@ class Answers(NamedTuple):
 
 def pack(call: Call, sizes: Sizes) -> tuple[Packed, Answers]:
     """Arrays of a call, and how its requests are answered by them."""
-    piece, lanes, steps, _ = sizes
-    tokens = np.zeros((steps, lanes, piece), np.int32)
+    width, lanes, steps, _ = sizes
+    tokens = np.zeros((steps, lanes, width), np.int32)
     lengths = np.zeros((steps, lanes), np.int32)
     back, fresh, keep = np.zeros((3, steps, lanes), bool)
     at, targets, requests, begins, asked, longest = [], [], [], [], 0, 0
 
     def read(text: Sequence[int], lane: int, step: int) -> tuple[np.ndarray, int]:
         """Places of a text's tokens, and the step behind it."""
-        for start in range(0, len(text), piece):
-            cut = text[start : start + piece]
+        for start in range(0, len(text), width):
+            cut = text[start : start + width]
             tokens[step, lane, : len(cut)], lengths[step, lane] = cut, len(cut)
             step += 1
-        index = np.arange(len(text)) + (step - -(-len(text) // piece)) * piece
-        return (index // piece * lanes + lane) * piece + index % piece, step
+        index = np.arange(len(text)) + (step - -(-len(text) // width)) * width
+        return (index // width * lanes + lane) * width + index % width, step
 
     for lane, groups in enumerate(call):
         step = 0

@@ -1,6 +1,6 @@
 """Short-context benchmarks through lm-evaluation-harness, in the layout of the paper's table.
 
-The eight tasks of the paper run offline on local files (`--data-dir`, see short_data.py); every
+The eight tasks of the paper run offline on local files (`--data-dir`, see data_files.py); every
 other lm_eval task runs by its name, with data from the Hugging Face hub. lm_eval is an optional
 extra, and never brings torch.
 """
@@ -12,27 +12,22 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import short_data
-from rwkvx_jax.evals.common import (
-    IDENTITY_FIELDS,
-    EvalOptions,
-    Subject,
-    open_console,
-    open_subjects,
-    until_interrupted,
-)
+from rwkvx_jax.evals import runner
+from rwkvx_jax.evals.models import IDENTITY_FIELDS, EvalModel, EvalOptions
 from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.short_table import draw, print_table, summarize
+from rwkvx_jax.evals.runner import Task
+from rwkvx_jax.evals.short import data as data_files
+from rwkvx_jax.evals.short.table import draw, print_table, summarize
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record, as_text
 
@@ -41,7 +36,7 @@ from rwkvx_jax.records import Record, as_text
 class ShortOptions(EvalOptions):
     """Short-context benchmarks through lm_eval; --limit is documents of each task."""
 
-    tasks: tuple[str, ...] = short_data.TASKS
+    tasks: tuple[str, ...] = data_files.TASKS
     """The paper's, or any of lm_eval by name."""
     data_dir: Path | None = None
     """Folder of local files for the paper's tasks; without it lm_eval fetches all data."""
@@ -58,13 +53,13 @@ class ShortOptions(EvalOptions):
         if self.fewshot is not None and self.fewshot < 0:
             raise ConfigError(f"--fewshot is {self.fewshot}: it must not be negative")
         if self.data_dir is not None:
-            others = [name for name in self.tasks if name not in short_data.TASKS]
+            others = [name for name in self.tasks if name not in data_files.TASKS]
             if others:
                 raise ConfigError(
                     f"--data-dir holds the paper's tasks only, not {', '.join(others)}: run these "
                     "without it, into another --output"
                 )
-            short_data.check_files(self.data_dir, self.tasks)
+            data_files.check_files(self.data_dir, self.tasks)
 
 
 def check_installed() -> None:
@@ -116,13 +111,13 @@ def offline_configs(name: str, data_dir: Path) -> list[dict[str, Any]]:
     import datasets
     import yaml
 
-    path = Path(__file__).parent / "short_tasks" / f"{name}.yaml"
+    path = Path(__file__).parent / "tasks" / f"{name}.yaml"
     config = yaml.safe_load(path.read_text())
-    records = short_data.read_records(data_dir / f"{name}.jsonl", name)
+    records = data_files.read_records(data_dir / f"{name}.jsonl", name)
     serve = lambda splits, **_: {k: datasets.Dataset.from_list(v) for k, v in splits.items()}
     if name != "mmlu":
         return [config | {"custom_dataset": partial(serve, {"test": records})}]
-    examples = short_data.read_records(data_dir / "mmlu_dev.jsonl", name)
+    examples = data_files.read_records(data_dir / "mmlu_dev.jsonl", name)
     configs = []
     for subject in sorted({record["subject"] for record in records}):
         of_subject = lambda rows, subject=subject: [r for r in rows if r["subject"] == subject]
@@ -144,8 +139,16 @@ def offline_configs(name: str, data_dir: Path) -> list[dict[str, Any]]:
     return configs
 
 
-def evaluate(options: ShortOptions, subjects: Sequence[Subject], console: Console) -> Results:
-    """Runs what is not answered yet, and writes short.jsonl.
+class Asked(NamedTuple):
+    """A document of a task; the hash of the task's data keeps answers on other data apart."""
+
+    task: str
+    document: int
+    data: str
+
+
+def evaluate(options: ShortOptions, models: Sequence[EvalModel], console: Console) -> Results:
+    """Runs what is not answered yet, and keeps it in short.jsonl.
 
     Raises:
       ConfigError: lm_eval or data missing, malformed records, or a results file of another
@@ -155,34 +158,18 @@ def evaluate(options: ShortOptions, subjects: Sequence[Subject], console: Consol
     tasks = load_tasks(options)
     counts = {name: len(task.eval_docs) for name, task in tasks.items()}
     data = {name: _fingerprint(task) for name, task in tasks.items()}
-    results = Results(
-        options.output / "short.jsonl",
-        task="short",
+    trials = [Asked(name, i, data[name]) for name, count in counts.items() for i in range(count)]
+    task = Task(
+        name="short",
         settings={"seed": options.seed, "fewshot": options.fewshot},
         plan={"tasks": options.tasks, "documents": counts, "limit": options.limit},
-        key_fields=("task", "document", "data"),
-        planned=[(name, i, data[name]) for name, count in counts.items() for i in range(count)],
-        models=[subject.description for subject in subjects],
-        identity_fields=IDENTITY_FIELDS,
+        trials=trials,
+        chosen=[t for t in trials if options.limit is None or t.document < options.limit],
+        answer=partial(_answer, options, tasks, data),
         summarize=summarize,
+        size=lambda trial: 0,  # how many tokens there are is known when lm_eval asks for them
     )
-    wanted = {
-        (name, i, data[name])
-        for name, count in counts.items()
-        for i in range(min(count, options.limit or count))
-    }
-    for subject in subjects:
-        finished = results.finished(subject.label)
-        if wanted <= finished:
-            console.print(f"{subject.label}: all documents are finished", soft_wrap=True)
-            continue
-        trials = _run(options, subject, tasks, data, console)
-        results.add(subject.label, [t for t in trials if _key(t) not in finished])
-    return results
-
-
-def _key(trial: Record) -> tuple:
-    return trial["task"], trial["document"], trial["data"]
+    return runner.evaluate(task, options.output, models, console)
 
 
 def _fingerprint(task: Any) -> str:
@@ -193,29 +180,34 @@ def _fingerprint(task: Any) -> str:
     return digest.hexdigest()
 
 
-def _run(
+def _answer(
     options: ShortOptions,
-    subject: Subject,
     tasks: dict[str, Any],
     data: dict[str, str],
-    console: Console,
-) -> list[Record]:
+    model: EvalModel,
+    chosen: Sequence[Asked],
+    progress: Progress,
+) -> Iterator[list[Record]]:
     """All trials of one model; answers that its file holds are not computed again."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from rwkvx_jax.evals.harness import AnswerFile, HarnessModel
+    from rwkvx_jax.evals.short.harness import AnswerFile, HarnessModel
 
-    description = subject.description
+    description = model.description
     identity = as_text([description[field] for field in IDENTITY_FIELDS])
     name = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     path = options.output / "short_answers" / f"{name}.jsonl"
-    with AnswerFile.open(path) as answers, _Progress(console, subject.label) as progress:
-        model = HarnessModel(
-            subject, answers, piece=options.piece, batch=options.batch, start=progress.start
+    with AnswerFile.open(path) as answers:
+        harness = HarnessModel(
+            model,
+            answers,
+            prefill_chunk=options.prefill_chunk,
+            batch=options.batch,
+            start=partial(_begin, progress, model.label),
         )
         found = simple_evaluate(
-            model=model,
+            model=harness,
             tasks=list(tasks.values()),
             task_manager=TaskManager(include_defaults=False),
             limit=options.limit,
@@ -224,11 +216,17 @@ def _run(
             numpy_random_seed=options.seed,
             fewshot_random_seed=options.seed,
         )
-    return [
+    yield [
         _trial(task, data[task], sample)
         for task, samples in found["samples"].items()
         for sample in samples
     ]
+
+
+def _begin(progress: Progress, label: str, what: str, total: int) -> Callable[[int], None]:
+    """Begins to count the tokens of one kind of request; returns what is told of them."""
+    progress.restart(f"{label}, {what}", total)
+    return progress.advance
 
 
 def _trial(task: str, data: str, sample: Record) -> Record:
@@ -246,43 +244,12 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-class _Progress:
-    """A Progress for each kind of request in turn."""
-
-    def __init__(self, console: Console, label: str):
-        self._console, self._label, self._tracker = console, label, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._tracker is not None:
-            self._tracker.__exit__(*error)
-
-    def start(self, what: str, total: int):
-        self.__exit__()
-        self._tracker = Progress(self._console, total, "tokens").__enter__()
-        self._tracker.describe(f"{self._label}, {what}")
-        counted = 0
-
-        def advance(count: int) -> None:
-            nonlocal counted
-            self._tracker.advance(count)
-            if counted == 0:
-                self._tracker.start_clock()
-            counted += count
-
-        return advance
-
-
 def run(options: ShortOptions) -> None:
     """The command: evaluates, writes short.jsonl and short.png, prints the paper's table."""
-    console = open_console()
+
+    def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
+        tables = partial(print_table, results, console)
+        runner.show(results, console, partial(draw, results), tables)
+
     check_installed()
-    subjects = open_subjects(options)
-    with until_interrupted(console):
-        results = evaluate(options, subjects, console)
-    path = results.path.with_suffix(".png")
-    draw(results, path)
-    print_table(results, console)
-    console.print(f"wrote {results.path} and {path}", soft_wrap=True)
+    runner.run(options, evaluate, show)

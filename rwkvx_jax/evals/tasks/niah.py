@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import grid
-from rwkvx_jax.evals.common import Subject, open_console, open_subjects, until_interrupted
+from rwkvx_jax.evals import grid, runner
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
-from rwkvx_jax.evals.reader import GreedyReader
+from rwkvx_jax.evals.models import EvalModel, require_at_least_1
+from rwkvx_jax.evals.readers import GreedyReader
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
@@ -84,14 +84,11 @@ class NiahOptions(GridOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
         if not self.tasks:
             raise ConfigError(f"--tasks is empty: name some of {', '.join(get_args(TaskName))}")
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"--tasks {' '.join(self.tasks)} names a task twice")
-        grid.check_plan(self.lengths, self.depths, self.trials)
-        if self.answer_tokens < 1:
-            raise ConfigError(f"--answer-tokens is {self.answer_tokens}: it must be at least 1")
+        require_at_least_1(self, "answer_tokens")
         needing = [name for name in self.tasks if _needs_text(name)]
         if needing and self.haystack is None:
             raise ConfigError(
@@ -142,13 +139,11 @@ def niah_grid(options: NiahOptions, name: TaskName, text: TextFolder | None) -> 
     if _needs_text(name):
         settings["haystack"] = text.fingerprint
     placed = name != "tracking"
-    steps = max(1, options.depths - 1)
-    depths = tuple(round(i / steps, 6) for i in range(options.depths)) if placed else (0.0,)
     return Grid(
         task=f"niah_{name}",
         settings=settings,
         lengths=options.lengths,
-        depths=depths,
+        depths=options.depth_shares if placed else (0.0,),
         trials=options.trials if placed else options.trials * options.depths,
         prompt=prompt,
         answer_length=lambda tokenizer: options.answer_tokens,
@@ -169,7 +164,7 @@ def judge(tokenizer: Tokenizer, expected: tuple[str, ...], answer: np.ndarray) -
 
 def evaluate(
     options: NiahOptions,
-    subjects: Sequence[Subject],
+    models: Sequence[EvalModel],
     console: Console,
     make_reader: Callable[..., Any] = GreedyReader,
 ) -> dict[TaskName, Results]:
@@ -183,11 +178,11 @@ def evaluate(
     grids = {name: niah_grid(options, name, text) for name in options.tasks}
     for questions in grids.values():
         first = Trial(questions.lengths[0], questions.depths[0], 0)
-        grid.check_sizes(questions, options, subjects)
-        questions.prompt(subjects[0].tokenizer, first)
+        grid.check_sizes(questions, options, models)
+        questions.prompt(models[0].tokenizer, first)
     make_reader = _Kept(make_reader)
     return {
-        name: grid.evaluate(questions, options, subjects, console, make_reader)
+        name: grid.evaluate(questions, options, models, console, make_reader)
         for name, questions in grids.items()
     }
 
@@ -198,10 +193,10 @@ class _Kept:
     def __init__(self, make: Callable[..., Any]):
         self._make, self._key, self._reader = make, None, None
 
-    def __call__(self, subject: Subject, **sizes: int):
-        if self._key != (key := (subject.label, sizes)):
+    def __call__(self, model: EvalModel, **sizes: Any):
+        if self._key != (key := (model.label, sizes)):
             self._reader = None  # frees its parameters first
-            self._key, self._reader = key, self._make(subject, **sizes)
+            self._key, self._reader = key, self._make(model, **sizes)
         return self._reader
 
 
@@ -211,34 +206,35 @@ def print_overview(console: Console, results: dict[TaskName, Results]) -> None:
     short = lambda n: f"{n // 1000}K" if n % 1000 == 0 else f"{n:,}"
     columns = [f"{name}\n{'/'.join(map(short, lengths[name]))}" for name in results]
     table = Table("model", *columns, title="score (%) by length, all depths")
-    for panel in next(iter(results.values())).document["models"]:
+    for model in next(iter(results.values())).document["models"]:
         cells = []
         for name, result in results.items():
-            summary = result.summary(panel["label"])["by_length"]
+            summary = result.summary(model["label"])["by_length"]
             shares = {cell["length"]: cell["accuracy"] for cell in summary}
             cells.append(
                 "/".join(f"{100 * shares[n]:.1f}" if n in shares else "–" for n in lengths[name])
             )
-        table.add_row(panel["label"], *cells)
+        table.add_row(model["label"], *cells)
     console.print(table)
 
 
 def run(options: NiahOptions) -> None:
     """The command: evaluates, writes the files of every task, prints tables."""
-    console = open_console()
-    subjects = open_subjects(options)
-    with until_interrupted(console):
-        results = evaluate(options, subjects, console)
-    text = open_folder(str(options.haystack)) if options.haystack else None
-    tokenizer = subjects[0].tokenizer.name
-    for name, result in results.items():
-        questions = niah_grid(options, name, text)
-        grid.show(
-            questions,
-            result,
-            console,
-            title=f"{TITLES[name]}\n{questions.trials} trials a cell, seed {options.seed}",
-            unit=f"{tokenizer} tokens",
-            depth_label="" if name == "tracking" else "depth of what is asked for (%)",
-        )
-    print_overview(console, results)
+
+    def show(
+        results: dict[TaskName, Results], models: Sequence[EvalModel], console: Console
+    ) -> None:
+        text = open_folder(str(options.haystack)) if options.haystack else None
+        for name, result in results.items():
+            questions = niah_grid(options, name, text)
+            grid.show(
+                questions,
+                result,
+                console,
+                title=f"{TITLES[name]}\n{questions.trials} trials a cell, seed {options.seed}",
+                unit=f"{models[0].tokenizer.name} tokens",
+                depth_label="" if name == "tracking" else "depth of what is asked for (%)",
+            )
+        print_overview(console, results)
+
+    runner.run(options, evaluate, show)

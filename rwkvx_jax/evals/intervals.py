@@ -1,0 +1,27 @@
+"""Shares of right answers with intervals that say what so many trials can tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def wilson(correct: float, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a share: (low, high), 95 % at the default z.
+
+    Unlike the normal approximation it stays within [0, 1] and keeps a width at 0 and 100 %.
+    Without any trial it is (0, 1). Trials scored between 0 and 1 count in part; they vary less than
+    right and wrong ones of the same mean, so the interval is then wide enough.
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    share, z2 = correct / trials, z * z / trials
+    center = (share + z2 / 2) / (1 + z2)
+    half = z * ((share * (1 - share) + z2 / 4) / trials) ** 0.5 / (1 + z2)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def share_with_interval(correct: float, trials: int) -> dict[str, Any]:
+    """JSON form of a share; `accuracy` is None where nothing was tried."""
+    low, high = wilson(correct, trials)
+    accuracy = correct / trials if trials else None
+    return {"trials": trials, "correct": correct, "accuracy": accuracy, "low": low, "high": high}

@@ -1,0 +1,150 @@
+"""Runs any task: asks its models what an earlier run has not, keeps the answers, shows the results.
+
+A task (`Task`) says which trials there are, how a model answers some of them, and how trials are
+summed up. Loading models, taking over finished trials, progress, interruptions and the results file
+are the same for all, and here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+
+from rwkvx_jax.evals.models import IDENTITY_FIELDS, EvalModel, EvalOptions, open_models
+from rwkvx_jax.evals.results import Results, Summarize
+from rwkvx_jax.progress import Progress
+from rwkvx_jax.records import Record
+
+Options = TypeVar("Options", bound=EvalOptions)
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, and how it is answered.
+
+    Attributes:
+      name: of the task; that of its files has _ for each -.
+      settings: what every trial depends on beside its key and its model, as JSON.
+      plan: what this run was asked to do, as JSON.
+      trials: keys of all trials, named tuples, in their order.
+      chosen: those that this run is to finish.
+      answer: (model, some of the trials, progress) -> their records, batch by batch: each with the
+        fields of its key. It reports to the progress what `size` counts.
+      summarize: summary of a model's trials.
+      size: what a trial adds to the progress.
+      unit: what that counts.
+      identity: fields of a model's description on which its trials depend.
+      alone: whether the results file may hold no trials but these.
+    """
+
+    name: str
+    settings: Record
+    plan: Record
+    trials: Sequence[Any]
+    chosen: Sequence[Any]
+    answer: Callable[[Any, Sequence[Any], Progress], Iterable[list[Record]]]
+    summarize: Summarize
+    size: Callable[[Any], int]
+    unit: str = "tokens"
+    identity: Sequence[str] = IDENTITY_FIELDS
+    alone: bool = True
+
+
+class Described(Protocol):
+    """What is evaluated: an `EvalModel`, or another thing with a name and a JSON description."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def description(self) -> Record: ...
+
+
+def evaluate(task: Task, output: Path, models: Sequence[Described], console: Console) -> Results:
+    """Runs what an earlier run has not finished, and keeps it in `output`.
+
+    Raises:
+      ConfigError: a results file of another evaluation, or answers that are not finite.
+    """
+    results = Results(
+        output / f"{task.name.replace('-', '_')}.jsonl",
+        task=task.name,
+        settings=task.settings,
+        plan=task.plan,
+        key_fields=task.trials[0]._fields,
+        planned=task.trials if task.alone else None,
+        models=[model.description for model in models],
+        identity_fields=task.identity,
+        summarize=task.summarize,
+    )
+    finished = {model.label: results.finished(model.label) for model in models}
+    if skipped := sum(map(len, finished.values())):
+        console.print(f"{skipped} finished trials found in {results.path}", soft_wrap=True)
+    pending = [[t for t in task.chosen if t not in finished[model.label]] for model in models]
+    total = sum(task.size(trial) for todo in pending for trial in todo)
+    with Progress(console, total, task.unit) as progress:
+        for model, todo in zip(models, pending, strict=True):
+            for i, records in enumerate(task.answer(model, todo, progress) if todo else ()):
+                results.add(model.label, records)
+                if i == 0:
+                    progress.start_clock()
+    return results
+
+
+def run(
+    options: Options,
+    evaluate: Callable[[Options, Sequence[EvalModel], Console], Found],
+    show: Callable[[Found, Sequence[EvalModel], Console], None],
+) -> None:
+    """A task's command: loads the models, evaluates them, and shows what was found."""
+    console = open_console()
+    models = open_models(options)
+    with until_interrupted(console):
+        found = evaluate(options, models, console)
+    show(found, models, console)
+
+
+def show(
+    results: Results,
+    console: Console,
+    draw: Callable[[Path], None],
+    print_tables: Callable[[], None],
+) -> None:
+    """Draws the figure beside the results file, prints the tables, and says where both are."""
+    path = results.path.with_suffix(".png")
+    draw(path)
+    print_tables()
+    console.print(f"wrote {results.path} and {path}", soft_wrap=True)
+
+
+def open_console() -> Console:
+    """The standard output; wide where it is a file, so that tables are never squeezed.
+
+    Names are shown as they are (`[b]` is no markup), but for control characters.
+    """
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 240
+    return console
+
+
+@contextlib.contextmanager
+def until_interrupted(console: Console) -> Iterator[None]:
+    """On Ctrl-C says how to go on, and exits with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted: finished trials are saved, the same command continues")
+        raise SystemExit(130) from None
+
+
+def even_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Cuts items into the fewest batches of at most `size`, as equal as they can be."""
+    count = -(-len(items) // size)
+    for i in range(count):
+        yield items[i * len(items) // count : (i + 1) * len(items) // count]
