@@ -7,7 +7,7 @@ import importlib.resources
 import json
 import re
 
-from pallas_kernels.tpu_chips import current_chip
+from pallas_kernels.common import current_chip
 from rwkvx_jax.config import ModelConfig
 
 # Kernels of one forward call of an op, and how their time grows with the length.
