@@ -12,6 +12,9 @@ programs run in any order. Pairs of a query and a chunk are sorted by chunk (`ro
 
 Everything that names Triton is in this file and wkv7_gpu.py. The backend is deprecated from jax
 0.11 on, but still what runs on Ampere and Hopper alike; it is imported where a kernel is built.
+
+Sizes: see `common`; a tile is `rows` pairs (16 to 64), a block of queries as many queries, a block
+of keys `keys` keys of one chunk; a place holds the result of one pair.
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import alignment, routing
-from pallas_kernels.common import F32, LOG2_E, NT, TN, dot, missing_triton, triton
+from pallas_kernels.common import F32, LOG2_E, NT, TN, dot, iota, missing_triton, triton
 
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
 _BLOCK = 64  # queries begin on a multiple of this; a tile's rows divide it
@@ -75,7 +78,7 @@ def unsupported_reason(
 
 
 def _iota(size: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (size,), 0)
+    return iota((size,), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _rows_at(ref, rows, mask):
 
 def _elements(rows, shape):
     """Indices of all elements of some rows, [R, K] each."""
-    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    column = iota(shape, 1)
     return jnp.broadcast_to(rows[:, None], shape), column
 
 

@@ -16,12 +16,25 @@ and writes the final results. Arrays keep the layout of the projections, [B, T, 
 size 64 share the 128 lanes of a "pack". A product over all 128 lanes costs the matrix unit no more
 than one over 64; masking the lanes of the other head out of the queries separates the two.
 
+Sizes beside those of `common`:
+
+* segment: the queries whose rows lie in VMEM at once; its rows stand at 8 and after, as `_gather`
+  reads up to 7 rows before one.
+* tile (past part): `rows` pairs of one chunk. A step takes one tile, or `together` tiles of chunks
+  that are `joined`.
+* block (past part): the keys of a step, of `joined` chunks.
+* square (own part): rows and columns of whole chunks up to `diagonal`, or of one chunk. Its cells
+  of `side` rows and columns, those on and below the diagonal, are steps.
+* piece: `keys` keys of a chunk, met at once.
+* part: 128 lanes of a query's row of results; with heads of 64 there is one, else two.
+
 docs/kernels.md states the costs and what else was tried.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +43,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import alignment, routing
-from pallas_kernels.common import F32, LANES, LOG2_E, NT, SUBLANES, TN, dot
-from pallas_kernels.tpu_chips import SCALAR_WORDS, current_chip, grid_options
+from pallas_kernels.common import (
+    F32,
+    LANES,
+    LOG2_E,
+    NT,
+    SCALAR_WORDS,
+    SUBLANES,
+    TN,
+    current_chip,
+    dot,
+    grid_options,
+    iota,
+)
 
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
 
@@ -45,7 +69,7 @@ class TileConfig:
       keys: keys met at once, in the past part; divides no chunk in particular.
       joined: keys of a block of small chunks whose tiles share grid steps.
       together: tiles a grid step takes where chunks are joined; divides 8.
-      diagonal: largest number of rows and of columns of a tile of the own chunk.
+      diagonal: largest number of rows and of columns of a cell of the own chunk.
       segment_bytes: VMEM for the rows of a segment of queries and their results.
       vmem_limit_bytes: VMEM the compiler may use.
       cores: cores that share the packs of a call: 2 on v5p, whose chips are one device.
@@ -113,7 +137,7 @@ def unsupported_reason(
 
 
 def _lane(shape: tuple[int, ...]) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    return iota(shape, len(shape) - 1)
 
 
 def _column(x: jax.Array, lane) -> jax.Array:
@@ -153,25 +177,30 @@ class _Shape:
         return self.heads > 1 and self.dtype == jnp.bfloat16
 
     @property
+    def gathered(self) -> int:
+        """Arrays of queries that the forward gathers beside the rows of results."""
+        return 0 if self.packed else 1
+
+    @property
     def log2_scale(self) -> float:
         """Turns q . k into exponents of 2."""
         return self.scale * LOG2_E
 
-    def block(self, limit: int) -> int:
+    def square(self, limit: int) -> int:
         """Rows the diagonal is cut into: whole chunks, as many as fit the limit, at least one."""
         return self.chunk * max(1, limit // self.chunk)
 
-    def past_block(self, tile: TileConfig) -> int:
-        """Keys of the chunks joined in the past part: whole blocks of the diagonal."""
-        block = self.block(tile.diagonal)
-        return block * max(1, tile.joined // block) if block > self.chunk else self.chunk
+    def block(self, tile: TileConfig) -> int:
+        """Keys of the chunks joined in the past part: whole squares."""
+        square = self.square(tile.diagonal)
+        return square * max(1, tile.joined // square) if square > self.chunk else self.chunk
 
     def side(self, limit: int) -> int:
-        """Rows (and columns) of a tile of the diagonal; divides `block`."""
-        block = self.block(limit)
-        if block <= limit:
-            return block
-        return max(x for x in range(64, limit + 1, 64) if block % x == 0)
+        """Rows (and columns) of a cell; divides `square`."""
+        square = self.square(limit)
+        if square <= limit:
+            return square
+        return max(x for x in range(64, limit + 1, 64) if square % x == 0)
 
     def stat_lane(self, head):
         """First of the lanes that hold a query's statistics, in the last part of its row."""
@@ -222,7 +251,7 @@ def _gather(rows_ref, tile, rows: int, sources) -> list[jax.Array]:
     Row number n stands at 8 + n. A load of 8 rows that begins r rows earlier brings row n to
     sublane r, where a select puts it in place: one load and one select a row, no store.
     """
-    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    sublane = iota((SUBLANES, LANES), 0)
     found = [[] for _ in sources]
     for first in range(0, rows, SUBLANES):
         numbers = _numbers(rows_ref, tile, first, rows)
@@ -244,7 +273,7 @@ def _scatter(rows_ref, tile, pairs, zero, lanes=True) -> None:
         numbers it read to gather, for which there are not enough registers.
       lanes: bool [8, 128], the lanes to write.
     """
-    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    sublane = iota((SUBLANES, LANES), 0)
     masks = [(sublane == r) & lanes for r in range(SUBLANES)]
     rows = pairs[0][0].shape[0]
     for first in range(0, rows, SUBLANES):
@@ -263,6 +292,51 @@ def _copy(*pairs_and_sems) -> None:
         copy.start()
     for copy in copies:
         copy.wait()
+
+
+class _TileWord(NamedTuple):
+    """An entry of the table of tiles: the tile's chunk, and whether it has rows."""
+
+    word: jax.Array
+
+    @classmethod
+    def of(cls, chunk: jax.Array, count: jax.Array) -> "_TileWord":
+        """Of a tile with `count` rows."""
+        return cls(2 * chunk + (count > 0))
+
+    @property
+    def chunk(self) -> jax.Array:
+        return self.word // 2
+
+    @property
+    def used(self) -> jax.Array:
+        return self.word % 2 == 1
+
+    def block(self, joined: int) -> jax.Array:
+        """The block of keys that the chunk lies in."""
+        return lax.div(self.word, 2 * joined)
+
+
+class _StepWord(NamedTuple):
+    """An entry of the table of steps: the segment, and whether this is its first or last step."""
+
+    word: jax.Array | int
+
+    @classmethod
+    def of(cls, segment: int, first: bool, last: bool) -> "_StepWord":
+        return cls(4 * segment + 2 * last + first)
+
+    @property
+    def segment(self):
+        return self.word // 4
+
+    @property
+    def first(self):
+        return self.word % 2 == 1
+
+    @property
+    def last(self):
+        return self.word // 2 % 2 == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,33 +361,32 @@ class _Step:
         """Reads the scalar tables.
 
         Args:
-          table_ref: SMEM [groups, heads, tiles]: 2 * chunk + (1 if the tile has rows).
-          segments_ref: SMEM [steps]: 4 * segment + 2 * (last of it) + (first of it).
+          table_ref: SMEM [groups, heads, tiles], each a `_TileWord`.
+          segments_ref: SMEM [steps], each a `_StepWord`.
           first_ref: SMEM [1]: number of the first pack of this call.
           chunk: keys of a chunk.
           routes: says how many tiles a step takes.
         """
         joined, together = routes.joined, routes.together
         group, head, number = (pl.program_id(axis) for axis in range(3))
-        entry = lambda step, tile=0: table_ref[group, head, step * together + tile]
-        block_of = lambda step: lax.div(entry(step), 2 * joined)
-        place, block = segments_ref[number], block_of(number)
-        before = block_of(jnp.maximum(number - 1, 0))
-        after = block_of(jnp.minimum(number + 1, pl.num_programs(2) - 1))
-        first, last = place % 2 == 1, place // 2 % 2 == 1
+        first_tile = lambda step: _TileWord(table_ref[group, head, step * together])
+        place, block = _StepWord(segments_ref[number]), first_tile(number).block(joined)
+        before = first_tile(jnp.maximum(number - 1, 0)).block(joined)
+        after = first_tile(jnp.minimum(number + 1, pl.num_programs(2) - 1)).block(joined)
+        first, last = place.first, place.last
         return cls(
             group=group,
             number=number,
             pack=first_ref[0] + group,
             head=head,
-            segment=place // 4,
+            segment=place.segment,
             block=block,
-            used=entry(number) % 2 == 1,
+            used=first_tile(number).used,
             first_of_segment=first,
             last_of_segment=last,
             first_of_block=first | (before != block),
             last_of_block=last | (after != block),
-            zero=jnp.minimum(place, 0),
+            zero=jnp.minimum(place.word, 0),
         )
 
 
@@ -324,8 +397,9 @@ def _each_tile(table_ref, step: _Step, chunk: int, routes: routing.Plan, functio
         first = 0
         if routes.joined > 1:
             place = step.number * routes.together + number
-            chunks = table_ref[step.group, step.head, place] // 2 - step.block * routes.joined
-            first = pl.multiple_of(chunks * chunk, math.gcd(chunk, 64))
+            tile = _TileWord(table_ref[step.group, step.head, place])
+            before = tile.chunk - step.block * routes.joined  # chunks of the block before it
+            first = pl.multiple_of(before * chunk, math.gcd(chunk, 64))
         function(number, first)
         return carry
 
@@ -379,28 +453,71 @@ def _query(row: jax.Array, shape: _Shape, head) -> jax.Array:
     return pltpu.bitcast(upper | lower, shape.dtype)
 
 
+def _take(refs: tuple, *counts: int) -> list[tuple]:
+    """Consecutive groups of references, of these numbers: all of them."""
+    groups, start = [], 0
+    for count in counts:
+        groups.append(refs[start : start + count])
+        start += count
+    assert start == len(refs), (counts, len(refs))
+    return groups
+
+
+class _ForwardRefs(NamedTuple):
+    """References of the past forward kernel, behind its tables; S queries a segment."""
+
+    q: tuple  # HBM [B, T, packs * 128] float32, where queries are `gathered`
+    k: Any  # [1, block, 128]
+    v: Any  # [1, block, 128]
+    results: Any  # HBM [packs, heads, parts, T, 128], also an input
+    queries: tuple  # VMEM [8 + S + 8, 128], for each of q
+    running: tuple  # VMEM [8 + S + 8, 128] for each part
+    sems: Any
+
+    @classmethod
+    def of(cls, refs: tuple, shape: _Shape) -> "_ForwardRefs":
+        gathered, parts = shape.gathered, shape.parts
+        q, keys, _, outputs, queries, running, sems = _take(
+            refs, gathered, 2, 1, 1, gathered, parts, 1
+        )
+        return cls(q, *keys, *outputs, queries, running, *sems)
+
+
+class _BackwardRefs(NamedTuple):
+    """References of the past backward kernel, behind its tables; S queries a segment."""
+
+    sources: tuple  # HBM [B, T, packs * 128]: q and dO in words they share, or each of them
+    k: Any  # [1, block, 128]
+    v: Any  # [1, block, 128]
+    results: Any  # HBM [packs, heads, parts, T, 128], also an input
+    dk_out: Any  # HBM [B, T, packs * 128], also an input
+    dv_out: Any  # HBM [B, T, packs * 128], also an input
+    queries: tuple  # VMEM [8 + S + 8, 128], for each source
+    running: tuple  # VMEM [8 + S + 8, 128] for each part
+    dk: Any  # VMEM [block, 128]
+    dv: Any  # VMEM [block, 128]
+    sems: Any
+
+    @classmethod
+    def of(cls, refs: tuple, shape: _Shape, sources: int) -> "_BackwardRefs":
+        read, keys, _, outputs, queries, running, sums, sems = _take(
+            refs, sources, 2, 3, 3, sources, shape.parts, 2, 1
+        )
+        return cls(read, *keys, *outputs, queries, running, *sums, *sems)
+
+
 def _past_forward_kernel(
     table_ref, segments_ref, first_ref,  # see _Step.read
     rows_ref,  # SMEM [1, 1, 1, together * rows]: query of each row within the segment
-    *refs,
+    *refs,  # see _ForwardRefs
     shape: _Shape,
     keys: int,
     packs: int,
     routes: routing.Plan,
 ):  # fmt: skip
-    """The other references; `sources` is 0 where a query lies in its row of results, else 1:
-
-    HBM q [B, T, packs * 128] float32 * sources; k, v [1, block, 128], a block being `routes.joined`
-    chunks; an HBM input that shares its buffer with the output: results [packs, heads, parts, T,
-    128]; that output; VMEM: q [8 + S + 8, 128] * sources, results [8 + S + 8, 128] * parts;
-    semaphores.
-    """
     step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
-    refs = list(refs)
-    take = lambda n: [refs.pop(0) for _ in range(n)]
-    parts, sources, head = shape.parts, 1 - shape.packed, step.head
-    q_ref, (k_ref, v_ref), _, (results_ref,) = take(sources), take(2), take(1), take(1)
-    queries, running, (sems,) = take(sources), take(parts), take(1)
+    q_ref, k_ref, v_ref, results_ref, queries, running, sems = _ForwardRefs.of(refs, shape)
+    parts, head = shape.parts, step.head
     size = running[0].shape[0] - 2 * SUBLANES
     body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
     lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
@@ -424,7 +541,7 @@ def _past_forward_kernel(
 
     def attend(number, start):
         gathered = _gather(rows_ref, number, routes.rows, [*queries, *running])
-        acc, stats, stat = gathered[sources], gathered[-1], shape.stat_lane(head)
+        acc, stats, stat = gathered[shape.gathered], gathered[-1], shape.stat_lane(head)
         if shape.packed:
             q = _query(acc, shape, head)
         else:
@@ -466,18 +583,18 @@ def _past_forward_kernel(
 
 
 def _visible(row, column, shape: _Shape, side: int) -> jax.Array:
-    """Which columns of tile (row, column) of a diagonal block its rows may see, [side, side]."""
-    query = row * side + lax.broadcasted_iota(jnp.int32, (side, side), 0)
-    key = column * side + lax.broadcasted_iota(jnp.int32, (side, side), 1)
+    """Which columns of cell (row, column) of a square its rows may see, [side, side]."""
+    query = row * side + iota((side, side), 0)
+    key = column * side + iota((side, side), 1)
     seen = key <= query
-    if shape.chunk < side:  # a tile of several chunks
+    if shape.chunk < side:  # a cell of several chunks
         seen &= key // shape.chunk == query // shape.chunk
     return seen
 
 
 def _own_forward_kernel(
-    rows_ref, columns_ref,  # SMEM [tiles]: row and column of each tile of a block
-    first_ref,  # SMEM [B]: block of keys of the first query (used by block specs)
+    rows_ref, columns_ref,  # SMEM [tiles]: row and column of each cell of a square
+    first_ref,  # SMEM [B]: square that the first query stands in (used by block specs)
     q_ref, k_ref, v_ref,  # [1, side, 128]
     results_ref,  # [1, heads, parts, side, 128] float32 of the past chunks
     out_ref,  # [1, side, 128]
@@ -559,27 +676,18 @@ def _unpack(tiles, shape: _Shape, head) -> tuple[jax.Array, jax.Array]:
 def _past_backward_kernel(
     table_ref, segments_ref, first_ref,  # see _Step.read
     rows_ref,  # SMEM [1, 1, 1, together * rows]
-    *refs,
+    *refs,  # see _BackwardRefs
     shape: _Shape,
     keys: int,
     packs: int,
     routes: routing.Plan,
     sources: int,
 ):  # fmt: skip
-    """The other references, `sources` being 1 for bfloat16 (q and dO share words), 2 for float32:
-
-    HBM sources [B, T, packs * 128]; k, v [1, block, 128]; HBM inputs that share buffers with the
-    outputs: results [packs, heads, parts, T, 128], dk, dv [B, T, packs * 128]; those outputs; VMEM:
-    sources [8 + S + 8, 128], results [8 + S + 8, 128] * parts, dk, dv [block, 128]; semaphores. A
-    block is `routes.joined` chunks.
-    """
-    refs = list(refs)
-    take = lambda n: [refs.pop(0) for _ in range(n)]
+    """Adds to results, dK and dV; `sources` is 1 for bfloat16 (q and dO share words), else 2."""
+    (
+        sources_ref, k_ref, v_ref, results_ref, dk_ref, dv_ref, queries, running, dk, dv, sems
+    ) = _BackwardRefs.of(refs, shape, sources)  # fmt: skip
     parts = shape.parts
-    sources_ref, (k_ref, v_ref), _ = take(sources), take(2), take(3)
-    results_ref, dk_ref, dv_ref = take(3)
-    queries, running = take(sources), take(parts)
-    (dk, dv), (sems,) = take(2), take(1)
     step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
     head, stat = step.head, shape.stat_lane(step.head)
     size = queries[0].shape[0] - 2 * SUBLANES
@@ -653,11 +761,11 @@ def _past_backward_kernel(
 
 def _own_backward_kernel(
     rows_ref, columns_ref, first_ref,  # SMEM, as in the forward
-    q_ref, k_ref, v_ref, do_ref,  # [1, block, 128]
-    results_ref,  # [1, heads, parts, block, 128] float32: dQ of the past chunks, statistics
-    dk_past_ref, dv_past_ref,  # [1, block, 128] float32, of queries in later chunks
-    dq_ref, dk_ref, dv_ref,  # [1, block, 128]
-    dq, dk, dv,  # VMEM [block, 128] float32
+    q_ref, k_ref, v_ref, do_ref,  # [1, square, 128]
+    results_ref,  # [1, heads, parts, square, 128] float32: dQ of the past chunks, statistics
+    dk_past_ref, dv_past_ref,  # [1, square, 128] float32, of queries in later chunks
+    dq_ref, dk_ref, dv_ref,  # [1, square, 128]
+    dq, dk, dv,  # VMEM [square, 128] float32
     *,
     shape: _Shape,
     side: int,
@@ -708,8 +816,8 @@ class _Plan:
 
     Attributes:
       batch, packs: B and P.
-      queries: T, whole segments and whole blocks.
-      keys: Tk, whole blocks.
+      queries: T, whole segments and whole squares.
+      keys: Tk, whole squares and blocks.
       shape, tile: see there.
       routing: of the past part; None where no query can choose anything.
     """
@@ -727,8 +835,8 @@ class _Plan:
         return self.batch * self.packs
 
     @property
-    def block(self) -> int:
-        return self.shape.block(self.tile.diagonal)
+    def square(self) -> int:
+        return self.shape.square(self.tile.diagonal)
 
     @property
     def side(self) -> int:
@@ -797,8 +905,8 @@ class _Plan:
         return grid_options(grid, parallel, self.tile.vmem_limit_bytes)
 
     def triangle(self) -> tuple[jax.Array, jax.Array]:
-        """Row and column of each tile of a diagonal block."""
-        pairs = [(i, j) for i in range(self.block // self.side) for j in range(i + 1)]
+        """Row and column of each cell of a square."""
+        pairs = [(i, j) for i in range(self.square // self.side) for j in range(i + 1)]
         rows, columns = zip(*pairs, strict=True)
         return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
 
@@ -822,19 +930,19 @@ class _Plan:
 
 
 def _segment(
-    queries: int, block: int, tile: TileConfig, shape: _Shape, chunks: int, slots: int
+    queries: int, square: int, tile: TileConfig, shape: _Shape, chunks: int, slots: int
 ) -> tuple[int, int]:
-    """Queries a segment and segments: whole blocks, as few segments as VMEM and integers allow."""
+    """Queries a segment and segments: whole squares, as few segments as VMEM and integers allow."""
     sources = 2 if shape.dtype == F32 else 1
     limit = min(
         tile.segment_bytes // ((sources + shape.parts) * LANES * 4),
         routing.SORTED_IN_VMEM // max(1, slots),
         routing.largest_segment(chunks, slots),
     )
-    limit = max(block, limit // block * block)
+    limit = max(square, limit // square * square)
     segments = -(-queries // limit)
-    blocks = -(-queries // block)
-    return -(-blocks // segments) * block, segments
+    squares = -(-queries // square)
+    return -(-squares // segments) * square, segments
 
 
 def _past_call(
@@ -860,12 +968,12 @@ def _past_call(
     """
     rows, chunk, count = routed
     heads, tiles, each = plan.shape.heads, plan.routing.all_tiles, plan.routing.together
-    table = (2 * chunk + (count > 0)).reshape(plan.all_packs, heads, tiles)
+    table = _TileWord.of(chunk, count).word.reshape(plan.all_packs, heads, tiles)
     number = plan.routing.segment_of_tile()[::each]
     edge = [s != r for s, r in zip(number[1:], number[:-1], strict=True)]
     segments = jnp.asarray(
         [
-            4 * s + 2 * last + first
+            _StepWord.of(s, first, last).word
             for s, first, last in zip(number, [True, *edge], [*edge, True], strict=True)
         ],
         jnp.int32,
@@ -928,7 +1036,7 @@ def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
 
     def index(g, h, t, table, segments, first):
         pack = first[0] + g
-        return pack // packs, lax.div(table[g, h, t * together], 2 * joined), pack % packs
+        return pack // packs, _TileWord(table[g, h, t * together]).block(joined), pack % packs
 
     return [pl.BlockSpec((1, joined * plan.shape.chunk, LANES), index)] * 2
 
@@ -939,7 +1047,7 @@ def _segment_rows(plan: _Plan):
 
 def _start(plan: _Plan, q, interpret):
     """Rows of results before any chunk, float32 [packs, heads, parts, T, 128]."""
-    shape, packs, rows = plan.shape, plan.packs, plan.block
+    shape, packs, rows = plan.shape, plan.packs, plan.square
     if not shape.packed or plan.routing is None:
         start = jnp.where(_stat_lanes(shape, 1), _NO_SCORE, 0.0)
         return jnp.broadcast_to(start, plan.results)
@@ -960,7 +1068,7 @@ def _start(plan: _Plan, q, interpret):
 
 
 def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
-    parts, sources = plan.shape.parts, 1 - plan.shape.packed
+    parts, gathered = plan.shape.parts, plan.shape.gathered
     queries = [] if plan.shape.packed else [q.astype(F32)]
     kernel = functools.partial(
         _past_forward_kernel,
@@ -969,16 +1077,15 @@ def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
         packs=plan.packs,
         routes=plan.routing,
     )
-    count = sources + parts
     (results,) = _past_call(
         plan,
         kernel,
         routed,
         [*queries, k, v],
-        [*[pl.BlockSpec(memory_space=pltpu.HBM)] * sources, *_past_specs(plan)],
+        [*[pl.BlockSpec(memory_space=pltpu.HBM)] * gathered, *_past_specs(plan)],
         [results],
         [
-            *[_segment_rows(plan)] * count,
+            *[_segment_rows(plan)] * (gathered + parts),
             pltpu.SemaphoreType.DMA((parts + 1,)),
         ],
         2,
@@ -1030,17 +1137,17 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
 def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
     """Returns out [B, T, P * 128] and the log-sum-exp in base 2, float32 [packs, heads, T]."""
     shape, side, packs = plan.shape, plan.side, plan.packs
-    per_block = plan.block // side
+    per_square = plan.square // side
 
     def row(b, p, n, t, rows, columns, first):
-        return b, n * per_block + rows[t], p
+        return b, n * per_square + rows[t], p
 
     def column(b, p, n, t, rows, columns, first):
-        return b, (first[b] + n) * per_block + columns[t], p
+        return b, (first[b] + n) * per_square + columns[t], p
 
     tokens = lambda index: pl.BlockSpec((1, side, LANES), index)
     rows, columns = plan.triangle()
-    grid = plan.batch, packs, plan.queries // plan.block, rows.size
+    grid = plan.batch, packs, plan.queries // plan.square, rows.size
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), F32),
@@ -1060,7 +1167,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
                         b * packs + p,
                         0,
                         0,
-                        n * per_block + rows[t],
+                        n * per_square + rows[t],
                         0,
                     ),
                 ),
@@ -1072,7 +1179,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
                     lambda b, p, n, t, rows, columns, first: (
                         b * packs + p,
                         0,
-                        n * per_block + rows[t],
+                        n * per_square + rows[t],
                     ),
                 ),
             ],
@@ -1087,12 +1194,12 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
 
 
 def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
-    shape, block, packs = plan.shape, plan.block, plan.packs
+    shape, square, packs = plan.shape, plan.square, plan.packs
     query = lambda b, p, n, t, rows, columns, first: (b, n, p)
     key = lambda b, p, n, t, rows, columns, first: (b, first[b] + n, p)
-    tokens = lambda index: pl.BlockSpec((1, block, LANES), index)
+    tokens = lambda index: pl.BlockSpec((1, square, LANES), index)
     rows, columns = plan.triangle()
-    grid = plan.batch, packs, plan.queries // block, rows.size
+    grid = plan.batch, packs, plan.queries // square, rows.size
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     return pl.pallas_call(
         functools.partial(_own_backward_kernel, shape=shape, side=plan.side),
@@ -1105,14 +1212,14 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
                 tokens(key),
                 tokens(query),
                 pl.BlockSpec(
-                    (1, shape.heads, shape.parts, block, LANES),
+                    (1, shape.heads, shape.parts, square, LANES),
                     lambda b, p, n, t, *tables: (b * packs + p, 0, 0, n, 0),
                 ),
                 tokens(key),
                 tokens(key),
             ],
             out_specs=[tokens(query), tokens(key), tokens(key)],
-            scratch_shapes=[pltpu.VMEM((block, LANES), F32)] * 3,
+            scratch_shapes=[pltpu.VMEM((square, LANES), F32)] * 3,
         ),
         out_shape=out_shape,
         **plan.grid_options(grid, 3),
@@ -1132,14 +1239,14 @@ def _stat_lanes(shape: _Shape, offset: int) -> jax.Array:
     lanes = jnp.asarray([shape.stat_lane(h) + offset for h in range(shape.heads)], jnp.int32)
     lanes = lanes[:, None, None, None]
     size = (shape.heads, shape.parts, 1, LANES)
-    last = lax.broadcasted_iota(jnp.int32, size, 1) == shape.parts - 1
-    return (last & (lax.broadcasted_iota(jnp.int32, size, 3) == lanes))[None]
+    last = iota(size, 1) == shape.parts - 1
+    return (last & (iota(size, 3) == lanes))[None]
 
 
 def _forward(plan: _Plan, interpret, q, k, v, selection, first):
     results, routed = _start(plan, q, interpret), None
     if plan.routing is not None:
-        position = first[:, None] * plan.block + jnp.arange(plan.queries, dtype=jnp.int32)[None]
+        position = first[:, None] * plan.square + jnp.arange(plan.queries, dtype=jnp.int32)[None]
         routed = routing.route(
             selection, position // plan.shape.chunk, plan.routing, interpret=interpret
         )
@@ -1173,8 +1280,8 @@ def _attention_backward(plan, interpret, saved, do):
         results, dk_past, dv_past = _past_backward(plan, routed, q, k, v, do, results, interpret)
     dq, dk, dv = _own_backward(plan, q, k, v, do, results, dk_past, dv_past, first, interpret)
     if plan.queries < plan.keys:  # keys that are no query's own chunk have past gradients only
-        block = jnp.arange(plan.keys, dtype=jnp.int32)[None] // plan.block - first[:, None]
-        own = ((block >= 0) & (block < plan.queries // plan.block))[..., None]
+        square = jnp.arange(plan.keys, dtype=jnp.int32)[None] // plan.square - first[:, None]
+        own = ((square >= 0) & (square < plan.queries // plan.square))[..., None]
         dk = jnp.where(own, dk, (dk_past * shape.scale).astype(dk.dtype))
         dv = jnp.where(own, dv, dv_past.astype(dv.dtype))
     return dq, dk, dv, None, None
@@ -1196,19 +1303,19 @@ def _pack(x: jax.Array, time: int, heads: int) -> jax.Array:
 
 
 def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | None) -> _Plan:
-    """Sizes for queries that begin at block `first` of the keys (None: known when running)."""
+    """Sizes for queries that begin at square `first` of the keys (None: known when running)."""
     batch, length, heads, _ = q.shape
-    slots, block = selection.shape[3], shape.block(tile.diagonal)
-    past_block = shape.past_block(tile)
+    slots, square = selection.shape[3], shape.square(tile.diagonal)
+    block = shape.block(tile)
     packs = -(-heads // shape.heads)
     chunks = k.shape[1] // shape.chunk
-    segment, segments = _segment(length, block, tile, shape, chunks, slots)
+    segment, segments = _segment(length, square, tile, shape, chunks, slots)
     queries = segment * segments
-    keys = -(-k.shape[1] // block) * block
-    keys = keys + queries if first is None else max(keys, first * block + queries)
-    keys = -(-keys // past_block) * past_block
+    keys = -(-k.shape[1] // square) * square
+    keys = keys + queries if first is None else max(keys, first * square + queries)
+    keys = -(-keys // block) * block
     if first is not None:  # the own chunk of the last query is past to none
-        chunks = min(chunks, (first * block + length - 1) // shape.chunk)
+        chunks = min(chunks, (first * square + length - 1) // shape.chunk)
     routed = None
     if slots and chunks:
         routed = routing.make_plan(
@@ -1218,9 +1325,9 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
             chunks=chunks,
             slots=slots,
             chunk_size=shape.chunk,
-            first=None if first is None else first * block,
-            joined=past_block // shape.chunk,
-            together=tile.together if past_block > shape.chunk else 1,
+            first=None if first is None else first * square,
+            joined=block // shape.chunk,
+            together=tile.together if block > shape.chunk else 1,
         )
     return _Plan(batch, packs, queries, keys, shape, tile, routed)
 
@@ -1229,11 +1336,11 @@ def _plan_of(q, k, slots: int, chunk_size: int, scale: float, q_offset, tile) ->
     """The plan for arguments of the op, from their shapes, before queries are aligned."""
     tile = default_tile() if tile is None else tile
     shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, float(scale))
-    known, block = isinstance(q_offset, int), shape.block(tile.diagonal)
+    known, square = isinstance(q_offset, int), shape.square(tile.diagonal)
     batch, length, heads, head = q.shape
-    aligned = length + (q_offset % block if known else block)
+    aligned = length + (q_offset % square if known else square)
     struct = lambda size: jax.ShapeDtypeStruct((batch, aligned, heads, size), q.dtype)
-    first = q_offset // block if known else None
+    first = q_offset // square if known else None
     return _make_plan(struct(head), k, struct(slots), shape, tile, first)
 
 
@@ -1277,10 +1384,10 @@ def block_sparse_attention(
         raise ValueError(f"block_sparse on TPU: {reason}")
     batch, length, heads, head = q.shape
     plan = _plan_of(q, k, selection.shape[3], chunk_size, scale, q_offset, tile)
-    shape, block = plan.shape, plan.block
-    q, shift = alignment.align(q, q_offset, block)
-    selection, _ = alignment.align(selection, q_offset, block, fill=-1)
-    first = alignment.first_block(q_offset, batch, block, k.shape[1])
+    shape, square = plan.shape, plan.square
+    q, shift = alignment.align(q, q_offset, square)
+    selection, _ = alignment.align(selection, q_offset, square, fill=-1)
+    first = alignment.first_block(q_offset, batch, square, k.shape[1])
     wide = plan.packs * shape.heads
     selection = jnp.pad(
         selection,

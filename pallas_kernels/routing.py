@@ -11,6 +11,8 @@ chunk), and no pair is ever dropped.
 A pair is one integer, chunk << bits | query, so that sorting integers is all there is to do. On TPU
 a bitonic network sorts them in VMEM: log^2 steps, but no scatter and no table look-up, which cost
 a memory access an element there. Counts of pairs a chunk come from products of one-hot matrices.
+
+Sizes: see `common`; a group is the 8 tiles that one step of the emitting kernel writes.
 """
 
 import dataclasses
@@ -22,8 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import LANES, SUBLANES
-from pallas_kernels.tpu_chips import grid_options
+from pallas_kernels.common import LANES, SUBLANES, grid_options, iota
 
 _REGISTER = LANES * SUBLANES
 _UNROLL = 2  # groups of up to 8 registers compared side by side, to fill one another's waits
@@ -296,15 +297,16 @@ def in_main_memory(interpret, *arrays: jax.Array) -> list[jax.Array]:
 # --------------------------------------------------------------------------------------------
 
 
-def _iota(dimension: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), dimension)
+def _place(dimension: int) -> jax.Array:
+    """Number of each element's sublane (0) or lane (1) in a register."""
+    return iota((SUBLANES, LANES), dimension)
 
 
 def _exchange(x: jax.Array, bit: int) -> jax.Array:
     """Within a register [8, 128]: the smaller of each pair first. The lowest 3 bits of a place
     number sublanes, the other 7 lanes."""
     axis, step, size = (0, 1 << bit, SUBLANES) if bit < 3 else (1, 1 << bit - 3, LANES)
-    upper = (_iota(axis) & step) != 0
+    upper = (_place(axis) & step) != 0
     below = pltpu.roll(x, step, axis)
     above = below if 2 * step == size else pltpu.roll(x, size - step, axis)
     return jnp.where(upper, jnp.maximum(x, below), jnp.minimum(x, above))
@@ -318,7 +320,7 @@ def _descending(level: int, register_bits: int):
     bit = level - register_bits
     if bit >= 10:
         return jnp.zeros((SUBLANES, LANES), jnp.int32)
-    place = _iota(0) | (_iota(1) << 3)
+    place = _place(0) | (_place(1) << 3)
     return -((place >> bit) & 1)
 
 
@@ -416,9 +418,9 @@ def _sort_kernel(
         chunk = lax.shift_right_logical(sorted_ref[at(i), :], bits)
         for r in range(SUBLANES):
             row = chunk[r : r + 1]
-            number = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+            number = iota((LANES, LANES), 0)
             low = jnp.where((row & (LANES - 1)) == number, 1.0, 0.0).astype(jnp.bfloat16)
-            number = lax.broadcasted_iota(jnp.int32, (high, LANES), 0)
+            number = iota((high, LANES), 0)
             top = jnp.where(row // LANES == number, 1.0, 0.0).astype(jnp.bfloat16)
             total = total + lax.dot_general(
                 top, low, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
@@ -479,9 +481,9 @@ def _emit_kernel(
 ):
     del segment_ref
     height = rows // LANES
-    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    lane = iota((1, LANES), 1)
     for tile in range(_GROUP):
-        start, count = info_ref[0, 0, 0, 2 * tile], info_ref[0, 0, 0, 2 * tile + 1]
+        start, count = _start_and_count(info_ref, tile)
         row, shift = start // LANES, start % LANES
         # Rotated left by `shift`; a lane beyond the end of its row comes from the next one.
         parts = [
@@ -493,6 +495,11 @@ def _emit_kernel(
             used = lane < count - i * LANES
             query = jnp.where(used, pair & ((1 << bits) - 1), nothing)
             rows_ref[0, tile * height + i : tile * height + i + 1] = query
+
+
+def _start_and_count(info_ref, tile: int):
+    """Of a tile's rows among the sorted pairs; the two stand side by side."""
+    return info_ref[0, 0, 0, 2 * tile], info_ref[0, 0, 0, 2 * tile + 1]
 
 
 def _emit_call(ordered, start, count, plan: Plan, interpret) -> jax.Array:

@@ -5,6 +5,9 @@ in VMEM, so that [T, N] never reaches HBM. A chunk's scores of 1024 queries and 
 register, and one chunk after the other is inserted into the sorted list of the best: elementwise
 operations without a reduction. Scores are float32, ties go to the lower chunk, as in every
 implementation of the choice.
+
+Sizes: a block of queries is as many as make 8 x 128 with the heads of a pack; a block of chunks is
+up to 128 of them, scored at once. The grid walks pairs of the two.
 """
 
 import functools
@@ -17,9 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import common
-from pallas_kernels.common import F32, LANES, NT, SUBLANES, dot
+from pallas_kernels.common import F32, LANES, NT, SCALAR_WORDS, SUBLANES, dot, grid_options, iota
 from pallas_kernels.routing import in_main_memory
-from pallas_kernels.tpu_chips import SCALAR_WORDS, grid_options
 
 _CHUNKS = 128  # chunks scored at once
 
@@ -69,10 +71,10 @@ def _kernel(
             for h in range(heads):
                 q = q_ref[0, i * LANES : (i + 1) * LANES].astype(F32)
                 if heads > 1:
-                    q = jnp.where(lax.broadcasted_iota(jnp.int32, q.shape, 1) // head == h, q, 0.0)
+                    q = jnp.where(iota(q.shape, 1) // head == h, q, 0.0)
                 start = (h * queries // LANES + i) * count
                 scores_ref[start : start + count, :] = _scores(keys, q.astype(q_ref.dtype))
-        row, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), x) for x in (0, 1))
+        row, lane = iota((SUBLANES, LANES), 0), iota((SUBLANES, LANES), 1)
         own = (first + row % (queries // LANES) * LANES + lane) // chunk_size
 
         def some(i, best):

@@ -8,6 +8,8 @@ walks the chunks in reverse and recomputes the rest from it.
 
 The backend is deprecated from jax 0.11 on, but still what runs on Ampere and Hopper alike; it is
 imported where a kernel is built.
+
+Sizes: a chunk is C tokens, solved at once; a block of values is the value channels of a program.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import common
-from pallas_kernels.common import F32, NT, TN, dot, triton
+from pallas_kernels.common import F32, NT, TN, dot, iota, triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +60,10 @@ def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeL
     return common.unsupported_reason(head_size, value_size, dtype) or common.missing_triton()
 
 
-def _iota(size: int, dimension: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (size, size), dimension)
-
-
 def _inverse(ab: jax.Array, dtype) -> jax.Array:
     """(I - ab)^-1 of a strictly lower ab [C, C] by exact merging of ever larger blocks."""
     size = ab.shape[0]
-    row, column = _iota(size, 0), _iota(size, 1)
+    row, column = iota(ab.shape, 0), iota(ab.shape, 1)
     x = jnp.where(row == column, 1.0, 0.0)
     block = 1
     while block < size:
@@ -99,7 +97,7 @@ class _Chunk:
     def load(cls, refs, rows, dtype) -> "_Chunk":
         r, log_w, k, v, a, b = (ref[rows, :] for ref in refs)
         inclusive = jnp.cumsum(log_w, axis=0)
-        first_half = lax.broadcasted_iota(jnp.int32, log_w.shape, 0) < log_w.shape[0] // 2
+        first_half = iota(log_w.shape, 0) < log_w.shape[0] // 2
         middle = jnp.sum(jnp.where(first_half, log_w, 0.0), axis=0, keepdims=True)
         last = jnp.sum(log_w, axis=0, keepdims=True)
         a_scale, r_scale = jnp.exp(inclusive - log_w - middle), jnp.exp(inclusive - middle)
@@ -124,7 +122,7 @@ class _Chunk:
     def scores(self, targets: jax.Array, sources: jax.Array, *, strict: bool) -> jax.Array:
         """[C, C] products with later sources dropped; a select, as those can be huge."""
         product = dot(targets, sources, NT)
-        row, column = _iota(product.shape[0], 0), _iota(product.shape[0], 1)
+        row, column = iota(product.shape, 0), iota(product.shape, 1)
         return jnp.where(row > column if strict else row >= column, product, 0.0)
 
     def removed(self, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

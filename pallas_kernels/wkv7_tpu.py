@@ -9,6 +9,12 @@ vector register (a "pack"). Two forms of a two-head operand appear below:
 * stacked: [2 * rows, 2 * columns], block diagonal, made from the wide form by masking lanes. Right
   operands. wide @ stacked is wide again, so only right operands pay for the zeros.
 
+Sizes, from the smallest:
+
+* head: K = V channels, 64 or 128; pack: the heads of 128 lanes, two or one.
+* chunk: C tokens, solved at once; item: one pack and one chunk.
+* block: what a grid step reads and writes of an array, J chunks of G packs.
+
 docs/kernels.md derives the products and records what each choice cost or saved.
 """
 
@@ -16,16 +22,25 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Generator, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import common
-from pallas_kernels.common import F32, LANES, LOG2_E, NT, TN, dot
-from pallas_kernels.tpu_chips import current_chip, grid_options
+from pallas_kernels.common import (
+    F32,
+    LANES,
+    LOG2_E,
+    NT,
+    TN,
+    current_chip,
+    dot,
+    grid_options,
+    iota,
+)
 
 _DIAGONAL = 8  # size of the diagonal blocks inverted on the vector unit: one register of sublanes
 
@@ -85,10 +100,6 @@ def unsupported_reason(head_size: int, value_size: int, dtype: jax.typing.DTypeL
 # --------------------------------------------------------------------------------------------
 
 
-def _iota(shape: tuple[int, int], dimension: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, shape, dimension)
-
-
 def _rows(*parts: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=0)
 
@@ -125,7 +136,7 @@ class _Shape:
             return x
         packed = x.dtype == jnp.bfloat16
         x = _words(x) if packed else x
-        head = _iota(x.shape, 1) // (x.shape[1] // self.heads)
+        head = iota(x.shape, 1) // (x.shape[1] // self.heads)
         parts = [jnp.where(head == h, x, jnp.zeros_like(x)) for h in range(self.heads)]
         return _rows(*(map(_bfloat16, parts) if packed else parts))
 
@@ -134,7 +145,7 @@ class _Shape:
         if self.heads == 1:
             return x
         rows = x.shape[0] // self.heads
-        head = _iota((rows, x.shape[1]), 1) // (x.shape[1] // self.heads)
+        head = iota((rows, x.shape[1]), 1) // (x.shape[1] // self.heads)
         wide = x[:rows]
         for h in range(1, self.heads):
             wide = jnp.where(head == h, x[h * rows : (h + 1) * rows], wide)
@@ -142,7 +153,7 @@ class _Shape:
 
     def times(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Row and column time of each entry of a wide C x C matrix."""
-        return _iota(x.shape, 0), _iota(x.shape, 1) % self.chunk
+        return iota(x.shape, 0), iota(x.shape, 1) % self.chunk
 
     def earlier(self, x: jax.Array, *, strict: bool, transposed: bool = False) -> jax.Array:
         """Keeps entries whose source is earlier than (or, not strict, at) their target.
@@ -165,7 +176,7 @@ class _Shape:
             high = x.astype(self.dtype)
             terms = [high, (x - high.astype(F32)).astype(self.dtype)]
         shape = (self.chunk, self.chunk * len(terms))
-        row, column = _iota(shape, 0), _iota(shape, 1) % self.chunk
+        row, column = iota(shape, 0), iota(shape, 1) % self.chunk
         ones = jnp.where(column >= row if reverse else column <= row, 1.0, 0.0)
         return dot(ones.astype(self.dtype), _rows(*terms))
 
@@ -177,14 +188,14 @@ def _diagonal_inverse(shape: _Shape, ab: jax.Array) -> jax.Array:
     j of the inverse is final, its multiple by column j of ab is added to the rows below.
     """
     size, chunk = _DIAGONAL, shape.chunk
-    lane = _iota((size, shape.wide), 1)
+    lane = iota((size, shape.wide), 1)
     block = lane % chunk // size
     compact = ab[:size]
     for i in range(1, chunk // size):
         compact = jnp.where(block == i, ab[i * size : (i + 1) * size], compact)
     first = lane // size * size
     columns = [jnp.take_along_axis(compact, first + j, axis=1) for j in range(size - 1)]
-    inverse = jnp.where(_iota((size, shape.wide), 0) == lane % size, 1.0, 0.0)
+    inverse = jnp.where(iota((size, shape.wide), 0) == lane % size, 1.0, 0.0)
     for j, column in enumerate(columns):
         inverse = inverse + column * inverse[j : j + 1]
     parts = [jnp.where(block == i, inverse, 0.0) for i in range(chunk // size)]
@@ -226,15 +237,39 @@ def _inverse(shape: _Shape, ab: jax.Array) -> Generator[None, None, jax.Array]:
     return x
 
 
-def _interleave(stages: Iterable[Generator[None, None, None]]) -> None:
-    """Runs generators in lockstep, one stage of each in turn.
+class _Carried(NamedTuple):
+    """What a chunk of a pack hands to the next one to run: its part of the carried state, stored.
+    -1 is before the first chunk."""
+
+    pack: int
+    chunk: int
+
+
+_Stages = Generator[_Carried | None, None, None]
+"""An item's work. Each `yield` ends a stage; `yield _Carried(...)` ends one before a stage that
+needs that state."""
+
+
+def _interleave(items: Iterable[_Stages], carried: set[_Carried]) -> None:
+    """Runs the stages of all items in turns, one of each item that has what its next stage needs.
 
     The compiler schedules close to source order. Written pack after pack, each would wait for its
     own chain of dependent products; stage after stage, the packs fill one another's gaps.
+
+    Args:
+      items: in the order of their turns, each after those that it needs.
+      carried: what has been stored, which items add to.
     """
-    running, done = list(stages), object()
-    while running:
-        running = [stage for stage in running if next(stage, done) is not done]
+    waiting: list[tuple[_Stages, _Carried | None]] = [(item, None) for item in items]
+    done = object()
+    while waiting:
+        after = []
+        for item, needed in waiting:
+            if needed is None or needed in carried:
+                needed = next(item, done)
+            if needed is not done:
+                after.append((item, needed))
+        waiting = after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,11 +351,13 @@ def _forward_kernel(
     state_ref = refs[-1]  # VMEM [G, V, 128]: the state, carried over the grid's last axis
     step = pl.program_id(2)
 
+    carried = {_Carried(pack, -1) for pack in range(packs)}
+
     @pl.when(step == 0)
     def _():
         state_ref[...] = start_ref[0]
 
-    def solve(item: _Item) -> Generator[None, None, None]:
+    def solve(item: _Item) -> _Stages:
         size, dtype, pack = shape.chunk, shape.dtype, item.pack
         decay = _Decay.of(shape, item.get_f32(w_ref))
         yield
@@ -344,10 +381,7 @@ def _forward_kernel(
         x = yield from _inverse(shape, ab)
         if residuals:
             inverse_ref[0, item.chunk, pack] = x
-        # The part below needs the state. A later chunk of this step starts it two stages later,
-        # right after the earlier one has stored its state.
-        for _ in range(1 + 2 * item.chunk):
-            yield
+        yield _Carried(pack, item.chunk - 1)
         state = state_ref[pack]
         if residuals:
             states_ref[0, item.chunk, pack] = state
@@ -362,9 +396,11 @@ def _forward_kernel(
         yield
         state = state + shape.unstack(dot(u_v, _rows(b, k), TN))
         state_ref[pack] = state * decay.middle_to_end()
+        carried.add(_Carried(pack, item.chunk))
         item.put(y_ref, z_y[size:] + dot(rb, u_stack))
 
-    _interleave(solve(_Item(g, j, shape)) for j in range(chunks) for g in range(packs))
+    items = (_Item(pack, chunk, shape) for chunk in range(chunks) for pack in range(packs))
+    _interleave(map(solve, items), carried)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -393,7 +429,9 @@ def _backward_kernel(
         dstate_ref[...] = dend_ref[0]
         next_ref[...] = end_ref[0]
 
-    def solve(item: _Item) -> Generator[None, None, None]:
+    carried: set[_Carried] = set()
+
+    def solve(item: _Item) -> _Stages:
         size, dtype, pack, index = shape.chunk, shape.dtype, item.pack, item.chunk
         decay = _Decay.of(shape, item.get_f32(w_ref))
         yield
@@ -415,9 +453,8 @@ def _backward_kernel(
         ka = shape.earlier(dot(k, a_stack, NT), strict=True, transposed=True).astype(dtype)
         yield
         du_dv = dot(br_kr, dy_stack)
-        # The part below needs the state's gradient; an earlier chunk waits for the later ones.
-        for _ in range(3 * (chunks - 1 - index)):
-            yield
+        if index < chunks - 1:  # the gradient of the state comes from the chunk after this one
+            yield _Carried(pack, index + 1)
         dstate = dstate_ref[pack]
         after = next_ref[pack] if index == chunks - 1 else states_ref[0, index + 1, pack]
         dlast = jnp.sum(dstate * after, axis=0, keepdims=True)
@@ -432,6 +469,7 @@ def _backward_kernel(
         yield
         dstate = dstate + shape.unstack(dot(dz_dy, a_r, TN))
         dstate_ref[pack] = dstate * decay.state_to_middle()
+        carried.add(_Carried(pack, index))
         item.put(dv_ref, du_dv[size:] + dot(ka, dz_stack))
         u_stack, v_stack = shape.stack(u), shape.stack(v)
         yield
@@ -471,7 +509,9 @@ def _backward_kernel(
         yield
         item.put(dw_ref, shape.cumulate(dlog, reverse=True) - a_da + dlast)
 
-    _interleave(solve(_Item(g, j, shape)) for j in reversed(range(chunks)) for g in range(packs))
+    last_first = reversed(range(chunks))
+    items = (_Item(pack, chunk, shape) for chunk in last_first for pack in range(packs))
+    _interleave(map(solve, items), carried)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():

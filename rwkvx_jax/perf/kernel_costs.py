@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pallas_kernels
 from pallas_kernels.chips import TPUS
-from pallas_kernels.tpu_chips import current_chip
+from pallas_kernels.common import current_chip
 from rwkvx_jax.config import ModelConfig
 
 TABLE = Path(pallas_kernels.__file__).with_name("static_costs.json")

@@ -55,7 +55,7 @@ class Work:
       kernel: name of the Pallas kernel, or None.
       kernel_bytes: arguments and results of the kernel, wherever they lie.
       parallel_steps: steps of the kernel's grid that cores may share (see
-        `pallas_kernels.tpu_chips.grid_options`); None where the kernel does not say.
+        `pallas_kernels.common.grid_options`); None where the kernel does not say.
       collective: what it exchanges, or None.
       source: (file, function) of the Python calls that made it, innermost first.
     """
