@@ -293,6 +293,7 @@ def run_door(door: str, argv: list[str]) -> int | None:
         from rwkvx_jax.plan import main
     else:
         from rwkvx_jax.data.__main__ import main
+    sys.argv = [*DOORS[door].split(), *argv]  # results files hold their command
     return main(argv)
 
 
