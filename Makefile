@@ -41,6 +41,7 @@ test-slow: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 static-costs: venv
 	$(RUN) -m tools.static_costs

@@ -28,7 +28,8 @@ class BucketLines:
         Raises:
           OSError: it can't be read.
         """
-        self._path, self._thread, self._failed = path, None, False
+        self._path, self._failed = path, False
+        self._thread: threading.Thread | None = None
         with bucket_errors(path):
             self._text = path.read_text() if path.exists() else ""
         self._begun = time.monotonic()
@@ -52,6 +53,7 @@ class BucketLines:
         if self._thread is not None and not self._failed:
             self._thread.join()
         self.upload()
+        assert self._thread is not None  # begun by `upload`
         self._thread.join(_WAIT_SECONDS if self._failed else None)
 
     def _put(self, text: str) -> None:
