@@ -46,6 +46,7 @@ test-slow: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 static-costs: venv
 	$(RUN) -m rwkvx_jax.perf.static_costs

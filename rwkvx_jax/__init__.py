@@ -5,6 +5,19 @@ The names below are the surface for use in one's own code. They are loaded on fi
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rwkvx_jax.cache import CachePolicy
+    from rwkvx_jax.checkpoint import load_model
+    from rwkvx_jax.config import Config, ConfigError, ModelConfig, RunConfig, Stage
+    from rwkvx_jax.model import RWKVX, create_model, get_params, with_params
+    from rwkvx_jax.ops.block_sparse import sparse_attention
+    from rwkvx_jax.ops.full_attention import full_attention
+    from rwkvx_jax.ops.recurrence import wkv7
+    from rwkvx_jax.ops.selection import select_chunks
+    from rwkvx_jax.training.expand import expand
+    from rwkvx_jax.training.loop import fit
 
 _HOMES = {
     "CachePolicy": "cache",
@@ -26,10 +39,28 @@ _HOMES = {
     "fit": "training.loop",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "RWKVX",
+    "CachePolicy",
+    "Config",
+    "ConfigError",
+    "ModelConfig",
+    "RunConfig",
+    "Stage",
+    "create_model",
+    "expand",
+    "fit",
+    "full_attention",
+    "get_params",
+    "load_model",
+    "select_chunks",
+    "sparse_attention",
+    "with_params",
+    "wkv7",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

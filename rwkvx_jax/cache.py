@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.ops.precision import precision_of
@@ -30,30 +31,30 @@ MOST_ROWS = 2**31 - 1
 class TimeMixState(NamedTuple):
     """What a time mix carries from one token to the next."""
 
-    shift: jax.Array  # [B, D], the previous input
-    wkv: jax.Array  # [B, H, V, K] float32
+    shift: Float[Array, "B D"]  # the previous input
+    wkv: Float32[Array, "B H V K"]
 
 
 class BlockState(NamedTuple):
     """What one RWKV-7 block carries from one token to the next."""
 
     time_mix: TimeMixState
-    ffn_shift: jax.Array  # [B, D]
+    ffn_shift: Float[Array, "B D"]
 
 
 class AttentionState(NamedTuple):
     """What one attention block carries from one token to the next, beside its pages."""
 
-    ffn_shift: jax.Array  # [B, D]
-    key_tail: jax.Array  # [B, key_conv - 1, D], keys that the convolution still needs
+    ffn_shift: Float[Array, "B D"]
+    key_tail: Float[Array, "B taps D"]  # keys that the convolution still needs: key_conv - 1
 
 
 class Pages(NamedTuple):
     """Keys and values of all attention blocks; N pages of C rows for each head."""
 
-    keys: jax.Array  # [M, B, H, N, C, K]
-    values: jax.Array  # [M, B, H, N, C, K]
-    key_sums: jax.Array  # [M, B, H, N R, K] float32: what the selector keeps of each page's keys
+    keys: Float[Array, "M B H N C K"]
+    values: Float[Array, "M B H N C K"]
+    key_sums: Float32[Array, "M B H NR K"]  # what the selector keeps of each page's keys
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class CachePolicy:
 class Cache:
     """State after reading `length` rows; made by `init_cache`, advanced by prefill and decode."""
 
-    length: jax.Array  # [B] int32, rows in the pages: tokens read, less what a policy dropped
+    length: Int32[Array, " B"]  # rows in the pages: tokens read, less what a policy dropped
     blocks: BlockState  # stacked [L, ...]
     attention: AttentionState | None  # stacked [M, ...]; None without attention blocks
     pages: Pages
@@ -254,11 +255,11 @@ def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
 
 def write_rows(
     pages: Pages,
-    layer: jax.Array,  # int scalar
-    k: jax.Array,  # [B, T, H, K]
-    v: jax.Array,  # [B, T, H, K]
-    start: jax.Array,  # [B], row of the first token
-    lengths: jax.Array,  # [B], valid tokens
+    layer: Int[Array, ""],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    start: Int[Array, " B"],  # row of the first token
+    lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
 ) -> Pages:
     """Appends the valid rows of k and v to the pages of one attention block."""
@@ -286,10 +287,10 @@ def _put(target: jax.Array, rows: jax.Array, index: tuple) -> jax.Array:
 
 def compress(
     pages: Pages,
-    layer: jax.Array,  # int scalar
-    q: jax.Array,  # [B, H, K], the query of the token about to be read
-    length: jax.Array,  # [B]
-    due: jax.Array,  # [B] bool
+    layer: Int[Array, ""],
+    q: Float[Array, "B H K"],  # the query of the token about to be read
+    length: Int[Array, " B"],
+    due: Bool[Array, " B"],
     policy: CachePolicy,
     selector: Selector = MEAN,
 ) -> Pages:

@@ -145,32 +145,28 @@ def load_checkpoint(
     """
     path, run_and_step = locate(path)
     if run is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        run = RunConfig(compute_dtype=dtype)
+        on_cpu = jax.default_backend() == "cpu"
+        run = RunConfig(compute_dtype="float32" if on_cpu else "bfloat16")
     changes = dict(overrides or {})
     changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
+
+    def bound(config: ModelConfig, params: Params) -> RWKVX:
+        config = dataclasses.replace(config, **changes)
+        check_shapes(params, config, str(path))
+        check_finite(dict(flat(params)), str(path))
+        return with_params(abstract_model(config, run), params)
+
     if run_and_step is not None:
-        found = read_workdir(*run_and_step)
-        config, step, params, model_config = (
-            found.config,
-            found.step,
-            found.params,
-            found.model_config,
-        )
-        tokenizer, vocab_file = config.data.tokenizer, config.data.vocab_file
-        trained_length = config.trained_length(step)
-    else:
-        with on_disk(path) as file:
-            own = open_checkpoint(file, dtype=DTYPES["float32"])
-            params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
-        config, vocab_file = None, ""
-        step, trained_length = own.trained or (None, None)
-        model_config, tokenizer = own.config, own.tokenizer_name
-    model_config = dataclasses.replace(model_config, **changes)
-    check_shapes(params, model_config, str(path))
-    check_finite(dict(flat(params)), str(path))
-    model = with_params(abstract_model(model_config, run), params)
-    return Loaded(model, tokenizer, vocab_file, config, step, trained_length)
+        saved = read_workdir(*run_and_step)
+        config, data, step = saved.config, saved.config.data, saved.step
+        model = bound(saved.model_config, saved.params)
+        length = config.trained_length(step)
+        return Loaded(model, data.tokenizer, data.vocab_file, config, step, length)
+    with on_disk(path) as file:
+        own = open_checkpoint(file, dtype=DTYPES["float32"])
+        params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
+    model = bound(own.config, params)
+    return Loaded(model, own.tokenizer_name, "", None, *(own.trained or (None, None)))
 
 
 def load_model(
@@ -246,7 +242,7 @@ def find_run(path: Path) -> tuple[Path, int | None] | None:
 
 def on_one_device(config: ModelConfig) -> Params:
     """A target to restore parameters into: the default device, whatever devices wrote them."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
     here = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

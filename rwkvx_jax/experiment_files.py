@@ -78,7 +78,9 @@ def _run(path: Path) -> ModuleType:
     within the same second.
     """
     loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))
+    spec = importlib.util.spec_from_loader(path.stem, loader)
+    assert spec is not None  # it is of this loader
+    module = importlib.util.module_from_spec(spec)
     exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), module.__dict__)
     return module
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, Int32
 
 from rwkvx_jax.cache import AttentionState, Cache, CachePolicy, Gate, check_room, init_cache
 from rwkvx_jax.config import ModelConfig, RunConfig
@@ -37,8 +38,8 @@ class Head(nnx.Module):
         weight = orthogonal(rngs.params(), (width, vocab), gain)
         self.weight = parameter(weight, "embed", "vocab")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Float32 logits [..., W] of features [..., D]."""
+    def __call__(self, x: Float[Array, "*any D"]) -> Float32[Array, "*any W"]:
+        """Logits of features."""
         return jnp.matmul(
             x,
             self.weight[...].astype(x.dtype),
@@ -73,17 +74,17 @@ class RWKVX(nnx.Module):
         """Dtype of activations."""
         return jnp.dtype(self.run.compute_dtype)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits [B, T, W] in float32 of int32 tokens [B, T]."""
+    def __call__(self, tokens: Int[ArrayLike, "B T"]) -> Float32[Array, "B T W"]:
+        """Logits of tokens."""
         return self.head(self.features(tokens))
 
-    def features(self, tokens: jax.Array) -> jax.Array:
-        """Normalised outputs of the last block, [B, T, D] in the compute dtype."""
+    def features(self, tokens: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
+        """Normalised outputs of the last block, in the compute dtype."""
         return self.observe(tokens, lambda attention, h: None)[0]
 
     def observe(
-        self, tokens: jax.Array, look: Callable[[Attention, jax.Array], Any]
-    ) -> tuple[jax.Array, Any]:
+        self, tokens: Int[ArrayLike, "B T"], look: Callable[[Attention, jax.Array], Any]
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """`features`, and what `look` returns for each attention module and its input [B, T, D],
         stacked [M, ...] (None without attention blocks)."""
         x = self.embed_tokens(tokens)
@@ -125,10 +126,10 @@ class RWKVX(nnx.Module):
 
     def prefill(
         self,
-        tokens: jax.Array,  # [B, T] int32
+        tokens: Int32[Array, "B T"],
         cache: Cache,
-        lengths: jax.Array | None = None,  # [B] int32
-    ) -> tuple[jax.Array, Cache]:
+        lengths: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float32[Array, "B W"], Cache]:
         """Reads a piece of text; any split of a prompt into pieces gives the same result.
 
         Args:
@@ -153,14 +154,16 @@ class RWKVX(nnx.Module):
             last, cache = self._read_in_segments(tokens, cache, lengths)
         return self.head(last), cache
 
-    def decode(self, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Reads one token [B] of each text: float32 logits [B, W], and the new state."""
+    def decode(self, token: Int[Array, " B"], cache: Cache) -> tuple[Float32[Array, "B W"], Cache]:
+        """Reads one token of each text: logits, and the new state."""
         check_room(cache, 1)
         features, cache = self.read(token[:, None], cache, jnp.ones_like(token))
         return self.head(features[:, 0]), cache
 
-    def read(self, tokens: jax.Array, cache: Cache, lengths: jax.Array) -> tuple[jax.Array, Cache]:
-        """Features [B, T, D] of a piece of text (as `features` gives them of a whole one) and the
+    def read(
+        self, tokens: Int[Array, "B T"], cache: Cache, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Features of a piece of text (as `features` gives them of a whole one) and the
         new state; arguments as `prefill` takes them. A policy is applied before the first token
         only."""
         config, start = self.config, cache.length
@@ -204,8 +207,8 @@ class RWKVX(nnx.Module):
         return self.ln_out(x), cache
 
     def _read_in_segments(
-        self, tokens: jax.Array, cache: Cache, lengths: jax.Array
-    ) -> tuple[jax.Array, Cache]:
+        self, tokens: Int[Array, "B T"], cache: Cache, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B D"], Cache]:
         """`read` under a policy, as if token by token: the last features [B, D] and the new state.
 
         A compression falls due at the token that finds more rows than the trigger allows, and
@@ -213,6 +216,7 @@ class RWKVX(nnx.Module):
         never holds more tokens than the pages have room for.
         """
         policy = cache.policy
+        assert policy is not None
         size = min(tokens.shape[1], policy.trigger - policy.keep + 1)
         padded = jnp.pad(tokens, ((0, 0), (0, size)))
 
@@ -248,8 +252,8 @@ class RWKVX(nnx.Module):
         attention = self.attention_blocks if self.config.num_attention_blocks else None
         return jax.tree.map(split, stacked, is_leaf=_is_list), attention
 
-    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Normalised embeddings, [B, T, D]."""
+    def embed_tokens(self, tokens: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
+        """Normalised embeddings."""
         # First as the table lies, its width over fsdp: the partitioner finds no way of its own from
         # there to whole rows where other axes are in use too, and would copy everything everywhere.
         x = constrain(jnp.asarray(self.embed[...])[tokens], "replica", "time", "embed")

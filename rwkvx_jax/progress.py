@@ -7,10 +7,11 @@ they are: square brackets in a path are no markup.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bar
 
 PLAIN_LINE_SECONDS = 10.0
 SHORT_SECONDS = 2.0  # of reading files: what ends sooner needs no bar
@@ -45,7 +46,8 @@ class Progress:
     ):
         self._console, self._total, self._unit, self._name = console, total, unit, name
         self.done, self._delay, self._text = done, delay, ""
-        self._bar = self._task = None
+        self._bar: Bar | None = None
+        self._task: Any = None  # of rich, once there is a bar
         self._begin = self._last_line = time.monotonic()
         self._lines_at_ends = ends
         self._first = True
@@ -91,8 +93,9 @@ class Progress:
         """Begins with another piece of work, of which nothing is done."""
         self._name, self._total, self.done, self._text, self._start = name, total, 0, "", None
         if self._bar is not None:
-            fields = {"amount": self._amount(), "text": ""}
-            self._bar.reset(self._task, total=total, description=name, **fields)
+            self._bar.reset(
+                self._task, total=total, description=name, amount=self._amount(), text=""
+            )
 
     def start_clock(self) -> None:
         """Estimates from what comes now on: what was done before was mostly compilation."""
@@ -105,7 +108,7 @@ class Progress:
         from rich import progress
 
         column = lambda field: progress.TextColumn(field, markup=False)
-        self._bar = progress.Progress(
+        self._bar = bar = progress.Progress(
             column("{task.description}"),
             progress.BarColumn(),
             column("{task.fields[amount]}"),
@@ -114,11 +117,9 @@ class Progress:
             console=self._console,
             transient=True,
         )
-        fields = {"amount": self._amount(), "text": self._text}
-        self._task = self._bar.add_task(
-            self._name, total=self._total, completed=self.done, **fields
-        )
-        self._bar.start()
+        fields: dict[str, Any] = {"amount": self._amount(), "text": self._text}
+        self._task = bar.add_task(self._name, total=self._total, completed=self.done, **fields)
+        bar.start()
 
     def _amount(self) -> str:
         if self._unit == "bytes":

@@ -282,7 +282,7 @@ def _warn_of_lost_lines(
     path: Path, data: bytes, lost: list[tuple[int, int]], kept: list[bytes], step: int
 ) -> None:
     copy = keep_aside(path, data)
-    steps = sorted({_step_of(line) for line in kept} | {step + 1})
+    steps = sorted({found for line in kept if (found := _step_of(line)) is not None} | {step + 1})
     for number, before in lost:
         after = steps[bisect.bisect_right(steps, before)]
         _log.warning(

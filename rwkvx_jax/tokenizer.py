@@ -178,7 +178,7 @@ class WorldTokenizer(Tokenizer):
         return adjacent
 
 
-def load_tokenizer(name: TokenizerName, vocab_file: str = "") -> Tokenizer:
+def load_tokenizer(name: str, vocab_file: str = "") -> Tokenizer:
     """The tokenizer of that name.
 
     Args:

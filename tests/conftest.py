@@ -2,6 +2,9 @@
 
 JAX_PLATFORMS=tpu (or cuda) in the environment runs them there: `pytest -m tpu` those that need it.
 
+The shapes and dtypes in the signatures of ops, modules, the cache and the model are checked at each
+call, see `tests/shape_checks.py`.
+
 XLA optimises little, since at these sizes compiling is nearly all the time that a test takes;
 modules that compile for chips, or whose numbers depend on it, are marked `optimized`.
 """
@@ -10,6 +13,15 @@ import os
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+from tests.shape_checks import checked_after_the_call
+
+# Before anything imports them.
+install_import_hook(
+    ["rwkvx_jax.ops", "rwkvx_jax.modules", "rwkvx_jax.cache", "rwkvx_jax.model"],
+    f"{checked_after_the_call.__module__}.{checked_after_the_call.__name__}",
+)
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

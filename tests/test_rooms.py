@@ -4,6 +4,7 @@ import ast
 
 import pytest
 
+import rwkvx_jax
 from tests.helpers import ROOT
 
 # Lowest first; entry points (train.py, eval.py, `__main__.py`) stand above all rooms.
@@ -101,3 +102,15 @@ def test_kernels_import_jax_only():
     for path in (ROOT / "pallas_kernels").glob("*.py"):
         names = {module.split(".")[0] for module in imported(ast.parse(path.read_text()))}
         assert names <= allowed | {"pallas_kernels", "__future__"}, (path.name, names)
+
+
+def test_the_public_names_are_typed_and_loaded_from_the_same_places():
+    tree = ast.parse((ROOT / "rwkvx_jax/__init__.py").read_text())
+    typed = {
+        alias.name: node.module.removeprefix("rwkvx_jax.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("rwkvx_jax.")
+        for alias in node.names
+    }
+    assert typed == rwkvx_jax._HOMES and set(typed) == set(rwkvx_jax.__all__)
+    assert all(getattr(rwkvx_jax, name) is not None for name in typed)

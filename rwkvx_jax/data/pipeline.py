@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -285,7 +285,7 @@ def batches(
     start: int,
     rows: Sequence[int] | None = None,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This host's part of every batch, prepared ahead of its use.
 
     Args:

@@ -74,6 +74,10 @@ class Session:
     marks: weakref.WeakSet[Mark] = field(default_factory=weakref.WeakSet)  # that still hold
 
 
+Tokens = Sequence[int] | np.ndarray
+"""Of one text."""
+
+
 @dataclass(frozen=True, eq=False)
 class Mark:
     """A point of texts in progress to come back to; see `Engine.mark`."""
@@ -132,9 +136,7 @@ class Engine:
         self._read = jax.jit(self._read_piece, donate_argnums=(2, 3))
         self._step = jax.jit(self._next_token, donate_argnums=(1, 2))
 
-    def start(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
-    ) -> Session:
+    def start(self, prompts: Sequence[Tokens], seeds: Sequence[int] | None = None) -> Session:
         """Reads prompts (as many as `batch`; none empty).
 
         Args:
@@ -178,12 +180,12 @@ class Engine:
         cache = model.init_cache(self.batch, self._rows, policy=self._policy)
         return Session(cache, progress, np.zeros(self.batch, np.int64))
 
-    def feed(self, session: Session, texts: Sequence[Sequence[int]]) -> None:
+    def feed(self, session: Session, texts: Sequence[Tokens]) -> None:
         """Reads further tokens of each text (an empty list: none), as `start` does the first."""
-        texts = [self._checked(i, text, session) for i, text in enumerate(texts)]
-        lengths = np.asarray([len(text) for text in texts], np.int32)
+        checked = [self._checked(i, text, session) for i, text in enumerate(texts)]
+        lengths = np.asarray([len(text) for text in checked], np.int32)
         begin = time.perf_counter()
-        for chunk, valid in prefill_chunks(texts, self._piece):
+        for chunk, valid in prefill_chunks(checked, self._piece):
             logits, session.cache = self._read(
                 self.params, chunk, session.progress.logits, session.cache, valid
             )
@@ -293,8 +295,8 @@ class Engine:
                 "this compute dtype"
             )
 
-    def _checked(self, index: int, text: Sequence[int], session: Session) -> np.ndarray:
-        text = np.asarray(text, np.int64)
+    def _checked(self, index: int, tokens: Tokens, session: Session) -> np.ndarray:
+        text = np.asarray(tokens, np.int64)
         outside = text[(text < 0) | (text >= self.vocab_size)]
         if outside.size:
             raise ConfigError(

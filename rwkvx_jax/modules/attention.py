@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
@@ -51,10 +52,10 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        h: jax.Array,  # [B, T, D]
+        h: Float[Array, "B T D"],
         run: RunConfig,
-    ) -> jax.Array:
-        """Attention of a whole sequence to itself, [B, T, D]."""
+    ) -> Float[Array, "B T D"]:
+        """Attention of a whole sequence to itself."""
         q, k, v, _ = self.project(h)
         if self.config.attention == "full":
             op = full_attention
@@ -75,15 +76,15 @@ class Attention(nnx.Module):
 
     def cached(
         self,
-        h: jax.Array,  # [B, T, D]
+        h: Float[Array, "B T D"],
         pages: Pages,
-        layer: jax.Array,  # int scalar, index of this block in the pages
-        start: jax.Array,  # [B], rows in the pages before this piece
-        lengths: jax.Array,  # [B], valid tokens of the piece
+        layer: Int[Array, ""],  # index of this block in the pages
+        start: Int[Array, " B"],  # rows in the pages before this piece
+        lengths: Int[Array, " B"],  # valid tokens of the piece
         gate: Gate,
         policy: CachePolicy | None,
-        tail: jax.Array,  # [B, key_conv - 1, D], keys before the convolution of the last tokens
-    ) -> tuple[jax.Array, tuple[Pages, jax.Array]]:
+        tail: Float[Array, "B taps D"] | None,  # last keys before the convolution
+    ) -> tuple[Float[Array, "B T D"], tuple[Pages, Float[Array, "B taps D"] | None]]:
         """Attention of a piece to itself and to everything in the pages.
 
         With a policy, rows that are due are compressed first, by the query of the first token.
@@ -112,9 +113,15 @@ class Attention(nnx.Module):
         chunk, top_k = self.config.chunk_size, self.config.top_k
         positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
         if gate == "per_head":
-            options = {"chunk_size": chunk, "count": top_k - 1}
-            selector = selector_of(self.config)
-            return select_pages(q, pages.key_sums, layer, positions, **options, selector=selector)
+            return select_pages(
+                q,
+                pages.key_sums,
+                layer,
+                positions,
+                chunk_size=chunk,
+                count=top_k - 1,
+                selector=selector_of(self.config),
+            )
         # One score over all channels, and top_k past chunks beside the own one.
         rows = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
         rows = rows.swapaxes(1, 2).reshape(batch, -1, 1, heads * size)  # [B, N, 1, D]
@@ -163,10 +170,15 @@ class Attention(nnx.Module):
 
     def project(
         self,
-        h: jax.Array,  # [B, T, D]
-        tail: jax.Array | None = None,  # [B, key_conv - 1, D]
-        lengths: jax.Array | None = None,  # [B]
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        h: Float[Array, "B T D"],
+        tail: Float[Array, "B taps D"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[
+        Float[Array, "B T H K"],
+        Float[Array, "B T H K"],
+        Float[Array, "B T H K"],
+        Float[Array, "B taps D"] | None,
+    ]:
         """Queries, keys and values, each [B, T, H, K] in h's dtype, and the new tail.
 
         Args:
@@ -200,7 +212,7 @@ class Attention(nnx.Module):
         cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, width - 1)
         return out, jax.vmap(cut)(all_keys, lengths)
 
-    def combine(self, out: jax.Array) -> jax.Array:
-        """Output projection: [B, T, H, K] -> [B, T, D]."""
+    def combine(self, out: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
+        """Output projection."""
         out = out.reshape(*out.shape[:2], -1)
         return project(out, self.output[...])

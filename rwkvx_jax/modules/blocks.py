@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from rwkvx_jax.cache import BlockState
 from rwkvx_jax.config import ModelConfig, RunConfig
@@ -35,13 +36,13 @@ class RWKVBlock(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,  # [B, T, D]
-        v_first: jax.Array,  # [B, T, D]
-        first: jax.Array,  # bool scalar
+        x: Float[Array, "B T D"],
+        v_first: Float[Array, "B T D"],
+        first: Bool[ArrayLike, ""],
         run: RunConfig,
         state: BlockState | None = None,
-        lengths: jax.Array | None = None,  # [B]
-    ) -> tuple[jax.Array, jax.Array, BlockState]:
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], BlockState]:
         """Returns x and v_first for the next block, and the new state."""
         mixed, v_first, time_state = self.time_mix(
             self.ln1(x), v_first, first, run, None if state is None else state.time_mix, lengths
@@ -66,11 +67,11 @@ class AttentionBlock(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,  # [B, T, D]
+        x: Float[Array, "B T D"],
         attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]],
-        ffn_shift: jax.Array | None = None,  # [B, D]
-        lengths: jax.Array | None = None,  # [B]
-    ) -> tuple[jax.Array, jax.Array, Any]:
+        ffn_shift: Float[Array, "B D"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"], Any]:
         """Returns x, the new shift, and what `attend` returns beside its output.
 
         `attend` says how the attention reads: within the sequence, or from a cache.

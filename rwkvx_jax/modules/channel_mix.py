@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
@@ -25,10 +26,10 @@ class ChannelMix(nnx.Module):
 
     def __call__(
         self,
-        h: jax.Array,  # [B, T, D]
-        shift: jax.Array | None = None,  # [B, D]
-        lengths: jax.Array | None = None,  # [B]
-    ) -> tuple[jax.Array, jax.Array]:
+        h: Float[Array, "B T D"],
+        shift: Float[Array, "B D"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
         """Returns the output [B, T, D] in h's dtype and the new shift [B, D]."""
         x = h + (previous_token(h, shift) - h) * self.x_k[...][None, None].astype(h.dtype)
         hidden = keep(constrain(project(x, self.key[...]), "batch", "time", "ffn"))

@@ -15,6 +15,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32
 
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.ops.recurrence import wkv7_affine
@@ -25,8 +26,8 @@ _log = logging.getLogger(__name__)
 _TOKENS = ("batch", "time", "heads", None)
 
 
-def previous_token(h: jax.Array) -> jax.Array:
-    """h [B, T, D] moved one step later in time, zeros first, across the parts of the sequence."""
+def previous_token(h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """h moved one step later in time, zeros first, across the parts of the sequence."""
     axis = rule("time")
 
     def shift(part: jax.Array) -> jax.Array:
@@ -39,9 +40,15 @@ def previous_token(h: jax.Array) -> jax.Array:
 
 
 def recurrence(
-    *arrays: jax.Array,  # r, log_w, k, v, a, b: [B, T, H, K]
+    r: Float[Array, "B T H K"],
+    log_w: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    *,
     implementation: str | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
     """`wkv7` from an empty state over sequences cut along time.
 
     Every device runs its stretch once, as an affine function of the state at its start; that state
@@ -51,7 +58,7 @@ def recurrence(
     Returns:
       y [B, T, H, V] in v's dtype, and the final state [B, H, V, K] in float32.
     """
-    axis, parts = rule("time"), sequence_parts(arrays[0].shape[1])
+    axis, parts = rule("time"), sequence_parts(r.shape[1])
 
     def stretch(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, z, m, g = wkv7_affine(*arrays, implementation=implementation)
@@ -61,12 +68,17 @@ def recurrence(
         return y, (_product(start, m) + g)[None]
 
     ends = ("time", "batch", "heads", None, None)  # of all stretches: only the last is read
-    y, states = per_device(stretch, (_TOKENS,) * 6, (_TOKENS, ends))(*arrays)
+    y, states = per_device(stretch, (_TOKENS,) * 6, (_TOKENS, ends))(r, log_w, k, v, a, b)
     return y, states[-1]
 
 
-def attention(op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`op(q, k, v)` over sequences cut along time; arrays [B, T, H, K].
+def attention(
+    op: Callable[..., Float[Array, "B T H V"]],
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+) -> Float[Array, "B T H V"]:
+    """`op(q, k, v)` over sequences cut along time.
 
     Devices trade tokens for heads: each gets some heads of whole sequences, and gives their outputs
     back. Of arrays [B, T, H, K] each device then sends 4 / parts (heads of zeros fill up where

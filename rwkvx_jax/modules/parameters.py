@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.ops.precision import precision_of
@@ -22,8 +23,8 @@ def parameter(value: jax.Array, *axes: str) -> nnx.Param:
     return nnx.Param(value.astype(jnp.float32), axes=axes)
 
 
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., D] times weight [D, E] in x's dtype, which decides the precision: [..., E]."""
+def project(x: Float[Array, "*any D"], weight: Float[Array, "D E"]) -> Float[Array, "*any E"]:
+    """x times weight in x's dtype, which decides the precision."""
     return jnp.matmul(x, weight.astype(x.dtype), precision=precision_of(x.dtype))
 
 

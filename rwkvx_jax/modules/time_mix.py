@@ -7,6 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 
 from rwkvx_jax.cache import TimeMixState
 from rwkvx_jax.config import ModelConfig, RunConfig
@@ -27,7 +29,7 @@ DECAY_BOUND = 0.6065306597126334  # exp(-1/2): log w lies in [-DECAY_BOUND, 0)
 GROUP_NORM_EPS = 64e-5
 
 
-def normalize_heads(x: jax.Array) -> jax.Array:
+def normalize_heads(x: Float[Array, "B T H K"]) -> Float32[Array, "B T H K"]:
     """x / max(|x|, 1e-12) over the last axis, in float32; finite gradients at zero."""
     squared = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return x.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
@@ -78,13 +80,13 @@ class TimeMix(nnx.Module):
 
     def __call__(
         self,
-        h: jax.Array,  # [B, T, D]
-        v_first: jax.Array,  # [B, T, D], values of layer 0 (ignored in layer 0)
-        first: jax.Array,  # bool scalar: is this layer 0?
+        h: Float[Array, "B T D"],
+        v_first: Float[Array, "B T D"],  # values of layer 0 (ignored in layer 0)
+        first: Bool[ArrayLike, ""],  # is this layer 0?
         run: RunConfig,
         state: TimeMixState | None = None,
-        lengths: jax.Array | None = None,  # [B], valid tokens of each row
-    ) -> tuple[jax.Array, jax.Array, TimeMixState]:
+        lengths: Int[Array, " B"] | None = None,  # valid tokens of each row
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], TimeMixState]:
         """Returns the output [B, T, D], v_first for the next layer, and the new state.
 
         Rows beyond `lengths` leave the state as it is; their outputs mean nothing.
@@ -114,7 +116,9 @@ class TimeMix(nnx.Module):
         out = project(y, self.output[...])
         return out, v_first, TimeMixState(last_valid(h, before, lengths), wkv)
 
-    def projections(self, h: jax.Array, shift: jax.Array | None) -> tuple[jax.Array, ...]:
+    def projections(
+        self, h: Float[Array, "B T D"], shift: Float[Array, "B D"] | None
+    ) -> tuple[Float[Array, "B T D"], ...]:
         """r, log_w (float32), k, v, a (float32), g and the share of v_first in v: [B, T, D]."""
         difference = previous_token(h, shift) - h
         mix = lambda share: h + difference * _per_channel(share, h.dtype)
@@ -136,7 +140,7 @@ class TimeMix(nnx.Module):
         return r, log_w, k, v, a, g, residual.astype(h.dtype)
 
 
-def _per_channel(parameter: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def _per_channel(parameter: nnx.Param, dtype: DTypeLike = jnp.float32) -> Float[Array, "1 1 D"]:
     """A parameter [D] as [1, 1, D]."""
     return parameter[...][None, None].astype(dtype)
 
@@ -163,8 +167,8 @@ class GroupNorm(nnx.Module):
         self.scale = parameter(constants.group_norm_scale(), "vector")
         self.bias = parameter(jnp.zeros(constants.config.width), "vector")
 
-    def __call__(self, y: jax.Array) -> jax.Array:
-        """y [B, T, H, V] -> float32 of the same shape."""
+    def __call__(self, y: Float[Array, "B T H V"]) -> Float32[Array, "B T H V"]:
+        """y normalised."""
         y = y.astype(jnp.float32)
         heads = (1, 1, *y.shape[-2:])
         y = y - y.mean(-1, keepdims=True)

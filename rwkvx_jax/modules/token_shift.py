@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from rwkvx_jax.modules import context
 from rwkvx_jax.sharding import sequence_parts
 
 
 def previous_token(
-    h: jax.Array,  # [B, T, D]
-    shift: jax.Array | None,  # [B, D], the input before h, or None: zeros
-) -> jax.Array:
+    h: Float[Array, "B T D"],
+    shift: Float[Array, "B D"] | None,  # the input before h, or None: zeros
+) -> Float[Array, "B T D"]:
     """h moved one step later in time: [B, T, D], beginning with `shift`."""
     if shift is None and sequence_parts(h.shape[1]) > 1:
         return context.previous_token(h)
@@ -21,10 +21,10 @@ def previous_token(
 
 
 def last_valid(
-    h: jax.Array,  # [B, T, D]
-    shift: jax.Array | None,  # [B, D]
-    lengths: jax.Array | None,  # [B], valid tokens of each row, or None: all
-) -> jax.Array:
+    h: Float[Array, "B T D"],
+    shift: Float[Array, "B D"] | None,
+    lengths: Int[Array, " B"] | None,  # valid tokens of each row, or None: all
+) -> Float[Array, "B D"]:
     """The last valid row of h, [B, D]; `shift` where a row has none."""
     if lengths is None:
         return h[:, -1]

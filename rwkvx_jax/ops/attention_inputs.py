@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Int32
 
 from rwkvx_jax.ops.placement import local, vary_together
+
+Offset = Int[ArrayLike, ""] | Int[ArrayLike, " B"]
+"""Position of the first query: one for all batch rows, or one a row."""
 
 NO_FORWARD_MODE = (
     "{}: only implementation='reference' can be differentiated in forward mode (jvp, jacfwd, "
@@ -20,7 +24,12 @@ NO_FORWARD_MODE = (
 )
 
 
-def check_attention_inputs(q, k, v, q_offset) -> None:
+def check_attention_inputs(
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
+    v: Float[Array, "B Tk H V"],
+    q_offset: Offset,
+) -> None:
     """Raises ValueError unless q, k, v and q_offset fit together.
 
     Args:
@@ -58,7 +67,7 @@ def check_attention_inputs(q, k, v, q_offset) -> None:
         )
 
 
-def check_offset(q_offset, batch: int) -> None:
+def check_offset(q_offset: Offset, batch: int) -> None:
     """Raises ValueError unless q_offset is a non-negative int, or an integer scalar or [batch]."""
     if isinstance(q_offset, numbers.Integral):
         if q_offset < 0:
@@ -95,19 +104,19 @@ def check_scale(scale: float | None, key_size: int) -> float:
     return float(scale)
 
 
-def offset_of_rows(q_offset, batch: int) -> jax.Array:
+def offset_of_rows(q_offset: Offset, batch: int) -> Int32[Array, " {batch}"]:
     """q_offset as int32 [B]."""
     return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
 
 
-def known_or_rows(q_offset, batch: int) -> int | jax.Array:
+def known_or_rows(q_offset: Offset, batch: int) -> int | Int32[Array, " {batch}"]:
     """q_offset as an int where it is one, which kernels make use of, else as int32 [B]."""
     if isinstance(q_offset, numbers.Integral):
         return int(q_offset)
     return offset_of_rows(q_offset, batch)
 
 
-def query_positions(q_offset, batch: int, length: int) -> jax.Array:
+def query_positions(q_offset: Offset, batch: int, length: int) -> Int32[Array, "{batch} {length}"]:
     """Absolute positions of the queries, int32 [B, Tq]."""
     steps = jnp.arange(length, dtype=jnp.int32)
     return offset_of_rows(q_offset, batch)[:, None] + steps[None, :]
@@ -129,8 +138,9 @@ def run_attention(
       check_vma: as in `jax.shard_map`.
     """
     offset = known_or_rows(q_offset, arrays[0].shape[0])
+    rows: tuple[jax.Array, ...] = ()
     if isinstance(offset, int):
-        shard, rows = (lambda *arrays: run(*vary_together(*arrays), q_offset=offset)), ()
+        shard = lambda *arrays: run(*vary_together(*arrays), q_offset=offset)
     else:
         shard, rows = _with_rows(run), (offset,)
     axes = ("B.H.",) * len(arrays) + ("B",) * len(rows)

@@ -2,11 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
-from rwkvx_jax.ops.attention_inputs import query_positions
+from rwkvx_jax.ops.attention_inputs import Offset, query_positions
 
 
-def sparse_attention_reference(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+def sparse_attention_reference(
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
+    v: Float[Array, "B Tk H V"],
+    selection: Int32[Array, "B Tq H J"],
+    *,
+    chunk_size: int,
+    scale: float,
+    q_offset: Offset = 0,
+) -> Float[Array, "B Tq H V"]:
     """Oracle of `block_sparse.sparse_attention`, with the arguments of its XLA form."""
     batch, length = q.shape[:2]
     keys = jnp.arange(k.shape[1])
@@ -21,7 +31,14 @@ def sparse_attention_reference(q, k, v, selection, *, chunk_size, scale, q_offse
     return _masked_softmax_attention(q, k, v, visible, scale)
 
 
-def full_attention_reference(q, k, v, *, scale, q_offset=0):
+def full_attention_reference(
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
+    v: Float[Array, "B Tk H V"],
+    *,
+    scale: float,
+    q_offset: Offset = 0,
+) -> Float[Array, "B Tq H V"]:
     """Oracle of `full_attention.full_attention`."""
     positions = query_positions(q_offset, q.shape[0], q.shape[1])
     causal = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]

@@ -9,12 +9,13 @@ Source: RWKV-X (arXiv 2504.21463), training form, per-head selection.
 
 import functools
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import block_sparse_gpu, block_sparse_tpu
 from rwkvx_jax.ops.attention_inputs import (
     NO_FORWARD_MODE,
+    Offset,
     check_attention_inputs,
     check_chunking,
     check_scale,
@@ -35,18 +36,18 @@ from rwkvx_jax.ops.selection import MEAN, Selector, check_selector, select_chunk
 
 
 def sparse_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
+    v: Float[Array, "B Tk H V"],
     *,
     chunk_size: int,
     top_k: int,
-    selection: jax.Array | None = None,
-    q_offset=0,
+    selection: Int[Array, "B Tq H J"] | None = None,
+    q_offset: Offset = 0,
     scale: float | None = None,
     implementation: str | None = None,
     selector: Selector = MEAN,
-) -> jax.Array:
+) -> Float[Array, "B Tq H V"]:
     """Causal attention to the query's own chunk and its selected past chunks.
 
     Args:
@@ -85,8 +86,9 @@ def sparse_attention(
     if chosen == "full":
         return full_attention(q, k, v, q_offset=q_offset, scale=scale, implementation="blocked")
     if selection is None:
-        chunking = {"chunk_size": chunk_size, "top_k": top_k, "q_offset": q_offset}
-        selection = select_chunks(q, k, **chunking, selector=selector)
+        selection = select_chunks(
+            q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset, selector=selector
+        )
     _check_selection(selection, q.shape, top_k)
     selection = selection.astype(jnp.int32)  # numbers of chunks may not fit where entries do
     if chosen != "reference":

@@ -9,9 +9,10 @@ they must be finite.
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int32
 
 from rwkvx_jax.ops import blocked_attention as blocked
-from rwkvx_jax.ops.attention_inputs import offset_of_rows
+from rwkvx_jax.ops.attention_inputs import Offset, offset_of_rows
 from rwkvx_jax.ops.block_sparse_xla import attend_heads
 
 # The time to gather and scatter a query's rows for one chunk, in that of so many scores: about what
@@ -39,10 +40,19 @@ def masking_pays(queries: int, keys: int, slots: int, chunk_size: int) -> bool:
         return False
     past = np.arange(keys - queries, keys) // chunk_size
     gathered = np.minimum(past, slots).sum() * (chunk_size + GATHER_SCORES)
-    return past.sum() * chunk_size <= gathered
+    return bool(past.sum() * chunk_size <= gathered)
 
 
-def sparse_attention_masked(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+def sparse_attention_masked(
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
+    v: Float[Array, "B Tk H V"],
+    selection: Int32[Array, "B Tq H J"],
+    *,
+    chunk_size: int,
+    scale: float,
+    q_offset: Offset = 0,
+) -> Float[Array, "B Tq H V"]:
     """Own chunk causally and the selected past chunks; arguments as in `sparse_attention_xla`."""
     offset = offset_of_rows(q_offset, q.shape[0])
     forms = _forward_head, _backward_head

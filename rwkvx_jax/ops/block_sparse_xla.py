@@ -14,9 +14,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from rwkvx_jax.ops import blocked_attention as blocked
-from rwkvx_jax.ops.attention_inputs import offset_of_rows
+from rwkvx_jax.ops.attention_inputs import Offset, offset_of_rows
 from rwkvx_jax.ops.heads import map_heads
 from rwkvx_jax.ops.loop_bounds import at_most
 
@@ -26,14 +27,23 @@ MAX_ROWS = 256
 MAX_SCORES = 1 << 17
 
 
-def sparse_attention_xla(q, k, v, selection, *, chunk_size, scale, q_offset=0):
+def sparse_attention_xla(
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
+    v: Float[Array, "B Tk H V"],
+    selection: Int32[Array, "B Tq H J"],
+    *,
+    chunk_size: int,
+    scale: float,
+    q_offset: Offset = 0,
+) -> Float[Array, "B Tq H V"]:
     """Own chunk causally and the selected past chunks; see `block_sparse.sparse_attention`.
 
     Args:
-      q: [B, Tq, H, K].
-      k: [B, Tk, H, K].
-      v: [B, Tk, H, V].
-      selection: int32 [B, Tq, H, top_k - 1].
+      q: queries.
+      k: keys.
+      v: values.
+      selection: J = top_k - 1 past chunks of each query; -1 for none.
       chunk_size: tokens in a chunk.
       scale: positive float.
       q_offset: int, integer scalar or integer [B].

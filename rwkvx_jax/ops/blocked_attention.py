@@ -178,7 +178,7 @@ class KeyBlocks(NamedTuple):
 
     read: Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # block -> [cols, K], [cols, V]
     cols: int
-    count: int  # blocks, the last one may be padded
+    blocks: int  # the last one may be padded
     keys: int  # rows that are not padding
     value_size: int
 
@@ -202,8 +202,8 @@ def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, 
             return body
 
         running = softmax_start(block, blocks.value_size)
-        for start, stop, masked in mask.key_blocks(first, blocks.count, blocks.keys):
-            with at_most(mask.most_blocks(masked, rows, cols, blocks.count)):
+        for start, stop, masked in mask.key_blocks(first, blocks.blocks, blocks.keys):
+            with at_most(mask.most_blocks(masked, rows, cols, blocks.blocks)):
                 running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
         return running
 
@@ -268,6 +268,7 @@ class _Mask:
         self.chunk_size = chunk_size
         self.seen = None
         if seen is not None:
+            assert chunk_size is not None  # `seen` is of chunks
             per_block = -(-cols // chunk_size)
             padded = jnp.pad(seen, ((0, 0), (0, -seen.shape[1] % per_block)))
             self.seen = split_rows(padded, rows)  # [blocks, rows, N]

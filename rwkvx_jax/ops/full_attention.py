@@ -7,13 +7,16 @@ cuDNN on GPU. None of them holds a [T, T] array; the quadratic oracle is for tes
 
 import functools
 import numbers
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import (
     NO_FORWARD_MODE,
+    Offset,
     check_attention_inputs,
     check_scale,
     offset_of_rows,
@@ -31,14 +34,14 @@ SPLASH_COMPUTE = 512
 
 
 def full_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
+    v: Float[Array, "B Tk H V"],
     *,
-    q_offset=0,
+    q_offset: Offset = 0,
     scale: float | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B Tq H V"]:
     """Causal attention of every query to all keys at or before its position.
 
     Args:
@@ -171,7 +174,7 @@ def _blocked_bwd(scale, saved, grad):
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "splash": _splash_attention,
     "cudnn": _cudnn_attention,
     "blocked": _blocked_attention,

@@ -14,6 +14,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, Int32
 
 from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.block_sparse import sparse_attention
@@ -35,16 +36,16 @@ ROWS_ALIKE = 8
 
 
 def select_pages(
-    q: jax.Array,  # [B, T, H, K]
-    rows: jax.Array,  # float32 [M, B, H, N R, K]
-    layer: jax.Array,  # int32 scalar
-    positions: jax.Array,  # int32 [B, T]
+    q: Float[Array, "B T H K"],
+    rows: Float32[Array, "M B H NR K"],
+    layer: Int[ArrayLike, ""],
+    positions: Int32[Array, "B T"],
     *,
     chunk_size: int,
     count: int,
     selector: Selector = MEAN,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Int32[Array, "B T H {count}"]:
     """The `count` past pages that each token and head reads in one attention block.
 
     Args:
@@ -67,7 +68,6 @@ def select_pages(
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
     """
-    options = {"chunk_size": chunk_size, "count": count, "selector": selector}
     tokens = q.shape[1]
     if implementation is None and tokens > 1:  # a piece of text is no fall back
         implementation = "slice"
@@ -75,9 +75,13 @@ def select_pages(
     candidates = (Candidate("in_place", ("cpu",), problem), Candidate("slice"))
     chosen = resolve("select_pages", implementation, candidates)
     if chosen == "in_place" and count and rows.shape[3]:
-        return _select_in_place(q[:, 0], rows, layer, positions, **options)
-    block = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False)
-    return select_from_rows(q, block.swapaxes(1, 2), positions, **options)
+        return _select_in_place(
+            q[:, 0], rows, layer, positions, chunk_size=chunk_size, count=count, selector=selector
+        )
+    block = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False).swapaxes(1, 2)
+    return select_from_rows(
+        q, block, positions, chunk_size=chunk_size, count=count, selector=selector
+    )
 
 
 def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
@@ -110,15 +114,15 @@ def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
 
 
 def attend_pages(
-    q: jax.Array,  # [R, K]
-    keys: jax.Array,  # [P, C, K]
-    values: jax.Array,  # [P, C, V]
-    page: jax.Array,  # int32 [R, J]
-    visible: jax.Array,  # int32 [R, J]
+    q: Float[Array, "R K"],
+    keys: Float[Array, "P C K"],
+    values: Float[Array, "P C V"],
+    page: Int32[Array, "R J"],
+    visible: Int32[Array, "R J"],
     *,
     scale: float,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float32[Array, "R V"]:
     """Softmax attention of each query over the visible rows of its pages.
 
     Args:
@@ -143,7 +147,15 @@ def attend_pages(
     return run(q.astype(jnp.float32), keys, values, page, visible, scale=scale)
 
 
-def attend_pages_reference(q, keys, values, page, visible, *, scale) -> jax.Array:
+def attend_pages_reference(
+    q: Float[Array, "R K"],
+    keys: Float[Array, "P C K"],
+    values: Float[Array, "P C V"],
+    page: Int[Array, "R J"],
+    visible: Int[Array, "R J"],
+    *,
+    scale: float,
+) -> Float32[Array, "R V"]:
     """`attend_pages` by one gather."""
     keys, values = keys[page].astype(jnp.float32), values[page].astype(jnp.float32)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -215,17 +227,17 @@ def _put(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def attend_piece(
-    q: jax.Array,  # [B, T, H, K]
-    keys: jax.Array,  # [G, S, K]
-    values: jax.Array,  # [G, S, V]
-    first: jax.Array,  # int32 scalar
-    selection: jax.Array | None,  # int32 [B, T, H, J]
-    offset: jax.Array,  # int32 [B]
+    q: Float[Array, "B T H K"],
+    keys: Float[Array, "G S K"],
+    values: Float[Array, "G S V"],
+    first: Int[ArrayLike, ""],
+    selection: Int32[Array, "B T H J"] | None,
+    offset: Int32[Array, " B"],
     *,
     chunk_size: int,
     scale: float,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T H V"]:
     """Attention of a piece of text to the cached rows before it and to itself.
 
     Args:
@@ -253,9 +265,16 @@ def attend_piece(
     k, v = (cut(x).reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2) for x in (keys, values))
     if selection is None:
         return full_attention(q, k, v, q_offset=offset, scale=scale)
-    top_k = selection.shape[-1] + 1
-    options = {"chunk_size": chunk_size, "top_k": top_k, "q_offset": offset, "scale": scale}
-    return sparse_attention(q, k, v, selection=selection, **options)
+    return sparse_attention(
+        q,
+        k,
+        v,
+        chunk_size=chunk_size,
+        top_k=selection.shape[-1] + 1,
+        selection=selection,
+        q_offset=offset,
+        scale=scale,
+    )
 
 
 def _attend_in_place(q, keys, values, first, selection, offset, chunk_size, scale):

@@ -11,6 +11,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
@@ -38,17 +39,17 @@ _KERNELS = {"tpu": "pallas_kernels.wkv7_tpu", "gpu": "pallas_kernels.wkv7_gpu"}
 
 
 def wkv7(
-    r: jax.Array,  # [B, T, H, K]
-    log_w: jax.Array,  # [B, T, H, K]
-    k: jax.Array,  # [B, T, H, K]
-    v: jax.Array,  # [B, T, H, V]
-    a: jax.Array,  # [B, T, H, K]
-    b: jax.Array,  # [B, T, H, K]
-    state: jax.Array | None = None,  # [B, H, V, K] float32
+    r: Float[Array, "B T H K"],
+    log_w: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    state: Float32[Array, "B H V K"] | None = None,
     *,
     implementation: str | None = None,
     chunk_size: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
     """Runs the RWKV-7 recurrence over a sequence.
 
     With S_0 = state, for every token t and every head:
@@ -97,7 +98,7 @@ def wkv7(
     _check_chunk_size(chunk_size, implementation)
     run, size = _form(implementation, chunk_size, r)
     _check_decay(log_w, implementation, size)
-    arrays = (r, log_w, k, v, a, b, state)
+    arrays: tuple[jax.Array, ...] = (r, log_w, k, v, a, b, state)
     if implementation != "sequential":
         arrays = reverse_only(_NO_FORWARD_MODE, *arrays)
     return local(
@@ -130,7 +131,15 @@ def _form(implementation: str, chunk_size: int | None, r: jax.Array):
 
 
 @jax.jit
-def wkv7_sequential(r, log_w, k, v, a, b, state) -> tuple[jax.Array, jax.Array]:
+def wkv7_sequential(
+    r: Float[Array, "B T H K"],
+    log_w: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    state: Float32[Array, "B H V K"],
+) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
     """The recurrence as it is written, a token at a time in float32: the oracle of all other forms.
 
     Takes the arrays of `wkv7`, the state included; returns the same. Its gradient is automatic
@@ -153,16 +162,21 @@ def wkv7_sequential(r, log_w, k, v, a, b, state) -> tuple[jax.Array, jax.Array]:
 
 
 def wkv7_affine(
-    r: jax.Array,  # [B, T, H, K]
-    log_w: jax.Array,  # [B, T, H, K]
-    k: jax.Array,  # [B, T, H, K]
-    v: jax.Array,  # [B, T, H, V]
-    a: jax.Array,  # [B, T, H, K]
-    b: jax.Array,  # [B, T, H, K]
+    r: Float[Array, "B T H K"],
+    log_w: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
     *,
     implementation: str | None = None,
     chunk_size: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[
+    Float[Array, "B T H V"],
+    Float[Array, "B T H K"],
+    Float32[Array, "B H K K"],
+    Float32[Array, "B H V K"],
+]:
     """`wkv7` for a start state that is not known yet, in which it is affine.
 
     From the state S_0 it would return y_t = y0_t + S_0 z_t and S_T = S_0 M + G. This is what
@@ -190,15 +204,15 @@ def wkv7_affine(
 
 
 def segment_map(
-    log_w: jax.Array,  # [B, T, H, K]
-    k: jax.Array,  # [B, T, H, K]
-    v: jax.Array,  # [B, T, H, V]
-    a: jax.Array,  # [B, T, H, K]
-    b: jax.Array,  # [B, T, H, K]
+    log_w: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
     *,
     implementation: str | None = None,
     chunk_size: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float32[Array, "B H K K"], Float32[Array, "B H V K"]]:
     """What a stretch of tokens does to the state: M and G of `wkv7_affine`."""
     unread = jnp.zeros_like(k)
     return wkv7_affine(

@@ -13,10 +13,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels import selection_tpu
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.ops.attention_inputs import (
+    Offset,
     check_chunking,
     check_offset,
     query_positions,
@@ -64,7 +66,7 @@ class Selector(NamedTuple):
         """Rows kept of each chunk."""
         return {"mean": 1, "bounds": 2}.get(self.kind, self.blocks)
 
-    def rows_of(self, k: jax.Array, chunk_size: int) -> jax.Array:
+    def rows_of(self, k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array, "B NR H K"]:
         """What is kept of keys [B, T, H, K] in chunks: float32 [B, ceil(T / chunk_size) * rows, H,
         K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k; a
         trailing partial chunk as far as it goes.
@@ -93,20 +95,24 @@ class Selector(NamedTuple):
         """Keys that `keys` makes of each chunk."""
         return 1 if self.kind == "bounds" else self.rows
 
-    def keys(self, rows: jax.Array, chunk_size: int) -> jax.Array:
+    def keys(
+        self, rows: Float32[Array, "*any NR K"], chunk_size: int
+    ) -> Float32[Array, "*any keys F"]:
         """What queries are multiplied with: float32 [..., N * rows, K] -> [..., N *
         keys_per_chunk, F]. F is K, and for "bounds" 2 K: [-smallest, largest]."""
         if self.kind != "bounds":
             return rows / (chunk_size // self.rows)
         return rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
 
-    def queries(self, q: jax.Array) -> jax.Array:
+    def queries(self, q: Float[Array, "*any K"]) -> Float[Array, "*any F"]:
         """What is multiplied with those keys: [..., K] -> [..., F] of the same dtype."""
         if self.kind != "bounds":
             return q
         return jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1)
 
-    def combine(self, products: jax.Array, key_size: int) -> jax.Array:
+    def combine(
+        self, products: Float32[Array, "*any keys"], key_size: int
+    ) -> Float32[Array, "*any N"]:
         """Scores [..., N] from the products of a query with all keys [..., N * keys_per_chunk]."""
         if self.is_product:
             return products
@@ -115,7 +121,7 @@ class Selector(NamedTuple):
             return products.max(-1)
         return jax.nn.logsumexp(products * key_size**-0.5, axis=-1)
 
-    def start(self, shape: tuple[int, ...]) -> jax.Array:
+    def start(self, shape: tuple[int, ...]) -> Float32[Array, "..."]:
         """Rows of chunks without any key, float32."""
         return jnp.full(shape, -jnp.inf if self.kind == "bounds" else 0.0, jnp.float32)
 
@@ -130,7 +136,7 @@ def selector_of(config: ModelConfig) -> Selector:
     return Selector(config.selector, parts)
 
 
-def chunk_key_sums(k: jax.Array, chunk_size: int) -> jax.Array:
+def chunk_key_sums(k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array, "B N H K"]:
     """Sums of the keys of each chunk; a trailing partial chunk is summed as far as it goes.
 
     Args:
@@ -147,14 +153,14 @@ def chunk_key_sums(k: jax.Array, chunk_size: int) -> jax.Array:
 
 
 def select_from_rows(
-    q: jax.Array,
-    rows: jax.Array,
-    positions: jax.Array,
+    q: Float[Array, "B Tq H K"],
+    rows: Float[Array, "B NR H K"],
+    positions: Int[Array, "B Tq"],
     *,
     chunk_size: int,
     count: int,
     selector: Selector = MEAN,
-) -> jax.Array:
+) -> Int32[Array, "B Tq H {count}"]:
     """The `count` past chunks with the highest scores, for queries at given positions.
 
     A chunk is past for a query when it ends at or before the start of the query's own chunk.
@@ -224,13 +230,13 @@ def _select_among(first, q, keys, own, *, count, selector, key_size):
 
 
 def choose_past(
-    products: jax.Array,  # float32 [B, H, T, N * keys_per_chunk]
-    own: jax.Array,  # int32 [B, T], own chunks of the queries
+    products: Float32[Array, "B H T keys"],
+    own: Int32[Array, "B T"],  # own chunks of the queries
     *,
     count: int,
     selector: Selector,
     key_size: int,
-) -> jax.Array:
+) -> Int32[Array, "B H T J"]:
     """The best `count` of the chunks before the own one, by the products of queries and keys that
     `Selector.queries` and `Selector.keys` make: int32 [B, H, T, count], -1 for none."""
     scores = selector.combine(products, key_size)
@@ -262,15 +268,15 @@ def _best(scores, count):
 
 
 def select_chunks(
-    q: jax.Array,
-    k: jax.Array,
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
     *,
     chunk_size: int,
     top_k: int,
-    q_offset=0,
+    q_offset: Offset = 0,
     implementation: str | None = None,
     selector: Selector = MEAN,
-) -> jax.Array:
+) -> Int32[Array, "B Tq H {top_k}-1"]:
     """Chooses the past chunks that each query and head attends to beside its own chunk.
 
     Args:
@@ -332,14 +338,14 @@ def kernel_factors(q, k, chunk_size, selector):
 
 
 def select_chunks_reference(
-    q: jax.Array,
-    k: jax.Array,
+    q: Float[Array, "B Tq H K"],
+    k: Float[Array, "B Tk H K"],
     *,
     chunk_size: int,
     top_k: int,
-    q_offset=0,
+    q_offset: Offset = 0,
     selector: Selector = MEAN,
-) -> jax.Array:
+) -> Int32[Array, "B Tq H {top_k}-1"]:
     """Oracle of `select_chunks`: the whole score matrix, sorted stably. Same arguments, result."""
     _check(q, k, chunk_size, top_k, q_offset, selector)
     batch, length, heads, _ = q.shape

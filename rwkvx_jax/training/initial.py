@@ -69,9 +69,10 @@ def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
 def _spread(tensor: LazyTensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """A tensor of a file in the shape, dtype and sharding of `leaf`."""
     held = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    parts = {_bounds(index, leaf.shape): None for index in held}
+    wanted = {_bounds(index, leaf.shape) for index in held}
+    parts = {}
     if tensor.by_rows:
-        for bounds in parts:
+        for bounds in wanted:
             parts[bounds] = np.empty([end - first for first, end in bounds], leaf.dtype)
         for row, piece in enumerate(tensor.pieces()):
             for (rows, *others), part in parts.items():
@@ -79,10 +80,9 @@ def _spread(tensor: LazyTensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
                     part[row - rows[0]] = piece[tuple(slice(*bounds) for bounds in others)]
     else:
         whole = tensor.read()
-        parts = {bounds: whole[tuple(slice(*b) for b in bounds)] for bounds in parts}
-    return jax.make_array_from_callback(
-        leaf.shape, leaf.sharding, lambda index: parts[_bounds(index, leaf.shape)]
-    )
+        parts = {bounds: whole[tuple(slice(*b) for b in bounds)] for bounds in wanted}
+    part_at = lambda index: parts[_bounds(index, leaf.shape)]
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part_at)
 
 
 def _bounds(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -200,9 +200,13 @@ def _start_clock(
     return clock
 
 
-def _run_stages(run: Run, start: Start | None, params: Params | None) -> Params:
+def _run_stages(run: Run, start: Start | None, initial: Params | None) -> Params:
     config, opt_state = run.config, None
-    if start is None and params is None:
+    if start is not None:
+        params = start.state.params
+    elif initial is not None:
+        params = initial
+    else:
         params = initial_params(config.stage_model(config.stages[0]), run.mesh)
     for index in range(0 if start is None else start.position.stage, len(config.stages)):
         if start is not None:
@@ -284,7 +288,7 @@ def _compilation_cache(directory: str):
     if not directory:
         yield
         return
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     compilation_cache.reset_cache()  # a cache that was opened before stays with its directory
     compilation_cache.set_cache_dir(directory)
     try:

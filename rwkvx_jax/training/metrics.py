@@ -32,7 +32,8 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, *, active: bool):
-        self._workdir, self._active, self._board = workdir, active, None
+        self._workdir, self._active = workdir, active
+        self._board: Board | None = None
         self.before: dict[str, Any] | None = None  # last record of timing.jsonl with totals
 
     def open(self, resume_step: int, config: str = "") -> None:

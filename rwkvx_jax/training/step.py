@@ -114,7 +114,7 @@ class StageProgram:
     model: RWKVX  # abstract
     trainable: str
     optimizer: optax.GradientTransformation
-    shardings: TrainState
+    shardings: TrainState  # a sharding for each array
     init_opt_state: Callable[[Params], Any]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
@@ -123,9 +123,12 @@ class StageProgram:
         """Shapes, dtypes and shardings of the state: the target of a restore."""
         params = get_params(self.model)
         trainable, _ = split_trainable(params, self.trainable)
-        opt_state = jax.eval_shape(self.optimizer.init, trainable)
-        guard = jax.eval_shape(Guard.start)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, guard)
+        state = TrainState(
+            jax.eval_shape(lambda: jnp.int32(0)),
+            params,
+            jax.eval_shape(self.optimizer.init, trainable),
+            jax.eval_shape(Guard.start),
+        )
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             state,
@@ -145,10 +148,9 @@ class StageProgram:
         if opt_state is None:
             opt_state = self.init_opt_state(split_trainable(params, self.trainable)[0])
         opt_state = place(opt_state, self.shardings.opt_state)
-        step, guard = place(
-            (jnp.int32(step), guard or Guard.start()), (self.shardings.step, self.shardings.guard)
-        )
-        return TrainState(step, params, opt_state, guard)
+        counts = jnp.int32(step), guard or Guard.start()
+        counts = place(counts, (self.shardings.step, self.shardings.guard))
+        return TrainState(counts[0], params, opt_state, counts[1])
 
 
 def param_shardings(model: RWKVX, mesh: Mesh) -> Params:
@@ -196,8 +198,9 @@ def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
         trainable,
         transform_non_params=lambda _: replicated(mesh),
     )
-    guard = Guard(*[replicated(mesh)] * len(Guard._fields))
-    state_shardings = TrainState(replicated(mesh), shardings, opt_shardings, guard)
+    everywhere: Any = replicated(mesh)
+    guard = Guard(everywhere, everywhere, everywhere)
+    state_shardings = TrainState(everywhere, shardings, opt_shardings, guard)
     batch = batch_sharding(mesh, stage.global_batch)
     return StageProgram(
         model=model,

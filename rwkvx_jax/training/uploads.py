@@ -32,7 +32,8 @@ class BucketLines(RecordFile):
           OSError: it can't be read.
         """
         super().__init__(path)
-        self._thread, self._failed = None, False
+        self._failed = False
+        self._thread: threading.Thread | None = None
         with bucket_errors(path):
             self._text = path.read_text() if path.exists() else ""
         self._begun = time.monotonic()
@@ -49,18 +50,21 @@ class BucketLines(RecordFile):
             return
         if self._thread is not None and not self._failed:
             self._thread.join()
-        self._upload()
-        self._thread.join(_WAIT_SECONDS if self._failed else None)
+        self._upload().join(_WAIT_SECONDS if self._failed else None)
 
-    def _upload(self) -> None:
-        if self._thread is not None and not self._failed:
-            self._thread.join(_WAIT_SECONDS)  # it may be of an older text
-        if self._thread is None or not self._thread.is_alive():
+    def _upload(self) -> threading.Thread:
+        thread = self._thread
+        if thread is not None and not self._failed:
+            thread.join(_WAIT_SECONDS)  # it may be of an older text
+        if thread is None or not thread.is_alive():
             self._begun = time.monotonic()
-            self._thread = threading.Thread(target=self._put, args=(self._text,), daemon=True)
-            self._thread.start()
+            self._thread = thread = threading.Thread(
+                target=self._put, args=(self._text,), daemon=True
+            )
+            thread.start()
         if not self._failed:
-            self._thread.join(_WAIT_SECONDS)
+            thread.join(_WAIT_SECONDS)
+        return thread
 
     def _put(self, text: str) -> None:
         try:

@@ -140,9 +140,13 @@ def test_choice_by_platform(monkeypatch, platform, change, choice):
     q, k, v = random_qkv(8, 1, 16, **case)
     chosen = []
     monkeypatch.setattr(dispatch, "current_platform", lambda: platform)
+
+    def record(name, q, k, v, **kwargs):
+        chosen.append(name)
+        return q
+
     for name in module._IMPLEMENTATIONS:
-        record = functools.partial(lambda name, *args, **kwargs: chosen.append(name), name)
-        monkeypatch.setitem(module._IMPLEMENTATIONS, name, record)
+        monkeypatch.setitem(module._IMPLEMENTATIONS, name, functools.partial(record, name))
     full_attention(q, k, v, q_offset=q_offset)
     assert chosen == [choice]
 
