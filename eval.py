@@ -9,9 +9,10 @@ from typing import Any
 import tyro
 
 from rwkvx_jax.cli import command_line, settle_platform
-from rwkvx_jax.evals import prefill_speed, report, speed
+from rwkvx_jax.evals import report
 from rwkvx_jax.evals.short import task as short
 from rwkvx_jax.evals.tasks import long_loss, niah, passkey, selection
+from rwkvx_jax.perf import prefill, speed
 
 TASKS = {
     "passkey": (passkey.PasskeyOptions, passkey.run),
@@ -20,7 +21,7 @@ TASKS = {
     "long-loss": (long_loss.LongLossOptions, long_loss.run),
     "report": (report.ReportOptions, report.run),
     "selection": (selection.SelectionOptions, selection.run),
-    "prefill": (prefill_speed.PrefillOptions, prefill_speed.run),
+    "prefill": (prefill.PrefillOptions, prefill.run),
     "speed": (speed.SpeedOptions, speed.run),
 }
 

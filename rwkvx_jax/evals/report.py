@@ -18,7 +18,7 @@ from typing import NamedTuple
 import tyro
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals import grid, prefill_speed, speed
+from rwkvx_jax.evals import grid
 from rwkvx_jax.evals.models import check_output
 from rwkvx_jax.evals.results import Summarize, read_contents
 from rwkvx_jax.evals.runner import open_console
@@ -27,6 +27,7 @@ from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.evals.tasks import long_loss, selection
 from rwkvx_jax.evals.tasks.niah import TITLES
 from rwkvx_jax.generate.terminal import one_line
+from rwkvx_jax.perf import prefill, speed
 from rwkvx_jax.records import PACKED_SUFFIX, SUFFIX, Record
 from rwkvx_jax.storage import WorkPath, files_below, in_bucket, write_whole
 
@@ -203,7 +204,7 @@ _SHOWN = {
     "long-loss": Shown("Loss by position", long_loss.summarize, long_loss.table),
     "selection": Shown("Selection of chunks", selection.summarize, selection.table),
     "speed": Shown("Decoding speed", speed.summarize, speed.table),
-    "prefill": Shown("Reading a prompt", prefill_speed.summarize, prefill_speed.table),
+    "prefill": Shown("Reading a prompt", prefill.summarize, prefill.table),
 }
 
 

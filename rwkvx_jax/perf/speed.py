@@ -35,7 +35,9 @@ from rwkvx_jax.evals.plots import new_figure, save
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.runner import Task, open_console, until_interrupted
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.evals.timed import (
+from rwkvx_jax.model import Params, abstract_model, with_params
+from rwkvx_jax.ops.selection import selector_of
+from rwkvx_jax.perf.timed import (
     LABELS,
     TIMED,
     ModelOptions,
@@ -46,8 +48,6 @@ from rwkvx_jax.evals.timed import (
     make_configs,
     random_params,
 )
-from rwkvx_jax.model import Params, abstract_model, with_params
-from rwkvx_jax.ops.selection import selector_of
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
 

@@ -32,7 +32,10 @@ from rwkvx_jax.evals.plots import new_figure, save, style
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.runner import Task, open_console, until_interrupted
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.evals.timed import (
+from rwkvx_jax.generate.chunks import prefill_chunks
+from rwkvx_jax.generate.memory import memory_left
+from rwkvx_jax.model import Params, with_params
+from rwkvx_jax.perf.timed import (
     LABELS,
     TIMED,
     ModelOptions,
@@ -43,9 +46,6 @@ from rwkvx_jax.evals.timed import (
     make_configs,
     random_params,
 )
-from rwkvx_jax.generate.chunks import prefill_chunks
-from rwkvx_jax.generate.memory import memory_left
-from rwkvx_jax.model import Params, with_params
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
-from rwkvx_jax.evals import prefill_speed
-from rwkvx_jax.evals.prefill_speed import PrefillOptions, crossover, evaluate
 from rwkvx_jax.evals.report import read_results
-from rwkvx_jax.evals.timed import TIMED, Timed
+from rwkvx_jax.perf import prefill
+from rwkvx_jax.perf.prefill import PrefillOptions, crossover, evaluate
+from rwkvx_jax.perf.timed import TIMED, Timed
 from tests.evals.eval_models import QUIET, TINY, run_command, write_checkpoint
 
 MODEL = Timed(TINY, RunConfig(), {}, {"label": TIMED, "device": "cpu", "cores": 2})
@@ -106,7 +106,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         ("sparse", 40),
     ]
     assert (tmp_path / "prefill.png").stat().st_size > 10_000
-    monkeypatch.setattr(prefill_speed.Reader, "__call__", lambda *_: pytest.fail("all is there"))
+    monkeypatch.setattr(prefill.Reader, "__call__", lambda *_: pytest.fail("all is there"))
     run_command(monkeypatch, "prefill", *flags)
     with pytest.raises(SystemExit):
         run_command(monkeypatch, "prefill", *flags[:-5], "--repeats", 2)

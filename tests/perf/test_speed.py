@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
-from rwkvx_jax.evals import speed
 from rwkvx_jax.evals.report import read_results
-from rwkvx_jax.evals.speed import SpeedOptions, bytes_per_token
+from rwkvx_jax.perf import speed
+from rwkvx_jax.perf.speed import SpeedOptions, bytes_per_token
 from tests.evals.eval_models import TINY, run_command, write_checkpoint
 
 
