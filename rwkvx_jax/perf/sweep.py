@@ -24,8 +24,8 @@ from rwkvx_jax.config import Config, ConfigError, MeshConfig, Stage
 from rwkvx_jax.perf import report, topology
 from rwkvx_jax.perf.planner import make_plan
 from rwkvx_jax.perf.programs import train_program
+from rwkvx_jax.records import RecordFile
 from rwkvx_jax.sharding import check_fits, make_mesh
-from rwkvx_jax.storage import exclusive
 
 REMAT = ("block", "offload", "save_projections", "none")
 """Policies, in the order in which they are tried."""
@@ -166,8 +166,9 @@ def sweep(
     """
     busy = f"another sweep writes to {path}: wait for it, or give another file"
     number = config.stages.index(stage)
-    with exclusive(path.with_name(f"{path.name}.lock"), busy=busy):
-        known, rows, too_big, fits = _read(path), [], [], []
+    file = RecordFile(path)
+    with file.locked(busy=busy):
+        known, rows, too_big, fits = _known(file), [], [], []
         for done, variant in enumerate(candidates):
             say(done, variant.flags(number))
             changed, changed_stage = variant.apply(config, stage)
@@ -182,7 +183,7 @@ def sweep(
                 continue
             if row is None:
                 row = base | _compile_apart(changed, changed_stage, place)
-                _append(path, row)
+                file.append([row])
             rows.append(row)
             if "record" in row:
                 (fits if row["record"]["fits"] else too_big).append(variant)
@@ -219,33 +220,15 @@ def _key(config: Config, stage: Stage, place: Place) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> dict[str, dict]:
-    """Rows by key. A last line without its end was being written when a sweep was stopped."""
+def _known(file: RecordFile) -> dict[str, dict]:
+    """Rows by key, without those whose compiler died: it may not die again."""
     rows = {}
-    text = path.read_text() if path.exists() else ""
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-            if not row.get("died"):  # what ended a compiler may not end it again
-                rows[row["key"]] = row
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                f"{path}, line {number} is no row of a sweep: delete the line, or give another file"
-            ) from error
+    for row in file.new(b"{"):
+        if not isinstance(row, dict) or "key" not in row:
+            raise ConfigError(f"{file.path} holds what is no row of a sweep: give another file")
+        if not row.get("died"):
+            rows[row["key"]] = row
     return rows
-
-
-def _append(path: Path, row: dict) -> None:
-    with path.open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:  # a half line of a stopped sweep goes
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _compile_apart(config: Config, stage: Stage, place: Place) -> dict:
