@@ -33,8 +33,9 @@ from rwkvx_jax.storage import (
     work_path,
     write_whole,
 )
-from rwkvx_jax.training import loop, saver, trace
+from rwkvx_jax.training import saver, trace
 from rwkvx_jax.training.loop import TrainingStopped, fit
+from rwkvx_jax.training.under_way import StepWatch
 from tests.gcs_server import GcsServer, bucket_environment
 from tests.model_cases import random_params
 from tests.test_hosts import STEPS, Job
@@ -171,13 +172,13 @@ def test_a_trace_is_copied_into_the_bucket(folder):
 
 def at_steps(monkeypatch, act):
     """Calls `act(step)` whenever a step has been made."""
-    submit = loop._Watch.submit
+    submit = StepWatch.submit
 
     def spy(self, position, metrics):
         submit(self, position, metrics)
         act(position.stage_step)
 
-    monkeypatch.setattr(loop._Watch, "submit", spy)
+    monkeypatch.setattr(StepWatch, "submit", spy)
 
 
 def wait_for_checkpoint(folder, step):
@@ -196,7 +197,7 @@ def test_an_outage_and_a_crash_leave_no_trace(config, server, folder, tmp_path, 
     def disturb(step):
         if step == 5:
             server.stop()
-            threading.Timer(5.0, server.start).start()
+            threading.Timer(30.0, server.start).start()
         time.sleep(0.5 if step > 3 else 0)
         if step == 11:
             raise KeyboardInterrupt
@@ -232,7 +233,9 @@ def test_an_outage_without_end_is_one_error(config, server, folder, monkeypatch)
     run = dataclasses.replace(config.run, storage_patience=1.0)
     at_steps(monkeypatch, disturb)
     try:
-        with pytest.raises(TrainingStopped, match="failed for .*storage_patience is 1.*of step 3"):
+        with pytest.raises(
+            TrainingStopped, match="(?s)failed for .*storage_patience is 1.*of step 3"
+        ):
             fit(dataclasses.replace(config, stages=stages, run=run), folder)
     finally:
         server.start()
