@@ -77,6 +77,8 @@ class Progress:
         """
         self.done, self._text = self.done + amount, text
         now = time.monotonic()
+        if self._start is None:  # what was done first was mostly compilation
+            self._start = now, self.done
         if self._bar is None and now - self._begin > self._delay:
             self._show()
         if self._bar is not None:
@@ -129,7 +131,7 @@ class Progress:
     def _left(self, now: float) -> str:
         """The estimate, or "" before there is anything to go by."""
         since, before = self._start or (now, self.done)
-        if self.done == before:
+        if self.done in (before, self._total):
             return ""
         seconds = (now - since) / (self.done - before) * (self._total - self.done)
         return f", about {_duration(seconds)} left"

@@ -148,8 +148,13 @@ class RecordFile:
       path: of the file.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, remedy: str = _REMEDY):
+        """
+        Args:
+          path: of the file.
+          remedy: what to do about a damaged one.
+        """
+        self.path, self._remedy = path, remedy
         self._bytes = self._lines = 0  # read or written by this process
 
     @contextlib.contextmanager
@@ -184,8 +189,8 @@ class RecordFile:
         whole = data[: data.rfind(b"\n") + 1]
         rest = data[len(whole) :]
         if rest and not self._bytes and not whole and rest[: len(begins)] != begins[: len(rest)]:
-            raise ConfigError(f"{self.path} exists but holds something else: {_REMEDY}")
-        values = list(_values(self.path, whole, self._lines + 1, _REMEDY))
+            raise ConfigError(f"{self.path} exists but holds something else: {self._remedy}")
+        values = list(_values(self.path, whole, self._lines + 1, self._remedy))
         self._bytes, self._lines = self._bytes + len(whole), self._lines + len(values)
         if rest:
             everything = self.path.read_bytes()
@@ -211,7 +216,7 @@ class RecordFile:
                     file.seek(self._bytes)
                     data = file.read()
         if length < self._bytes:
-            raise ConfigError(f"{self.path} was replaced while it was in use: {_REMEDY}")
+            raise ConfigError(f"{self.path} was replaced while it was in use: {self._remedy}")
         return data
 
     def append(self, values: Sequence[Any]) -> None:

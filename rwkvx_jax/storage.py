@@ -199,7 +199,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Adds text to a file; in a bucket, where nothing grows, all of it is written again.
+    """Adds text to a file, and it is on the disk when this returns.
+
+    In a bucket, where nothing grows, all of the file is written again.
 
     Raises:
       OSError: it can't be written.
@@ -209,8 +211,15 @@ def append(path: Path, text: str) -> None:
             before = path.read_bytes() if path.exists() else b""
         write_whole(path, before + text.encode())
         return
-    with path.open("a") as file:
-        file.write(text)
+    try:
+        with path.open("a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def size(path: Path) -> int:

@@ -209,7 +209,7 @@ def test_two_processes_start_from_a_run(undisturbed, tmp_path):
     """From its RWKV-7, each reading its parts; with the blocks that one process makes of it."""
     source = undisturbed[0].workdir / "checkpoints" / "4"
     changes = ["--init-from", str(source), "--model.attention-init", "copy"]
-    changes += ["--stages.0.expanded", "True", "--stages.0.steps", "1", "--stages.1.steps", "1"]
+    changes += ["--stages.0.expanded", "--stages.0.steps", "1", "--stages.1.steps", "1"]
     losses = []
     for count in (2, 1):
         job = Job(tmp_path, tmp_path / str(count), count, *changes)

@@ -46,6 +46,12 @@ def test_it_shows_what_is_done_and_left(monkeypatch, terminal):
 
 
 def test_plain_lines_come_every_ten_seconds_and_at_both_ends_where_asked(monkeypatch):
+    left = {
+        1: "",
+        4: ", about 6 s left",
+        5: ", about 3 s left",
+        6: "",
+    }  # by the steps after the first
     for ends, expected in ((False, [4]), (True, [1, 5, 6])):
         times = iter([0.0, 3.0, 6.0, 9.0, 12.0, 13.5, 14.0])
         monkeypatch.setattr(progress.time, "monotonic", lambda times=times: next(times))
@@ -54,7 +60,7 @@ def test_plain_lines_come_every_ten_seconds_and_at_both_ends_where_asked(monkeyp
             for _ in range(6):
                 bar.advance(1)
         lines = text.getvalue().splitlines()
-        assert lines == [f"train: {n} of 6 steps" for n in expected]
+        assert lines == [f"train: {n} of 6 steps{left[n]}" for n in expected]
 
 
 def test_a_quiet_console_shows_nothing():

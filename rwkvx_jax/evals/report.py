@@ -92,7 +92,9 @@ def find_runs(inputs: Sequence[Path]) -> list[Run]:
 
 
 def _record_files(folder: Path) -> list[Path]:
-    return sorted([*files_below(folder, SUFFIX), *files_below(folder, PACKED_SUFFIX)])
+    plain = set(files_below(folder, SUFFIX))
+    packed = files_below(folder, PACKED_SUFFIX)
+    return sorted(plain | {file for file in packed if file.with_suffix("") not in plain})
 
 
 def read_results(file: Path) -> Record | None:

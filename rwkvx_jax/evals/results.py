@@ -25,6 +25,7 @@ from rwkvx_jax.records import Record, RecordFile
 
 FORMAT = 2
 _BEGINS = b'{"format": '
+_NAMES = b'"identity"', b'"models"'  # in every header, should its beginning be damaged
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def read_contents(path: Path) -> Contents | None:
     Raises:
       ConfigError: a damaged one.
     """
-    if not records.head(path, len(_BEGINS)) == _BEGINS:  # much else is JSON lines
+    begins = records.head(path, 4096)  # much else is JSON lines
+    if not begins.startswith(_BEGINS) and not all(name in begins for name in _NAMES):
         return None
     contents = Contents(path)
     contents.take(records.read(path, "remove it, or evaluate again"))
@@ -273,6 +275,7 @@ class Results:
         problems: list[str] = []
         for header in self._headers:
             problems += _changes("", header["settings"], self._header["settings"])
+            problems += _changes("fields of a trial", header["key"], self._header["key"])
         own = {model["label"]: model for model in self._header["models"]}
         for label, before in self._contents.models.items():
             if not self._contents.keys(label):
@@ -281,7 +284,8 @@ class Results:
                 problems.append(f"it also holds {label!r}, which this command does not name")
                 continue
             for field in self._header["identity"]:
-                problems += _changes(f"{label}: {field}", before[field], own[label][field])
+                old, new = before.get(field), own[label].get(field)
+                problems += _changes(f"{label}: {field}", old, new)
             outside = self.finished(label) - self._planned if self._planned is not None else ()
             if outside:
                 first = dict(zip(self._header["key"], min(outside), strict=True))
@@ -300,6 +304,8 @@ def _without_run(header: Record) -> Record:
 def _refuse_other_forms(path: Path) -> None:
     """Refuses to begin a file anew beside the same results in another form."""
     packed, old = path.with_name(f"{path.name}.gz"), path.with_suffix(".json")
+    if path.exists():
+        return
     if packed.exists():
         raise ConfigError(f"{packed} holds these results, compressed: unpack it with gunzip first")
     if old.exists():

@@ -173,6 +173,7 @@ def _measure(
             weights = random_params(own, model.run) if kind == "rwkv" else model.params
             reader = make_reader(own, model.run, weights, options.prefill_chunk, options.rows)
             reader(tokens[: min(lengths)])  # compiles
+            progress.start_clock()
         seconds = []
         for _ in range(options.repeats):
             seconds.append(reader(tokens[:length]))

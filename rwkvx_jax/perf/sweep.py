@@ -32,6 +32,7 @@ REMAT = ("block", "offload", "save_projections", "none")
 _SAMPLES = (1, 2, 4)  # of one device at once
 _SPREAD = ("data", "fsdp", "context")  # axes between which the default meshes move devices
 _ROOT = Path(__file__).parents[2]
+_REMEDY = "delete the line, or give another file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def sweep(
     """
     busy = f"another sweep writes to {path}: wait for it, or give another file"
     number = config.stages.index(stage)
-    file = RecordFile(path)
+    file = RecordFile(path, _REMEDY)
     with file.locked(busy=busy):
         known, rows, too_big, fits = _known(file), [], [], []
         for done, variant in enumerate(candidates):
@@ -223,9 +224,9 @@ def _key(config: Config, stage: Stage, place: Place) -> str:
 def _known(file: RecordFile) -> dict[str, dict]:
     """Rows by key, without those whose compiler died: it may not die again."""
     rows = {}
-    for row in file.new(b"{"):
+    for number, row in enumerate(file.new(b"{"), 1):
         if not isinstance(row, dict) or "key" not in row:
-            raise ConfigError(f"{file.path} holds what is no row of a sweep: give another file")
+            raise ConfigError(f"{file.path}, line {number} is no row of a sweep: {_REMEDY}")
         if not row.get("died"):
             rows[row["key"]] = row
     return rows

@@ -53,6 +53,9 @@ class MetricsWriter:
         for path in paths:
             cut_back(path, resume_step)
         self.before = last_with(paths[1], "wall_seconds")
+        if not in_bucket(workdir):
+            for path in paths:
+                path.open("a").close()  # an error now, not after the first step
         kind = BucketLines if in_bucket(workdir) else RecordFile
         self._metrics, self._timing = map(kind, paths)
         if not in_bucket(workdir):

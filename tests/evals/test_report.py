@@ -209,6 +209,13 @@ def test_damaged_results_are_refused(tmp_path, header, line, message):
         find_runs([tmp_path])
 
 
+def test_a_damaged_beginning_is_no_other_kind_of_file(tmp_path):
+    text = json.dumps(HEADER)
+    (tmp_path / "x.jsonl").write_text(text.replace('{"format"', '{"fosmat"') + "\n")
+    with pytest.raises(ConfigError, match="another shape than a results file"):
+        find_runs([tmp_path])
+
+
 def test_compressed_results_and_half_a_line(tmp_path, caplog):
     passkey_run(tmp_path / "a", make_model("one"))
     path = tmp_path / "a" / "passkey.jsonl"
@@ -218,6 +225,7 @@ def test_compressed_results_and_half_a_line(tmp_path, caplog):
     (unpacked,) = find_runs([packed])
     assert unpacked.document == whole.document
     assert len(sections([unpacked])[0].figures) == 1
+    assert len(find_runs([tmp_path])) == 1, "one run, in two forms"
     packed.write_bytes(packed.read_bytes()[:-20])
     with pytest.raises(ConfigError, match="passkey.jsonl.gz is damaged"):
         find_runs([packed])

@@ -322,6 +322,18 @@ def test_other_data_under_the_same_name_is_refused(tested, data, tmp_path):
         evaluate(make_options(tmp_path, other, tasks=("piqa",)), [tested], QUIET)
 
 
+def test_every_filter_of_an_answer_is_kept():
+    """As of gsm8k, whose answers lm_eval reads strictly and flexibly."""
+    sample = {"doc_id": 3, "resps": [("7",)], "metrics": ["exact_match"]}
+    samples = [
+        sample | {"filter": name, "exact_match": i} for i, name in enumerate(("strict", "any"))
+    ]
+    (own,) = short_context._by_document(samples)
+    metrics = short_context._trial("gsm8k", "d", own)["metrics"]
+    assert metrics == {"exact_match,strict": 0, "exact_match,any": 1}
+    assert short_context._trial("gsm8k", "d", own[:1])["metrics"] == {"exact_match": 0}
+
+
 def test_summary_has_standard_errors():
     trials = [
         {"task": f"mmlu_{'ab'[i % 2]}", "metrics": {"acc": float(i == 0)}, "document": i}

@@ -95,7 +95,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     sweep.sweep(other, STAGE, PLACE, candidates[:1], path, say=lambda *_: None)
     assert compiled == [("block", 1)]
     path.write_text("{}\n")
-    with pytest.raises(ConfigError, match="holds what is no row of a sweep: give another file"):
+    with pytest.raises(ConfigError, match="line 1 is no row of a sweep: delete the line"):
         run()
 
 

@@ -217,9 +217,9 @@ def _answer(
             fewshot_random_seed=options.seed,
         )
     yield [
-        _trial(task, data[task], sample)
-        for task, samples in found["samples"].items()
-        for sample in samples
+        _trial(task, data[task], samples)
+        for task, all_samples in found["samples"].items()
+        for samples in _by_document(all_samples)
     ]
 
 
@@ -229,10 +229,25 @@ def _begin(progress: Progress, label: str, what: str, total: int) -> Callable[[i
     return progress.advance
 
 
-def _trial(task: str, data: str, sample: Record) -> Record:
-    answers = [answer for (answer,) in sample["resps"]]
-    metrics = {name: _plain(sample[name]) for name in sample["metrics"]}
-    return {"task": task, "document": sample["doc_id"], "data": data, "answers": answers} | {
+def _by_document(samples: Sequence[Record]) -> list[list[Record]]:
+    """lm_eval's samples of each document: one for each filter of its answers."""
+    documents: dict[int, list[Record]] = {}
+    for sample in samples:
+        documents.setdefault(sample["doc_id"], []).append(sample)
+    return list(documents.values())
+
+
+def _trial(task: str, data: str, samples: Sequence[Record]) -> Record:
+    """The trial of one document; metrics of several filters are called "METRIC,FILTER"."""
+    first = samples[0]
+    several = len(samples) > 1
+    metrics = {
+        f"{name},{sample['filter']}" if several else name: _plain(sample[name])
+        for sample in samples
+        for name in sample["metrics"]
+    }
+    answers = [answer for (answer,) in first["resps"]]
+    return {"task": task, "document": first["doc_id"], "data": data, "answers": answers} | {
         "metrics": metrics
     }
 
