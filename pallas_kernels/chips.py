@@ -15,11 +15,11 @@ class Chip:
     """One accelerator chip.
 
     Attributes:
-      kind: beginning of JAX's `device_kind`.
+      kinds: JAX's `device_kind` of it; of a GPU, how it begins.
       flops: peak of dense bfloat16 products, flop/s.
     """
 
-    kind: str
+    kinds: tuple[str, ...]
     flops: float
 
 
@@ -58,25 +58,33 @@ class TpuChip(Chip):
 # those pages either: 15 GB/s a chip, the figure of "How to Scale Your Model"
 # (jax-ml.github.io/scaling-book).
 TPUS: Mapping[str, TpuChip] = {
-    "v4": TpuChip("TPU v4", 275e12, 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
-    "v5e": TpuChip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9),
-    "v5p": TpuChip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9, 1.75e9, cores=2),
-    "v6e": TpuChip("TPU v6 lite", 918e12, 31.25 * GIB, 1638e9, 100e9, 16, 12.5e9, 1.75e9),
+    "v4": TpuChip(("TPU v4",), 275e12, 30.5 * GIB, 1200e9, 50e9, 4, 6.25e9, 1.05e9, cores=2),
+    "v5e": TpuChip(
+        ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 1.5e9
+    ),
+    "v5p": TpuChip(
+        ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9, 1.75e9, cores=2
+    ),
+    "v6e": TpuChip(
+        ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1638e9, 100e9, 16, 12.5e9, 1.75e9
+    ),
 }
 """TPU chips by generation, as topologies name it."""
 
 # NVIDIA's data sheets (SXM).
 GPUS: Mapping[str, Chip] = {
-    "a100": Chip("NVIDIA A100", 312e12),
-    "h100": Chip("NVIDIA H100", 989.4e12),
-    "h200": Chip("NVIDIA H200", 989.4e12),
+    "a100": Chip(("NVIDIA A100",), 312e12),
+    "h100": Chip(("NVIDIA H100",), 989.4e12),
+    "h200": Chip(("NVIDIA H200",), 989.4e12),
 }
 
 
 def name_of(kind: str) -> str | None:
     """The name of a chip, such as "v5e", by JAX's `device_kind`; None: it is not in the tables."""
-    known = {chip.kind: name for name, chip in (TPUS | GPUS).items() if kind.startswith(chip.kind)}
-    return known[max(known, key=len)] if known else None
+    for name, chip in TPUS.items():
+        if kind in chip.kinds:
+            return name
+    return next((name for name, chip in GPUS.items() if kind.startswith(chip.kinds)), None)
 
 
 def peak_flops(kind: str) -> float | None:

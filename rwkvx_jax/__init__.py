@@ -1,7 +1,7 @@
 """RWKV-X in JAX/Flax: RWKV-7 blocks interleaved with top-k chunk sparse attention.
 
 The names below are the surface for use in one's own code. They are loaded on first use, so that
-`import rwkvx_jax` is quick and needs nothing but jax, flax and numpy.
+`import rwkvx_jax` is quick and needs nothing but jax, flax, jaxtyping and numpy.
 """
 
 import importlib

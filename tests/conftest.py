@@ -9,19 +9,18 @@ XLA optimises little, since at these sizes compiling is nearly all the time that
 modules that compile for chips, or whose numbers depend on it, are marked `optimized`.
 """
 
+import importlib.util
 import os
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests.shape_checks import checked_after_the_call
-
-# Before anything imports them.
-install_import_hook(
-    ["rwkvx_jax.ops", "rwkvx_jax.modules", "rwkvx_jax.cache", "rwkvx_jax.model"],
-    f"{checked_after_the_call.__module__}.{checked_after_the_call.__name__}",
-)
+if importlib.util.find_spec("beartype"):  # of the extra `dev`
+    install_import_hook(  # before anything imports them
+        ["rwkvx_jax.ops", "rwkvx_jax.modules", "rwkvx_jax.cache", "rwkvx_jax.model"],
+        "tests.shape_checks.checked_after_the_call",
+    )
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

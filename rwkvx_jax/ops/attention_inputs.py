@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, Int32
+from jaxtyping import Array, ArrayLike, Float, Int32, Integer
 
 from rwkvx_jax.ops.placement import local, vary_together
 
-Offset = Int[ArrayLike, ""] | Int[ArrayLike, " B"]
+Offset = Integer[ArrayLike, ""] | Integer[ArrayLike, " B"]
 """Position of the first query: one for all batch rows, or one a row."""
 
 NO_FORWARD_MODE = (

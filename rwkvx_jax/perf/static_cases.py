@@ -24,7 +24,7 @@ class Case:
       kernel: name of the pallas_call, as in the dump's file names.
       chip: key of `CORES`.
       width, time: D and T; the batch is 1.
-      chunk, top_k: of sparse attention; 0 for other wkv7_tpu.
+      chunk, top_k: of sparse attention; 0 for other kernels.
     """
 
     kernel: str
