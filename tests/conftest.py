@@ -17,9 +17,11 @@ import pytest
 from jaxtyping import install_import_hook
 
 if importlib.util.find_spec("beartype"):  # of the extra `dev`
+    from tests.shape_checks import checked_after_the_call
+
     install_import_hook(  # before anything imports them
         ["rwkvx_jax.ops", "rwkvx_jax.modules", "rwkvx_jax.cache", "rwkvx_jax.model"],
-        "tests.shape_checks.checked_after_the_call",
+        f"{checked_after_the_call.__module__}.{checked_after_the_call.__name__}",
     )
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
