@@ -160,7 +160,8 @@ def _warn_without_lock(lock: Path, error: str) -> None:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when the block ends without error, and is complete then.
 
-    For one in a bucket the block writes a temporary file, which is uploaded when it ends.
+    For one in a bucket the block writes a temporary file, which is uploaded when it ends. A device
+    or a pipe, such as /dev/stdout, is written as it is: a new file would take its place.
 
     Raises:
       OSError: it can't be written; nothing of it stays.
@@ -172,6 +173,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             file.seek(0)
             with bucket_errors(path), path.open("wb") as upload:
                 shutil.copyfileobj(file, upload, _COPIED_AT_ONCE)
+        return
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            yield file
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

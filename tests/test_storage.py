@@ -1,12 +1,14 @@
 """Files with one writer at a time, which appear whole or not at all."""
 
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.storage import exclusive, new_file
+from rwkvx_jax.storage import exclusive, new_file, write_whole
 
 _HOLD = """
 import pathlib, sys, time
@@ -57,3 +59,15 @@ def test_a_new_file_is_whole_or_absent(tmp_path):
         file.write(b"whole")
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
+    """A user who may write to /dev would have replaced /dev/stdout by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    read = []
+    reader.start()
+    write_whole(pipe, b"text")
+    reader.join(30)
+    assert read == [b"text"] and pipe.is_fifo()
