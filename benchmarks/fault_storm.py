@@ -282,9 +282,9 @@ def run_door(door: str, argv: list[str]) -> int | None:
     if door == "read":
         return read_data(argv)
     if door == "train":
-        from train import main
+        from rwkvx_jax.train import main
     elif door == "eval":
-        from eval import main
+        from rwkvx_jax.eval import main
     elif door == "generate":
         from rwkvx_jax.generate.__main__ import main
     elif door == "convert":

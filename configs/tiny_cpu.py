@@ -1,11 +1,12 @@
-"""A small RWKV-X from nothing to passkeys 4096 bytes away, on a CPU.
+"""A small RWKV-X from nothing to looking up one of 64 numbers, on a CPU in a few minutes.
 
     python train.py --config configs/tiny_cpu.py
 
-A plain RWKV-7 over bytes learns prose and passkeys on short texts; it is expanded with an
-attention block, which is preheated while the rest is frozen; then everything trains on lengths
-that grow to 4096, four times what one query of the sparse attention reads (chunk_size x top_k).
-Expected: `passkey_accuracy` of the last probe at least 0.95.
+A plain RWKV-7 over bytes is trained on short texts. It is expanded with two attention blocks, which
+are preheated while the rest is frozen. Then everything trains on documents full of names and
+numbers, 256 bytes long at first and 2,048 at last, where 64 pairs are more than the recurrent state
+holds. Expected: `make demo` draws at least 95 % of right answers with the attention blocks and at
+most 10 % without, at 2,048 bytes and at four times that.
 """
 
 from rwkvx_jax.config import (
@@ -18,33 +19,60 @@ from rwkvx_jax.config import (
     Stage,
 )
 
+# Shares of the three sources while the model learns to look up, and then from afar.
+SHORT, LONG = (0.1, 0.9, 0.0), (0.1, 0.0, 0.9)
+
 
 def get_config() -> Config:
     rate = 2e-3
-    # Long samples hold few answers: there, most of them are passkeys.
-    long = (0.1, 0.9)
     return Config(
-        model=ModelConfig.tiny(),
+        model=ModelConfig(
+            vocab_size=257,
+            num_blocks=2,
+            num_attention_blocks=2,
+            width=128,
+            head_size=64,
+            ffn_width=256,
+            chunk_size=32,
+            top_k=64,
+            selector="bounds",
+            key_conv=2,
+            attention_init="aligned",
+        ),
         data=DataConfig(
             tokenizer="byte",
-            sources=(SourceConfig("text", weight=0.3), SourceConfig("passkey", weight=0.7)),
+            sources=(
+                SourceConfig("text"),
+                SourceConfig("pairs", pairs=8),
+                SourceConfig("pairs", pairs=64),
+            ),
         ),
         optimizer=OptimizerConfig(policy="rwkv_lm", weight_decay=0.1),
-        run=RunConfig(compute_dtype="float32", probe_trials=20, eval_batches=2),
+        run=RunConfig(compute_dtype="float32", remat="none", eval_batches=1),
         stages=(
-            Stage("rwkv7", 128, 64, 150, rate, expanded=False, warmup_steps=20),
-            Stage("preheat", 128, 64, 40, rate, trainable="attention", warmup_steps=10),
-            Stage("grow-256", 256, 32, 150, rate, warmup_steps=10),
-            Stage("grow-1024", 1024, 8, 100, rate, warmup_steps=5, source_weights=long),
             Stage(
-                "grow-4096",
-                4096,
-                4,
-                90,
+                "rwkv7", 128, 16, 60, rate, expanded=False, warmup_steps=20, source_weights=SHORT
+            ),
+            Stage(
+                "preheat",
+                256,
+                8,
+                20,
+                rate,
+                trainable="attention",
+                warmup_steps=10,
+                source_weights=SHORT,
+            ),
+            Stage("grow-256", 256, 8, 160, rate, warmup_steps=10, source_weights=SHORT),
+            Stage(
+                "grow-2048",
+                2048,
+                2,
+                40,
                 rate,
                 schedule="linear",
                 final_lr=rate / 10,
-                source_weights=long,
+                source_weights=LONG,
             ),
         ),
     )

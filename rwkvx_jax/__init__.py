@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rwkvx_jax.training.expand import expand
     from rwkvx_jax.training.loop import fit
 
+__version__ = "0.2.0"
+
 _HOMES = {
     "CachePolicy": "cache",
     "Config": "config",

@@ -26,6 +26,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import jax
 import tyro
 
+from rwkvx_jax.cli_help import fields_help
 from rwkvx_jax.config import Config, ConfigError, UserError
 from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.generate.terminal import printable
@@ -35,6 +36,8 @@ _log = logging.getLogger(__name__)
 Options = TypeVar("Options")
 
 _GOOGLE_PCI_VENDOR = "0x1ae0"
+
+_HELP_ALL = "--help-all"
 
 _USAGE, _INTERRUPTED, _PIPE_CLOSED = 2, 130, 141  # exit statuses, as shells have them
 
@@ -241,7 +244,7 @@ def parse_with_overrides(
       ConfigError: see `experiment_files.load_config`, and a value that can't work.
       UsageError: a field that the config does not have.
     """
-    if any(flag in argv for flag in ("-h", "--help")):
+    if {"-h", "--help", _HELP_ALL} & set(argv):
         _help(parser, argv)
     flags, overrides = parser.parse_known_args(argv)
     config = load_config(flags.config)
@@ -251,7 +254,8 @@ def parse_with_overrides(
 
 
 def _help(parser: argparse.ArgumentParser, argv: Sequence[str]) -> NoReturn:
-    """The flags; and, where a config is known, its fields. Needs no other flag."""
+    """The flags; and, where a config is known, its fields: a line each, or with --help-all all
+    that is known of them. Needs no other flag."""
     parser.print_help()
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?", default=parser.get_default("config"))
@@ -260,6 +264,9 @@ def _help(parser: argparse.ArgumentParser, argv: Sequence[str]) -> NoReturn:
         print("\nWith --config FILE, --help also lists the fields that can be overridden.")
         raise SystemExit(0)
     config = load_config(experiment)
+    if _HELP_ALL not in argv:
+        print(f"\n{fields_help(config, experiment)}")
+        raise SystemExit(0)
     print(f"\nOverrides, with the values of {experiment}:\n")
     tyro.cli(Config, default=config, args=["--help"], prog=parser.prog)
 

@@ -17,7 +17,9 @@ from types import ModuleType
 
 from rwkvx_jax.config import Config, ConfigError, UserError
 
-_SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+_HERE = Path(__file__).resolve().parent
+_INSTALLED, _CHECKOUT = _HERE / "configs", _HERE.parent / "configs"
+_SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 
 def load_config(experiment: str | Path) -> Config:

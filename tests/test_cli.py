@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,9 +105,9 @@ def train_flags(capsys, *argv):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--stages.9.steps", "the config has 5 stages: 0 (rwkv7), 1 (preheat), 2 (grow-256)"),
-        ("--data.sources.2.weight=1", "the config has 2 data.sources: 0 (text), 1 (passkey)"),
-        ("--stages.x.steps", "the config has 5 stages"),
+        ("--stages.9.steps", "the config has 4 stages: 0 (rwkv7), 1 (preheat), 2 (grow-256)"),
+        ("--data.sources.3.weight=1", "the config has 3 data.sources: 0 (text), 1 (pairs)"),
+        ("--stages.x.steps", "the config has 4 stages"),
         ("--optimizer.wd", "choose from policy, b1, b2, eps, weight-decay, clip-norm"),
         ("--optimizer.weigt-decay", "did you mean --optimizer.weight-decay?"),
         ("--stages.0.peak_rl", "did you mean --stages.0.peak-lr?"),
@@ -133,9 +134,27 @@ def test_flags_may_be_written_with_underscores_and_booleans_negated():
     assert config.optimizer.weight_decay == 0.5 and config.data.seed == 3
 
 
+def test_the_help_has_every_field_once_with_its_values_and_fits_two_screens(capsys):
+    config = load_config("tiny_cpu")
+    _, printed = train_flags(capsys, "--help")
+    lines = printed.out.splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+    shown = [
+        line.split()[0] for line in lines if line.startswith("  --") and "." in line.split()[0]
+    ]
+    spelled = (f"--{name.replace('_', '-')}" for name, _ in cli._fields(config))
+    expected = [re.sub(r"\.\d+\.", ".N.", name) for name in spelled]
+    assert sorted(shown) == sorted(set(expected))
+    (line,) = (line for line in lines if "--stages.N.seq-len" in line)
+    assert ", ".join(str(stage.seq_len) for stage in config.stages) in line
+    assert line.endswith("Tokens per sample")
+
+
 def test_help_needs_no_other_flag(capsys):
     status, printed = train_flags(capsys, "--help")
-    assert status == 0 and "--stages.4.peak-lr" in printed.out
+    assert status == 0 and "--stages.N.peak-lr" in printed.out
+    status, printed = train_flags(capsys, "--help-all")
+    assert status == 0 and "--stages.3.peak-lr" in printed.out
     parser = cli.argparse.ArgumentParser(prog="plan", add_help=False)
     parser.add_argument("--config", required=True)
     for argv in (["-h"], ["--config", "--help"]):

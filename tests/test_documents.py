@@ -19,17 +19,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import eval as evaluate
-import train
 from rwkvx_jax import ModelConfig, RunConfig, cli, config, create_model
+from rwkvx_jax.__main__ import COMMANDS
 from rwkvx_jax.convert.__main__ import Options as ConvertOptions
 from rwkvx_jax.convert.pth import write_pth
 from rwkvx_jax.data.__main__ import Arguments as DataOptions
 from rwkvx_jax.doctor.__main__ import Options as DoctorOptions
+from rwkvx_jax.eval import TASKS
+from rwkvx_jax.eval import parse as parse_eval
 from rwkvx_jax.evals import report
 from rwkvx_jax.evals.short.convert import Options as TaskOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
 from rwkvx_jax.perf.plan_command import make_parser as plan_parser
+from rwkvx_jax.train import make_parser as train_parser
 from tests.convert.convert_checkpoints import official_tensors
 from tests.evals.eval_models import QUIET, FakeReader, make_model
 from tests.helpers import ROOT
@@ -45,7 +47,8 @@ SOURCES += [str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.S | re.M)
 INLINE = re.compile(r"`([^`]+)`")
 COMMAND = re.compile(
-    r"(?:^|[ \"'/])python3? (?P<door>train\.py|eval\.py|-m [\w.]+|[\w/]+\.py)(?P<rest>.*)$"
+    r"(?:^|[ \"'/])(?:python3? (?P<door>train\.py|eval\.py|-m [\w.]+|[\w/]+\.py)"
+    r"|rwkvx (?P<command>[a-z]+))(?P<rest>.*)$"
 )
 DATACLASSES = {
     "-m rwkvx_jax.convert": ConvertOptions,
@@ -54,7 +57,7 @@ DATACLASSES = {
     "-m rwkvx_jax.evals": TaskOptions,
     "-m rwkvx_jax.generate": GenerateOptions,
 }
-OVERRIDABLE = {"train.py": train.make_parser, "-m rwkvx_jax.plan": plan_parser}
+OVERRIDABLE = {"train.py": train_parser, "-m rwkvx_jax.plan": plan_parser}
 CONFIG = "configs/tiny_cpu.py"
 PLACEHOLDERS = {"N": "1", "TASK": "passkey", "FILE": CONFIG, "CONFIG": CONFIG}
 PLACEHOLDERS["FILE:VARIANT"] = "configs/rwkvx_3b6_stage2.py:v5p128"
@@ -77,18 +80,29 @@ def block_lines(text: str) -> list[str]:
     return re.sub(r"\\\n\s*", "", "\n".join(code)).splitlines()
 
 
+def door_of(command: str) -> str:
+    """What `python DOOR` would be of `rwkvx COMMAND`."""
+    module = COMMANDS[command].module.removesuffix(".__main__")
+    scripts = {"rwkvx_jax.train": "train.py", "rwkvx_jax.eval": "eval.py"}
+    return scripts.get(module, f"-m {module}")
+
+
 def commands(text: str) -> list[tuple[str, str, bool]]:
     """(door, flags, whether it is whole) of every command of a page."""
     found = [(line, True) for line in block_lines(text)]
     for span in spans(text):
         if span.startswith(("train.py ", "eval.py ")):
             found.append((f"python {span}", False))
-        elif span.startswith("python "):
-            mentioned = "eval.py" in span and "--output" not in span
+        elif span.startswith(("python ", "rwkvx ")):
+            mentioned = ("eval.py" in span or "rwkvx eval" in span) and "--output" not in span
             found.append((span, len(span.split()) > 2 + ("-m" in span) and not mentioned))
     matches = [(COMMAND.search(line), whole) for line, whole in found]
     ends = re.compile(r" +(>>|2>&1|\||&&) .*")
-    rests = [(m["door"], ends.sub("", m["rest"]), whole) for m, whole in matches if m]
+    rests = [
+        (m["door"] or door_of(m["command"]), ends.sub("", m["rest"]), whole)
+        for m, whole in matches
+        if m
+    ]
     # Of a command inside quotes (of ssh, say) the closing one belongs to what is around it.
     return [
         (door, re.sub('"$', "", rest) if rest.count('"') % 2 else rest, whole)
@@ -133,11 +147,11 @@ def parse(door: str, argv: list[str], monkeypatch) -> None:
       ConfigError, SystemExit: they would be refused.
     """
     if door in OVERRIDABLE:
-        cli.parse_with_overrides(OVERRIDABLE[door](), argv)
+        cli.parse_with_overrides(OVERRIDABLE[door](door), argv)
     elif door in DATACLASSES:
         cli.parse(DATACLASSES[door], argv, door)
     elif door == "eval.py":
-        evaluate.parse(argv)
+        parse_eval(argv)
     elif door == "-m pytest":  # it would run them; that the files exist is checked below
         assert argv, "names no tests"
     else:
@@ -147,11 +161,11 @@ def parse(door: str, argv: list[str], monkeypatch) -> None:
 @functools.cache
 def known_flags() -> set[str]:
     """Flags of all doors that are no fields of Config."""
-    kinds = [kind for kind, _ in evaluate.TASKS.values()] + list(DATACLASSES.values())
+    kinds = [kind for kind, _ in TASKS.values()] + list(DATACLASSES.values())
     flags = {f"--{name.replace('_', '-')}" for kind in kinds for name in kind.__dataclass_fields__}
-    parsers = [make() for make in OVERRIDABLE.values()]
+    parsers = [make(door) for door, make in OVERRIDABLE.items()]
     flags |= {name for p in parsers for action in p._actions for name in action.option_strings}
-    return flags | {"--help"}
+    return flags | {"--help", "--help-all", "--version"}
 
 
 def check_overrides(words: list[str], config_file: str = CONFIG) -> None:
@@ -163,7 +177,7 @@ def check_overrides(words: list[str], config_file: str = CONFIG) -> None:
     ]
     whole = all(len(words) > i + 1 or "no-" in word for i, word in enumerate(words) if "--" in word)
     if words and whole:
-        cli.parse_with_overrides(train.make_parser(), ["--config", config_file, *words])
+        cli.parse_with_overrides(train_parser("train.py"), ["--config", config_file, *words])
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import rwkvx_jax
 from tests.helpers import ROOT
 
-# Lowest first; entry points (train.py, eval.py, `__main__.py`) stand above all rooms.
+# Lowest first; entry points (train.py and eval.py at the root, `__main__.py`) stand above all.
 ROOMS = [
     "pallas_kernels",
     "rwkvx_jax.config",
@@ -46,13 +46,17 @@ ROOMS = [
     "rwkvx_jax.evals.chunk_mass",
     "rwkvx_jax.evals.short",
     "rwkvx_jax.evals.tasks",
+    "rwkvx_jax.cli_help",
     "rwkvx_jax.cli",
     "rwkvx_jax.perf",
     "rwkvx_jax.evals.report",
     "rwkvx_jax.plan",
     "rwkvx_jax.doctor",
+    "rwkvx_jax.train",
+    "rwkvx_jax.eval",
 ]
-DOORS = "rwkvx_jax.perf", "rwkvx_jax.evals.report", "rwkvx_jax.plan", "rwkvx_jax.doctor"
+DOORS = "perf", "evals.report", "plan", "doctor", "eval"
+DOORS = tuple(f"rwkvx_jax.{name}" for name in DOORS)
 FILES = sorted(
     path
     for package in ("rwkvx_jax", "pallas_kernels")

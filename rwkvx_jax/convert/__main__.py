@@ -213,8 +213,7 @@ def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
-    prog = "python -m rwkvx_jax.convert"
+def main(argv: list[str], prog: str = "python -m rwkvx_jax.convert") -> None:
     settle_platform()
     with command_line(prog, argv):
         convert(parse(Options, argv, prog), Console(stderr=True))

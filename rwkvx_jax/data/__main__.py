@@ -70,8 +70,7 @@ def tokenize(arguments: Arguments) -> None:
     print(f"{index.with_suffix('')}: {len(written.sizes):,} documents, {len(written):,} tokens")
 
 
-def main(argv: list[str]) -> None:
-    prog = "python -m rwkvx_jax.data"
+def main(argv: list[str], prog: str = "python -m rwkvx_jax.data") -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with command_line(prog, argv):
         tokenize(parse(Arguments, argv, prog))

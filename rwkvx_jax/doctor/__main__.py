@@ -98,9 +98,8 @@ def _case(options: Options, model: ModelConfig, dtype: str) -> Case:
     return Case(model, dtype, length, _TIMED.get(platform, _DEFAULT_TIMED))
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], prog: str = "python -m rwkvx_jax.doctor") -> int:
     """Entry point of the command line; returns the exit status."""
-    prog = "python -m rwkvx_jax.doctor"
     settle_platform()
     with command_line(prog, argv):
         options = parse(Options, argv, prog)

@@ -21,7 +21,12 @@ from rwkvx_jax.cache import MOST_ROWS, CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.intervals import share_with_interval
-from rwkvx_jax.evals.models import EvalModel, EvalOptions, require_at_least_1
+from rwkvx_jax.evals.models import (
+    EvalModel,
+    EvalOptions,
+    require_at_least_1,
+    with_attention_off,
+)
 from rwkvx_jax.evals.plots import HeatMap, draw, print_table
 from rwkvx_jax.evals.readers import STEP_TOKENS, GreedyReader, affordable_batch, check_memory
 from rwkvx_jax.evals.results import Results
@@ -88,6 +93,8 @@ class GridOptions(EvalOptions):
     policy: Policy = None
     """Compresses the cache of keys and values (see docs/generation.md) instead of keeping all: when
     it holds more than TRIGGER tokens, KEEP stay, the last WINDOW among them."""
+    compare_without_attention: bool = False
+    """Also shows each model with its attention blocks taken out."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -207,8 +214,11 @@ def evaluate(
         `GreedyReader` is one.
 
     Raises:
-      ConfigError: lengths that can't hold a prompt, or a results file of another evaluation.
+      ConfigError: lengths that can't hold a prompt, no attention blocks to take out, or a results
+        file of another evaluation.
     """
+    if options.compare_without_attention:
+        models = with_attention_off(models)
     check_sizes(grid, options, models)
     trials = grid.plan()
     for trial in trials[: len(trials) // len(grid.lengths)]:  # the shortest are the first to fail

@@ -220,8 +220,7 @@ def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[
         print(session.speed, file=sys.stderr)
 
 
-def main(argv: list[str]) -> None:
-    prog = "python -m rwkvx_jax.generate"
+def main(argv: list[str], prog: str = "python -m rwkvx_jax.generate") -> None:
     settle_platform()
     with command_line(prog, argv):
         run(parse(Options, argv, prog))

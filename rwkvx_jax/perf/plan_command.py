@@ -40,10 +40,10 @@ from rwkvx_jax.xla_flags import apply_xla_flags
 _KINDS = ("train", "prefill", "decode")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], prog: str = "python -m rwkvx_jax.plan") -> int:
     topology.on_cpu()
-    with command_line("python -m rwkvx_jax.plan", argv):
-        flags, config = parse_with_overrides(make_parser(), argv)
+    with command_line(prog, argv):
+        flags, config = parse_with_overrides(make_parser(prog), argv)
         generation = topology.generation(flags.topology)
         if generation not in TPUS:
             raise ConfigError(f"no peaks are known for {generation}: use one of {list(TPUS)}")
@@ -77,10 +77,8 @@ def main(argv: Sequence[str]) -> int:
         return 0 if fits else 1
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rwkvx_jax.plan", description=__doc__.splitlines()[0], add_help=False
-    )
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument(
         "--config", required=True, help="experiment: FILE, FILE:VARIANT, or a name in configs/"
     )

@@ -7,6 +7,7 @@ parameters and moments as they were and is counted; the caller decides what to d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -270,7 +271,7 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
         moved = jax.tree.map(lambda p, u, f: p - rate * f * u, trainable, updates, factors)
         targets = jnp.sum(batch["mask"] > 0, axis=1)
         # Of finite gradients, too, an optimizer can make values that are not.
-        finite_update = _all_finite((moved, opt_state))
+        finite_update = _all_finite(moved, opt_state)
         sound = jnp.isfinite(loss) & finite_update & jnp.any(targets > 0)
         good, guard = state.guard.watch(sound, norm, config.run.spike_factor)
         keep = lambda new, old: jnp.where(good, new, old)
@@ -295,10 +296,20 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
     return step
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    """Whether every value of every floating-point array of a tree is finite."""
-    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+def _all_finite(params: Params, opt_state: Any) -> jax.Array:
+    """Whether every floating-point value of parameters and optimizer state is finite.
+
+    A parameter and its moments, which lie on the same devices, share one reduction: with one for
+    each array, small models would spend much of a step and of its compilation on these.
+    """
+    structure = jax.tree.structure(params)
+    alike = lambda tree: jax.tree.structure(tree) == structure
+    parts = jax.tree.leaves(opt_state, is_leaf=alike)
+    moments = [part for part in parts if alike(part)]
+    others = [x for x in parts if not alike(x) and jnp.issubdtype(x.dtype, jnp.floating)]
+    together = lambda *arrays: functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays)).all()
+    finite = [*jax.tree.leaves(jax.tree.map(together, params, *moments)), *map(together, others)]
+    return jnp.all(jnp.stack(finite))
 
 
 def _eval_step(config: Config, model: RWKVX) -> Callable:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid, runner
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
-from rwkvx_jax.evals.models import EvalModel, with_attention_off
+from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.readers import GreedyReader
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.records import Record
@@ -68,8 +68,6 @@ class PasskeyOptions(GridOptions):
     """Length of random keys; training documents have 5 digits."""
     wording: Literal["official", "other"] = "official"
     """other: lines around the key that no training document has (protocol exact)."""
-    compare_without_attention: bool = False
-    """Also shows each model with its attention blocks taken out."""
 
     def __post_init__(self):
         if not self.lengths:
@@ -206,8 +204,6 @@ def evaluate(
             f"--protocol official counts characters for the World tokenizer, and "
             f"{models[0].checkpoint} uses the {tokenizer.name} tokenizer: use --protocol exact"
         )
-    if options.compare_without_attention:
-        models = with_attention_off(models)
     return grid.evaluate(passkey_grid(options), options, models, console, make_reader)
 
 

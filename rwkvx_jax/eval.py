@@ -1,0 +1,52 @@
+"""Evaluates checkpoints: `rwkvx eval TASK`, or `python eval.py TASK`.
+
+Run again with the same output directory, it does only what is not finished yet.
+"""
+
+from typing import Any
+
+import tyro
+
+from rwkvx_jax.cli import UsageError, command_line, settle_platform
+from rwkvx_jax.cli_help import nearest
+from rwkvx_jax.evals import report
+from rwkvx_jax.evals.short import task as short
+from rwkvx_jax.evals.tasks import long_loss, niah, passkey, selection
+from rwkvx_jax.perf import prefill, speed
+
+TASKS = {
+    "passkey": (passkey.PasskeyOptions, passkey.run),
+    "niah": (niah.NiahOptions, niah.run),
+    "short": (short.ShortOptions, short.run),
+    "long-loss": (long_loss.LongLossOptions, long_loss.run),
+    "report": (report.ReportOptions, report.run),
+    "selection": (selection.SelectionOptions, selection.run),
+    "prefill": (prefill.PrefillOptions, prefill.run),
+    "speed": (speed.SpeedOptions, speed.run),
+}
+
+
+def parse(argv: list[str], prog: str = "eval.py") -> Any:
+    """The options of the task that the flags name.
+
+    Raises:
+      UsageError: no task has the name.
+    """
+    if argv and argv[0] not in TASKS and not argv[0].startswith("-"):
+        raise UsageError(f"{prog} has no task {argv[0]!r}: {nearest(argv[0], TASKS)}")
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: options for name, (options, _) in TASKS.items()},
+        args=argv,
+        prog=prog,
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def main(argv: list[str], prog: str = "eval.py") -> None:
+    settle_platform()
+    with command_line(prog, argv):
+        options = parse(argv, prog)
+        for kind, run in TASKS.values():
+            if type(options) is kind:
+                run(options)
