@@ -40,7 +40,7 @@ demo: $(VENV)/.runtime
 	$(RUN) train.py --config configs/tiny_cpu.py --workdir $(DEMO)
 	$(RUN) eval.py niah --checkpoint $(DEMO) --output $(DEMO)/eval --compare-without-attention \
 		--tasks recall_64 --lengths 2048,8192 --depths 5 --trials 4 --answer-tokens 8
-	$(RUN) -m tools.ask_demo $(DEMO)
+	$(RUN) -m tools.show_demo $(DEMO)
 
 # The quick tests: every room, every op, every command.
 test: venv

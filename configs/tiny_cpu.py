@@ -48,7 +48,7 @@ def get_config() -> Config:
             ),
         ),
         optimizer=OptimizerConfig(policy="rwkv_lm", weight_decay=0.1),
-        run=RunConfig(compute_dtype="float32", remat="none", eval_batches=1),
+        run=RunConfig(compute_dtype="float32", remat="none", eval_batches=0),
         stages=(
             Stage(
                 "rwkv7", 128, 16, 60, rate, expanded=False, warmup_steps=20, source_weights=SHORT
@@ -63,7 +63,7 @@ def get_config() -> Config:
                 warmup_steps=10,
                 source_weights=SHORT,
             ),
-            Stage("grow-256", 256, 8, 160, rate, warmup_steps=10, source_weights=SHORT),
+            Stage("grow-256", 256, 8, 200, rate, warmup_steps=10, source_weights=SHORT),
             Stage(
                 "grow-2048",
                 2048,
