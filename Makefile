@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 RUN = $(VENV)/bin/python
 DEMO = runs/demo
 
-.PHONY: venv demo test test-all test-slow lint static-costs
+.PHONY: venv demo test test-all test-slow lint docs static-costs
 
 venv: $(VENV)/.installed
 
@@ -57,6 +57,15 @@ lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# API reference from docstrings, in build/docs/. Warnings are errors; only annotations of tuples with
+# names, which pdoc can't read under `from __future__ import annotations`, are let pass.
+API = $(addprefix rwkvx_jax.,ops.recurrence ops.block_sparse ops.selection ops.full_attention model \
+	cache config checkpoint training.expand training.loop generate.engine)
+docs: venv
+	JAX_PLATFORMS=cpu $(RUN) -W error::UserWarning \
+		-W "ignore:Error parsing type annotation:UserWarning" \
+		-m pdoc --docformat google --output-directory build/docs $(API)
 
 static-costs: venv
 	$(RUN) -m rwkvx_jax.perf.static_costs

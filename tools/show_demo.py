@@ -1,6 +1,6 @@
 """The end of `make demo`: three of its questions with their answers, and what to try next.
 
-    python -m tools.show_demo runs/demo
+python -m tools.show_demo runs/demo
 """
 
 import argparse
@@ -21,7 +21,7 @@ TASK = "recall_64"
 NEXT = """Next (the commands are in .venv/bin):
   rwkvx generate --checkpoint {run} --prompt "The "                   it reads and writes bytes
   rwkvx eval passkey --checkpoint {run} --output out                  other tasks: rwkvx eval --help
-  rwkvx train --config recall_64k --data.path 'books/*.txt'           the same in large, 65,536 bytes
+  rwkvx train --config recall_64k --data.path 'books/*.txt'           the same for 65,536 bytes
   rwkvx plan --config rwkvx_3b6_stage2:v5p128 --topology v5p:4x4x8    and on a pod, predicted
 The figure is {figure}."""
 
@@ -39,7 +39,9 @@ def show(run: WorkPath, console: Console) -> None:
     header, tokenizer = contents.headers[-1], load_tokenizer("byte")
     options = NiahOptions(checkpoint=(run,), output=run / "eval", seed=header["settings"]["seed"])
     length, depths = header["plan"]["lengths"][0], header["plan"]["depths"]
-    trials = [Trial(length, depth, 0) for depth in (depths[0], depths[len(depths) // 2], depths[-1])]
+    trials = [
+        Trial(length, depth, 0) for depth in (depths[0], depths[len(depths) // 2], depths[-1])
+    ]
     table = Table("question", "right", *contents.models, title=f"64 numbers in {length:,} bytes")
     answers = {
         label: {trial["depth"]: trial["answer"] for trial in contents.trials(label)
