@@ -37,7 +37,8 @@ def show(run: WorkPath, console: Console) -> None:
     if contents is None or not all(contents.keys(label) for label in contents.models):
         raise ConfigError(f"{path} holds no finished evaluation: run make demo")
     header, tokenizer = contents.headers[-1], load_tokenizer("byte")
-    options = NiahOptions(checkpoint=(run,), output=run / "eval", seed=header["settings"]["seed"])
+    seed = header["settings"]["seed"]
+    options = NiahOptions(checkpoint=(run,), output=run / "eval", tasks=(TASK,), seed=seed)
     length, depths = header["plan"]["lengths"][0], header["plan"]["depths"]
     trials = [
         Trial(length, depth, 0) for depth in (depths[0], depths[len(depths) // 2], depths[-1])
