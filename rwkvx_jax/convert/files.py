@@ -7,7 +7,7 @@ manner of Hugging Face that holds one of these.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,16 @@ from rwkvx_jax.storage import local_copy
 
 _INDEX = ".index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_DIRECTORY_FILES = (
+_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, _INDEX)
+# Names that Hugging Face's programs give to a whole model. Where there are several they hold the
+# same tensors, and the first one is read.
+_STANDARD_NAMES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+_SHOWN = 20
 
 
 @contextmanager
@@ -57,15 +61,15 @@ def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[s
     """Lazy tensors of a checkpoint, and its metadata (empty where the format has none).
 
     Args:
-      path: `.pth`, `.pt`, `.bin`, `.safetensors`, `*.index.json`, or a directory with one of
-        Hugging Face's file names.
+      path: `.pth`, `.pt`, `.bin`, `.safetensors`, `*.index.json`, or a directory that holds one
+        (see `checkpoint_among`).
 
     Raises:
       ConversionError: nothing readable there; the message says why.
     """
     path = Path(path)
     if path.is_dir():
-        path = _file_in(path)
+        path = path / checkpoint_among([p.name for p in path.iterdir() if p.is_file()], str(path))
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
     if path.name.endswith(_INDEX):
@@ -106,11 +110,33 @@ def write_tensors(
         )
 
 
-def _file_in(directory: Path) -> Path:
-    for name in _DIRECTORY_FILES:
-        if (directory / name).exists():
-            return directory / name
-    raise ConversionError(f"{directory} holds no checkpoint; looked for {list(_DIRECTORY_FILES)}")
+def checkpoint_among(names: Collection[str], where: str) -> str:
+    """The file that holds the model of a directory or of a repository.
+
+    Args:
+      names: of all its files; one with a slash lies in a folder of its own, and is never chosen.
+      where: the directory or repository, for messages.
+
+    Raises:
+      ConversionError: there is no checkpoint, or several and none has a standard name; they are
+        listed.
+    """
+    standard = [name for name in _STANDARD_NAMES if name in names]
+    found = sorted(name for name in names if name.endswith(_SUFFIXES))
+    outer = [name for name in found if "/" not in name]
+    if standard or len(outer) == 1:
+        return [*standard, *outer][0]
+    if not found:
+        raise ConversionError(
+            f"{where} holds no checkpoint; looked for {', '.join(_STANDARD_NAMES)}, or one file "
+            f"that ends in {', '.join(_SUFFIXES)}"
+        )
+    candidates = outer or found
+    shown = ", ".join(candidates[:_SHOWN]) + (", ..." if len(candidates) > _SHOWN else "")
+    raise ConversionError(
+        f"{where} holds {len(candidates)} files that may be the model: {shown}. Name one, such as "
+        f"{where}/{candidates[0]}"
+    )
 
 
 def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:

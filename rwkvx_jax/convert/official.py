@@ -5,7 +5,7 @@ names without `rwkv.`. Neither says anything of itself, so the configuration is 
 shapes; chunk size and top-k, which no shape shows, take the official values. What
 our own layout does not keep (the prefix, dtypes, order, whether block 0 has an unused value
 residual) goes into an `OfficialInfo`, so that a round trip gives back every tensor byte by byte.
-Prefixes that a wrapper of torch put before every name are taken off.
+Prefixes that a wrapper of torch or a class of transformers put before the names are taken off.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _PREFIX = "rwkv."
 _ATTENTION_PREFIX = "moba."
 # Before every name: of torch.compile, of data parallelism, of a model kept as an attribute.
 WRAPPERS = ("_orig_mod.", "module.", "model.")
+# Before every name but the head's, in directories made for transformers: of the model without it.
+_BODIES = ("rwkv7.", "model.")
 # Fields of ModelConfig that shapes tell, if in other words.
 _IN_SHAPES = ("low_rank", "low_rank_override", "ffn_width")
 
@@ -83,6 +85,15 @@ def without_wrappers(
     return tensors
 
 
+def _without_body(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+    """The tensors without the name that transformers' classes put before all but the head's."""
+    body = [name for name in tensors if name != "head.weight"]
+    for prefix in _BODIES:
+        if body and all(name.startswith(prefix) for name in body):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def official_naming(prefix: str, first_value_residual: bool) -> Naming:
     """The names of an official file."""
     return Naming(
@@ -111,7 +122,7 @@ def open_official(
     Raises:
       ConversionError: missing, extra or contradictory tensors, all of them listed.
     """
-    tensors = without_wrappers(as_lazy(tensors))
+    tensors = _without_body(without_wrappers(as_lazy(tensors)))
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
     first_value_residual = any(f"{prefix}blocks.0.att.v{i}" in tensors for i in range(3))
     naming = official_naming(prefix, first_value_residual)

@@ -172,17 +172,17 @@ def check_count(tensors: int) -> None:
         )
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, largest: int = LARGEST_JSON) -> Any:
     """The value of a JSON text from a file.
 
     Raises:
-      ConversionError: not JSON, a key that occurs twice in one object, or more text than any
-        checkpoint needs.
+      ConversionError: not JSON, a key that occurs twice in one object, or more than `largest`
+        bytes, which no checkpoint needs.
     """
-    if len(data) > LARGEST_JSON:
+    if len(data) > largest:
         raise ConversionError(
             f"its JSON has {len(data)} bytes; no checkpoint that can be read here needs more than "
-            f"{LARGEST_JSON}"
+            f"{largest}"
         )
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
@@ -197,11 +197,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
     """The value of a JSON file; see `parse_json`, whose errors here name the file."""
     try:
         with path.open("rb") as file:
-            return parse_json(file.read(LARGEST_JSON + 1))
+            return parse_json(file.read(largest + 1), largest)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
     except OSError as error:
