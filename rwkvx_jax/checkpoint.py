@@ -24,13 +24,14 @@ from rwkvx_jax.config import (
     from_dict,
     to_dict,
 )
-from rwkvx_jax.convert.files import on_disk
 from rwkvx_jax.convert.finite import check_finite
+from rwkvx_jax.convert.hub import hub_address
 from rwkvx_jax.convert.load import open_checkpoint
+from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import DTYPES
 from rwkvx_jax.digest import flat
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
-from rwkvx_jax.storage import bucket_errors, work_path
+from rwkvx_jax.storage import bucket_errors, in_hub, work_path
 
 
 def progress_record(
@@ -133,7 +134,8 @@ def load_checkpoint(
 
     Args:
       path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, .safetensors (ours or
-        official), .pth, or a Hugging Face directory; on a disk or in a bucket (gs://).
+        official), .pth, or a directory of the Hugging Face Hub's form; on a disk or in a bucket
+        (gs://). Or hf://org/name[@revision][/file], on the Hub itself.
       chunk_size: replaces the stored chunk size of the sparse attention.
       top_k: replaces the stored number of chunks that a query reads.
       run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
@@ -219,10 +221,15 @@ def nested(flat_params: dict[str, Any]) -> Params:
 def locate(path: str | Path) -> tuple[Path, tuple[Path, int | None] | None]:
     """The `work_path` of a checkpoint, and what `find_run` says of it.
 
+    Of one on the Hub, where there are no runs, only the form of its address is checked.
+
     Raises:
-      ConfigError: there is nothing, or it can't be read.
+      ConfigError, ConversionError: there is nothing, or it can't be read.
     """
     path = work_path(path)
+    if in_hub(path):
+        hub_address(path)
+        return path, None
     try:
         with bucket_errors(path):
             exists, run_and_step = path.exists(), find_run(path)

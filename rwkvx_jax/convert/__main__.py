@@ -22,11 +22,12 @@ from rich.text import Text
 
 from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.convert.files import TORCH_SUFFIXES, on_disk, write_tensors
+from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
 from rwkvx_jax.convert.finite import describe, nonfinite_values
 from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.official import lost_in_official, params_to_official
 from rwkvx_jax.convert.own import OwnCheckpoint, Trained, own_metadata
+from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import (
     DTYPES,
     ConversionError,

@@ -7,8 +7,7 @@ manner of Hugging Face that holds one of these.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from rwkvx_jax.convert.tensors import (
     check_tensor,
     read_json,
 )
-from rwkvx_jax.storage import local_copy
 
-_INDEX = ".index.json"
+INDEX = ".index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, _INDEX)
+_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, INDEX)
 # Names that Hugging Face's programs give to a whole model. Where there are several they hold the
 # same tensors, and the first one is read.
 _STANDARD_NAMES = (
@@ -36,25 +34,6 @@ _STANDARD_NAMES = (
     "pytorch_model.bin",
 )
 _SHOWN = 20
-
-
-@contextmanager
-def on_disk(path: Path) -> Iterator[Path]:
-    """The checkpoint's own path, or that of a copy of one in a bucket, for as long as it is read.
-
-    Args:
-      path: as `storage.work_path` makes it.
-
-    Raises:
-      ConversionError: it can't be copied.
-    """
-    sharded = path.name.endswith(_INDEX)
-    with ExitStack() as held:
-        try:
-            copy = held.enter_context(local_copy(path.parent if sharded else path))
-        except OSError as error:
-            raise ConversionError(f"{path} can't be read: {error}") from error
-        yield copy / path.name if sharded else copy
 
 
 def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -72,7 +51,7 @@ def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[s
         path = path / checkpoint_among([p.name for p in path.iterdir() if p.is_file()], str(path))
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         return _open_sharded(path)
     return _open_file(path)
 
@@ -139,7 +118,12 @@ def checkpoint_among(names: Collection[str], where: str) -> str:
     )
 
 
-def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def read_index(path: Path) -> dict[str, str]:
+    """The shard of each tensor that the index of a sharded checkpoint names.
+
+    Raises:
+      ConversionError: not an index, or one with names that no checkpoint uses.
+    """
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(weight_map, dict) and weight_map):
@@ -157,6 +141,11 @@ def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
             check_tensor(name, (), DTYPES["float32"])
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
+    return weight_map
+
+
+def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    weight_map = read_index(path)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:

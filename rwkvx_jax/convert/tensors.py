@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from rwkvx_jax.config import UserError
-from rwkvx_jax.storage import bucket_errors, in_bucket, new_file, work_path
+from rwkvx_jax.storage import bucket_errors, in_bucket, new_file, refuse_hub, work_path
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -232,6 +232,7 @@ def written_whole(
     if not in_bucket(path) and not path.parent.is_dir():
         raise ConversionError(f"cannot write {path}: directory {path.parent} does not exist")
     try:
+        refuse_hub(path)
         with bucket_errors(path):
             taken = path.is_dir()
         if taken:

@@ -66,7 +66,9 @@ def _differences(theirs: list[bytes], name: str) -> list[str]:
     size = max(len(theirs), len(ours))
     pairs = [_padded(table, size) for table in (theirs, ours)]
     wrong = [i for i, (there, here) in enumerate(zip(*pairs, strict=True)) if there != here]
-    shown = ", ".join(f"{i} is {pairs[0][i]!r:.60} there, {pairs[1][i]!r} here" for i in wrong[:_SHOWN])
+    shown = ", ".join(
+        f"{i} is {pairs[0][i]!r:.60} there, {pairs[1][i]!r} here" for i in wrong[:_SHOWN]
+    )
     return [f"{len(wrong)} ids differ: {shown}{', ...' if len(wrong) > _SHOWN else ''}"]
 
 

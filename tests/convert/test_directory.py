@@ -93,7 +93,9 @@ def test_other_head_sizes_are_another_model_elsewhere(tmp_path):
 
 def test_several_candidates_are_listed():
     names = ["README.md", "a.pth", "b.pth", "old/c.pth"]
-    with pytest.raises(ConversionError, match=r"org/x holds 2 .*: a.pth, b.pth. Name .*org/x/a.pth"):
+    with pytest.raises(
+        ConversionError, match=r"org/x holds 2 .*: a.pth, b.pth. Name .*org/x/a.pth"
+    ):
         checkpoint_among(names, "hf://org/x")
     assert checkpoint_among([*names, "model.safetensors"], "x") == "model.safetensors"
     assert checkpoint_among(["README.md", "a.pth", "old/c.pth"], "x") == "a.pth"
@@ -177,7 +179,9 @@ def test_the_world_vocabulary_is_that_of_the_package(tmp_path):
     vocabulary.check_vocabulary(tmp_path, "world")
     table[300], table[65000] = table[65000], table[300]
     file.write_text(tokenizer_json(table))
-    with pytest.raises(ConversionError, match="2 ids differ: 300 is b' quest.* 65000 is b' A' there"):
+    with pytest.raises(
+        ConversionError, match="2 ids differ: 300 is b' quest.* 65000 is b' A' there"
+    ):
         vocabulary.check_vocabulary(tmp_path, "world")
 
 
