@@ -1,4 +1,4 @@
-"""flash-linear-attention's names for the tensors of RWKV-7, in its own and in rwkv7-hf's directories.
+"""RWKV-7 under flash-linear-attention's names, in its own and in rwkv7-hf's directories.
 
 The same model under other names: low-rank pairs are small linear layers with the offset as a
 bias, and vectors lack leading axes. Files of early 2025 keep the six token-shift vectors fused in

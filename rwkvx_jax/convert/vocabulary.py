@@ -64,11 +64,9 @@ def _differences(theirs: list[bytes], name: str) -> list[str]:
     if ours is None:
         return ["its vocabulary is another one (pyrwkv-tokenizer, which tells where, is missing)"]
     size = max(len(theirs), len(ours))
-    pairs = [_padded(table, size) for table in (theirs, ours)]
-    wrong = [i for i, (there, here) in enumerate(zip(*pairs, strict=True)) if there != here]
-    shown = ", ".join(
-        f"{i} is {pairs[0][i]!r:.60} there, {pairs[1][i]!r} here" for i in wrong[:_SHOWN]
-    )
+    there, here = _padded(theirs, size), _padded(ours, size)
+    wrong = [i for i in range(size) if there[i] != here[i]]
+    shown = ", ".join(f"{i} is {there[i]!r:.60} there, {here[i]!r} here" for i in wrong[:_SHOWN])
     return [f"{len(wrong)} ids differ: {shown}{', ...' if len(wrong) > _SHOWN else ''}"]
 
 

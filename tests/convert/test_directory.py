@@ -140,7 +140,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     bpe = {"type": "BPE", "vocab": json.loads(tokenizer_json(table))["model"]["vocab"]}
     extra = [{"id": 257, "content": "<think>"}]
     for content, message in [
-        (tokenizer_json([b"", *reversed(table[1:])]), r"256 ids differ: 1 is b'\\xff' there, b'\\x00'"),
+        (tokenizer_json([b"", *reversed(table[1:])]), r"256 ids differ: 1 is b'\\xff' there"),
         (tokenizer_json([*table, b"ab"]), "1 ids differ: 257 is b'ab' there, b'' here"),
         (tokenizer_json(table, added_tokens=extra), "1 ids differ: 257 is b'<think>' there"),
         (tokenizer_json(table, model=bpe), "model.type is 'BPE' there"),

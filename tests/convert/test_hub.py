@@ -118,7 +118,7 @@ def test_a_cache_that_was_damaged_later_is_refused(hub, model):  # noqa: F811
     [
         (
             f"{REPO}/absent.pth",
-            "the repository has no file absent.pth, only README.md, config.json, model",
+            "repository has no file absent.pth, only README.md, config.json, model",
         ),
         (f"{REPO}@v9", "the repository has no revision 'v9'"),
         (f"{REPO}@refs%2Fpr%2F1", "the repository has no revision 'refs/pr/1'"),
