@@ -5,13 +5,16 @@ Checkpoints themselves are read and written in `checkpoint_store`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints
 from rwkvx_jax.config import (
@@ -27,11 +30,14 @@ from rwkvx_jax.config import (
 from rwkvx_jax.convert.finite import check_finite
 from rwkvx_jax.convert.hub import hub_address
 from rwkvx_jax.convert.load import open_checkpoint
+from rwkvx_jax.convert.own import OwnCheckpoint, Trained
 from rwkvx_jax.convert.places import on_disk
-from rwkvx_jax.convert.tensors import DTYPES
+from rwkvx_jax.convert.tensors import DTYPES, as_lazy, in_dtype
 from rwkvx_jax.digest import flat
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
 from rwkvx_jax.storage import bucket_errors, in_hub, work_path
+
+_log = logging.getLogger(__name__)
 
 
 def progress_record(
@@ -171,6 +177,38 @@ def load_checkpoint(
     return Loaded(model, own.tokenizer_name, "", None, *(own.trained or (None, None)))
 
 
+@contextlib.contextmanager
+def open_any(
+    path: str | Path, step: int | None = None, dtype: np.dtype | None = None
+) -> Iterator[OwnCheckpoint]:
+    """A checkpoint of whatever kind as ours, for as long as the block reads it.
+
+    Args:
+      path: as `load_checkpoint` takes it.
+      step: of a run; None: the newest.
+      dtype: of the parameters; None keeps the stored one.
+
+    Raises:
+      ConfigError, ConversionError: nothing readable there, or a step of what is no run.
+    """
+    run_and_step = find_step(path, step)
+    if run_and_step is None:
+        with on_disk(work_path(path)) as file:
+            yield open_checkpoint(file, dtype=dtype)
+        return
+    run = read_workdir(*run_and_step)
+    tokenizer = run.config.data.tokenizer
+    if run.config.data.vocab_file:
+        tokenizer = ""
+        _log.warning(
+            "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
+            run.config.data.vocab_file,
+        )
+    params = in_dtype(as_lazy(dict(flat(run.params))), dtype)
+    trained = Trained(run.step, run.config.trained_length(run.step))
+    yield OwnCheckpoint(run.model_config, tokenizer, params, None, trained)
+
+
 def load_model(
     path: str | Path,
     *,
@@ -240,6 +278,26 @@ def locate(path: str | Path) -> tuple[Path, tuple[Path, int | None] | None]:
     return path, run_and_step
 
 
+def find_step(path: str | Path, step: int | None) -> tuple[Path, int | None] | None:
+    """Workdir and step of the checkpoint of a run; None for one of another kind.
+
+    Args:
+      path: as `load_checkpoint` takes it.
+      step: that is asked for, instead of the one that the path means.
+
+    Raises:
+      ConfigError, ConversionError: as `locate`; or a step is asked for of another kind.
+    """
+    path, run_and_step = locate(path)
+    if run_and_step is not None:
+        return run_and_step if step is None else (run_and_step[0], step)
+    if step is not None:
+        raise ConfigError(
+            f"--step {step} chooses among the checkpoints of a training run, which {path} is not"
+        )
+    return None
+
+
 def find_run(path: Path) -> tuple[Path, int | None] | None:
     """Workdir and step (None: the newest) that a path means; None if it is neither of a run."""
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
@@ -273,6 +331,24 @@ def read_workdir(
     Raises:
       ConfigError: there is no checkpoint, or not the asked one, or it is damaged.
     """
+    with _opened(workdir, step) as (checkpoints, run):
+        model = target(run.model_config)
+        return run._replace(params=checkpoints.restore_params(run.step, model))
+
+
+def describe_workdir(workdir: Path, step: int | None = None) -> SavedRun:
+    """A checkpoint of a run as `read_workdir` gives it, but for its parameters: they are not read.
+
+    Raises:
+      ConfigError: there is no checkpoint, or not the asked one, or its record is damaged.
+    """
+    with _opened(workdir, step) as (_, run):
+        return run
+
+
+@contextlib.contextmanager
+def _opened(workdir: Path, step: int | None) -> Iterator[tuple[Checkpoints, SavedRun]]:
+    """The checkpoints of a run, and one of them without its parameters."""
     if not (workdir / CHECKPOINTS).is_dir():
         raise ConfigError(f"{workdir} holds no run: no {CHECKPOINTS} directory in it")
     with Checkpoints(workdir) as checkpoints:
@@ -284,6 +360,4 @@ def read_workdir(
             )
         progress = checkpoints.progress(step)
         config = _saved_config(progress)
-        stage = config.stages[progress["stage"]]
-        params = checkpoints.restore_params(step, target(config.stage_model(stage)))
-    return SavedRun(config, stage, step, params)
+        yield checkpoints, SavedRun(config, config.stages[progress["stage"]], step, {})

@@ -51,6 +51,7 @@ ROOMS = [
     "rwkvx_jax.evals.report",
     "rwkvx_jax.plan",
     "rwkvx_jax.doctor",
+    "rwkvx_jax.expand_checkpoint",
 ]
 DOORS = "rwkvx_jax.perf", "rwkvx_jax.evals.report", "rwkvx_jax.plan", "rwkvx_jax.doctor"
 FILES = sorted(

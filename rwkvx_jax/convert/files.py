@@ -46,14 +46,24 @@ def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[s
     Raises:
       ConversionError: nothing readable there; the message says why.
     """
-    path = Path(path)
+    path = _file_of(Path(path))
+    return _open_sharded(path) if path.name.endswith(INDEX) else _open_file(path)
+
+
+def files_of(path: str | os.PathLike) -> list[Path]:
+    """The files that hold the tensors of a checkpoint; see `open_tensors`."""
+    path = _file_of(Path(path))
+    if not path.name.endswith(INDEX):
+        return [path]
+    return [path.with_name(shard) for shard in sorted(set(read_index(path).values()))]
+
+
+def _file_of(path: Path) -> Path:
     if path.is_dir():
         path = path / checkpoint_among([p.name for p in path.iterdir() if p.is_file()], str(path))
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
-    if path.name.endswith(INDEX):
-        return _open_sharded(path)
-    return _open_file(path)
+    return path
 
 
 def _open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:

@@ -13,7 +13,7 @@ from rwkvx_jax.convert.directory import CONFIG_FILE, check_sizes, read_options
 from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.fla import has_fla_names, open_fla
 from rwkvx_jax.convert.official import open_official
-from rwkvx_jax.convert.own import OwnCheckpoint, is_own_metadata, read_own
+from rwkvx_jax.convert.own import Layout, OwnCheckpoint, is_own_metadata, read_own
 from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, in_dtype
 from rwkvx_jax.convert.vocabulary import check_vocabulary
 from rwkvx_jax.tokenizer import tokenizer_of
@@ -57,9 +57,10 @@ def _open(
         return own._replace(params=in_dtype(own.params, dtype))
     try:
         if not has_fla_names(tensors):
+            layout: Layout = "official"
             config, params, info = open_official(tensors, dtype=dtype)
         elif options:
-            tied = options.get("tie_word_embeddings") is True
+            layout, tied = "fla", options.get("tie_word_embeddings") is True
             config, params, info = open_fla(tensors, tied=tied, dtype=dtype)
         else:
             raise ConversionError(
@@ -68,4 +69,4 @@ def _open(
             )
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
-    return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info)
+    return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info, layout=layout)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
 from rwkvx_jax.convert.layout import check_params
@@ -30,14 +30,19 @@ class Trained(NamedTuple):
     length: int | None  # longest training sequence so far, in tokens
 
 
+Layout = Literal["ours", "official", "fla"]
+"""Whose names a checkpoint's tensors have: ours, the official ones, flash-linear-attention's."""
+
+
 class OwnCheckpoint(NamedTuple):
-    """A checkpoint of ours, its parameters read lazily."""
+    """A checkpoint as ours, its parameters read lazily."""
 
     config: ModelConfig
     tokenizer_name: str
     params: dict[str, LazyTensor]
     info: OfficialInfo | None  # of the official file it came from
     trained: Trained | None = None
+    layout: Layout = "ours"  # of the file that is read
 
 
 def is_own_metadata(metadata: Mapping[str, str]) -> bool:
