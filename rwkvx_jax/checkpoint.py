@@ -197,9 +197,8 @@ def open_any(
             yield open_checkpoint(file, dtype=dtype)
         return
     run = read_workdir(*run_and_step)
-    tokenizer = run.config.data.tokenizer
+    tokenizer = "" if run.config.data.vocab_file else run.config.data.tokenizer
     if run.config.data.vocab_file:
-        tokenizer = ""
         _log.warning(
             "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
             run.config.data.vocab_file,

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,11 +22,22 @@ from rich.console import Console
 
 from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ConfigError, ModelConfig
+from rwkvx_jax.convert.export import (
+    check_new_directory,
+    exported_tensors,
+    model_card,
+    shard_bytes,
+    write_directory,
+)
 from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
 from rwkvx_jax.convert.inspection import Facts, describe, facts_of_file
 from rwkvx_jax.convert.layout import param_shapes
 from rwkvx_jax.convert.load import open_checkpoint
-from rwkvx_jax.convert.official import lost_in_official, params_to_official
+from rwkvx_jax.convert.official import (
+    has_official_form,
+    lost_in_official,
+    params_to_official,
+)
 from rwkvx_jax.convert.own import OwnCheckpoint, Trained, own_metadata
 from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import (
@@ -53,9 +66,10 @@ class Options:
     """File to write, on a disk or in a bucket (gs://): .safetensors or .pth."""
     inspect: bool = False
     """Write nothing; print what SRC is and what it can be used for."""
-    to: Literal["auto", "ours", "official"] = "auto"
+    to: Literal["auto", "ours", "official", "hub"] = "auto"
     """Layout of the destination. auto: ours for a .safetensors, official for a .pth. An official
-    file does not hold chunk size, top-k and other settings; which of them are lost is said."""
+    file does not hold chunk size, top-k and other settings; which of them are lost is said. hub: a
+    new directory for the Hugging Face Hub, with config.json, official tensors and a model card."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Dtype of the tensors written; keep: as in the source (an official file that became ours
     and turns back: as it was)."""
@@ -69,6 +83,10 @@ class Options:
     step: int | None = None
     """Which checkpoint of a training run: the newest, or one that is kept (as the last of each
     stage)."""
+    shard_size: str = "5GB"
+    """With --to hub: most bytes of tensors in one file."""
+    results: WorkPath | None = None
+    """With --to hub: a folder of eval.py's results, whose tables go into the model card."""
     allow_nonfinite: bool = False
     """Copy values that are NaN or infinite, with a warning; without this they are an error."""
 
@@ -80,6 +98,9 @@ class Options:
                 f"no destination for {self.src}: name the file to write, or only look with "
                 "--inspect"
             )
+        if self.results is not None and self.to != "hub":
+            raise ConfigError("--results goes into a model card: add --to hub")
+        shard_bytes(self.shard_size)
 
 
 def inspect(options: Options) -> list[str]:
@@ -118,28 +139,78 @@ def convert(options: Options, console: Console) -> None:
     Raises:
       ConversionError, ConfigError: see the readers and writers.
     """
+    results = ""
+    if options.to == "hub":
+        check_new_directory(options.dst)
+        results = _results(options)
     # As in `inspect`.
     from rwkvx_jax.checkpoint import open_any
 
     with open_any(options.src, options.step, _dtype(options)) as source:
-        _convert(options, _configured(options, source), console)
+        source = _configured(options, source)
+        source = source._replace(tokenizer_name=_tokenizer(options, source, console))
+        if options.to == "hub":
+            _export(options, source, results, console)
+        else:
+            _convert(options, source, console)
 
 
-def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
-    source = source._replace(tokenizer_name=_tokenizer(options, source, console))
-    official = options.to == "official" or (
-        options.to == "auto" and options.dst.suffix in TORCH_SUFFIXES
+def _results(options: Options) -> str:
+    """Tables of evaluations, one level of headings below a model card's."""
+    if options.results is None:
+        return ""
+    from rwkvx_jax.evals.report import as_markdown, find_runs, sections  # draws: slow to import
+
+    text = as_markdown("Results", sections(find_runs([options.results])))
+    return re.sub("^#", "##", text, flags=re.MULTILINE)
+
+
+def _export(options: Options, source: OwnCheckpoint, results: str, console: Console) -> None:
+    """Writes a directory for the Hub."""
+    with _watched(options, source, console) as (read, accept):
+        tensors = exported_tensors(read, _dtype(options))
+        names = "official" if has_official_form(source.config) else "our"
+        facts = Facts(
+            f"safetensors, tensors of {names} names",
+            sum(tensor.nbytes for tensor in tensors.values()),
+            source.config,
+            Counter(tensor.dtype.name for tensor in tensors.values()),
+            source.tokenizer_name,
+            "",
+            source.trained,
+        )
+        name = options.dst.name
+        card = model_card(name, describe(name, facts), results)
+        write_directory(options.dst, read, tensors, card, shard_bytes(options.shard_size), accept)
+    say(
+        console,
+        f"{options.dst}: directory for the Hub, {facts.bytes / 1e6:,.1f} MB of tensors of {names} "
+        f"names; send it with `hf upload ORGANIZATION/{name} {options.dst}`",
     )
-    if not official and options.dst.suffix != ".safetensors":
-        raise ConversionError(f"{options.dst}: our checkpoints are .safetensors files")
-    with watched(
+
+
+def _watched(options: Options, source: OwnCheckpoint, console: Console):
+    return watched(
         source,
         options.src,
         options.dst,
         console,
         allow_nonfinite=options.allow_nonfinite,
         remedy="--allow-nonfinite copies them",
-    ) as (source, accept):
+    )
+
+
+def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
+    """Writes a single file."""
+    official = options.to == "official" or (
+        options.to == "auto" and options.dst.suffix in TORCH_SUFFIXES
+    )
+    if not official and options.dst.suffix != ".safetensors":
+        raise ConversionError(
+            f"{options.dst}: our checkpoints are .safetensors files (for a directory with a "
+            "config.json add --to hub)"
+        )
+    with _watched(options, source, console) as (source, accept):
         if official:
             tensors, metadata = _official(options, source, console), {}
         else:

@@ -15,6 +15,8 @@ from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.tensors import ConversionError, read_json
 
 CONFIG_FILE = "config.json"
+SETTINGS = "rwkvx_jax"
+"""The option that holds what `own.own_metadata` says, in directories that were written here."""
 _KINDS = ("rwkv7", "rwkv7_fla", "rwkvx", "rwkv")  # "rwkv": also of transformers' RWKV-4
 # Options that change the mathematics: the values of RWKV-7, which are the defaults as well.
 _REQUIRED = {
@@ -56,6 +58,10 @@ def read_options(directory: Path) -> dict[str, Any]:
     ]
     if wrong:
         raise ConversionError(f"{path}: options that our model does not have: {', '.join(wrong)}")
+    settings = options.get(SETTINGS, {})
+    texts = settings.values() if isinstance(settings, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConversionError(f"{path}: {SETTINGS} is no table of texts: the file is damaged")
     return options
 
 

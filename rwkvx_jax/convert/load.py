@@ -9,11 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from rwkvx_jax.convert.directory import CONFIG_FILE, check_sizes, read_options
+from rwkvx_jax.convert.directory import CONFIG_FILE, SETTINGS, check_sizes, read_options
 from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.fla import has_fla_names, open_fla
 from rwkvx_jax.convert.official import open_official
-from rwkvx_jax.convert.own import Layout, OwnCheckpoint, is_own_metadata, read_own
+from rwkvx_jax.convert.own import (
+    Layout,
+    OwnCheckpoint,
+    has_our_names,
+    is_own_metadata,
+    read_own,
+)
 from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, in_dtype
 from rwkvx_jax.convert.vocabulary import check_vocabulary
 from rwkvx_jax.tokenizer import tokenizer_of
@@ -52,6 +58,11 @@ def _open(
     dtype: np.dtype | None,
 ) -> OwnCheckpoint:
     """A checkpoint by the names of its tensors; `options` are None for a single file."""
+    settings = (options or {}).get(SETTINGS)
+    if settings and not has_our_names(tensors):
+        config, params, _ = open_official(tensors, dtype=dtype)
+        return read_own(path, params, settings)._replace(layout="official")
+    metadata = settings or metadata
     if is_own_metadata(metadata):
         own = read_own(path, tensors, metadata)
         return own._replace(params=in_dtype(own.params, dtype))

@@ -161,11 +161,18 @@ def official_to_params(
     return config, {name: param.read() for name, param in params.items()}, info
 
 
+def has_official_form(config: ModelConfig) -> bool:
+    """Whether a model has only parts that the official layout has."""
+    return not (config.key_conv and config.num_attention_blocks)
+
+
 def params_to_official(
     config: ModelConfig,
     params: Mapping[str, Any],
     info: OfficialInfo | None = None,
     dtype: np.dtype | None = None,
+    *,
+    every_row: bool = False,
 ) -> dict[str, LazyTensor]:
     """Official tensors of our parameters, read lazily.
 
@@ -177,6 +184,7 @@ def params_to_official(
       info: of the file that the parameters came from; None: an RWKV-X file as its trainer writes
         it, or without attention blocks an RWKV-7 file as RWKV-LM writes it.
       dtype: of all tensors; None: that of `info`, without one the parameters' own.
+      every_row: keep block 0's unused value residual where `info` does not say whether to.
 
     Raises:
       ConversionError: parameters that do not fit `config`, all of them listed; a model with parts
@@ -184,7 +192,7 @@ def params_to_official(
     """
     params = as_lazy(params)
     check_params(config, params)
-    if config.key_conv and config.num_attention_blocks:
+    if not has_official_form(config):
         raise ConversionError(
             f"a model with key_conv={config.key_conv} has no official form: the original knows no "
             "convolution on keys; keep it as our own (--to ours)"
@@ -192,7 +200,7 @@ def params_to_official(
     hybrid = config.num_attention_blocks > 0
     naming = official_naming(
         info.prefix if info else (_PREFIX if hybrid else ""),
-        info.first_value_residual if info else not hybrid,
+        info.first_value_residual if info else every_row or not hybrid,
     )
     wanted = _in_file_order(slots(config, naming))
     if info is not None and info.order:

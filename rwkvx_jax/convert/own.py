@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, NamedTuple
 
 from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
-from rwkvx_jax.convert.layout import check_params
+from rwkvx_jax.convert.layout import PARAMETERS, check_params
 from rwkvx_jax.convert.official import OfficialInfo
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
 from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy, parse_json
@@ -48,6 +48,11 @@ class OwnCheckpoint(NamedTuple):
 def is_own_metadata(metadata: Mapping[str, str]) -> bool:
     """Whether a safetensors file with this metadata is one of ours."""
     return _FORMAT in metadata
+
+
+def has_our_names(names: Container[str]) -> bool:
+    """Whether these names of tensors are those of our parameters."""
+    return PARAMETERS[0].name in names
 
 
 def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:
