@@ -28,6 +28,7 @@ from rwkvx_jax.data.__main__ import Arguments as DataOptions
 from rwkvx_jax.doctor.__main__ import Options as DoctorOptions
 from rwkvx_jax.evals import report
 from rwkvx_jax.evals.short.convert import Options as TaskOptions
+from rwkvx_jax.expand_checkpoint import Options as ExpandOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
 from rwkvx_jax.perf.plan_command import make_parser as plan_parser
 from tests.convert.convert_checkpoints import official_tensors
@@ -52,6 +53,7 @@ DATACLASSES = {
     "-m rwkvx_jax.data": DataOptions,
     "-m rwkvx_jax.doctor": DoctorOptions,
     "-m rwkvx_jax.evals": TaskOptions,
+    "-m rwkvx_jax.expand_checkpoint": ExpandOptions,
     "-m rwkvx_jax.generate": GenerateOptions,
 }
 OVERRIDABLE = {"train.py": train.make_parser, "-m rwkvx_jax.plan": plan_parser}
