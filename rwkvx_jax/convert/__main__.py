@@ -139,13 +139,12 @@ def convert(options: Options, console: Console) -> None:
     Raises:
       ConversionError, ConfigError: see the readers and writers.
     """
+    from rwkvx_jax.checkpoint import open_any  # as in `inspect`
+
     results = ""
     if options.to == "hub":
         check_new_directory(options.dst)
         results = _results(options)
-    # As in `inspect`.
-    from rwkvx_jax.checkpoint import open_any
-
     with open_any(options.src, options.step, _dtype(options)) as source:
         source = _configured(options, source)
         source = source._replace(tokenizer_name=_tokenizer(options, source, console))

@@ -1,8 +1,9 @@
 """Writes a directory as the Hugging Face Hub has them: config.json, tensors, a model card.
 
 The tensors have the official names, which other programs know; a model without an official form
-has ours. The config.json holds everything that the tensors do not tell, so that the directory reads
-back as the checkpoint that it was written from.
+has ours. What they do not tell of the model is in the metadata of their files, so that a file alone
+tells it as well, and in the config.json, which a reader can see; they are held against each other.
+So the directory reads back as the checkpoint that it was written from.
 """
 
 from __future__ import annotations
@@ -99,15 +100,17 @@ def write_directory(
     if len(shards) > 1:
         count = len(shards)
         names = [f"{_STEM}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    settings = own_metadata(source.config, source.tokenizer_name, source.info, source.trained)
+    metadata = settings | {"format": "pt"}  # without which transformers refuses a file
     with _made_whole(path) as folder:
         for name, shard in zip(names, shards, strict=True):
-            write_safetensors(folder / name, {n: tensors[n] for n in shard}, {"format": "pt"})
+            write_safetensors(folder / name, {n: tensors[n] for n in shard}, metadata)
         if len(shards) > 1:
             places = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
             size = sum(tensor.nbytes for tensor in tensors.values())
             index = {"metadata": {"total_size": size}, "weight_map": places}
             _write_json(folder / f"{_STEM}.safetensors{INDEX}", index)
-        _write_json(folder / CONFIG_FILE, _config(source, tensors))
+        _write_json(folder / CONFIG_FILE, _options(source.config, tensors) | {SETTINGS: settings})
         (folder / CARD).write_text(card)
         accept()
 
@@ -143,9 +146,9 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _config(source: OwnCheckpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    """The config.json: sizes under the names of transformers' RWKV-7, and our own settings."""
-    config, ranks = source.config, source.config.ranks
+def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """The sizes of a model under the names that transformers' RWKV-7 has for them."""
+    ranks = config.ranks
     dtypes = [tensor.dtype.name for tensor in tensors.values()]
     return {
         "model_type": _model_type(config),
@@ -166,13 +169,12 @@ def _config(source: OwnCheckpoint, tensors: Mapping[str, LazyTensor]) -> dict[st
         "eos_token_id": 0,
         "pad_token_id": 0,
         "dtype": max(set(dtypes), key=dtypes.count),
-        SETTINGS: own_metadata(config, source.tokenizer_name, source.info, source.trained),
     }
 
 
 def _model_type(config: ModelConfig) -> str:
-    """ "rwkv7" for a model that is the same one to transformers, which has no attention blocks and
-    normalises heads of another size than 64 with another epsilon."""
+    """The name for a model of transformers if it is one, which has no attention blocks and heads of
+    64: there, others are normalised with another epsilon."""
     plain = config.num_attention_blocks == 0 and config.head_size == 64
     return "rwkv7" if plain else "rwkvx"
 
@@ -206,6 +208,6 @@ from rwkvx_jax import load_model
 model = load_model("hf://ORGANIZATION/{name}")
 ```
 
-`config.json` holds under `{SETTINGS}` the settings that the tensors do not tell. The license of the
-weights and what they were trained on are not stated here.
+The settings that the tensors do not tell are in the metadata of their files, and in `config.json`
+under `{SETTINGS}`. The license of the weights and what they were trained on are not stated here.
 {results and chr(10) + results}"""

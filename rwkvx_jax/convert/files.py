@@ -37,7 +37,8 @@ _SHOWN = 20
 
 
 def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """Lazy tensors of a checkpoint, and its metadata (empty where the format has none).
+    """Lazy tensors of a checkpoint, and its metadata (empty where the format has none, or shards
+    differ in it).
 
     Args:
       path: `.pth`, `.pt`, `.bin`, `.safetensors`, `*.index.json`, or a directory that holds one
@@ -160,13 +161,15 @@ def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
         raise ConversionError(f"{path}: shards {missing} are missing beside the index")
-    opened = {shard: _open_file(path.parent / shard)[0] for shard in shards}
-    absent = sorted(name for name, shard in weight_map.items() if name not in opened[shard])
+    opened = {shard: _open_file(path.parent / shard) for shard in shards}
+    absent = sorted(name for name, shard in weight_map.items() if name not in opened[shard][0])
     if absent:
         raise ConversionError(
             f"{path}: tensors {absent} are not in the shards that should hold them"
         )
-    return {name: opened[shard][name] for name, shard in weight_map.items()}, {}
+    tensors = {name: opened[shard][0][name] for name, shard in weight_map.items()}
+    metadata = [opened[shard][1] for shard in shards]
+    return tensors, metadata[0] if all(m == metadata[0] for m in metadata) else {}
 
 
 def _is_shard_name(shard: Any) -> bool:

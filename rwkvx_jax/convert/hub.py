@@ -117,7 +117,8 @@ class _Fetch:
         """All files of the repository; where the Hub can't be reached, those in the cache."""
         repo, revision, _ = self._address
         try:
-            info = self._hub.HfApi().model_info(repo, revision=revision)
+            timeout = self._hub.constants.HF_HUB_ETAG_TIMEOUT
+            info = self._hub.HfApi().model_info(repo, revision=revision, timeout=timeout)
         except Exception as error:  # its HTTP clients raise what derives from Exception alone
             if (refusal := self._refusal(error)) is not None:
                 raise ConversionError(f"{self._path}: {refusal}") from error

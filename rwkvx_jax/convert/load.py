@@ -58,17 +58,13 @@ def _open(
     dtype: np.dtype | None,
 ) -> OwnCheckpoint:
     """A checkpoint by the names of its tensors; `options` are None for a single file."""
-    settings = (options or {}).get(SETTINGS)
-    if settings and not has_our_names(tensors):
-        config, params, _ = open_official(tensors, dtype=dtype)
-        return read_own(path, params, settings)._replace(layout="official")
-    metadata = settings or metadata
-    if is_own_metadata(metadata):
-        own = read_own(path, tensors, metadata)
-        return own._replace(params=in_dtype(own.params, dtype))
+    settings = _settings(path, metadata, (options or {}).get(SETTINGS))
     try:
-        if not has_fla_names(tensors):
-            layout: Layout = "official"
+        if settings is not None:
+            layout: Layout = "ours" if has_our_names(tensors) else "official"
+            params = tensors if layout == "ours" else open_official(tensors)[1]
+        elif not has_fla_names(tensors):
+            layout = "official"
             config, params, info = open_official(tensors, dtype=dtype)
         elif options:
             layout, tied = "fla", options.get("tie_word_embeddings") is True
@@ -80,4 +76,30 @@ def _open(
             )
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
+    if settings is not None:
+        own = read_own(path, params, settings)
+        return own._replace(params=in_dtype(params, dtype), layout=layout)
     return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info, layout=layout)
+
+
+def _settings(
+    path: Path, metadata: Mapping[str, str], described: Mapping[str, str] | None
+) -> Mapping[str, str] | None:
+    """What a checkpoint that was written here says of its model; None for any other.
+
+    Args:
+      path: of the checkpoint, for messages.
+      metadata: of its file.
+      described: by the config.json beside it.
+
+    Raises:
+      ConversionError: the two differ.
+    """
+    if not is_own_metadata(metadata):
+        return described
+    if described is not None and not described.items() <= metadata.items():
+        raise ConversionError(
+            f"{path}: {CONFIG_FILE} and the file of the tensors describe different models: one was "
+            "replaced or changed; fetch or write the directory again"
+        )
+    return metadata

@@ -170,10 +170,35 @@ def test_sizes_of_shards():
             shard_bytes(text)
 
 
-def test_damaged_settings_are_refused(tmp_path):
+def test_a_file_of_the_directory_tells_its_settings_alone(tmp_path):
     write_pth(tmp_path / "source.pth", official_tensors())
-    export(tmp_path / "source.pth", tmp_path / "model")
-    file = tmp_path / "model" / "config.json"
+    folder = tmp_path / "model"
+    export(tmp_path / "source.pth", folder, "--top-k", "7", "--shard-size", "5KB")
+    index = open_checkpoint(folder / "model.safetensors.index.json")
+    assert_same(index, open_checkpoint(folder))
+    assert index.config.top_k == 7
+    export(tmp_path / "source.pth", tmp_path / "one", "--top-k", "7")
+    assert_same(open_checkpoint(tmp_path / "one" / "model.safetensors"), index)
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path):
+    write_pth(tmp_path / "source.pth", official_tensors())
+    export(tmp_path / "source.pth", tmp_path / "a")
+    export(tmp_path / "source.pth", tmp_path / "b", "--top-k", "7")
+    (tmp_path / "a" / "config.json").write_bytes((tmp_path / "b" / "config.json").read_bytes())
+    with pytest.raises(ConversionError, match="describe different models"):
+        open_checkpoint(tmp_path / "a")
+
+
+def test_damaged_settings_are_refused(tmp_path):
+    """Of a directory whose tensors another program wrote again, without our metadata."""
+    write_pth(tmp_path / "source.pth", official_tensors())
+    export(tmp_path / "source.pth", tmp_path / "model", "--top-k", "7")
+    folder = tmp_path / "model"
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    assert open_checkpoint(folder).config.top_k == 7
+    file = folder / "config.json"
     options = json.loads(file.read_text())
     settings = options["rwkvx_jax"]
     for changed, message in [
