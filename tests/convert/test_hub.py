@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rwkvx_jax import checkpoint, storage
+from rwkvx_jax.config import Config, Stage
 from rwkvx_jax.convert.__main__ import main
 from rwkvx_jax.convert.hub import Address, fetch, hub_address
 from rwkvx_jax.convert.load import open_checkpoint
@@ -17,10 +19,12 @@ from rwkvx_jax.convert.official import open_official
 from rwkvx_jax.convert.own import open_own_safetensors
 from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.storage import work_path
+from rwkvx_jax.training.initial import load_initial_params
 from tests.convert.convert_checkpoints import assert_identical, read_all, rwkv7
 from tests.convert.test_directory import OFFICIAL_CONFIG, directory
 from tests.helpers import ROOT
 from tests.hub_server import COMMIT, HubServer, hub  # noqa: F401
+from tests.training.training_cases import one_device_mesh
 
 REPO = "hf://org/model"
 
@@ -77,6 +81,9 @@ def test_every_reader_takes_an_address(hub, model, tmp_path):  # noqa: F811
     assert_identical(read_all(open_own_safetensors(ours).params), read_all(open_official(model)[1]))
     loaded = checkpoint.load_checkpoint(REPO)
     assert (loaded.model.config.width, loaded.config) == (128, None)
+    stage = Stage("base", 8, 1, 1, 1e-3, expanded=False)
+    params = load_initial_params(REPO, Config(loaded.model.config, (stage,)), one_device_mesh())
+    assert np.array_equal(params["embed"], model["emb.weight"])
 
 
 def test_a_broken_transfer_is_resumed(hub, model, monkeypatch):  # noqa: F811
