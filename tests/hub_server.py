@@ -29,13 +29,14 @@ class HubServer:
 
     files: contents by name. damaged: names of files of which another content is sent. cut: by name,
     after how many bytes a transfer breaks off, once; broken: names of those that break off always.
-    status, code: of every answer, if they are set. ranges: the ranges that were asked for.
+    status, code: of every answer, if they are set. sent: the commit of the files that are sent, if
+    it is not that of the list. ranges: the ranges that were asked for.
     """
 
     def __init__(self):
         self.files, self.cut, self.ranges = {}, {}, []
         self.damaged, self.broken = set(), set()
-        self.status, self.code = None, ""
+        self.status, self.code, self.sent = None, "", COMMIT
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -86,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             302,
             {
                 "Location": f"{self.hub.url}/cdn/{name}",
-                "X-Repo-Commit": COMMIT,
+                "X-Repo-Commit": self.hub.sent,
                 "X-Linked-ETag": f'"{etag(name, content)}"',
                 "X-Linked-Size": len(content),
             },
@@ -95,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self, name, body):
         """A file, or the range of it that is asked for."""
         content = self.hub.files[name]
-        headers = {"ETag": f'"{etag(name, content)}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{etag(name, content)}"', "X-Repo-Commit": self.hub.sent}
         if name in self.hub.damaged:
             content = bytes(255 - byte for byte in content)
         start, status = 0, 200

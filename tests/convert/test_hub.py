@@ -158,6 +158,12 @@ def test_no_access_is_one_line(status, code, message, hub, model):  # noqa: F811
     assert "\n" not in str(caught.value)
 
 
+def test_files_of_another_commit_than_the_list_are_refused(hub, model):  # noqa: F811
+    hub.sent = COMMIT[::-1]
+    with pytest.raises(ConversionError, match=f"comes from another commit than {COMMIT}: "):
+        fetch(REPO)
+
+
 def test_several_checkpoints_are_listed(hub):  # noqa: F811
     hub.files = {"a.pth": b"", "b.pth": b"", "README.md": b""}
     with pytest.raises(ConversionError, match=f"{REPO} holds 2 .*: a.pth, b.pth. Name one"):
