@@ -108,11 +108,14 @@ def _uses(name: str, facts: Facts) -> dict[str, str]:
     """What the checkpoint can be used for; what else that needs."""
     config = facts.config
     text = "yes"
-    if not facts.tokenizer:
+    fitting = [name for name, ids in TOKENIZER_IDS.items() if ids <= config.vocab_size]
+    if not facts.tokenizer and fitting:
         text = (
-            "needs a tokenizer: name one with `python -m rwkvx_jax.convert "
-            f"{name} NEW.safetensors --tokenizer world` (or byte)"
+            "needs a tokenizer: name the one of its training with `python -m rwkvx_jax.convert "
+            f"{name} NEW.safetensors --tokenizer {'|'.join(fitting)}`"
         )
+    elif not facts.tokenizer:
+        text = f"no: a vocabulary of {config.vocab_size} is too small for our tokenizers"
     elif not facts.vocab_file and TOKENIZER_IDS[facts.tokenizer] > config.vocab_size:
         text = (
             f"no: the {facts.tokenizer} tokenizer has {TOKENIZER_IDS[facts.tokenizer]} ids, the "

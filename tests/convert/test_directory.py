@@ -149,6 +149,7 @@ def test_another_tokenizer_is_refused(tmp_path):
         (tokenizer_json(table, model=3), "no tokenizer with a vocabulary"),
         ("[]", "no tokenizer with a vocabulary"),
         ("{", "can't be read"),
+        (" " * (4 << 20) + "{}", "JSON has 4194305 bytes; .* needs more than 4194304"),
     ]:  # fmt: skip
         file.write_text(content)
         with pytest.raises(ConversionError, match=message):

@@ -47,7 +47,7 @@ def test_an_official_hybrid(tmp_path, capsys):
     assert "float32 (1 arrays)" in fields["dtypes"] and "bfloat16 (" in fields["dtypes"]
     assert (fields["tokenizer"], fields["training"]) == ("not known", "not known")
     assert "chunk_size 2048, top_k 3" in fields["config"]
-    assert fields["load_model"] == "yes" and fields["eval"].startswith("needs a tokenizer")
+    assert fields["load_model"] == "yes" and fields["eval"].startswith("no: a vocabulary of 11 is")
     assert fields["--init-from"].endswith("expanded=True") and "already" in fields["expansion"]
 
 
@@ -61,6 +61,8 @@ def test_our_own_file(tmp_path, capsys):
     assert fields["training"] == "step 7, sequences of up to 64 tokens"
     assert (fields["tokenizer"], fields["eval"], fields["generate"]) == ("byte", "yes", "yes")
     assert "expand_checkpoint" in fields["expansion"]
+    write_own_safetensors(file, config, "", params)
+    assert inspected(capsys, file)["eval"].endswith("NEW.safetensors --tokenizer byte`")
     write_own_safetensors(file, config, "world", params)
     assert inspected(capsys, file)["eval"].startswith("no: the world tokenizer has 65530 ids")
 
