@@ -98,7 +98,7 @@ class _Fetch:
         names = self._names()
         wanted, described = self._address.file, []
         if not wanted:
-            wanted = checkpoint_among(names, self._path)
+            wanted = self._chosen(names)
             described = [
                 name
                 for name in names
@@ -112,6 +112,16 @@ class _Fetch:
             for shard in sorted(set(read_index(file).values())):
                 self._get(str(PurePosixPath(wanted).with_name(shard)), names)
         return file if self._address.file else file.parent
+
+    def _chosen(self, names: list[str]) -> str:
+        try:
+            return checkpoint_among(names, self._path)
+        except ConversionError as error:
+            if not self._offline:
+                raise
+            raise ConversionError(
+                f"{error} (by its copy in the cache, which may lack files)"
+            ) from error
 
     def _names(self) -> list[str]:
         """All files of the repository; where the Hub can't be reached, those in the cache."""

@@ -184,6 +184,13 @@ def test_without_network_the_cache_is_used_and_said(hub, model, caplog):  # noqa
             fetch(absent)
 
 
+def test_a_cache_without_the_model_is_told_from_a_repository_without_one(hub, model):  # noqa: F811
+    fetch(f"{REPO}/config.json")
+    hub.stop()
+    with pytest.raises(ConversionError, match="holds no checkpoint; .*by its copy in the cache"):
+        fetch(REPO)
+
+
 def test_offline_mode_asks_nobody(hub, model, monkeypatch):  # noqa: F811
     fetch(REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
