@@ -21,6 +21,9 @@ COMMANDS = {
     "eval": Command("rwkvx_jax.eval", "evaluate checkpoints; `rwkvx eval --help` lists the tasks"),
     "generate": Command("rwkvx_jax.generate.__main__", "continue a text, or chat"),
     "convert": Command("rwkvx_jax.convert.__main__", "convert checkpoints to and from other forms"),
+    "expand": Command(
+        "rwkvx_jax.expand_checkpoint", "give a pretrained RWKV-7 zero-initialised attention blocks"
+    ),
     "plan": Command("rwkvx_jax.plan", "predict memory and time of a TPU that is not here"),
     "data": Command("rwkvx_jax.data.__main__", "tokenize texts into a token cache"),
     "doctor": Command("rwkvx_jax.doctor.__main__", "check kernels and training on this machine"),

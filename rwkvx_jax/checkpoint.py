@@ -5,13 +5,16 @@ Checkpoints themselves are read and written in `checkpoint_store`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints
 from rwkvx_jax.config import (
@@ -24,13 +27,17 @@ from rwkvx_jax.config import (
     from_dict,
     to_dict,
 )
-from rwkvx_jax.convert.files import on_disk
 from rwkvx_jax.convert.finite import check_finite
+from rwkvx_jax.convert.hub import hub_address
 from rwkvx_jax.convert.load import open_checkpoint
-from rwkvx_jax.convert.tensors import DTYPES
+from rwkvx_jax.convert.own import OwnCheckpoint, Trained
+from rwkvx_jax.convert.places import on_disk
+from rwkvx_jax.convert.tensors import DTYPES, as_lazy, in_dtype
 from rwkvx_jax.digest import flat
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
-from rwkvx_jax.storage import bucket_errors, work_path
+from rwkvx_jax.storage import bucket_errors, in_hub, work_path
+
+_log = logging.getLogger(__name__)
 
 
 def progress_record(
@@ -133,7 +140,8 @@ def load_checkpoint(
 
     Args:
       path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, .safetensors (ours or
-        official), .pth, or a Hugging Face directory; on a disk or in a bucket (gs://).
+        official), .pth, or a directory of the Hugging Face Hub's form; on a disk or in a bucket
+        (gs://). Or hf://org/name[@revision][/file], on the Hub itself.
       chunk_size: replaces the stored chunk size of the sparse attention.
       top_k: replaces the stored number of chunks that a query reads.
       run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
@@ -167,6 +175,37 @@ def load_checkpoint(
         params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
     model = bound(own.config, params)
     return Loaded(model, own.tokenizer_name, "", None, *(own.trained or (None, None)))
+
+
+@contextlib.contextmanager
+def open_any(
+    path: str | Path, step: int | None = None, dtype: np.dtype | None = None
+) -> Iterator[OwnCheckpoint]:
+    """A checkpoint of whatever kind as ours, for as long as the block reads it.
+
+    Args:
+      path: as `load_checkpoint` takes it.
+      step: of a run; None: the newest.
+      dtype: of the parameters; None keeps the stored one.
+
+    Raises:
+      ConfigError, ConversionError: nothing readable there, or a step of what is no run.
+    """
+    run_and_step = find_step(path, step)
+    if run_and_step is None:
+        with on_disk(work_path(path)) as file:
+            yield open_checkpoint(file, dtype=dtype)
+        return
+    run = read_workdir(*run_and_step)
+    tokenizer = "" if run.config.data.vocab_file else run.config.data.tokenizer
+    if run.config.data.vocab_file:
+        _log.warning(
+            "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
+            run.config.data.vocab_file,
+        )
+    params = in_dtype(as_lazy(dict(flat(run.params))), dtype)
+    trained = Trained(run.step, run.config.trained_length(run.step))
+    yield OwnCheckpoint(run.model_config, tokenizer, params, None, trained)
 
 
 def load_model(
@@ -219,10 +258,15 @@ def nested(flat_params: dict[str, Any]) -> Params:
 def locate(path: str | Path) -> tuple[Path, tuple[Path, int | None] | None]:
     """The `work_path` of a checkpoint, and what `find_run` says of it.
 
+    Of one on the Hub, where there are no runs, only the form of its address is checked.
+
     Raises:
-      ConfigError: there is nothing, or it can't be read.
+      ConfigError, ConversionError: there is nothing, or it can't be read.
     """
     path = work_path(path)
+    if in_hub(path):
+        hub_address(path)
+        return path, None
     try:
         with bucket_errors(path):
             exists, run_and_step = path.exists(), find_run(path)
@@ -231,6 +275,26 @@ def locate(path: str | Path) -> tuple[Path, tuple[Path, int | None] | None]:
     if not exists:
         raise ConfigError(f"no checkpoint at {path}")
     return path, run_and_step
+
+
+def find_step(path: str | Path, step: int | None) -> tuple[Path, int | None] | None:
+    """Workdir and step of the checkpoint of a run; None for one of another kind.
+
+    Args:
+      path: as `load_checkpoint` takes it.
+      step: that is asked for, instead of the one that the path means.
+
+    Raises:
+      ConfigError, ConversionError: as `locate`; or a step is asked for of another kind.
+    """
+    path, run_and_step = locate(path)
+    if run_and_step is not None:
+        return run_and_step if step is None else (run_and_step[0], step)
+    if step is not None:
+        raise ConfigError(
+            f"--step {step} chooses among the checkpoints of a training run, which {path} is not"
+        )
+    return None
 
 
 def find_run(path: Path) -> tuple[Path, int | None] | None:
@@ -266,6 +330,24 @@ def read_workdir(
     Raises:
       ConfigError: there is no checkpoint, or not the asked one, or it is damaged.
     """
+    with _opened(workdir, step) as (checkpoints, run):
+        model = target(run.model_config)
+        return run._replace(params=checkpoints.restore_params(run.step, model))
+
+
+def describe_workdir(workdir: Path, step: int | None = None) -> SavedRun:
+    """A checkpoint of a run as `read_workdir` gives it, but for its parameters: they are not read.
+
+    Raises:
+      ConfigError: there is no checkpoint, or not the asked one, or its record is damaged.
+    """
+    with _opened(workdir, step) as (_, run):
+        return run
+
+
+@contextlib.contextmanager
+def _opened(workdir: Path, step: int | None) -> Iterator[tuple[Checkpoints, SavedRun]]:
+    """The checkpoints of a run, and one of them without its parameters."""
     if not (workdir / CHECKPOINTS).is_dir():
         raise ConfigError(f"{workdir} holds no run: no {CHECKPOINTS} directory in it")
     with Checkpoints(workdir) as checkpoints:
@@ -277,6 +359,4 @@ def read_workdir(
             )
         progress = checkpoints.progress(step)
         config = _saved_config(progress)
-        stage = config.stages[progress["stage"]]
-        params = checkpoints.restore_params(step, target(config.stage_model(stage)))
-    return SavedRun(config, stage, step, params)
+        yield checkpoints, SavedRun(config, config.stages[progress["stage"]], step, {})

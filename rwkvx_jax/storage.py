@@ -33,12 +33,17 @@ _COPIED_AT_ONCE = 16 << 20  # bytes
 
 
 def work_path(path: str | os.PathLike) -> Path:
-    """A path as given: on a disk, or an `epath.Path` of a bucket (gs://)."""
+    """A path as given: on a disk, or an `epath.Path` of a bucket (gs://) or of the Hub (hf://)."""
     if "://" not in os.fspath(path):
         return Path(path)
     # It logs a traceback for every failure that it raises as well.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return epath.Path(path)
+
+
+def in_hub(path: Path) -> bool:
+    """Whether a `work_path` is one of the Hugging Face Hub, from which checkpoints are read."""
+    return os.fspath(path).startswith("hf://")
 
 
 def in_bucket(path: Path) -> bool:
@@ -79,6 +84,15 @@ def bucket_errors(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: {one_line(error)}") from error
 
 
+def refuse_hub(path: Path) -> None:
+    """Raises OSError for a path of the Hub, which has no half-written repositories."""
+    if in_hub(path):
+        raise OSError(
+            f"{path}: nothing is written to the Hub here; write to a folder and send it with "
+            "`hf upload`"
+        )
+
+
 def files_below(folder: Path, suffix: str) -> list[Path]:
     """The files with a suffix in a folder and all folders in it, sorted."""
     if not in_bucket(folder):
@@ -108,6 +122,7 @@ def make_folder(path: Path) -> None:
     Raises:
       OSError: nothing can be written there.
     """
+    refuse_hub(path)
     if not in_bucket(path):
         path.mkdir(parents=True, exist_ok=True)
         return
@@ -166,6 +181,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
       OSError: it can't be written; nothing of it stays.
     """
+    refuse_hub(path)
     if in_bucket(path):
         with tempfile.NamedTemporaryFile() as file:
             yield file

@@ -37,6 +37,26 @@ TOKENIZER_IDS = {"byte": 257, "world": 65530}
 """Ids of each tokenizer (of "world": with its standard vocabulary): the least number of rows of a
 model that can use it."""
 
+STANDARD_FINGERPRINTS = {
+    "byte": "1f385d3182db8f0447a54ccb94f8a154c6b62e4d0d6bda7aa3bf0601a7c65228",
+    "world": "89bac7c1a37bc6075cdedb7d9b039d9ac35af2587f8a4c8f5bafd28ffd2a5658",
+}
+"""`fingerprint_of` the tables of the two tokenizers (of "world": with its standard vocabulary)."""
+
+
+def fingerprint_of(table: Sequence[bytes]) -> str:
+    """A hash of a vocabulary; `table[id]` holds the bytes of each id, b"" where an id has none."""
+    return hashlib.sha256(repr(list(table)).encode()).hexdigest()
+
+
+def standard_table(name: TokenizerName) -> list[bytes] | None:
+    """The bytes of each id of a tokenizer with its standard vocabulary; None where that is not
+    installed (it comes with pyrwkv-tokenizer)."""
+    if name == "byte":
+        return [b"", *(bytes([value]) for value in range(256))]
+    path = _packaged_vocabulary()
+    return None if path is None else read_vocabulary(path)
+
 
 class Tokenizer:
     """Maps text to ids and back by a table of byte strings.
@@ -54,7 +74,7 @@ class Tokenizer:
         """`table[id]` holds the bytes of each id, b"" where an id has none."""
         self.name = name
         self.vocab_size = len(table)
-        self.fingerprint = hashlib.sha256(repr(list(table)).encode()).hexdigest()
+        self.fingerprint = fingerprint_of(table)
         self._table = list(table)
 
     def encode(self, text: str) -> np.ndarray:
@@ -103,7 +123,7 @@ class ByteTokenizer(Tokenizer):
     """One id per byte: its value + 1."""
 
     def __init__(self):
-        super().__init__("byte", [b"", *(bytes([i]) for i in range(256))])
+        super().__init__("byte", standard_table("byte"))
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, np.uint8).astype(np.int32) + 1

@@ -29,6 +29,7 @@ from rwkvx_jax.eval import TASKS
 from rwkvx_jax.eval import parse as parse_eval
 from rwkvx_jax.evals import report
 from rwkvx_jax.evals.short.convert import Options as TaskOptions
+from rwkvx_jax.expand_checkpoint import Options as ExpandOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
 from rwkvx_jax.perf.plan_command import make_parser as plan_parser
 from rwkvx_jax.train import make_parser as train_parser
@@ -55,6 +56,7 @@ DATACLASSES = {
     "-m rwkvx_jax.data": DataOptions,
     "-m rwkvx_jax.doctor": DoctorOptions,
     "-m rwkvx_jax.evals": TaskOptions,
+    "-m rwkvx_jax.expand_checkpoint": ExpandOptions,
     "-m rwkvx_jax.generate": GenerateOptions,
 }
 OVERRIDABLE = {"train.py": train_parser, "-m rwkvx_jax.plan": plan_parser}

@@ -54,6 +54,7 @@ ROOMS = [
     "rwkvx_jax.doctor",
     "rwkvx_jax.train",
     "rwkvx_jax.eval",
+    "rwkvx_jax.expand_checkpoint",
 ]
 DOORS = "perf", "evals.report", "plan", "doctor", "eval"
 DOORS = tuple(f"rwkvx_jax.{name}" for name in DOORS)

@@ -1,4 +1,4 @@
-"""Command line: `python -m rwkvx_jax.convert SRC DST`.
+"""Command line: `python -m rwkvx_jax.convert SRC DST`, and `--inspect SRC`.
 
 Turns official RWKV-X and RWKV-7 checkpoints and flash-linear-attention's RWKV-7 directories into
 ours, and ours (files and training runs) into official ones. Tensors are copied one at a time, and
@@ -7,10 +7,11 @@ the destination appears only when it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,25 +19,35 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.text import Text
 
 from rwkvx_jax.cli import command_line, parse, settle_platform
-from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.convert.files import TORCH_SUFFIXES, on_disk, write_tensors
-from rwkvx_jax.convert.finite import describe, nonfinite_values
+from rwkvx_jax.config import ConfigError, ModelConfig
+from rwkvx_jax.convert.export import (
+    check_new_directory,
+    exported_tensors,
+    model_card,
+    shard_bytes,
+    write_directory,
+)
+from rwkvx_jax.convert.files import TORCH_SUFFIXES, write_tensors
+from rwkvx_jax.convert.inspection import Facts, describe, facts_of_file
+from rwkvx_jax.convert.layout import param_shapes
 from rwkvx_jax.convert.load import open_checkpoint
-from rwkvx_jax.convert.official import lost_in_official, params_to_official
+from rwkvx_jax.convert.official import (
+    has_official_form,
+    lost_in_official,
+    params_to_official,
+)
 from rwkvx_jax.convert.own import OwnCheckpoint, Trained, own_metadata
+from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import (
     DTYPES,
     ConversionError,
     LazyTensor,
-    as_lazy,
-    in_dtype,
-    tracked,
 )
-from rwkvx_jax.progress import Progress
-from rwkvx_jax.storage import WorkPath, size
+from rwkvx_jax.convert.watched import say, watched
+from rwkvx_jax.generate.terminal import show
+from rwkvx_jax.storage import WorkPath, files_below, size
 from rwkvx_jax.tokenizer import TOKENIZER_IDS, tokenizer_of
 
 _log = logging.getLogger(__name__)
@@ -47,13 +58,18 @@ class Options:
     """Converts a checkpoint between the official layout and ours."""
 
     src: tyro.conf.Positional[WorkPath]
-    """Official .pth or .safetensors (or its *.index.json), a Hugging Face directory of
-    flash-linear-attention's RWKV-7, a .safetensors of ours, or the directory of a training run."""
-    dst: tyro.conf.Positional[WorkPath]
-    """File to write: .safetensors or .pth. Both may lie in a bucket (gs://)."""
-    to: Literal["auto", "ours", "official"] = "auto"
+    """Official .pth or .safetensors (or its *.index.json), a directory with one of them as the
+    Hugging Face Hub has it (also flash-linear-attention's RWKV-7), a .safetensors of ours, or the
+    directory of a training run; in a bucket (gs://), or on the Hub
+    (hf://org/name[@revision][/file])."""
+    dst: tyro.conf.Positional[WorkPath | None] = None
+    """File to write, on a disk or in a bucket (gs://): .safetensors or .pth."""
+    inspect: bool = False
+    """Write nothing; print what SRC is and what it can be used for."""
+    to: Literal["auto", "ours", "official", "hub"] = "auto"
     """Layout of the destination. auto: ours for a .safetensors, official for a .pth. An official
-    file does not hold chunk size, top-k and other settings; which of them are lost is said."""
+    file does not hold chunk size, top-k and other settings; which of them are lost is said. hub: a
+    new directory for the Hugging Face Hub, with config.json, official tensors and a model card."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Dtype of the tensors written; keep: as in the source (an official file that became ours
     and turns back: as it was)."""
@@ -67,8 +83,54 @@ class Options:
     step: int | None = None
     """Which checkpoint of a training run: the newest, or one that is kept (as the last of each
     stage)."""
+    shard_size: str = "5GB"
+    """With --to hub: most bytes of tensors in one file."""
+    results: WorkPath | None = None
+    """With --to hub: a folder of eval.py's results, whose tables go into the model card."""
     allow_nonfinite: bool = False
     """Copy values that are NaN or infinite, with a warning; without this they are an error."""
+
+    def __post_init__(self):
+        if self.inspect and self.dst is not None:
+            raise ConfigError(f"--inspect writes nothing: leave out the destination {self.dst}")
+        if not self.inspect and self.dst is None:
+            raise ConfigError(
+                f"no destination for {self.src}: name the file to write, or only look with "
+                "--inspect"
+            )
+        if self.results is not None and self.to != "hub":
+            raise ConfigError("--results goes into a model card: add --to hub")
+        shard_bytes(self.shard_size)
+
+
+def inspect(options: Options) -> list[str]:
+    """What the source of the options is, as lines of text.
+
+    Raises:
+      ConversionError, ConfigError: see the readers.
+    """
+    # The command line stands above the rooms; imported here, as it brings in the whole model.
+    from rwkvx_jax.checkpoint import CHECKPOINTS, describe_workdir, find_step
+
+    run_and_step = find_step(options.src, options.step)
+    if run_and_step is None:
+        with on_disk(options.src) as path:
+            facts = facts_of_file(path, open_checkpoint(path))
+        return describe(str(options.src), facts)
+    workdir, step = run_and_step
+    run = describe_workdir(workdir, step)
+    files = files_below(workdir / CHECKPOINTS / str(run.step), "")
+    data = run.config.data
+    facts = Facts(
+        f"training run, checkpoint of step {run.step} (stage {run.stage.name})",
+        sum(size(file) for file in files if file.is_file()),
+        run.model_config,
+        {"float32": len(param_shapes(run.model_config))},
+        data.tokenizer,
+        data.vocab_file,
+        Trained(run.step, run.config.trained_length(run.step)),
+    )
+    return describe(str(options.src), facts)
 
 
 def convert(options: Options, console: Console) -> None:
@@ -77,34 +139,77 @@ def convert(options: Options, console: Console) -> None:
     Raises:
       ConversionError, ConfigError: see the readers and writers.
     """
-    with contextlib.ExitStack() as held:
-        _convert(options, _open(options, held), console)
+    from rwkvx_jax.checkpoint import open_any  # as in `inspect`
+
+    results = ""
+    if options.to == "hub":
+        check_new_directory(options.dst)
+        results = _results(options)
+    with open_any(options.src, options.step, _dtype(options)) as source:
+        source = _configured(options, source)
+        source = source._replace(tokenizer_name=_tokenizer(options, source, console))
+        if options.to == "hub":
+            _export(options, source, results, console)
+        else:
+            _convert(options, source, console)
+
+
+def _results(options: Options) -> str:
+    """Tables of evaluations, one level of headings below a model card's."""
+    if options.results is None:
+        return ""
+    from rwkvx_jax.evals.report import as_markdown, find_runs, sections  # draws: slow to import
+
+    text = as_markdown("Results", sections(find_runs([options.results])))
+    return re.sub("^#", "##", text, flags=re.MULTILINE)
+
+
+def _export(options: Options, source: OwnCheckpoint, results: str, console: Console) -> None:
+    """Writes a directory for the Hub."""
+    with _watched(options, source, console) as (read, accept):
+        tensors = exported_tensors(read, _dtype(options))
+        names = "official" if has_official_form(source.config) else "our"
+        facts = Facts(
+            f"safetensors, tensors of {names} names",
+            sum(tensor.nbytes for tensor in tensors.values()),
+            source.config,
+            Counter(tensor.dtype.name for tensor in tensors.values()),
+            source.tokenizer_name,
+            "",
+            source.trained,
+        )
+        name = options.dst.name
+        card = model_card(name, describe(name, facts), results)
+        write_directory(options.dst, read, tensors, card, shard_bytes(options.shard_size), accept)
+    say(
+        console,
+        f"{options.dst}: directory for the Hub, {facts.bytes / 1e6:,.1f} MB of tensors of {names} "
+        f"names; send it with `hf upload ORGANIZATION/{name} {options.dst}`",
+    )
+
+
+def _watched(options: Options, source: OwnCheckpoint, console: Console):
+    return watched(
+        source,
+        options.src,
+        options.dst,
+        console,
+        allow_nonfinite=options.allow_nonfinite,
+        remedy="--allow-nonfinite copies them",
+    )
 
 
 def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
-    source = source._replace(tokenizer_name=_tokenizer(options, source, console))
+    """Writes a single file."""
     official = options.to == "official" or (
         options.to == "auto" and options.dst.suffix in TORCH_SUFFIXES
     )
     if not official and options.dst.suffix != ".safetensors":
-        raise ConversionError(f"{options.dst}: our checkpoints are .safetensors files")
-    bad: dict[str, int] = {}
-    total = sum(param.nbytes for param in source.params.values())
-    with Progress(console, total, "bytes", str(options.dst)) as bar:
-
-        def seen(name: str, array: np.ndarray) -> None:
-            bad[name] = bad.get(name, 0) + nonfinite_values(array)
-            bar.describe(name)
-            bar.advance(array.nbytes)
-
-        def accept() -> None:
-            if (problem := describe(bad)) and not options.allow_nonfinite:
-                raise ConversionError(
-                    f"{options.src} holds {problem}. Nothing was written; --allow-nonfinite copies "
-                    "them"
-                )
-
-        source = source._replace(params=tracked(source.params, seen))
+        raise ConversionError(
+            f"{options.dst}: our checkpoints are .safetensors files (for a directory with a "
+            "config.json add --to hub)"
+        )
+    with _watched(options, source, console) as (source, accept):
         if official:
             tensors, metadata = _official(options, source, console), {}
         else:
@@ -113,59 +218,18 @@ def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
                 source.config, source.tokenizer_name, source.info, source.trained
             )
         write_tensors(options.dst, tensors, metadata, accept)
-    if problem := describe(bad):
-        _say(console, f"warning: {options.dst} holds {problem}")
-    _say(console, _summary(options.dst, official, source.config))
-
-
-def _say(console: Console, line: str) -> None:
-    """Prints a line as it is: paths and names are no markup, and may not be UTF-8."""
-    console.print(Text(line.encode(errors="backslashreplace").decode()), soft_wrap=True)
+    say(console, _summary(options.dst, official, source.config))
 
 
 def _dtype(options: Options) -> np.dtype | None:
     return None if options.dtype == "keep" else DTYPES[options.dtype]
 
 
-def _open(options: Options, held: contextlib.ExitStack) -> OwnCheckpoint:
-    """The source, which can be read until `held` ends."""
-    source = _open_run(options.src, options.step)
-    if source is None:
-        if options.step is not None:
-            raise ConversionError(
-                f"--step {options.step} chooses among the checkpoints of a training run, which "
-                f"{options.src} is not"
-            )
-        src = held.enter_context(on_disk(options.src))
-        source = open_checkpoint(src, dtype=_dtype(options))
-    else:
-        source = source._replace(params=in_dtype(source.params, _dtype(options)))
+def _configured(options: Options, source: OwnCheckpoint) -> OwnCheckpoint:
+    """The source with those settings that the options give."""
     settings = {"chunk_size": options.chunk_size, "top_k": options.top_k}
     given = {name: size for name, size in settings.items() if size is not None}
     return source._replace(config=dataclasses.replace(source.config, **given))
-
-
-def _open_run(directory: Path, step: int | None) -> OwnCheckpoint | None:
-    """A checkpoint of a training run (None: the newest); None if the directory is not that of
-    one."""
-    # The command line stands above the rooms; imported here, as it brings in the whole model.
-    from rwkvx_jax.checkpoint import flat, locate, read_workdir
-
-    _, found = locate(directory)
-    if found is None:
-        return None
-    workdir, named = found
-    run = read_workdir(workdir, named if step is None else step)
-    params = as_lazy(dict(flat(run.params)))
-    trained = Trained(run.step, run.config.trained_length(run.step))
-    tokenizer = run.config.data.tokenizer
-    if run.config.data.vocab_file:
-        tokenizer = ""
-        _log.warning(
-            "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
-            run.config.data.vocab_file,
-        )
-    return OwnCheckpoint(run.model_config, tokenizer, params, None, trained)
 
 
 def _tokenizer(options: Options, source: OwnCheckpoint, console: Console) -> str:
@@ -181,7 +245,7 @@ def _tokenizer(options: Options, source: OwnCheckpoint, console: Console) -> str
     problem = f"the {asked} tokenizer has {TOKENIZER_IDS[asked]} ids, the model {vocab_size}"
     if options.tokenizer != "auto":
         raise ConversionError(f"{problem}: choose another --tokenizer, or none")
-    _say(console, f"warning: {problem}; no tokenizer is named in the file")
+    say(console, f"warning: {problem}; no tokenizer is named in the file")
     return ""
 
 
@@ -195,7 +259,7 @@ def _official(options: Options, source: OwnCheckpoint, console: Console) -> dict
     if source.trained is not None:
         lost.append(f"training step: {source.trained.step}")
     if lost:
-        _say(
+        say(
             console,
             f"warning: {options.dst} is an official file, which does not hold these settings "
             f"(-> what is read back): {', '.join(lost)}. Keep a copy in our layout (.safetensors), "
@@ -216,7 +280,11 @@ def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
 def main(argv: list[str], prog: str = "python -m rwkvx_jax.convert") -> None:
     settle_platform()
     with command_line(prog, argv):
-        convert(parse(Options, argv, prog), Console(stderr=True))
+        options = parse(Options, argv, prog)
+        if options.inspect:
+            show("".join(f"{line}\n" for line in inspect(options)))
+        else:
+            convert(options, Console(stderr=True))
 
 
 if __name__ == "__main__":

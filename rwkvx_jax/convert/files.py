@@ -7,8 +7,7 @@ manner of Hugging Face that holds one of these.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +21,50 @@ from rwkvx_jax.convert.tensors import (
     check_tensor,
     read_json,
 )
-from rwkvx_jax.storage import local_copy
 
-_INDEX = ".index.json"
+INDEX = ".index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_DIRECTORY_FILES = (
+_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, INDEX)
+# Names that Hugging Face's programs give to a whole model. Where there are several they hold the
+# same tensors, and the first one is read.
+_STANDARD_NAMES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-
-
-@contextmanager
-def on_disk(path: Path) -> Iterator[Path]:
-    """The checkpoint's own path, or that of a copy of one in a bucket, for as long as it is read.
-
-    Args:
-      path: as `storage.work_path` makes it.
-
-    Raises:
-      ConversionError: it can't be copied.
-    """
-    sharded = path.name.endswith(_INDEX)
-    with ExitStack() as held:
-        try:
-            copy = held.enter_context(local_copy(path.parent if sharded else path))
-        except OSError as error:
-            raise ConversionError(f"{path} can't be read: {error}") from error
-        yield copy / path.name if sharded else copy
+_SHOWN = 20
 
 
 def open_tensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """Lazy tensors of a checkpoint, and its metadata (empty where the format has none).
+    """Lazy tensors of a checkpoint, and its metadata (empty where the format has none, or shards
+    differ in it).
 
     Args:
-      path: `.pth`, `.pt`, `.bin`, `.safetensors`, `*.index.json`, or a directory with one of
-        Hugging Face's file names.
+      path: `.pth`, `.pt`, `.bin`, `.safetensors`, `*.index.json`, or a directory that holds one
+        (see `checkpoint_among`).
 
     Raises:
       ConversionError: nothing readable there; the message says why.
     """
-    path = Path(path)
+    path = _file_of(Path(path))
+    return _open_sharded(path) if path.name.endswith(INDEX) else _open_file(path)
+
+
+def files_of(path: str | os.PathLike) -> list[Path]:
+    """The files that hold the tensors of a checkpoint; see `open_tensors`."""
+    path = _file_of(Path(path))
+    if not path.name.endswith(INDEX):
+        return [path]
+    return [path.with_name(shard) for shard in sorted(set(read_index(path).values()))]
+
+
+def _file_of(path: Path) -> Path:
     if path.is_dir():
-        path = _file_in(path)
+        path = path / checkpoint_among([p.name for p in path.iterdir() if p.is_file()], str(path))
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
-    if path.name.endswith(_INDEX):
-        return _open_sharded(path)
-    return _open_file(path)
+    return path
 
 
 def _open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -106,14 +100,41 @@ def write_tensors(
         )
 
 
-def _file_in(directory: Path) -> Path:
-    for name in _DIRECTORY_FILES:
-        if (directory / name).exists():
-            return directory / name
-    raise ConversionError(f"{directory} holds no checkpoint; looked for {list(_DIRECTORY_FILES)}")
+def checkpoint_among(names: Collection[str], where: str) -> str:
+    """The file that holds the model of a directory or of a repository.
+
+    Args:
+      names: of all its files; one with a slash lies in a folder of its own, and is never chosen.
+      where: the directory or repository, for messages.
+
+    Raises:
+      ConversionError: there is no checkpoint, or several and none has a standard name; they are
+        listed.
+    """
+    standard = [name for name in _STANDARD_NAMES if name in names]
+    found = sorted(name for name in names if name.endswith(_SUFFIXES))
+    outer = [name for name in found if "/" not in name]
+    if standard or len(outer) == 1:
+        return [*standard, *outer][0]
+    if not found:
+        raise ConversionError(
+            f"{where} holds no checkpoint; looked for {', '.join(_STANDARD_NAMES)}, or one file "
+            f"that ends in {', '.join(_SUFFIXES)}"
+        )
+    candidates = outer or found
+    shown = ", ".join(candidates[:_SHOWN]) + (", ..." if len(candidates) > _SHOWN else "")
+    raise ConversionError(
+        f"{where} holds {len(candidates)} files that may be the model: {shown}. Name one, such as "
+        f"{where}/{candidates[0]}"
+    )
 
 
-def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def read_index(path: Path) -> dict[str, str]:
+    """The shard of each tensor that the index of a sharded checkpoint names.
+
+    Raises:
+      ConversionError: not an index, or one with names that no checkpoint uses.
+    """
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(weight_map, dict) and weight_map):
@@ -131,17 +152,24 @@ def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
             check_tensor(name, (), DTYPES["float32"])
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
+    return weight_map
+
+
+def _open_sharded(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    weight_map = read_index(path)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
         raise ConversionError(f"{path}: shards {missing} are missing beside the index")
-    opened = {shard: _open_file(path.parent / shard)[0] for shard in shards}
-    absent = sorted(name for name, shard in weight_map.items() if name not in opened[shard])
+    opened = {shard: _open_file(path.parent / shard) for shard in shards}
+    absent = sorted(name for name, shard in weight_map.items() if name not in opened[shard][0])
     if absent:
         raise ConversionError(
             f"{path}: tensors {absent} are not in the shards that should hold them"
         )
-    return {name: opened[shard][name] for name, shard in weight_map.items()}, {}
+    tensors = {name: opened[shard][0][name] for name, shard in weight_map.items()}
+    metadata = [opened[shard][1] for shard in shards]
+    return tensors, metadata[0] if all(m == metadata[0] for m in metadata) else {}
 
 
 def _is_shard_name(shard: Any) -> bool:

@@ -5,7 +5,7 @@ names without `rwkv.`. Neither says anything of itself, so the configuration is 
 shapes; chunk size and top-k, which no shape shows, take the official values. What
 our own layout does not keep (the prefix, dtypes, order, whether block 0 has an unused value
 residual) goes into an `OfficialInfo`, so that a round trip gives back every tensor byte by byte.
-Prefixes that a wrapper of torch put before every name are taken off.
+Prefixes that a wrapper of torch or a class of transformers put before the names are taken off.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _PREFIX = "rwkv."
 _ATTENTION_PREFIX = "moba."
 # Before every name: of torch.compile, of data parallelism, of a model kept as an attribute.
 WRAPPERS = ("_orig_mod.", "module.", "model.")
+# Before every name but the head's, in directories made for transformers: of the model without it.
+_BODIES = ("rwkv7.", "model.")
 # Fields of ModelConfig that shapes tell, if in other words.
 _IN_SHAPES = ("low_rank", "low_rank_override", "ffn_width")
 
@@ -83,6 +85,15 @@ def without_wrappers(
     return tensors
 
 
+def _without_body(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+    """The tensors without the name that transformers' classes put before all but the head's."""
+    body = [name for name in tensors if name != "head.weight"]
+    for prefix in _BODIES:
+        if body and all(name.startswith(prefix) for name in body):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def official_naming(prefix: str, first_value_residual: bool) -> Naming:
     """The names of an official file."""
     return Naming(
@@ -111,7 +122,7 @@ def open_official(
     Raises:
       ConversionError: missing, extra or contradictory tensors, all of them listed.
     """
-    tensors = without_wrappers(as_lazy(tensors))
+    tensors = _without_body(without_wrappers(as_lazy(tensors)))
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
     first_value_residual = any(f"{prefix}blocks.0.att.v{i}" in tensors for i in range(3))
     naming = official_naming(prefix, first_value_residual)
@@ -150,11 +161,18 @@ def official_to_params(
     return config, {name: param.read() for name, param in params.items()}, info
 
 
+def has_official_form(config: ModelConfig) -> bool:
+    """Whether a model has only parts that the official layout has."""
+    return not (config.key_conv and config.num_attention_blocks)
+
+
 def params_to_official(
     config: ModelConfig,
     params: Mapping[str, Any],
     info: OfficialInfo | None = None,
     dtype: np.dtype | None = None,
+    *,
+    every_row: bool = False,
 ) -> dict[str, LazyTensor]:
     """Official tensors of our parameters, read lazily.
 
@@ -166,6 +184,7 @@ def params_to_official(
       info: of the file that the parameters came from; None: an RWKV-X file as its trainer writes
         it, or without attention blocks an RWKV-7 file as RWKV-LM writes it.
       dtype: of all tensors; None: that of `info`, without one the parameters' own.
+      every_row: keep block 0's unused value residual where `info` does not say whether to.
 
     Raises:
       ConversionError: parameters that do not fit `config`, all of them listed; a model with parts
@@ -173,7 +192,7 @@ def params_to_official(
     """
     params = as_lazy(params)
     check_params(config, params)
-    if config.key_conv and config.num_attention_blocks:
+    if not has_official_form(config):
         raise ConversionError(
             f"a model with key_conv={config.key_conv} has no official form: the original knows no "
             "convolution on keys; keep it as our own (--to ours)"
@@ -181,7 +200,7 @@ def params_to_official(
     hybrid = config.num_attention_blocks > 0
     naming = official_naming(
         info.prefix if info else (_PREFIX if hybrid else ""),
-        info.first_value_residual if info else not hybrid,
+        info.first_value_residual if info else every_row or not hybrid,
     )
     wanted = _in_file_order(slots(config, naming))
     if info is not None and info.order:

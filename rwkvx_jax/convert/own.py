@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Container, Mapping
+from typing import Any, Literal, NamedTuple
 
 from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
-from rwkvx_jax.convert.layout import check_params
+from rwkvx_jax.convert.layout import PARAMETERS, check_params
 from rwkvx_jax.convert.official import OfficialInfo
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
 from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy, parse_json
@@ -30,19 +30,29 @@ class Trained(NamedTuple):
     length: int | None  # longest training sequence so far, in tokens
 
 
+Layout = Literal["ours", "official", "fla"]
+"""Whose names a checkpoint's tensors have: ours, the official ones, flash-linear-attention's."""
+
+
 class OwnCheckpoint(NamedTuple):
-    """A checkpoint of ours, its parameters read lazily."""
+    """A checkpoint as ours, its parameters read lazily."""
 
     config: ModelConfig
     tokenizer_name: str
     params: dict[str, LazyTensor]
     info: OfficialInfo | None  # of the official file it came from
     trained: Trained | None = None
+    layout: Layout = "ours"  # of the file that is read
 
 
 def is_own_metadata(metadata: Mapping[str, str]) -> bool:
     """Whether a safetensors file with this metadata is one of ours."""
     return _FORMAT in metadata
+
+
+def has_our_names(names: Container[str]) -> bool:
+    """Whether these names of tensors are those of our parameters."""
+    return PARAMETERS[0].name in names
 
 
 def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from rwkvx_jax.config import UserError
-from rwkvx_jax.storage import bucket_errors, in_bucket, new_file, work_path
+from rwkvx_jax.storage import bucket_errors, in_bucket, new_file, refuse_hub, work_path
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -172,17 +172,17 @@ def check_count(tensors: int) -> None:
         )
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, largest: int = LARGEST_JSON) -> Any:
     """The value of a JSON text from a file.
 
     Raises:
-      ConversionError: not JSON, a key that occurs twice in one object, or more text than any
-        checkpoint needs.
+      ConversionError: not JSON, a key that occurs twice in one object, or more than `largest`
+        bytes, which no checkpoint needs.
     """
-    if len(data) > LARGEST_JSON:
+    if len(data) > largest:
         raise ConversionError(
             f"its JSON has {len(data)} bytes; no checkpoint that can be read here needs more than "
-            f"{LARGEST_JSON}"
+            f"{largest}"
         )
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
@@ -197,11 +197,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
     """The value of a JSON file; see `parse_json`, whose errors here name the file."""
     try:
         with path.open("rb") as file:
-            return parse_json(file.read(LARGEST_JSON + 1))
+            return parse_json(file.read(largest + 1), largest)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
     except OSError as error:
@@ -232,6 +232,7 @@ def written_whole(
     if not in_bucket(path) and not path.parent.is_dir():
         raise ConversionError(f"cannot write {path}: directory {path.parent} does not exist")
     try:
+        refuse_hub(path)
         with bucket_errors(path):
             taken = path.is_dir()
         if taken:

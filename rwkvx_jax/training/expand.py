@@ -21,6 +21,13 @@ _COPIED = (
 )
 
 
+def parameters_read(config: ModelConfig) -> list[str]:
+    """Names of those parameters of the RWKV-7 on which the attention blocks of `config` depend."""
+    if config.attention_init != "copy":
+        return []
+    return [f"blocks.{source}.{name}" for _, source, names in _COPIED for name in names]
+
+
 def new_attention_blocks(config: ModelConfig, shardings: Params | None = None) -> Params:
     """Freshly initialised attention blocks of a model, as `config.init_seed` gives them."""
     make = lambda: get_params(create_model(config))["attention_blocks"]
@@ -32,6 +39,7 @@ def expand(params: Params, config: ModelConfig, shardings: Params | None = None)
 
     Args:
       params: parameters of `config.without_attention()`, all on the same devices; kept as they are.
+        Those of `parameters_read(config)` are enough.
       config: the hybrid.
       shardings: where to make the attention blocks; None: on the default device.
 

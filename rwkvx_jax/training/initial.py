@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from rwkvx_jax.checkpoint import check_shapes, locate, nested, read_workdir
 from rwkvx_jax.config import Config, ConfigError, ModelConfig
-from rwkvx_jax.convert.files import on_disk
 from rwkvx_jax.convert.finite import nonfinite_values, refuse
 from rwkvx_jax.convert.load import open_checkpoint
+from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import DTYPES, LazyTensor, tracked
 from rwkvx_jax.digest import flat
 from rwkvx_jax.model import Params, abstract_model, get_params

@@ -5,11 +5,18 @@ The names and shapes repeat the official layouts independently of the table in
 """
 
 import json
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from rwkvx_jax import checkpoint
+from rwkvx_jax.config import to_dict
 from rwkvx_jax.convert.safetensors_file import write_safetensors
+from rwkvx_jax.training.loop import CONFIG_FILE
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 L, M, W, D, H, K, F = 3, 1, 11, 32, 2, 16, 48
@@ -168,3 +175,23 @@ def rwkv7(**layout):
     """A random RWKV-7 with heads of 64, as flash-linear-attention's epsilon demands."""
     shape = {"width": 128, "heads": 2, "ffn": 512, "attention_blocks": 0, "prefix": ""}
     return official_tensors(**shape, **layout)
+
+
+def save_run(workdir, config, params):
+    """The work directory of a run with a checkpoint after each of its steps, one a stage.
+
+    Args:
+      workdir: to be made.
+      config: of the experiment, with stages of one step.
+      params: by dotted name; the checkpoint of step n holds n times these.
+    """
+    tree = unflatten_dict({n: jnp.asarray(p) for n, p in params.items()}, sep=".")
+    steps = range(1, len(config.stages) + 1)
+    with checkpoint.Checkpoints(workdir, keep=len(steps)) as checkpoints:
+        for step in steps:
+            progress = checkpoint.progress_record(config, step - 1, 1, {})
+            saved = jax.tree.map(partial(jnp.multiply, step), tree)
+            checkpoints.save(step, saved, {"count": jnp.zeros(())}, progress)
+        checkpoints.wait()
+    (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(config)))  # as train.py does
+    return workdir

@@ -2,17 +2,13 @@
 
 import json
 import tracemalloc
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax.traverse_util import unflatten_dict
 
 from rwkvx_jax import checkpoint
-from rwkvx_jax.config import Config, DataConfig, Stage, to_dict
+from rwkvx_jax.config import Config, DataConfig, Stage
 from rwkvx_jax.convert.__main__ import main
 from rwkvx_jax.convert.files import open_tensors, write_tensors
 from rwkvx_jax.convert.layout import check_params, param_shapes
@@ -25,7 +21,6 @@ from rwkvx_jax.convert.own import (
 from rwkvx_jax.convert.pth import open_pth, write_pth
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
 from rwkvx_jax.convert.tensors import DTYPES, ConversionError
-from rwkvx_jax.training.loop import CONFIG_FILE
 from tests.convert.convert_checkpoints import (
     BF16,
     assert_identical,
@@ -37,6 +32,7 @@ from tests.convert.convert_checkpoints import (
     random_tensors,
     read_all,
     rwkv7,
+    save_run,
 )
 from tests.helpers import shared_path
 
@@ -196,14 +192,7 @@ def test_command_line_converts_training_runs(tmp_path):
     params = random_tensors(param_shapes(model))
     stages = (Stage("short", 8, 1, 1, 1e-3), Stage("long", 16, 1, 1, 1e-3))
     config = Config(model, stages, data=DataConfig(tokenizer="world"))
-    tree = unflatten_dict({n: jnp.asarray(p) for n, p in params.items()}, sep=".")
-    with checkpoint.Checkpoints(tmp_path / "run", keep=2) as checkpoints:
-        for step in (1, 2):
-            progress = checkpoint.progress_record(config, step - 1, 1, {})
-            saved = jax.tree.map(partial(jnp.multiply, step), tree)
-            checkpoints.save(step, saved, {"count": jnp.zeros(())}, progress)
-        checkpoints.wait()
-    (tmp_path / "run" / CONFIG_FILE).write_text(json.dumps(to_dict(config)))  # as train.py does
+    save_run(tmp_path / "run", config, params)
     ours, official = tmp_path / "ours.safetensors", tmp_path / "official.pth"
     main([str(tmp_path / "run"), str(ours), "--to", "ours"])
     assert open_own_safetensors(ours).trained == (2, 16)

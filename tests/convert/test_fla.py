@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rwkvx_jax.convert.fla import open_fla
+from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.official import open_official
 from rwkvx_jax.convert.pth import write_pth
 from rwkvx_jax.convert.tensors import ConversionError
@@ -32,7 +32,7 @@ def test_fla_equals_the_official_file(dtype, fused, first_value_residual, tmp_pa
     official = rwkv7(dtype=dtype, first_value_residual=first_value_residual)
     tensors = fla_tensors(official, fused=fused, wrapped=first_value_residual)
     assert fused == any(n.endswith("x_x") for n in tensors)
-    config, params, info = open_fla(fla_directory(tmp_path / "model", tensors))
+    config, _, params, info, *_ = open_checkpoint(fla_directory(tmp_path / "model", tensors))
     expected_config, expected, expected_info = open_official(official)
     assert config == expected_config
     assert info == dataclasses.replace(expected_info, order=())
@@ -51,7 +51,7 @@ def test_fla_torch_shards_and_tied_embeddings(tmp_path):
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"tie_word_embeddings": True}))
-    _, params, _ = open_fla(tmp_path)
+    params = open_checkpoint(tmp_path).params
     assert np.array_equal(params["head.weight"].read(), params["embed"].read().T)
 
 
@@ -69,7 +69,14 @@ def test_fla_torch_shards_and_tied_embeddings(tmp_path):
 def test_other_fla_options_are_refused(options, message, tmp_path):
     folder = fla_directory(tmp_path / "model", fla_tensors(rwkv7()), TINY_CONFIG | options)
     with pytest.raises(ConversionError, match=message):
-        open_fla(folder)
+        open_checkpoint(folder)
+
+
+def test_a_single_file_does_not_tell_the_options(tmp_path):
+    """Its epsilon is in the config.json: the file alone is refused."""
+    folder = fla_directory(tmp_path / "model", fla_tensors(rwkv7()))
+    with pytest.raises(ConversionError, match="name the directory that holds both"):
+        open_checkpoint(folder / "model.safetensors")
 
 
 def test_bad_fla_tensors_are_named(tmp_path):
@@ -80,14 +87,14 @@ def test_bad_fla_tensors_are_named(tmp_path):
         "model.layers.0.attn.rotary": np.ones(3, np.float32),
     }
     with pytest.raises(ConversionError) as caught:
-        open_fla(fla_directory(tmp_path / "a", edit(tensors, changes)))
+        open_checkpoint(fla_directory(tmp_path / "a", edit(tensors, changes)))
     for part in ("missing (1): model.layers.1.attn.k_k", "extra (1): model.layers.0.attn.rotary",
                  "model.layers.2.attn.w_lora.lora.0.weight has shape (128, 5)"):  # fmt: skip
         assert part in str(caught.value)
     fused = edit(tensors, {"model.layers.0.attn.x_x": np.ones((5, 128), np.float32)})
     with pytest.raises(ConversionError, match=r"x_x has shape \(5, 128\)"):
-        open_fla(fla_directory(tmp_path / "b", fused))
+        open_checkpoint(fla_directory(tmp_path / "b", fused))
     small = fla_tensors(official_tensors(attention_blocks=0, prefix=""))
     options = TINY_CONFIG | {"hidden_size": D, "head_dim": K}
-    with pytest.raises(ConversionError, match="head_dim 16 .* epsilon 0.00016"):
-        open_fla(fla_directory(tmp_path / "c", small, options))
+    with pytest.raises(ConversionError, match="head_dim 16, .* epsilon 0.00016"):
+        open_checkpoint(fla_directory(tmp_path / "c", small, options))
