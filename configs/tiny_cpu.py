@@ -19,8 +19,9 @@ from rwkvx_jax.config import (
     Stage,
 )
 
-# Shares of the three sources while the model learns to look up, and then from afar.
-SHORT, LONG = (0.1, 0.9, 0.0), (0.1, 0.0, 0.9)
+# Shares of the three sources in the base model, while the hybrid learns to look up, and then from
+# afar. The base is trained briefly: after 60 steps instead of 20, the look-up is learned much later.
+BASE, SHORT, LONG = (0.5, 0.5, 0.0), (0.1, 0.9, 0.0), (0.1, 0.0, 0.9)
 
 
 def get_config() -> Config:
@@ -50,25 +51,23 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(policy="rwkv_lm", weight_decay=0.1),
         run=RunConfig(compute_dtype="float32", remat="none", eval_batches=0),
         stages=(
-            Stage(
-                "rwkv7", 128, 16, 60, rate, expanded=False, warmup_steps=20, source_weights=SHORT
-            ),
+            Stage("rwkv7", 128, 16, 20, rate, expanded=False, warmup_steps=20, source_weights=BASE),
             Stage(
                 "preheat",
                 256,
                 8,
-                20,
+                10,
                 rate,
                 trainable="attention",
                 warmup_steps=10,
                 source_weights=SHORT,
             ),
-            Stage("grow-256", 256, 8, 200, rate, warmup_steps=10, source_weights=SHORT),
+            Stage("grow-256", 256, 8, 150, rate, warmup_steps=20, source_weights=SHORT),
             Stage(
                 "grow-2048",
                 2048,
                 2,
-                40,
+                50,
                 rate,
                 schedule="linear",
                 final_lr=rate / 10,
