@@ -1,0 +1,204 @@
+"""Adapters and learned states: what trains, what the base keeps, and that no reader loses them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkvx_jax.checkpoint import flat, load_checkpoint, read_workdir
+from rwkvx_jax.config import (
+    ADAPTERS,
+    INITIAL_STATE,
+    Config,
+    ConfigError,
+    LoRAConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Stage,
+)
+from rwkvx_jax.lora import merged
+from rwkvx_jax.model import abstract_model, get_params, with_params
+from rwkvx_jax.sharding import batch_sharding, make_mesh
+from rwkvx_jax.training import loop
+from rwkvx_jax.training.curriculum import next_stage
+from rwkvx_jax.training.loop import TrainingStopped, fit
+from rwkvx_jax.training.memory import describe_trainable, parameter_counts, training_bytes
+from rwkvx_jax.training.step import bind
+from tests.helpers import assert_close
+from tests.model_cases import random_params
+from tests.training.training_cases import (
+    CURRICULUM,
+    MODEL,
+    RUN,
+    one_device_mesh,
+    random_batch,
+    same_bits,
+)
+
+# Adam divides by the size of the gradient: with a large eps parameters are as close as gradients.
+OPTIMIZER = OptimizerConfig(clip_norm=0.0, eps=1e-2, weight_decay=0.0)
+LORA = LoRAConfig(rank=3, alpha=6.0)
+STATEFUL = dataclasses.replace(MODEL, learned_state=True)
+STAGE = {
+    "lora": Stage("tune", 24, 8, 3, 1e-2, trainable="lora", lora=LORA),
+    "state": Stage("tune", 24, 8, 3, 1e-1, trainable="state"),
+}
+
+
+def config_of(kind, **changes):
+    """One stage that trains adapters or states of a random model."""
+    model = STATEFUL if kind == "state" else MODEL
+    stage = dataclasses.replace(STAGE[kind], **changes)
+    return Config(model, (stage,), optimizer=OPTIMIZER, run=RUN)
+
+
+def begin(config, mesh=None, seed=0):
+    """Program and state at the beginning of a stage, from random parameters of the plain model."""
+    return next_stage(config, 0, mesh or one_device_mesh(), random_params(MODEL, seed), None)
+
+
+def moments(state):
+    return next(s for s in state.opt_state if hasattr(s, "mu")).mu
+
+
+def features(program, params, tokens):
+    return jax.jit(lambda p: bind(program.model, p, program.stage).features(tokens))(params)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch(8, 24)
+
+
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_only_what_is_tuned_trains_and_at_first_nothing_is_changed(kind, batch):
+    program, state = begin(config_of(kind))
+    base = random_params(MODEL)
+    tokens = batch["tokens"][:, :-1]
+    plain = with_params(abstract_model(MODEL, RUN), base)
+    expected = jax.jit(lambda p: with_params(plain, p).features(tokens))(base)
+    assert same_bits(features(program, state.params, tokens), expected)
+
+    before = jax.device_get(state.params)
+    state, _ = program.train_step(state, jax.tree.map(jnp.asarray, batch))
+    state, _ = program.train_step(state, jax.tree.map(jnp.asarray, batch))
+    trained = {name for name, _ in flat(before) if program.stage.trains(name)}
+    if kind == "state":
+        assert trained == {INITIAL_STATE}
+    else:
+        assert len(trained) == 2 * (4 + 2 + 2) and all(n.startswith("lora.") for n in trained)
+    assert {name for name, _ in flat(moments(state))} == trained
+    arrays = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(arrays) == 2 * len(trained)  # two moments each, nothing else
+    for (name, old), (_, new) in zip(flat(before), flat(state.params), strict=True):
+        assert (old.tobytes() != np.asarray(new).tobytes()) == (name in trained), name
+
+
+@pytest.mark.thorough
+def test_merged_parameters_are_the_model_that_was_trained(batch):
+    program, state = begin(config_of("lora"))
+    for _ in range(3):
+        state, _ = program.train_step(state, jax.tree.map(jnp.asarray, batch))
+    tokens = batch["tokens"][:, :-1]
+    expected = np.asarray(features(program, state.params, tokens))
+    base = jax.device_get(state.params)
+    plain = merged(state.params, LORA)
+    assert [name for name, _ in flat(plain)] == [name for name, _ in flat(random_params(MODEL))]
+    model = with_params(program.model, plain)
+    assert_close(jax.jit(lambda m: m.features(tokens))(model), expected, rel=1e-5)
+    pair = base[ADAPTERS]["blocks"]["channel_mix"]["key"]
+    matrix = base["blocks"]["channel_mix"]["key"] + 2.0 * pair["a"] @ pair["b"]  # 6 / 3
+    assert np.abs(pair["b"]).max() > 0
+    assert_close(plain["blocks"]["channel_mix"]["key"], matrix, rel=1e-6)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("lora", {"data": 1, "fsdp": 2, "tensor": 2}),
+        ("state", {"data": 1, "fsdp": 2, "tensor": 2}),
+        ("state", {"data": 2, "context": 4}),
+    ],
+    ids=str,
+)
+def test_a_mesh_and_accumulation_change_nothing(kind, sizes):
+    """Two steps on several devices in two parts are those on one device at once."""
+    batches = [random_batch(8, 32, seed) for seed in (0, 1)]
+
+    def train(mesh, **changes):
+        config = config_of(kind, seq_len=32, **changes)
+        even = dataclasses.replace(config.model, vocab_size=258)
+        config = dataclasses.replace(config, model=even)
+        plain = dataclasses.replace(even, learned_state=False)
+        with jax.set_mesh(mesh):
+            program, state = next_stage(config, 0, mesh, random_params(plain), None)
+            for batch in batches:
+                place = lambda x: jax.device_put(x, batch_sharding(mesh, 8))
+                state, metrics = program.train_step(state, jax.tree.map(place, batch))
+        return metrics, *jax.device_get((moments(state), state.params)), state
+
+    metrics, grads, params, _ = train(one_device_mesh())
+    count = int(np.prod(list(sizes.values())))
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:count])
+    cut_metrics, cut_grads, cut_params, state = train(mesh, accumulation=2)
+    for name in ("loss", "grad_norm"):
+        assert_close(cut_metrics[name], metrics[name], rel=1e-5, name=name)
+    for (name, found), (_, expected) in zip(flat(cut_grads), flat(grads), strict=True):
+        assert_close(found, expected, rel=5e-5, name=name)
+    for (name, found), (_, expected) in zip(flat(cut_params), flat(params), strict=True):
+        assert_close(found, expected, rel=5e-5, name=name)
+    if "tensor" in sizes:
+        name = "lora.blocks.time_mix.key.b" if kind == "lora" else INITIAL_STATE
+        leaf = dict(flat(state.params))[name]
+        assert leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Config fields that let the runs of this file share compiled programs and tokens."""
+    shared = tmp_path_factory.mktemp("shared")
+    run = dataclasses.replace(RUN, compilation_cache=str(shared / "programs"), checkpoint_every=1)
+    data = dataclasses.replace(CURRICULUM.data, cache_dir=str(shared / "tokens"))
+    return {"run": run, "data": data, "mesh": MeshConfig(data=8)}
+
+
+class Crash(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_runs_resume_to_the_last_bit_and_every_reader_sees_the_tuned_model(
+    kind, settings, tmp_path, monkeypatch
+):
+    """A stage that tunes, then one that trains everything."""
+    tune = dataclasses.replace(STAGE[kind], steps=2)
+    stages = (tune, Stage("all", 24, 8, 1, 1e-2))
+    config = dataclasses.replace(config_of(kind), stages=stages, **settings)
+    final = fit(config, tmp_path / "whole", random_params(MODEL))
+
+    for step in (1, 2):  # inside the tuning stage, and between the two
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(loop, "due", lambda at, every, step=step: _crash_after(at, step))
+            fit(config, tmp_path / "killed", random_params(MODEL))
+    assert same_bits(fit(config, tmp_path / "killed", random_params(MODEL)), final)
+    first, second = ((tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    assert first.read_bytes() == second.read_bytes()
+
+    tuned = read_workdir(tmp_path / "whole", 2).params
+    assert {n for n, _ in flat(tuned)} == {n for n, _ in flat(random_params(config.model))}
+    base = dict(flat(random_params(MODEL)))
+    changed = {n for n, p in flat(tuned) if not same_bits(p, base.get(n, jnp.zeros(p.shape)))}
+    adapted = {n for n in base if LORA.adapts(n)}
+    assert changed == ({INITIAL_STATE} if kind == "state" else adapted)
+    loaded = load_checkpoint(tmp_path / "whole" / "checkpoints" / "2")
+    assert same_bits(get_params(loaded.model), tuned)
+
+
+def _crash_after(at, step):
+    if at > step:
+        raise Crash
+    return True
