@@ -12,20 +12,19 @@ from rwkvx_jax.config import (
     ADAPTERS,
     INITIAL_STATE,
     Config,
-    ConfigError,
     LoRAConfig,
     MeshConfig,
     OptimizerConfig,
     Stage,
 )
-from rwkvx_jax.lora import merged
+from rwkvx_jax.lora import merged, stage_params
 from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.sharding import batch_sharding, make_mesh
-from rwkvx_jax.training import loop
 from rwkvx_jax.training.curriculum import next_stage
-from rwkvx_jax.training.loop import TrainingStopped, fit
+from rwkvx_jax.training.loop import fit
 from rwkvx_jax.training.memory import describe_trainable, parameter_counts, training_bytes
 from rwkvx_jax.training.step import bind
+from rwkvx_jax.training.under_way import StepWatch
 from tests.helpers import assert_close
 from tests.model_cases import random_params
 from tests.training.training_cases import (
@@ -156,6 +155,23 @@ def test_a_mesh_and_accumulation_change_nothing(kind, sizes):
         assert leaf.sharding.shard_shape(leaf.shape) != leaf.shape
 
 
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_the_accounts_count_what_is_tuned(kind):
+    """Numbers of parameters, the printed line, and the memory of a stage, from its own arrays."""
+    config = config_of(kind)
+    (stage,) = config.stages
+    shapes, _ = stage_params(abstract_model(config.model), stage)
+    sizes = {name: leaf.size for name, leaf in flat(shapes)}
+    tuned = sum(size for name, size in sizes.items() if stage.trains(name))
+    assert parameter_counts(config, stage) == (sum(sizes.values()), tuned) and tuned > 0
+    assert describe_trainable(config, stage) == (
+        f"{'lora (rank 3)' if kind == 'lora' else 'state'} parameters "
+        f"({tuned:,} of {sum(sizes.values()):,})"
+    )
+    residual = 8 * 24 * MODEL.width * 4
+    assert training_bytes(config, stage) == 4 * (sum(sizes.values()) + 3 * tuned) + residual
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """Config fields that let the runs of this file share compiled programs and tokens."""
@@ -169,6 +185,18 @@ class Crash(Exception):
     """Stands for the end of the process."""
 
 
+def crash_at(config, step):
+    """`StepWatch.submit`, but the process ends when the loop has just made step `step`."""
+    submit = StepWatch.submit
+
+    def spy(self, position, metrics):
+        submit(self, position, metrics)
+        if position.total(config) == step:
+            raise Crash
+
+    return spy
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["lora", "state"])
 def test_runs_resume_to_the_last_bit_and_every_reader_sees_the_tuned_model(
@@ -180,9 +208,9 @@ def test_runs_resume_to_the_last_bit_and_every_reader_sees_the_tuned_model(
     config = dataclasses.replace(config_of(kind), stages=stages, **settings)
     final = fit(config, tmp_path / "whole", random_params(MODEL))
 
-    for step in (1, 2):  # inside the tuning stage, and between the two
+    for step in (2, 3):  # inside the tuning stage, and after it
         with monkeypatch.context() as patch, pytest.raises(Crash):
-            patch.setattr(loop, "due", lambda at, every, step=step: _crash_after(at, step))
+            patch.setattr(StepWatch, "submit", crash_at(config, step))
             fit(config, tmp_path / "killed", random_params(MODEL))
     assert same_bits(fit(config, tmp_path / "killed", random_params(MODEL)), final)
     first, second = ((tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
@@ -196,9 +224,3 @@ def test_runs_resume_to_the_last_bit_and_every_reader_sees_the_tuned_model(
     assert changed == ({INITIAL_STATE} if kind == "state" else adapted)
     loaded = load_checkpoint(tmp_path / "whole" / "checkpoints" / "2")
     assert same_bits(get_params(loaded.model), tuned)
-
-
-def _crash_after(at, step):
-    if at > step:
-        raise Crash
-    return True
