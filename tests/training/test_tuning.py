@@ -118,7 +118,7 @@ def test_merged_parameters_are_the_model_that_was_trained(batch):
     "kind, sizes",
     [
         ("lora", {"data": 1, "fsdp": 2, "tensor": 2}),
-        ("state", {"data": 1, "fsdp": 2, "tensor": 2}),
+        pytest.param("state", {"data": 1, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         ("state", {"data": 2, "context": 4}),
     ],
     ids=str,
@@ -198,7 +198,7 @@ def crash_at(config, step):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["lora", "state"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("state", marks=pytest.mark.slow)])
 def test_runs_resume_to_the_last_bit_and_every_reader_sees_the_tuned_model(
     kind, settings, tmp_path, monkeypatch
 ):
