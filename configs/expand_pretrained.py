@@ -12,14 +12,14 @@ Each stage takes 16.4 M tokens:
     grow-16384    16,384 tokens: every query reads 3 of up to 8 chunks
     long-32768    32,768 tokens with LongCE, windows of 4,000 + 4,000 tokens
 
-The order of the stages, LongCE's windows and the rate of 1e-5 are the paper's. Lengths and numbers of
-tokens are smaller, for a corpus of your own; the paper's are in `rwkvx_0b2_stage1.py` and
+The order of the stages, LongCE's windows and the rate of 1e-5 are the paper's. Lengths and numbers
+of tokens are smaller, for a corpus of your own; the paper's are in `rwkvx_0b2_stage1.py` and
 `rwkvx_0b2_stage2.py`. For another size set `--model.num-blocks`, `--model.width` and
 `--model.num-attention-blocks`: a checkpoint of another shape is refused with all differences.
 
 Expected: at step 1 the hybrid equals the RWKV-7, and the held-out loss falls from there; `python
-eval.py long-loss` then shows the loss by position. The tests run all stages on a made-up RWKV-7, with
-lengths divided by 64 and 2 steps a stage. The recipe has not run at this size.
+eval.py long-loss` then shows the loss by position. The tests run all stages on a made-up RWKV-7,
+with lengths divided by 64 and 2 steps a stage. The recipe has not run at this size.
 """
 
 from rwkvx_jax.config import (

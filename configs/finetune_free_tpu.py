@@ -8,8 +8,8 @@
 Variants (without one: colab):
 
     colab     one chip: adapters of rank 16 for RWKV-7 World 1.5B on samples of 1,024 tokens
-    kaggle    eight chips (2x4), one sample each: World 0.1B becomes RWKV-X 0.22B; its attention blocks
-              are preheated on 512 tokens, then everything trains on 16,384 tokens with LongCE
+    kaggle    eight chips (2x4): World 0.1B becomes RWKV-X 0.22B. Its attention blocks are
+              preheated on 512 tokens, then everything trains on 16,384 tokens with LongCE
 """
 
 import dataclasses

@@ -73,7 +73,9 @@ def step_flops(config: Config, stage: Stage) -> float:
     inputs; adapters beside them like any other matrices; LongCE's windows forward once.
     """
     model, time = config.stage_model(stage), stage.seq_len
-    total = 3.0 * forward_flops(model, time)
+    adapters = parameter_counts(config, stage)[1] if stage.trainable == "lora" else 0
+    forward = lambda time: forward_flops(model, time) + 2.0 * time * adapters
+    total = 3.0 * forward(time)
     if stage.trainable != "all":
         frozen = model.num_blocks * (rwkv_block_flops(model) - recurrence_flops(model))
         frozen += 2.0 * model.width * model.vocab_size
@@ -81,12 +83,10 @@ def step_flops(config: Config, stage: Stage) -> float:
             own = attention_block_flops(model, time) - attention_flops(model, time)
             frozen += model.num_attention_blocks * own
         total -= time * frozen
-    if stage.trainable == "lora":
-        total += time * 6.0 * parameter_counts(config, stage)[1]
     if stage.loss == "longce":
         span = stage.longce.window + stage.longce.stride
         windows = len(longce_starts(time, stage.longce))
-        total += windows * forward_flops(model, span)
+        total += windows * forward(span)
     return stage.global_batch * total
 
 

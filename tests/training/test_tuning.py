@@ -17,8 +17,9 @@ from rwkvx_jax.config import (
     OptimizerConfig,
     Stage,
 )
+from rwkvx_jax.convert.__main__ import main as convert
 from rwkvx_jax.lora import merged, stage_params
-from rwkvx_jax.model import abstract_model, get_params, with_params
+from rwkvx_jax.model import abstract_model, get_params, joined, with_params
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.training.curriculum import next_stage
 from rwkvx_jax.training.loop import fit
@@ -224,3 +225,17 @@ def test_runs_resume_to_the_last_bit_and_every_reader_sees_the_tuned_model(
     assert changed == ({INITIAL_STATE} if kind == "state" else adapted)
     loaded = load_checkpoint(tmp_path / "whole" / "checkpoints" / "2")
     assert same_bits(get_params(loaded.model), tuned)
+    for name in ("file.safetensors", "official.pth"):
+        convert([str(tmp_path / "whole" / "checkpoints" / "2"), str(tmp_path / name)])
+        written = load_checkpoint(tmp_path / name).model
+        assert written.config.learned_state == (kind == "state")
+        assert jax.tree.all(jax.tree.map(np.array_equal, get_params(written), used(tuned, name)))
+
+
+def used(params, name):
+    """What a file holds: an official one no value residual of block 0, which nothing uses."""
+    if not name.endswith(".pth"):
+        return params
+    mix = params["blocks"]["time_mix"]
+    unused = {part: mix[part].at[0].set(0) for part in ("v0", "v1", "v2")}
+    return joined(params, {"blocks": {"time_mix": unused}})
