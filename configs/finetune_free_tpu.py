@@ -5,11 +5,13 @@
     python train.py --config configs/finetune_free_tpu.py:kaggle --data.path 'books/*.txt' \\
         --init-from RWKV-x070-World-0.1B-v2.8-20241210-ctx4096.pth
 
-Variants (without one: colab):
+Without a variant: `colab`, on any devices.
 
-    colab     one chip: adapters of rank 16 for RWKV-7 World 1.5B on samples of 1,024 tokens
+    colab     one chip: adapters of rank 16 for RWKV-7 World 1.5B, on samples of 1,024 tokens
     kaggle    eight chips (2x4): World 0.1B becomes RWKV-X 0.22B. Its attention blocks are
               preheated on 512 tokens, then everything trains on 16,384 tokens with LongCE
+
+@PLAN@
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ from rwkvx_jax.config import (
 VARIANTS = ("colab", "kaggle")
 
 
-def get_config(variant: str = "colab") -> Config:
+def get_config(variant: str = "") -> Config:
     config = Config(
         # The shapes of RWKV-7 World 1.5B.
         model=ModelConfig(num_blocks=24, num_attention_blocks=0, width=2048),
@@ -38,7 +40,6 @@ def get_config(variant: str = "colab") -> Config:
         optimizer=OptimizerConfig(weight_decay=0.0),
         # A checkpoint of the 1.5B model has 6 GB.
         run=RunConfig(checkpoint_every=50, keep_checkpoints=1),
-        mesh=MeshConfig(platform="tpu"),
         stages=(
             Stage(
                 "adapt",
@@ -55,21 +56,25 @@ def get_config(variant: str = "colab") -> Config:
             ),
         ),
     )
-    if variant == "colab":
-        return config
-    return dataclasses.replace(
-        config,
-        model=ModelConfig.rwkvx_0b2(),
-        stages=(
-            Stage("preheat", 512, 64, 500, 1e-4, trainable="attention", warmup_steps=10),
-            Stage(
-                "long",
-                seq_len=16_384,
-                global_batch=8,
-                steps=250,
-                peak_lr=1e-5,
-                loss="longce",
-                longce=LongCEConfig(window=2000, stride=2000),
-            ),
-        ),
-    )
+    match variant:
+        case "colab":
+            return dataclasses.replace(config, mesh=MeshConfig(data=1, platform="tpu"))
+        case "kaggle":
+            return dataclasses.replace(
+                config,
+                model=ModelConfig.rwkvx_0b2(),
+                mesh=MeshConfig(data=8, platform="tpu"),
+                stages=(
+                    Stage("preheat", 512, 64, 500, 1e-4, trainable="attention", warmup_steps=10),
+                    Stage(
+                        "long",
+                        seq_len=16_384,
+                        global_batch=8,
+                        steps=250,
+                        peak_lr=1e-5,
+                        loss="longce",
+                        longce=LongCEConfig(window=2000, stride=2000),
+                    ),
+                ),
+            )
+    return config
