@@ -23,8 +23,8 @@ The tuned model, as an official file and in a conversation:
     python -m rwkvx_jax.generate --checkpoint runs/chat --chat
 
 Expected: at step 1 the loss on the answers is that of the pretrained model, in every variant; the
-held-out loss falls from there. The tests run all variants on a tiny model, where the training loss
-falls within 6 steps. No variant has run at this size.
+held-out loss falls from there. The tests run all variants on a tiny model, where the held-out
+loss falls within 6 steps. No variant has run at this size.
 """
 
 import dataclasses

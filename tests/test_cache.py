@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rwkvx_jax.cache import CachePolicy, rewind, snapshot
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.model import abstract_model, get_params, with_params
+from rwkvx_jax.model import abstract_model, get_params, unstack, with_params
 from tests.helpers import assert_close, assert_within, shared_path
 from tests.model_cases import (
     FLOAT32,
@@ -108,6 +108,9 @@ def test_every_way_of_reading_starts_from_the_learned_states(tokens):
                 assert_close(out[row], parallel[row, done[row] - 1], rel=2e-5)
     out, _ = reader.prefill(list(tokens[:, :20]), rewind(cache, empty))
     assert_close(out, parallel[:, 19], rel=2e-5)
+    layered = unstack(with_params(reader.model, reader.params))  # as generation holds it on a CPU
+    out, _ = jax.jit(type(layered).decode)(layered, tokens[:, 0], layered.init_cache(2, TIME))
+    assert_close(out, parallel[:, 0], rel=2e-5)
 
 
 @pytest.mark.slow
