@@ -12,8 +12,8 @@ devices. Variants:
 
 Estimated, compiled, never run (Python 3.11, jax 0.10.2, libtpu 0.0.42.1): 13.7 of 15.75 GiB a chip,
 2.6 s a step, 12,400 tokens/s a chip. The steps of `colab` then take 0.22 hours, those of `kaggle`
-0.07 hours. The planner knows no topology of a single v5e chip, so four chips were compiled, each with
-the share of one:
+0.07 hours. The planner knows no topology of a single v5e chip, so four chips were compiled, each
+with the share of one:
 
     python -m rwkvx_jax.plan --config configs/finetune_free_tpu.py:colab --topology v5e:2x2 \\
         --mesh.data 4 --stages.0.global-batch 128
