@@ -1,6 +1,7 @@
 """Adapters and learned states: what trains, what the base keeps, and that no reader loses them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,14 @@ from rwkvx_jax.config import (
 from rwkvx_jax.convert.__main__ import main as convert
 from rwkvx_jax.lora import merged, stage_params
 from rwkvx_jax.model import abstract_model, get_params, joined, with_params
+from rwkvx_jax.modules.parameters import Adapted
 from rwkvx_jax.sharding import batch_sharding, make_mesh
+from rwkvx_jax.tokenizer import load_tokenizer
 from rwkvx_jax.training.curriculum import next_stage
+from rwkvx_jax.training.evaluate import make_evaluator
 from rwkvx_jax.training.loop import fit
 from rwkvx_jax.training.memory import describe_trainable, parameter_counts, training_bytes
+from rwkvx_jax.training.probe import make_probe
 from rwkvx_jax.training.step import bind
 from rwkvx_jax.training.under_way import StepWatch
 from tests.helpers import assert_close
@@ -171,6 +176,23 @@ def test_the_accounts_count_what_is_tuned(kind):
     )
     residual = 8 * 24 * MODEL.width * 4
     assert training_bytes(config, stage) == 4 * (sum(sizes.values()) + 3 * tuned) + residual
+
+
+@pytest.mark.thorough
+def test_the_probe_reads_through_adapters():
+    config = config_of("lora", seq_len=160)
+    config = dataclasses.replace(
+        config, run=dataclasses.replace(RUN, eval_batches=0, probe_trials=2)
+    )
+    program, state = begin(config)
+    seen = []
+    bound = lambda params: seen.append(bind(program.model, params, program.stage)) or seen[-1]
+    probe = make_probe(bound, load_tokenizer("byte"), 160, 2, seed=0)
+    assert probe(state.params) in (0.0, 0.5, 1.0)
+    assert isinstance(seen[0].blocks.channel_mix.key[...], Adapted)
+    data = SimpleNamespace(tokenizer=load_tokenizer("byte"))
+    evaluate = make_evaluator(config, program.stage, program, data, one_device_mesh())
+    assert evaluate(state.params) == {"passkey_accuracy": probe(state.params)}
 
 
 @pytest.fixture(scope="module")
