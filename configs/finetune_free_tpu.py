@@ -10,15 +10,17 @@ devices. Variants:
     colab     one chip: 32 samples a step, 300 steps, 9.8 M tokens
     kaggle    eight chips (2x4): 256 samples a step, 100 steps, 26 M tokens
 
-Estimated, compiled, never run (Python 3.11, jax 0.10.2, libtpu 0.0.42.1): 13.7 of 15.75 GiB a chip,
-2.6 s a step, 12,400 tokens/s a chip. The steps of `colab` then take 0.22 hours, those of `kaggle`
-0.07 hours. The planner knows no topology of a single v5e chip, so four chips were compiled, each
-with the share of one:
+Estimated, compiled, never run (Python 3.11, jax 0.10.2, libtpu 0.0.42.1):
 
+    colab     13.7 of 15.75 GiB, 2.64 s a step, 12,400 tokens/s, all steps in 0.22 hours
+    kaggle    13.7 of 15.75 GiB a chip, 2.65 s a step, 99,000 tokens/s, all steps in 0.07 hours
+
+    python -m rwkvx_jax.plan --config configs/finetune_free_tpu.py:kaggle --topology v5e:2x4
     python -m rwkvx_jax.plan --config configs/finetune_free_tpu.py:colab --topology v5e:2x2 \\
         --mesh.data 4 --stages.0.global-batch 128
 
-The chips of `kaggle` have the same share; v5e 2x4 itself has not been compiled.
+The second is for `colab`: the planner knows no topology of a single v5e chip, so four were compiled,
+each with the share of one, and a quarter of their tokens/s is given.
 
 Expected: at step 1 the loss is that of the pretrained model; the held-out loss falls from there.
 """
