@@ -19,8 +19,8 @@ Estimated, compiled, never run (Python 3.11, jax 0.10.2, libtpu 0.0.42.1):
     python -m rwkvx_jax.plan --config configs/finetune_free_tpu.py:colab --topology v5e:2x2 \\
         --mesh.data 4 --stages.0.global-batch 128
 
-The second is for `colab`: the planner knows no topology of a single v5e chip, so four were compiled,
-each with the share of one, and a quarter of their tokens/s is given.
+The second command is for `colab`: the planner knows no topology of a single v5e chip, so four were
+compiled, each with the share of one. A quarter of their tokens/s is given.
 
 Expected: at step 1 the loss is that of the pretrained model; the held-out loss falls from there.
 """
