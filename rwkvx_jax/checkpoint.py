@@ -34,6 +34,7 @@ from rwkvx_jax.convert.own import OwnCheckpoint, Trained
 from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import DTYPES, as_lazy, in_dtype
 from rwkvx_jax.digest import flat
+from rwkvx_jax.lora import merged, stage_params
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
 from rwkvx_jax.storage import bucket_errors, in_hub, work_path
 
@@ -304,35 +305,38 @@ def find_run(path: Path) -> tuple[Path, int | None] | None:
     return (path, None) if (path / CHECKPOINTS).is_dir() else None
 
 
-def on_one_device(config: ModelConfig) -> Params:
+def on_one_device(shapes: Params, axes: Params) -> Params:
     """A target to restore parameters into: the default device, whatever devices wrote them."""
     device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
     here = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        get_params(abstract_model(config)),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
     )
 
 
 def read_workdir(
     workdir: Path,
     step: int | None = None,
-    target: Callable[[ModelConfig], Params] = on_one_device,
+    *,
+    accept: Callable[[ModelConfig], None] = lambda config: None,
+    target: Callable[[Params, Params], Params] = on_one_device,
 ) -> SavedRun:
-    """A checkpoint of a run.
+    """A checkpoint of a run; adapters that a stage was training are added to their matrices.
 
     Args:
       workdir: of the run.
       step: of the checkpoint; None: the newest.
-      target: gives abstract parameters with shardings, of the model that the run has trained; it
-        may also refuse it, before anything is read.
+      accept: told the model that the run has trained; may refuse it before anything is read.
+      target: gives parameters with shardings from their shapes and logical axes.
 
     Raises:
       ConfigError: there is no checkpoint, or not the asked one, or it is damaged.
     """
     with _opened(workdir, step) as (checkpoints, run):
-        model = target(run.model_config)
-        return run._replace(params=checkpoints.restore_params(run.step, model))
+        accept(run.model_config)
+        model = abstract_model(run.model_config)
+        params = checkpoints.restore_params(run.step, target(*stage_params(model, run.stage)))
+    return run._replace(params=merged(params, run.stage.lora))
 
 
 def describe_workdir(workdir: Path, step: int | None = None) -> SavedRun:

@@ -172,6 +172,7 @@ class RWKVX(nnx.Module):
 
         def rwkv(carry, scanned):
             block, first, state = scanned
+            state = block.begun(state, start == 0)  # a text has no rows before its first token
             x, v_first, state = block(*carry, first, self.run, state, lengths)
             return (x, v_first), state
 
@@ -275,6 +276,33 @@ def unstack(model: RWKVX) -> RWKVX:
             layer = lambda i, stack=stack: jax.tree.map(lambda p: p[i], stack)
             setattr(model, name, nnx.List([layer(i) for i in range(count)]))
     return model
+
+
+def select(params: Params, chosen: Callable[[str], bool], before: str = "") -> Params:
+    """The part of a tree of parameters (or of its axes, shardings, ...) with the chosen names.
+
+    Args:
+      params: nested dicts; whatever is no dict counts as one parameter.
+      chosen: told the dotted name of each.
+      before: prefix of all names.
+    """
+    kept: Params = {}
+    for key, value in params.items():
+        if not isinstance(value, dict):
+            if chosen(before + key):
+                kept[key] = value
+        elif part := select(value, chosen, f"{before}{key}."):
+            kept[key] = part
+    return kept
+
+
+def joined(first: Params, second: Params) -> Params:
+    """Both trees of parameters in one; where both have a parameter, the second's counts."""
+    both = dict(first)
+    for key, value in second.items():
+        nested = isinstance(value, dict) and key in first
+        both[key] = joined(first[key], value) if nested else value
+    return both
 
 
 def _is_list(x: Any) -> bool:

@@ -105,7 +105,7 @@ def _time_mix(p, config, h, v_first):
     out = np.zeros_like(h)
     for head in range(config.num_heads):
         at = slice(head * size, (head + 1) * size)
-        state = np.zeros((size, size))
+        state = p["initial_state"][head] if config.learned_state else np.zeros((size, size))
         for t in range(len(h)):
             unit = kk[t, at] / max(np.linalg.norm(kk[t, at]), 1e-12)
             removed = np.outer(state @ unit, unit * a[t, at])

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.cache import CachePolicy, rewind, snapshot
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.model import abstract_model, get_params, with_params
+from rwkvx_jax.model import abstract_model, get_params, unstack, with_params
 from tests.helpers import assert_close, assert_within, shared_path
 from tests.model_cases import (
     FLOAT32,
@@ -21,6 +21,7 @@ from tests.model_cases import (
     random_params,
 )
 
+SELECTED = dataclasses.replace(TINY, num_blocks=1, num_attention_blocks=1)
 TIME, PIECE = 61, 20  # 7 chunks and a ragged one; longest piece of a prefill
 
 
@@ -83,6 +84,35 @@ def test_step_by_step_is_the_parallel_pass(reader, tokens, parallel):
     assert (rows == 1 + np.arange(TIME)).all()
 
 
+@pytest.mark.thorough
+def test_every_way_of_reading_starts_from_the_learned_states(tokens):
+    """The equations, the parallel pass, single steps and ragged prefill; a rewound text, too."""
+    config = dataclasses.replace(SELECTED, learned_state=True)
+    reader = Reader(config, random_params(config))
+    parallel = reader.forward(tokens)
+    for row, own in zip(tokens, parallel, strict=True):
+        assert_close(own, numpy_logits(reader.params, config, row)[0], rel=2e-5)
+    plain = jax.tree.map(lambda p: p, reader.params)
+    del plain["blocks"]["time_mix"]["initial_state"]
+    assert np.abs(Reader(SELECTED, plain).forward(tokens) - parallel)[:, 0].max() > 1e-2
+    logits, _, _ = reader.steps(tokens[:, :5], reader.model.init_cache(2, TIME))
+    assert_close(logits, parallel[:, :5], rel=2e-5)
+    cache, done = reader.model.init_cache(2, TIME), [0, 0]
+    empty = jax.tree.map(jnp.copy, snapshot(cache))
+    for counts in ([0, 3], [20, 20], [1, 0]):
+        pieces = [row[at : at + n] for row, at, n in zip(tokens, done, counts, strict=True)]
+        out, cache = reader.prefill(pieces, cache)
+        done = [at + n for at, n in zip(done, counts, strict=True)]
+        for row in range(2):
+            if counts[row]:
+                assert_close(out[row], parallel[row, done[row] - 1], rel=2e-5)
+    out, _ = reader.prefill(list(tokens[:, :20]), rewind(cache, empty))
+    assert_close(out, parallel[:, 19], rel=2e-5)
+    layered = unstack(with_params(reader.model, reader.params))  # as generation holds it on a CPU
+    out, _ = jax.jit(type(layered).decode)(layered, tokens[:, 0], layered.init_cache(2, TIME))
+    assert_close(out, parallel[:, 0], rel=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"num_attention_blocks": 0}, {"attention": "full"}], ids=str)
 def test_step_by_step_of_the_baselines(changes, tokens):
@@ -94,9 +124,6 @@ def test_step_by_step_of_the_baselines(changes, tokens):
     for start in range(0, 60, PIECE):
         out, cache = reader.prefill(list(tokens[:, start : start + PIECE]), cache)
         assert_close(out, logits[:, start + PIECE - 1], rel=2e-5)
-
-
-SELECTED = dataclasses.replace(TINY, num_blocks=1, num_attention_blocks=1)
 
 
 @pytest.mark.thorough

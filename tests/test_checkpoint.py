@@ -151,6 +151,17 @@ def test_initial_parameters_have_to_fit(plain_run, tmp_path):
     assert same_bits(load_initial_params(tmp_path, hybrid, MESH), random_params(MODEL))
 
 
+@pytest.mark.thorough
+def test_learned_states_are_never_dropped_at_a_start(tmp_path):
+    stateful = changed("model", learned_state=True)
+    params = random_params(stateful.model)
+    save_run(tmp_path, stateful, params, 2)
+    with pytest.raises(ConfigError, match="learned initial states.*model.learned_state is False"):
+        load_initial_params(tmp_path, dataclasses.replace(CURRICULUM, stages=STAGES[1:]), MESH)
+    config = dataclasses.replace(stateful, stages=STAGES[1:])
+    assert same_bits(load_initial_params(tmp_path, config, MESH), params)
+
+
 EVEN = dataclasses.replace(CURRICULUM, model=dataclasses.replace(MODEL, vocab_size=258))
 
 

@@ -16,6 +16,7 @@ from rwkvx_jax.config import (
     ConfigError,
     DataConfig,
     LongCEConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -37,6 +38,12 @@ from tests.helpers import ROOT
 
 STAGE = Stage("only", 64, 4, 10, 1e-3)
 CONFIG = Config(ModelConfig.tiny(), (STAGE,))
+
+
+def tuned(model, **lora):
+    """A config whose stage trains adapters."""
+    stage = dataclasses.replace(STAGE, trainable="lora", lora=LoRAConfig(**lora))
+    return Config(model, (stage,))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +109,23 @@ CONFIG = Config(ModelConfig.tiny(), (STAGE,))
             lambda: dataclasses.replace(STAGE, trainable="attention", expanded=False),
             ["expanded=True"],
         ),
+        (lambda: LoRAConfig(rank=0), ["lora.rank is 0", "at least 1"]),
+        (lambda: LoRAConfig(alpha=0.0), ["lora.alpha is 0.0", "positive"]),
+        (lambda: LoRAConfig(targets=()), ["lora.targets is empty"]),
+        (lambda: LoRAConfig(targets=("key",)), ["targets is ('key',)", "'time_mix.key'"]),
+        (lambda: LoRAConfig(targets=("attention.key",) * 2), ["'attention.key'", "twice"]),
+        (
+            lambda: tuned(ModelConfig.tiny().without_attention(), targets=("attention.key",)),
+            ["'only': lora.targets names ['attention.key']", "no attention blocks", "leave"],
+        ),
+        (
+            lambda: tuned(ModelConfig.tiny(), rank=128),
+            ["lora.rank 128", "model.width 128", '"all"'],
+        ),
+        (
+            lambda: Config(ModelConfig.tiny(), (dataclasses.replace(STAGE, trainable="state"),)),
+            ["'only'", '"state"', "set model.learned_state"],
+        ),
         (lambda: Config(ModelConfig.tiny(), ()), ["stages is empty"]),
         (lambda: Config(ModelConfig.tiny(), (STAGE, STAGE)), ["['only'] occur twice"]),
         (
@@ -148,7 +172,9 @@ def test_implementations_are_those_of_the_ops(op, hint):
 
 
 def test_number_of_parameters_is_that_of_the_model():
-    for config in (CONFIG.model, CONFIG.model.without_attention(), ModelConfig(key_conv=3)):
+    stateful = dataclasses.replace(CONFIG.model, learned_state=True)
+    plain = CONFIG.model.without_attention()
+    for config in (CONFIG.model, plain, ModelConfig(key_conv=3), stateful):
         leaves = jax.tree.leaves(get_params(abstract_model(config)))
         assert config.num_parameters == sum(leaf.size for leaf in leaves)
 

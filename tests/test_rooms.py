@@ -26,6 +26,7 @@ ROOMS = [
     "rwkvx_jax.cache",
     "rwkvx_jax.modules",
     "rwkvx_jax.model",
+    "rwkvx_jax.lora",
     "rwkvx_jax.tokenizer",
     "rwkvx_jax.tasks",
     "rwkvx_jax.data",

@@ -7,9 +7,12 @@ Invalid values raise `ConfigError`, which names the value and the remedy.
 """
 
 from rwkvx_jax.config.experiment import (
+    ADAPTERS,
+    INITIAL_STATE,
     Config,
     DataConfig,
     LongCEConfig,
+    LoRAConfig,
     OptimizerConfig,
     SourceConfig,
     Stage,
@@ -20,9 +23,12 @@ from rwkvx_jax.config.run import MeshConfig, Recurrence, RunConfig, SparseAttent
 from rwkvx_jax.config.values import ConfigError, UserError, differences, from_dict, to_dict
 
 __all__ = [
+    "ADAPTERS",
+    "INITIAL_STATE",
     "Config",
     "ConfigError",
     "DataConfig",
+    "LoRAConfig",
     "LongCEConfig",
     "LowRankRule",
     "LowRankWidths",

@@ -11,6 +11,22 @@ from rwkvx_jax.config.run import MeshConfig, RunConfig
 from rwkvx_jax.config.values import FLOAT32_RANGE, Checked, require, require_positive
 
 Targets = Literal["all", "answers", "balanced"]
+Matrix = Literal[
+    "time_mix.receptance",
+    "time_mix.key",
+    "time_mix.value",
+    "time_mix.output",
+    "channel_mix.key",
+    "channel_mix.value",
+    "attention.receptance",
+    "attention.key",
+    "attention.value",
+    "attention.output",
+]
+ADAPTERS = "lora"
+"""First part of the names of adapters among the parameters of a stage."""
+INITIAL_STATE = "blocks.time_mix.initial_state"
+"""Name of the learned initial states among the parameters of a model."""
 
 # Sources drawn more seldom than this, relative to another, would hardly ever be seen.
 _LARGEST_RATIO = 1e6
@@ -161,6 +177,42 @@ class LongCEConfig(Checked):
 
 
 @dataclass(frozen=True)
+class LoRAConfig(Checked):
+    """Low-rank adapters: each target matrix W becomes W + alpha / rank A B; A and B train."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The product of A and B counts alpha / rank times."""
+    targets: tuple[Matrix, ...] = (
+        "time_mix.receptance",
+        "time_mix.key",
+        "time_mix.value",
+        "time_mix.output",
+        "channel_mix.key",
+        "channel_mix.value",
+    )
+    """Matrices, in every block that has them: "channel_mix" is in both kinds of blocks, "time_mix"
+    in RWKV-7 blocks, "attention" in attention blocks."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive("lora", rank=self.rank)
+        require(self.alpha > 0, f"lora.alpha is {self.alpha}: it must be positive")
+        require(len(self.targets) > 0, "lora.targets is empty: name at least one matrix")
+        repeated = sorted({name for name in self.targets if self.targets.count(name) > 1})
+        require(not repeated, f"lora.targets names {repeated} twice: name each matrix once")
+
+    @property
+    def scale(self) -> float:
+        """What the product of A and B is multiplied with."""
+        return self.alpha / self.rank
+
+    def adapts(self, name: str) -> bool:
+        """Whether the parameter of this dotted name is a target."""
+        return name.partition(".")[2] in self.targets
+
+
+@dataclass(frozen=True)
 class Stage(Checked):
     """One stage of the curriculum: a length, a batch, a rate, and what trains."""
 
@@ -171,8 +223,11 @@ class Stage(Checked):
     """Samples per step over all hosts."""
     steps: int
     peak_lr: float
-    trainable: Literal["attention", "all"] = "all"
-    """"attention": only the attention blocks train (the preheat stage)."""
+    trainable: Literal["attention", "all", "lora", "state"] = "all"
+    """"attention": only the attention blocks train (the preheat stage); "lora": only low-rank
+    adapters beside frozen matrices; "state": only the initial states of `model.learned_state`."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters of a stage with trainable="lora"."""
     expanded: bool = True
     """False: the stage trains the plain RWKV-7 that the first expanded stage expands."""
     loss: Literal["ce", "longce"] = "ce"
@@ -220,7 +275,7 @@ class Stage(Checked):
             f"{self.global_batch}",
         )
         require(
-            self.expanded or self.trainable == "all",
+            self.expanded or self.trainable != "attention",
             f'{owner}: trainable="attention" needs expanded=True (it has no attention blocks)',
         )
         if self.loss == "longce":
@@ -233,6 +288,22 @@ class Stage(Checked):
     @property
     def tokens(self) -> int:
         return self.seq_len * self.global_batch * self.steps
+
+    @property
+    def trained_part(self) -> str:
+        """`trainable` for people."""
+        return f"lora (rank {self.lora.rank})" if self.trainable == "lora" else self.trainable
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this dotted name trains."""
+        match self.trainable:
+            case "attention":
+                return name.startswith("attention_blocks.")
+            case "lora":
+                return name.startswith(f"{ADAPTERS}.")
+            case "state":
+                return name == INITIAL_STATE
+        return True
 
 
 @dataclass(frozen=True)
@@ -259,10 +330,17 @@ class Config(Checked):
         )
         for stage in self.stages:
             require(
-                self.model.num_attention_blocks > 0 or stage.trainable == "all",
+                self.model.num_attention_blocks > 0 or stage.trainable != "attention",
                 f'stage {stage.name!r}: trainable="attention", but the model has no attention '
                 "blocks; set model.num_attention_blocks",
             )
+            require(
+                self.model.learned_state or stage.trainable != "state",
+                f'stage {stage.name!r}: trainable="state", but the model starts from zeros; set '
+                "model.learned_state",
+            )
+            if stage.trainable == "lora":
+                self._check_adapters(stage)
             weights, sources = stage.source_weights, self.data.sources
             require(
                 len(weights) in (0, len(sources)),
@@ -273,6 +351,20 @@ class Config(Checked):
                 f"stage {stage.name!r}: source_weights {weights} must be >= 0 with a positive sum",
             )
             _check_mixture(f"stage {stage.name!r}: source_weights", weights)
+
+    def _check_adapters(self, stage: Stage) -> None:
+        """Raises ConfigError for adapters that the model of a stage has no matrices for."""
+        model, owner = self.stage_model(stage), f"stage {stage.name!r}: lora"
+        absent = [name for name in stage.lora.targets if name.startswith("attention.")]
+        require(
+            model.num_attention_blocks > 0 or not absent,
+            f"{owner}.targets names {absent}: the model has no attention blocks; leave them out",
+        )
+        require(
+            stage.lora.rank < model.width,
+            f"{owner}.rank {stage.lora.rank} is not below model.width {model.width}: such adapters "
+            'are no smaller than the matrices; lower it, or use trainable="all"',
+        )
 
     def stage_model(self, stage: Stage) -> ModelConfig:
         """The model that a stage trains."""

@@ -65,6 +65,9 @@ class ModelConfig(Checked):
     key_conv: int = 0
     """Width of a causal convolution over time on each channel of the attention keys (FlashMoBA,
     arXiv 2511.11571), the identity at first; 0 for none."""
+    learned_state: bool = False
+    """Each RWKV-7 block reads a text from a learned state [H, V, K] on (zeros before training),
+    not from zeros; `Stage.trainable="state"` trains these alone."""
     low_rank: LowRankRule = "rwkvx"
     """Formula of the low-rank widths."""
     low_rank_override: tuple[int, int, int, int] | None = None
@@ -138,7 +141,7 @@ class ModelConfig(Checked):
         norm, square = 2 * width, width * width
         channel_mix = width + 2 * width * self.hidden_width
         time_mix = 4 * square + (6 + 3 + 3) * width + norm  # shifts; w0 a0 v0; k_k k_a r_k; ln_x
-        time_mix += 2 * width * sum(ranks)
+        time_mix += 2 * width * sum(ranks) + self.learned_state * width * self.head_size
         attention = 4 * square + self.key_conv * width
         return (
             2 * self.vocab_size * width

@@ -53,6 +53,7 @@ def infer_config(tensors: Mapping[str, LazyTensor], naming: Naming) -> ModelConf
             width=width,
             head_size=_shape(tensors, naming, "blocks.time_mix.r_k", blocks)[1],
             ffn_width=0 if hidden_width == 4 * width else hidden_width,
+            learned_state=_has(tensors, naming, "blocks.time_mix.initial_state"),
             low_rank=rule,
             low_rank_override=override,
         )
@@ -103,6 +104,12 @@ def _shape(
     if len(shape) != 2:
         raise ConversionError(f"{name} has shape {shape}; a matrix was expected")
     return shape[::-1] if stored.form == "transposed" else shape
+
+
+def _has(tensors: Mapping[str, LazyTensor], naming: Naming, parameter: str) -> bool:
+    """Whether a parameter that every RWKV-7 block has or none is there."""
+    stored = getattr(_BY_NAME[parameter], naming.column)
+    return stored is not None and naming.block.format(stored.name, i=0) in tensors
 
 
 def _low_rank(

@@ -103,6 +103,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         for name, fla in _PROJECTIONS.items()
     ),
     *_norm("blocks.time_mix.ln_x", "att.ln_x", "attn.g_norm"),
+    # Named and laid out as RWKV-PEFT stores the result of its state tuning.
+    Parameter("blocks.time_mix.initial_state", "HVK", Stored("att.time_state")),
     *_channel_mix("blocks.channel_mix", "ffn"),
     *_norm("attention_blocks.ln1", "ln1", None),
     *_norm("attention_blocks.ln2", "ln2", None),
@@ -123,6 +125,7 @@ def _dim_sizes(config: ModelConfig) -> dict[str, int]:
         "D": config.width,
         "H": config.num_heads,
         "K": config.head_size,
+        "V": config.head_size if config.learned_state else 0,  # of learned states only
         "F": config.hidden_width,
         "C": config.key_conv,
         **config.ranks._asdict(),
@@ -198,9 +201,9 @@ def slots(config: ModelConfig, naming: Naming) -> Iterator[Slot]:
     for parameter in PARAMETERS:
         stored: Stored | None = getattr(parameter, naming.column)
         layers = _stack_size(parameter, config)
-        if stored is None or layers == 0:
-            continue
         shape = tuple(sizes[d] for d in parameter.dims)
+        if stored is None or layers == 0 or 0 in shape:
+            continue
         if layers is None:
             yield Slot(parameter.name, None, shape, naming.top.format(stored.name), stored.form)
             continue

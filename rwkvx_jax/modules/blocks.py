@@ -34,6 +34,10 @@ class RWKVBlock(nnx.Module):
         self.time_mix = TimeMix(config, constants, rngs)
         self.channel_mix = ChannelMix(config, constants, rngs)
 
+    def begun(self, state: BlockState, fresh: Bool[Array, " B"]) -> BlockState:
+        """`state`, but where fresh [B] the one that the block starts a text from."""
+        return state._replace(time_mix=self.time_mix.begun(state.time_mix, fresh))
+
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -46,10 +46,11 @@ def recurrence(
     v: Float[Array, "B T H V"],
     a: Float[Array, "B T H K"],
     b: Float[Array, "B T H K"],
+    state: Float32[Array, "B H V K"] | None = None,
     *,
     implementation: str | None,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
-    """`wkv7` from an empty state over sequences cut along time.
+    """`wkv7` over sequences cut along time, from `state` (None: zeros) at their beginning.
 
     Every device runs its stretch once, as an affine function of the state at its start; that state
     follows from the maps (M, G) of the stretches before, collected by doubling. What is sent does
@@ -61,14 +62,20 @@ def recurrence(
     axis, parts = rule("time"), sequence_parts(r.shape[1])
 
     def stretch(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, z, m, g = wkv7_affine(*arrays, implementation=implementation)
-        start = _state_before(m, g, axis, parts)
+        y, z, m, g = wkv7_affine(*arrays[:6], implementation=implementation)
+        start, before = _map_before(m, g, axis, parts)
+        if len(arrays) > 6:
+            start += _product(arrays[6], before)
         added = jnp.einsum("bhvk,bthk->bthv", start, z.astype(jnp.float32), precision="highest")
         y = (y.astype(jnp.float32) + added).astype(y.dtype)
         return y, (_product(start, m) + g)[None]
 
     ends = ("time", "batch", "heads", None, None)  # of all stretches: only the last is read
-    y, states = per_device(stretch, (_TOKENS,) * 6, (_TOKENS, ends))(r, log_w, k, v, a, b)
+    matrix = ("batch", "heads", None, None)
+    starts = () if state is None else (state,)
+    y, states = per_device(stretch, (_TOKENS,) * 6 + (matrix,) * len(starts), (_TOKENS, ends))(
+        r, log_w, k, v, a, b, *starts
+    )
     return y, states[-1]
 
 
@@ -115,10 +122,14 @@ def _log_choice(choice: str) -> None:
     _log.info("attention to cut sequences: %s", choice)
 
 
-def _state_before(m: jax.Array, g: jax.Array, axis: str, parts: int) -> jax.Array:
-    """State [B, H, V, K] at the start of this device's stretch, from the maps of all.
+def _map_before(m: jax.Array, g: jax.Array, axis: str, parts: int) -> tuple[jax.Array, jax.Array]:
+    """The map of everything before this device's stretch, from the maps of all stretches.
 
     After the round that doubles to n, (M, G) is the map of the n stretches before this one.
+
+    Returns:
+      G [B, H, V, K], the state that an empty one becomes, and M [B, H, K, K]: a state S becomes
+      S M + G.
     """
     m, g = _map_from_earlier(m, g, axis, 1)
     reach = 1
@@ -126,7 +137,7 @@ def _state_before(m: jax.Array, g: jax.Array, axis: str, parts: int) -> jax.Arra
         m1, g1 = _map_from_earlier(m, g, axis, reach)
         m, g = _product(m1, m), _product(g1, m) + g
         reach *= 2
-    return g
+    return g, m
 
 
 def _map_from_earlier(m, g, axis: str, distance: int) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,8 @@ Constants follow two families (spec: RWKV-X repository = "rwkvx"; RWKV-LM since 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,29 @@ def parameter(value: jax.Array, *axes: str) -> nnx.Param:
     return nnx.Param(value.astype(jnp.float32), axes=axes)
 
 
-def project(x: Float[Array, "*any D"], weight: Float[Array, "D E"]) -> Float[Array, "*any E"]:
+@partial(jax.tree_util.register_dataclass, data_fields=("matrix", "a", "b"), meta_fields=())
+@dataclass(frozen=True)
+class Adapted:
+    """A matrix with a low-rank adapter: stands for matrix + a b, which is never formed.
+
+    As the value of a parameter it takes the matrix's place; stacks have leading layers.
+    """
+
+    matrix: Float[Array, "*layers D E"]
+    a: Float[Array, "*layers D R"]
+    b: Float[Array, "*layers R E"]
+
+    def __getitem__(self, index: EllipsisType) -> Adapted:
+        """Itself: how the value of a parameter is read (`weight[...]`)."""
+        return self
+
+
+def project(
+    x: Float[Array, "*any D"], weight: Float[Array, "D E"] | Adapted
+) -> Float[Array, "*any E"]:
     """x times weight in x's dtype, which decides the precision."""
+    if isinstance(weight, Adapted):
+        return project(x, weight.matrix) + project(project(x, weight.a), weight.b)
     return jnp.matmul(x, weight.astype(x.dtype), precision=precision_of(x.dtype))
 
 

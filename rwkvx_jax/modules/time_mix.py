@@ -44,6 +44,7 @@ class TimeMix(nnx.Module):
     values (never used in layer 0); g1 g2: output gate.
     k_k: scale of the removal key; k_a: how far the learning rate scales the key; r_k: bonus.
     ln_x: scale and bias of the per-head group norm.
+    initial_state [H, V, K], with `config.learned_state`: the state before a text's first token.
     """
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
@@ -77,6 +78,17 @@ class TimeMix(nnx.Module):
         self.value = square(gain=1.0, bound=0.5)
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         self.ln_x = GroupNorm(constants)
+        self.learned_state = config.learned_state
+        if config.learned_state:
+            zeros = jnp.zeros((heads, size, size))
+            self.initial_state = parameter(zeros, "heads", "head_size", "head_size")
+
+    def begun(self, state: TimeMixState, fresh: Bool[Array, " B"]) -> TimeMixState:
+        """`state`, but where fresh [B] the learned one, if there is one."""
+        if not self.learned_state:
+            return state
+        learned = self.initial_state[...][None]
+        return state._replace(wkv=jnp.where(fresh[:, None, None, None], learned, state.wkv))
 
     def __call__(
         self,
@@ -109,12 +121,21 @@ class TimeMix(nnx.Module):
             k, write = jnp.where(valid, k, 0), jnp.where(valid, write, 0)
         # A single token needs no chunks: one step of the recurrence as it is written.
         implementation = "sequential" if h.shape[1] == 1 else run.recurrence
-        y, wkv = _recurrence((r, log_w, k, v, remove, write), state, implementation)
+        start = self._start(h.shape[0]) if state is None else state.wkv
+        y, wkv = _recurrence((r, log_w, k, v, remove, write), start, state is None, implementation)
         bonus = (r * k).astype(jnp.float32) * self.r_k[...][None, None]
         y = self.ln_x(y) + bonus.sum(-1, keepdims=True) * v.astype(jnp.float32)
         y = y.reshape(h.shape).astype(h.dtype) * g
         out = project(y, self.output[...])
         return out, v_first, TimeMixState(last_valid(h, before, lengths), wkv)
+
+    def _start(self, batch: int) -> Float32[Array, "B H V K"] | None:
+        """The state before the first token of `batch` texts; None: zeros."""
+        if not self.learned_state:
+            return None
+        learned = self.initial_state[...]
+        whole = jnp.broadcast_to(learned[None], (batch, *learned.shape))
+        return constrain(whole, "batch", "heads", None, None)
 
     def projections(
         self, h: Float[Array, "B T D"], shift: Float[Array, "B D"] | None
@@ -146,12 +167,18 @@ def _per_channel(parameter: nnx.Param, dtype: DTypeLike = jnp.float32) -> Float[
 
 
 def _recurrence(
-    arrays: tuple[jax.Array, ...], state: TimeMixState | None, implementation: str | None
+    arrays: tuple[jax.Array, ...],
+    start: jax.Array | None,
+    whole_texts: bool,
+    implementation: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`wkv7` on the mesh in force, by each device for its rows, heads and part of the sequence."""
-    if state is None and sequence_parts(arrays[0].shape[1]) > 1:
+    """`wkv7` on the mesh in force, by each device for its rows, heads and part of the sequence.
+
+    Sequences are sharded over time where they are whole texts; pieces read into a cache are not.
+    """
+    arrays += () if start is None else (start,)
+    if whole_texts and sequence_parts(arrays[0].shape[1]) > 1:
         return context.recurrence(*arrays, implementation=implementation)
-    arrays += () if state is None else (state.wkv,)
     tokens, matrix = ("batch", None, "heads", None), ("batch", "heads", None, None)
     return per_device(
         partial(wkv7, implementation=implementation),

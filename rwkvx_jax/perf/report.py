@@ -58,7 +58,7 @@ def _title(plan: Plan) -> str:
     parts = f", in {stage.accumulation} parts" if stage.accumulation > 1 else ""
     return (
         f"stage {stage.name}: {stage.global_batch} samples of {stage.seq_len:,} tokens a step"
-        f"{parts}, {stage.loss}, trains {stage.trainable}, {stage.steps:,} steps = "
+        f"{parts}, {stage.loss}, trains {stage.trained_part}, {stage.steps:,} steps = "
         f"{stage.tokens / 1e9:.3g} B tokens"
     )
 

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from rwkvx_jax.config import Config
+from rwkvx_jax.config import ADAPTERS, Config, Stage
+from rwkvx_jax.digest import flat
 from rwkvx_jax.hosts import place
-from rwkvx_jax.model import Params
-from rwkvx_jax.training.expand import expand
+from rwkvx_jax.lora import merged, new_adapters
+from rwkvx_jax.model import Params, select
+from rwkvx_jax.training.expand import expand, with_initial_states
 from rwkvx_jax.training.step import StageProgram, TrainState, fresh_shardings, stage_program
 
 
@@ -40,20 +42,34 @@ def next_stage(
 ) -> tuple[StageProgram, TrainState]:
     """Program and state of stage `index`, from what the stage before it left.
 
-    A plain RWKV-7 is expanded if this stage wants the hybrid. The moments go on where the same
-    parameters train in both stages; otherwise they start afresh.
+    The moments go on where the same parameters train in both stages; otherwise they start afresh.
+    Adapters that do not go on are added to their matrices. A plain RWKV-7 is expanded if this stage
+    wants the hybrid, and parameters that this stage adds (initial states, adapters) are made.
     """
     stage = config.stages[index]
     program = stage_program(config, stage, mesh)
     before = config.stages[index - 1] if index else None
-    carried = (
-        before is not None
-        and before.trainable == stage.trainable
-        and before.expanded == stage.expanded
-    )
+    carried = before is not None and _trains_alike(before, stage)
+    if before is not None and not carried:
+        params = merged(params, before.lora)
+    wanted = program.shardings.params
     if config.stage_model(stage).num_attention_blocks and "attention_blocks" not in params:
-        wanted = dict(program.shardings.params)
-        new = fresh_shardings(wanted.pop("attention_blocks"))
         # Onto the mesh first: from wherever the parameters come, they can then be copied there.
-        params = expand(place(params, wanted), config.model, new)
+        here = {name for name, _ in flat(params)}
+        params = place(params, select(wanted, here.__contains__))
+        params = expand(params, config.model, fresh_shardings(wanted["attention_blocks"]))
+    if config.model.learned_state:
+        params = with_initial_states(params, config.model)
+    if stage.trainable == "lora" and ADAPTERS not in params:
+        shapes, seed = program.params[ADAPTERS], config.model.init_seed
+        params = {**params, ADAPTERS: new_adapters(shapes, wanted[ADAPTERS], seed, index)}
     return program, program.start(params, opt_state if carried else None)
+
+
+def _trains_alike(before: Stage, stage: Stage) -> bool:
+    """Whether exactly the same parameters train in both stages."""
+    return (
+        before.trainable == stage.trainable
+        and before.expanded == stage.expanded
+        and (stage.trainable != "lora" or before.lora == stage.lora)
+    )

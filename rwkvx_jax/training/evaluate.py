@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from rwkvx_jax.hosts import global_batch, host_rows
 from rwkvx_jax.model import Params
 from rwkvx_jax.sharding import batch_sharding
 from rwkvx_jax.training.probe import make_probe
-from rwkvx_jax.training.step import StageProgram
+from rwkvx_jax.training.step import StageProgram, bind
 
 
 def check_targets(config: Config, data: OpenData) -> None:
@@ -48,7 +49,8 @@ def make_evaluator(
     """A function from parameters to held-out loss and accuracy of the probe, those asked for."""
     run, probe = config.run, None
     if run.probe_trials:
-        probe = make_probe(program.model, data.tokenizer, stage.seq_len, run.probe_trials, seed=0)
+        bound = partial(bind, program.model, stage=stage)
+        probe = make_probe(bound, data.tokenizer, stage.seq_len, run.probe_trials, seed=0)
 
     def evaluate(params: Params) -> dict[str, float]:
         values = {}

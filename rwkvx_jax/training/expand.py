@@ -11,9 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rwkvx_jax.config import ConfigError, ModelConfig
-from rwkvx_jax.model import Params, create_model, get_params
+from rwkvx_jax.model import Params, create_model, get_params, joined
 
 _COPIED = (
     ("attention", "time_mix", ("receptance", "key", "value", "output")),
@@ -55,6 +56,20 @@ def expand(params: Params, config: ModelConfig, shardings: Params | None = None)
         for target, copies in _copies(params["blocks"], config.blocks_per_group).items():
             attention[target] |= copies
     return {**params, "attention_blocks": attention}
+
+
+def with_initial_states(params: Params, config: ModelConfig) -> Params:
+    """The parameters with initial states of the RWKV-7 blocks: zeros, where they have none yet.
+
+    Args:
+      params: of a model that differs from `config` in these states at most.
+      config: with `learned_state`.
+    """
+    if "initial_state" in params["blocks"]["time_mix"]:
+        return params
+    shape = (config.num_blocks, config.num_heads, config.head_size, config.head_size)
+    states = {"blocks": {"time_mix": {"initial_state": np.zeros(shape, np.float32)}}}
+    return joined(params, states)
 
 
 @functools.partial(jax.jit, static_argnums=1)  # one program, whatever devices and hosts hold parts

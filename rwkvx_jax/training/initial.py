@@ -6,6 +6,7 @@ file one tensor (where the file keeps layers apart: one layer of one) after the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import DTYPES, LazyTensor, tracked
 from rwkvx_jax.digest import flat
-from rwkvx_jax.model import Params, abstract_model, get_params
-from rwkvx_jax.training.step import param_shardings
+from rwkvx_jax.model import Params, abstract_model, get_params, param_axes
+from rwkvx_jax.training.step import shardings_of
 
 
 def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
@@ -42,17 +43,18 @@ def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
     """
     path, run_and_step = locate(path)
 
-    def target(found: ModelConfig) -> Params:
+    def accept(found: ModelConfig) -> None:
         _check_usable(found, config, path)
-        model = abstract_model(found)
+
+    def target(shapes: Params, axes: Params) -> Params:
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            get_params(model),
-            param_shardings(model, mesh),
+            shapes,
+            shardings_of(shapes, axes, mesh),
         )
 
     if run_and_step is not None:
-        return read_workdir(*run_and_step, target).params
+        return read_workdir(*run_and_step, accept=accept, target=target).params
     bad: dict[str, int] = {}
 
     def seen(name: str, array: np.ndarray) -> None:
@@ -60,8 +62,10 @@ def load_initial_params(path: str | Path, config: Config, mesh: Mesh) -> Params:
 
     with on_disk(path) as file:
         own = open_checkpoint(file, dtype=DTYPES["float32"])
-        tensors = tracked(own.params, seen)
-        params = {name: _spread(tensors[name], leaf) for name, leaf in flat(target(own.config))}
+        accept(own.config)
+        model, tensors = abstract_model(own.config), tracked(own.params, seen)
+        wanted = flat(target(get_params(model), param_axes(model)))
+        params = {name: _spread(tensors[name], leaf) for name, leaf in wanted}
     refuse(bad, str(path))
     return nested(params)
 
@@ -99,6 +103,12 @@ def _check_usable(found: ModelConfig, config: Config, path: Path) -> None:
             "plain RWKV-7: start from a RWKV-7, or set expanded=True"
         )
     wanted = config.model if hybrid else config.model.without_attention()
+    if found.learned_state and not wanted.learned_state:
+        raise ConfigError(
+            f"{path} holds learned initial states, but model.learned_state is False: set it True"
+        )
+    # States that are not there yet begin as zeros.
+    wanted = dataclasses.replace(wanted, learned_state=found.learned_state)
     lines = [
         f"{name}: {there} there, {here} in the config"
         for name, there in _shape(found).items()

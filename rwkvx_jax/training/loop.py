@@ -18,6 +18,7 @@ from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import Config, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.hosts import check_joined, first_does, host_rows, stop_signal
+from rwkvx_jax.lora import merged
 from rwkvx_jax.model import Params
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
@@ -25,7 +26,7 @@ from rwkvx_jax.storage import exclusive, make_folder, write_whole
 from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
 from rwkvx_jax.training.evaluate import check_targets, make_evaluator
 from rwkvx_jax.training.initial import load_initial_params
-from rwkvx_jax.training.memory import check_memory
+from rwkvx_jax.training.memory import check_memory, describe_trainable
 from rwkvx_jax.training.metrics import MetricsWriter
 from rwkvx_jax.training.model_flops import step_flops
 from rwkvx_jax.training.saver import Saver
@@ -75,7 +76,7 @@ def fit(
         `checkpoints-set-aside` in `workdir`.
 
     Returns:
-      The final parameters.
+      The final parameters; adapters of the last stage are added to their matrices.
 
     Raises:
       ConfigError: anything in the config, the data or the workdir that can't work; a damaged
@@ -217,7 +218,7 @@ def _run_stages(run: Run, start: Start | None, initial: Params | None) -> Params
         if position.stage_step < config.stages[index].steps:
             state = _run_stage(run, program, state, position)
         params, opt_state, start = state.params, state.opt_state, None
-    return params
+    return merged(params, config.stages[-1].lora)
 
 
 def _run_stage(
@@ -226,7 +227,7 @@ def _run_stage(
     config, stage = run.config, run.config.stages[position.stage]
     run.console.print(
         f"stage {stage.name}: {stage.steps} steps of {stage.global_batch} x {stage.seq_len} "
-        f"tokens, {stage.trainable} parameters, loss {stage.loss}"
+        f"tokens, {describe_trainable(config, stage)}, loss {stage.loss}"
     )
     iterator = batches(
         run.data.dataset(stage, "train"),

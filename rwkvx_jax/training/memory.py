@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import jax
 from jax.sharding import Mesh
 
-from rwkvx_jax.config import Config, ConfigError, Stage
+from rwkvx_jax.config import ADAPTERS, Config, ConfigError, Stage
+from rwkvx_jax.convert.layout import param_shapes
+from rwkvx_jax.lora import thin
+
+
+def parameter_counts(config: Config, stage: Stage) -> tuple[int, int]:
+    """Numbers in all parameters of a stage, adapters included, and in those that train."""
+    shapes: dict[str, tuple[int, ...]] = param_shapes(config.stage_model(stage))
+    if stage.trainable == "lora":
+        adapted = {name: shape for name, shape in shapes.items() if stage.lora.adapts(name)}
+        for name, shape in adapted.items():
+            for part, small in thin(shape, stage.lora.rank).items():
+                shapes[f"{ADAPTERS}.{name}.{part}"] = small
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if stage.trains(name))
+
+
+def describe_trainable(config: Config, stage: Stage) -> str:
+    """What trains in a stage, for people."""
+    parameters, trained = parameter_counts(config, stage)
+    return f"{stage.trained_part} parameters ({trained:,} of {parameters:,})"
 
 
 def training_bytes(config: Config, stage: Stage) -> int:
@@ -16,13 +37,10 @@ def training_bytes(config: Config, stage: Stage) -> int:
     Parameters in float32; gradients and two moments of those that train; the residual stream of
     one part of a batch.
     """
-    model = config.stage_model(stage)
-    parameters = trained = model.num_parameters
-    if stage.trainable == "attention":
-        trained -= model.without_attention().num_parameters
+    parameters, trained = parameter_counts(config, stage)
     tokens = stage.seq_len * stage.global_batch // stage.accumulation
     width = {"float32": 4, "bfloat16": 2}[config.run.compute_dtype]
-    return 4 * (parameters + 3 * trained) + tokens * model.width * width
+    return 4 * (parameters + 3 * trained) + tokens * config.model.width * width
 
 
 def memory_bytes(mesh: Mesh) -> int | None:
@@ -45,8 +63,8 @@ def check_memory(config: Config, mesh: Mesh) -> None:
         if available is not None and needed > available:
             raise ConfigError(
                 f"stage {stage.name!r} needs at least {needed / 2**30:,.1f} GiB for its "
-                f"{config.stage_model(stage).num_parameters:,} parameters with gradients and "
-                f"moments, and its {stage.global_batch:,} x {stage.seq_len:,} tokens; the memory "
-                f"of {mesh.size} device(s) is {available / 2**30:,.1f} GiB. Make the model or the "
-                "batch smaller, or use more devices"
+                f"{parameter_counts(config, stage)[0]:,} parameters, with gradients and moments "
+                f"of those that train, and its {stage.global_batch:,} x {stage.seq_len:,} tokens; "
+                f"the memory of {mesh.size} device(s) is {available / 2**30:,.1f} GiB. Make the "
+                "model or the batch smaller, or use more devices"
             )

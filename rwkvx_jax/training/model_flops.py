@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rwkvx_jax.config import Config, ModelConfig, Stage
 from rwkvx_jax.training.losses import longce_starts
+from rwkvx_jax.training.memory import parameter_counts
 
 
 def recurrence_flops(config: ModelConfig) -> float:
@@ -68,19 +69,24 @@ def forward_flops(config: ModelConfig, time: int) -> float:
 def step_flops(config: Config, stage: Stage) -> float:
     """Products of one training step of a stage, over all devices.
 
-    Forward once; backward twice that, of which frozen parts need the half that goes on to their
-    inputs; LongCE's windows forward once.
+    Forward once; backward twice that, of which frozen matrices need the half that goes on to their
+    inputs; adapters beside them like any other matrices; LongCE's windows forward once.
     """
     model, time = config.stage_model(stage), stage.seq_len
-    total = 3.0 * forward_flops(model, time)
-    if stage.trainable == "attention":
-        matrices = rwkv_block_flops(model) - recurrence_flops(model)
-        head = 2.0 * model.width * model.vocab_size
-        total -= time * (model.num_blocks * matrices + head)
+    adapters = parameter_counts(config, stage)[1] if stage.trainable == "lora" else 0
+    forward = lambda time: forward_flops(model, time) + 2.0 * time * adapters
+    total = 3.0 * forward(time)
+    if stage.trainable != "all":
+        frozen = model.num_blocks * (rwkv_block_flops(model) - recurrence_flops(model))
+        frozen += 2.0 * model.width * model.vocab_size
+        if stage.trainable != "attention":
+            own = attention_block_flops(model, time) - attention_flops(model, time)
+            frozen += model.num_attention_blocks * own
+        total -= time * frozen
     if stage.loss == "longce":
         span = stage.longce.window + stage.longce.stride
         windows = len(longce_starts(time, stage.longce))
-        total += windows * forward_flops(model, span)
+        total += windows * forward(span)
     return stage.global_batch * total
 
 

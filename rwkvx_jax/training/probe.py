@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.model import RWKVX, Params, with_params
+from rwkvx_jax.model import RWKVX, Params
 from rwkvx_jax.sharding import constrain
 from rwkvx_jax.tasks.passkey import answer_tokens, eval_key, exact_prompt
 from rwkvx_jax.tokenizer import Tokenizer
 
 
 def make_probe(
-    model: RWKVX, tokenizer: Tokenizer, length: int, trials: int, seed: int
+    bind: Callable[[Params], RWKVX], tokenizer: Tokenizer, length: int, trials: int, seed: int
 ) -> Callable[[Params], float]:
     """A function from parameters to accuracy in [0, 1].
 
     Args:
-      model: abstract model.
+      bind: gives the model of parameters.
       tokenizer: the model's own.
       length: tokens of prompt and answer together.
       trials: prompts, their depths spread evenly over the text.
@@ -42,7 +42,7 @@ def make_probe(
     @jax.jit
     def right(params: Params, tokens: jax.Array) -> jax.Array:
         count = max(answers)
-        bound = with_params(model, params)
+        bound = bind(params)
         logits = bound.head(bound.features(tokens[None])[:, -count - 1 : -1])
         return constrain(jnp.argmax(logits[0], -1) == tokens[-count:], None)  # whole on all hosts
 

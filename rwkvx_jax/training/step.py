@@ -19,13 +19,16 @@ from jax.sharding import Mesh
 
 from rwkvx_jax.config import Config, ModelConfig, Stage
 from rwkvx_jax.hosts import place
+from rwkvx_jax.lora import attached, stage_params
 from rwkvx_jax.model import (
     RWKVX,
     Params,
     abstract_model,
     create_model,
     get_params,
+    joined,
     param_axes,
+    select,
     with_params,
 )
 from rwkvx_jax.sharding import batch_sharding, named_sharding, replicated
@@ -100,12 +103,9 @@ def from_stored_optimizer(stored: dict[str, Any]) -> tuple[Any, Guard]:
     return stored["moments"], Guard(*(stored["guard"][name] for name in STORED_GUARD))
 
 
-def split_trainable(params: Params, trainable: str) -> tuple[Params, Params]:
-    """(trainable, frozen) parts of a parameter tree."""
-    if trainable == "all":
-        return params, {}
-    chosen = {"attention_blocks": params["attention_blocks"]}
-    return chosen, {name: tree for name, tree in params.items() if name not in chosen}
+def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
+    """(trainable, frozen) parts of a parameter tree; `joined` puts them together again."""
+    return select(params, stage.trains), select(params, lambda name: not stage.trains(name))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class StageProgram:
     """The compiled functions of a stage and the shardings of its state."""
 
     model: RWKVX  # abstract
-    trainable: str
+    stage: Stage
+    params: Params  # shapes and dtypes, of adapters too
     optimizer: optax.GradientTransformation
     shardings: TrainState  # a sharding for each array
     init_opt_state: Callable[[Params], Any]
@@ -122,11 +123,10 @@ class StageProgram:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: the target of a restore."""
-        params = get_params(self.model)
-        trainable, _ = split_trainable(params, self.trainable)
+        trainable, _ = split_trainable(self.params, self.stage)
         state = TrainState(
             jax.eval_shape(lambda: jnp.int32(0)),
-            params,
+            self.params,
             jax.eval_shape(self.optimizer.init, trainable),
             jax.eval_shape(Guard.start),
         )
@@ -147,16 +147,25 @@ class StageProgram:
         """The state after `step` steps of the stage; None makes fresh moments, or a fresh guard."""
         params = place(params, self.shardings.params)
         if opt_state is None:
-            opt_state = self.init_opt_state(split_trainable(params, self.trainable)[0])
+            opt_state = self.init_opt_state(split_trainable(params, self.stage)[0])
         opt_state = place(opt_state, self.shardings.opt_state)
         counts = jnp.int32(step), guard or Guard.start()
         counts = place(counts, (self.shardings.step, self.shardings.guard))
         return TrainState(counts[0], params, opt_state, counts[1])
 
 
+def bind(model: RWKVX, params: Params, stage: Stage) -> RWKVX:
+    """The abstract model of a stage around the stage's parameters, adapters at work."""
+    return with_params(model, attached(params, stage.lora))
+
+
 def param_shardings(model: RWKVX, mesh: Mesh) -> Params:
     """Sharding of every parameter of an abstract model; errors name the parameter."""
-    shapes, axes = get_params(model), param_axes(model)
+    return shardings_of(get_params(model), param_axes(model), mesh)
+
+
+def shardings_of(shapes: Params, axes: Params, mesh: Mesh) -> Params:
+    """Sharding of every parameter by its shape and logical axes; errors name the parameter."""
 
     def one(path: tuple, leaf: jax.ShapeDtypeStruct, leaf_axes: tuple[str, ...]):
         name = ".".join(key.key for key in path)
@@ -184,13 +193,12 @@ def fresh_shardings(shardings: Params) -> Params | None:
 def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
     """Builds the functions of a stage; nothing is compiled before the first call."""
     model = abstract_model(config.stage_model(stage), config.run)
-    plan, _ = split_trainable(
-        treatments(config.optimizer.policy, param_axes(model)), stage.trainable
-    )
+    params, axes = stage_params(model, stage)
+    plan, _ = split_trainable(treatments(config.optimizer.policy, axes), stage)
     optimizer = make_optimizer(config.optimizer, plan)
-    shardings = param_shardings(model, mesh)
-    trainable, _ = split_trainable(shardings, stage.trainable)
-    shapes, _ = split_trainable(get_params(model), stage.trainable)
+    shardings = shardings_of(params, axes, mesh)
+    trainable, _ = split_trainable(shardings, stage)
+    shapes, _ = split_trainable(params, stage)
     opt_shardings = optax.tree_utils.tree_map_params(
         # Abstractly: under a mesh of devices that are not here nothing can be computed.
         lambda params: jax.eval_shape(optimizer.init, params),
@@ -205,7 +213,8 @@ def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
     batch = batch_sharding(mesh, stage.global_batch)
     return StageProgram(
         model=model,
-        trainable=stage.trainable,
+        stage=stage,
+        params=params,
         optimizer=optimizer,
         shardings=state_shardings,
         init_opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings),
@@ -216,7 +225,7 @@ def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            _eval_step(config, model),
+            _eval_step(config, stage, model),
             in_shardings=(shardings, batch),
             out_shardings=replicated(mesh),
         ),
@@ -228,11 +237,12 @@ def _objective(config: Config, stage: Stage, model: RWKVX) -> Callable:
     block = config.run.loss_block
 
     def loss(trainable: Params, frozen: Params, tokens: jax.Array, weights: jax.Array):
-        bound = with_params(model, {**frozen, **trainable})
+        params = joined(frozen, trainable)
+        bound = bind(model, params, stage)
         losses = token_losses(bound, tokens, block)
         factors = weights
         if stage.loss == "longce":
-            fixed = with_params(model, jax.lax.stop_gradient({**frozen, **trainable}))
+            fixed = bind(model, jax.lax.stop_gradient(params), stage)
             short = lambda part: token_losses(fixed, part, block).cross_entropy
             factors = weights * longce_weights(
                 short, tokens, jax.lax.stop_gradient(losses.cross_entropy), stage.longce
@@ -263,7 +273,7 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
         return jax.lax.scan(part, zeros, (parts(batch["tokens"]), parts(weights)))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        trainable, frozen = split_trainable(state.params, stage.trainable)
+        trainable, frozen = split_trainable(state.params, stage)
         (loss, cross_entropy), grads = gradients(trainable, frozen, batch)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
@@ -277,7 +287,7 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
         keep = lambda new, old: jnp.where(good, new, old)
         state = TrainState(
             state.step + 1,
-            {**frozen, **jax.tree.map(keep, moved, trainable)},
+            joined(frozen, jax.tree.map(keep, moved, trainable)),
             jax.tree.map(keep, opt_state, state.opt_state),
             guard,
         )
@@ -312,10 +322,11 @@ def _all_finite(params: Params, opt_state: Any) -> jax.Array:
     return jnp.all(jnp.stack(finite))
 
 
-def _eval_step(config: Config, model: RWKVX) -> Callable:
+def _eval_step(config: Config, stage: Stage, model: RWKVX) -> Callable:
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of the losses of valid targets, and their number."""
-        losses = token_losses(with_params(model, params), batch["tokens"], config.run.loss_block)
+        bound = bind(model, params, stage)
+        losses = token_losses(bound, batch["tokens"], config.run.loss_block)
         return jnp.sum(losses.cross_entropy * batch["mask"]), jnp.sum(batch["mask"])
 
     return step

@@ -11,6 +11,7 @@ from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.layout import param_shapes
 from rwkvx_jax.convert.official import (
     OfficialInfo,
+    lost_in_official,
     official_to_params,
     open_official,
     params_to_official,
@@ -89,6 +90,7 @@ def test_both_low_rank_formulas_are_recognised(width, rule, ranks):
         {"num_attention_blocks": 0},
         {"key_conv": 3},
         {"num_attention_blocks": 0, "key_conv": 3},
+        {"learned_state": True},
         {"head_size": 16, "ffn_width": 96, "low_rank_override": (3, 4, 5, 6)},
     ],
 )
@@ -280,6 +282,28 @@ def test_values_too_large_for_a_dtype_are_named():
     with pytest.raises(ConversionError, match="rwkv.ln_out.weight holds values.*float16"):
         half["rwkv.ln_out.weight"].read()
     half["rwkv.head.weight"].read()
+
+
+@pytest.mark.parametrize("attention_blocks", [0, M])
+def test_learned_states_have_the_names_of_rwkv_peft(attention_blocks):
+    """One tensor [H, V, K] a block, beside those of a model without them."""
+    states = {f"blocks.{i}.att.time_state": (H, K, K) for i in range(L)}
+    shapes = official_shapes(attention_blocks=attention_blocks, prefix="")
+    tensors = random_tensors(shapes | states)
+    config, params, info = official_to_params(tensors)
+    assert config.learned_state and config.num_attention_blocks == attention_blocks
+    for i in range(L):
+        theirs = tensors[f"blocks.{i}.att.time_state"]
+        assert np.array_equal(params["blocks.time_mix.initial_state"][i], theirs)
+    assert_identical(read_all(params_to_official(config, params, info)), tensors)
+    official = params_to_official(config, params)  # as a run of ours is written
+    assert {n for n in official if "time_state" in n} == {
+        ("rwkv." if attention_blocks else "") + name for name in states
+    }
+    assert lost_in_official(config, official) == []
+    del tensors["blocks.1.att.time_state"]
+    with pytest.raises(ConversionError, match=r"missing \(1\): blocks.1.att.time_state"):
+        official_to_params(tensors)
 
 
 def test_a_key_convolution_has_no_official_form():

@@ -16,6 +16,7 @@ from rwkvx_jax.config import (
     Config,
     ConfigError,
     LongCEConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     RunConfig,
@@ -108,6 +109,7 @@ def test_visible_keys_are_those_that_attention_reads(time):
 
 def test_what_is_frozen_needs_no_gradient_of_its_own():
     model = ModelConfig(vocab_size=96, num_blocks=4, num_attention_blocks=2, width=128)
+    model = dataclasses.replace(model, learned_state=True)
     flops = lambda **changes: model_flops.step_flops(
         Config(model=model, stages=(stage := Stage("s", 64, 2, 1, 1e-3, **changes),)), stage
     )
@@ -117,6 +119,14 @@ def test_what_is_frozen_needs_no_gradient_of_its_own():
     frozen = forward - trained - recurrence
     assert flops() == 2 * 64 * 3 * forward
     assert flops(trainable="attention") == pytest.approx(2 * 64 * (3 * forward - frozen))
+    attention = model_flops.attention_flops(model, 64) * model.num_attention_blocks
+    matrices = forward - recurrence - attention
+    assert flops(trainable="state") == pytest.approx(2 * 64 * (3 * forward - matrices))
+    lora = LoRAConfig(rank=8, targets=("channel_mix.key", "attention.output"))
+    adapters = 8 * (6 * (128 + 512) + 2 * (128 + 128))  # in both kinds of blocks; in attention
+    assert flops(trainable="lora", lora=lora) == pytest.approx(
+        2 * 64 * (3 * forward - matrices + 3 * 2 * adapters)
+    )
 
 
 # ------------------------------------------------------------------------------------------------
