@@ -22,7 +22,7 @@ from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.intervals import share_with_interval
 from rwkvx_jax.evals.models import EvalModel, EvalOptions, require_at_least_1
-from rwkvx_jax.evals.plots import HeatMap, draw, print_table
+from rwkvx_jax.evals.plots import HeatMap, draw, name_of, part_of, print_table
 from rwkvx_jax.evals.readers import STEP_TOKENS, GreedyReader, affordable_batch, check_memory
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.runner import Task, even_batches
@@ -318,17 +318,10 @@ def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
         step, trained = model["step"], model["trained_length"]
         facts = [f"step {step:,}"] if step is not None else []
         facts += [f"trained on up to {trained:,} tokens"] if trained is not None else []
-        maps.append(
-            HeatMap(
-                model["label"],
-                ", ".join(facts),
-                grid.lengths,
-                grid.depths,
-                correct,
-                trials,
-                trained,
-            )
-        )
+        planned = trials.size * grid.trials
+        facts += filter(None, [part_of(len(model["trials"]), planned, "trials")])
+        name, note = name_of(model), ", ".join(facts)
+        maps.append(HeatMap(name, note, grid.lengths, grid.depths, correct, trials, trained))
     return maps
 
 

@@ -23,6 +23,9 @@ from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""
 
+ATTENTION_OFF = ", attention blocks off"
+"""How the label of a model ends whose attention blocks are taken out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
@@ -122,7 +125,7 @@ class EvalModel(NamedTuple):
         """The same model with its attention blocks taken out."""
         params = {name: p for name, p in self.params.items() if name != "attention_blocks"}
         return self._replace(
-            label=f"{self.label}, attention blocks off",
+            label=f"{self.label}{ATTENTION_OFF}",
             config=self.config.without_attention(),
             params=params,
         )

@@ -20,7 +20,18 @@ from rich.table import Table as RichTable
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.plots import MARK, new_figure, plain, save, style
+from rwkvx_jax.evals.plots import (
+    drawn,
+    legend_below,
+    log_ticks,
+    mark_trained,
+    name_of,
+    new_figure,
+    part_of,
+    plain,
+    save,
+    style,
+)
 from rwkvx_jax.evals.readers import TextScorer, affordable_batch, check_memory
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.runner import Task, even_batches
@@ -128,39 +139,39 @@ def _record(document: Document, losses: np.ndarray, edges: list[int]) -> Record:
     return document._asdict() | {"loss": float(losses.mean()), "edges": edges, "losses": means}
 
 
+@drawn
 def draw(results: Results, path: Path, tokenizer: str) -> None:
     """One line a model over positions, with 95 % bands over documents."""
     document = results.document
-    figure = new_figure(7.2, 4.6)
+    length, planned = document["settings"]["length"], document["plan"]["documents"]
+    width = 7.2
+    figure = new_figure(
+        width,
+        4.8,
+        f"Loss by position, {planned} documents of {length:,} tokens; "
+        "bands: 95 % intervals over documents",
+    )
     axes = figure.add_subplot()
-    for i, model in enumerate(document["models"]):
-        bins = [b for b in model["summary"]["by_position"]]
-        if not bins:
-            continue
+    models = [m for m in document["models"] if m["trials"]]
+    for i, model in enumerate(models):
+        bins = model["summary"]["by_position"]
         x = [max(1.0, (b["begin"] * b["end"]) ** 0.5) if b["begin"] else b["end"] / 2 for b in bins]
         loss = np.array([b["loss"] for b in bins])
-        axes.plot(x, loss, label=plain(model["label"]), markersize=4, linewidth=1.3, **style(i))
+        part = part_of(len(model["trials"]), planned, "documents")
+        label = ", ".join(filter(None, [plain(name_of(model)), part]))
+        axes.plot(x, loss, label=label, linewidth=1.3, **style(i))
         if bins[0]["error"] is not None:
             half = 1.96 * np.array([b["error"] for b in bins])
             color = style(i)["color"]
             axes.fill_between(x, loss - half, loss + half, color=color, alpha=0.15, linewidth=0)
-    lengths = sorted({p["trained_length"] for p in document["models"]} - {None})
-    for i, length in enumerate(lengths):
-        label = "longest training sequence" if i == 0 else None
-        axes.axvline(length, label=label, linewidth=1.5, **MARK)
-    count = document["plan"]["documents"]
+    octaves = [edge for edge in bin_edges(length) if edge.bit_count() == 1]
+    log_ticks(axes, [*octaves, length], width - 1.0)
+    mark_trained(axes, [model["trained_length"] for model in models])
     axes.set(
-        xscale="log",
-        xlabel=f"position in the document ({tokenizer} tokens)",
-        ylabel="loss (nats per token)",
+        xlabel=f"position in the document ({tokenizer} tokens)", ylabel="loss (nats per token)"
     )
-    axes.set_title(
-        f"Loss by position, {count} documents of {document['settings']['length']:,} tokens; "
-        "bands: 95 % over documents",
-        fontsize=10,
-    )
-    axes.grid(alpha=0.4)
-    axes.legend(fontsize=8)
+    axes.grid()
+    legend_below(figure, axes)
     save(figure, path)
 
 
