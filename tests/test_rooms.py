@@ -39,6 +39,7 @@ ROOMS = [
     "rwkvx_jax.evals.results",
     "rwkvx_jax.evals.models",
     "rwkvx_jax.evals.plots",
+    "rwkvx_jax.evals.pages",
     "rwkvx_jax.evals.runner",
     "rwkvx_jax.evals.documents",
     "rwkvx_jax.evals.readers",

@@ -20,7 +20,7 @@ from rich.console import Console
 from rwkvx_jax.cache import MOST_ROWS, CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
-from rwkvx_jax.evals.intervals import share_with_interval
+from rwkvx_jax.evals.intervals import Estimate, share_with_interval
 from rwkvx_jax.evals.models import EvalModel, EvalOptions, require_at_least_1
 from rwkvx_jax.evals.plots import HeatMap, draw, name_of, part_of, print_table
 from rwkvx_jax.evals.readers import STEP_TOKENS, GreedyReader, affordable_batch, check_memory
@@ -294,6 +294,12 @@ def table(models: list[Record]) -> Table:
         rows.append([model["label"], *texts, _share(model["summary"]["all"])])
     columns = [f"{n:,}" for n in lengths]
     return Table(["model (right answers, %, with 95 % interval)", *columns, "all"], rows)
+
+
+def score(summary: Record) -> Estimate:
+    """Right answers in per cent."""
+    whole = summary["all"]
+    return Estimate(*(100 * whole[name] for name in ("accuracy", "low", "high")))
 
 
 def _share(cell: Record) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from rwkvx_jax.evals.intervals import Estimate, standard_error
 from rwkvx_jax.evals.plots import (
     broken,
     drawn,
@@ -79,7 +80,7 @@ def _mean(name: str, values: list[float]) -> Record:
     if name == "perplexity":
         value = math.exp(min(-float(np.mean(values)), _LARGEST_EXPONENT))
         return {"value": value, "error": None, "documents": len(values)}
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    error = standard_error(values)
     return {"value": float(np.mean(values)), "error": error, "documents": len(values)}
 
 
@@ -89,6 +90,15 @@ def main_score(columns: Record, column: str) -> tuple[float, float | None]:
     metric = metric or next(iter(columns[column].values()))
     error = metric["error"]
     return 100 * metric["value"], None if error is None else 100 * error
+
+
+def score(summary: Record) -> Estimate:
+    """Average of the columns, in per cent: of the paper's, or of all where none of these is."""
+    found = summary["columns"]
+    scores = [main_score(found, c) for c in ([c for c in NAMES if c in found] or found)]
+    errors = [error for _, error in scores]
+    known = None if None in errors else math.hypot(*errors) / len(errors)
+    return Estimate.of_mean(float(np.mean([value for value, _ in scores])), known)
 
 
 def table(models: list[Record], average: str = "average") -> Table:

@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
+from rwkvx_jax.evals.intervals import Estimate, standard_error
 from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.plots import (
     drawn,
@@ -64,8 +65,8 @@ def summarize(trials: Sequence[Record]) -> Record:
     """Mean losses over documents with standard errors: of whole documents, and by position."""
 
     def over(values: Sequence[float]) -> Record:
-        spread = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-        return {"loss": float(np.mean(values)), "error": spread, "documents": len(values)}
+        mean, error = float(np.mean(values)), standard_error(values)
+        return {"loss": mean, "error": error, "documents": len(values)}
 
     if not trials:
         return {"all": None, "by_position": []}
@@ -192,6 +193,11 @@ def print_table(results: Results, console: Console) -> None:
     whole = [model["summary"]["all"] for model in models]
     shown.add_row("all", *[f"{mean['loss']:.4f}" if mean else "–" for mean in whole])
     console.print(shown)
+
+
+def score(summary: Record) -> Estimate:
+    """Mean loss over whole documents, nats per token."""
+    return Estimate.of_mean(summary["all"]["loss"], summary["all"]["error"])
 
 
 def table(models: list[Record]) -> Table:

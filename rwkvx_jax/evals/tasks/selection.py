@@ -25,6 +25,7 @@ from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.chunk_mass import MEASURES, measure, positions_of, selectors
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
+from rwkvx_jax.evals.intervals import Estimate, standard_error
 from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.plots import (
     broken,
@@ -134,11 +135,10 @@ def summarize(trials: Sequence[Record]) -> Record:
             sums = np.array([s[m] for s in own])  # [documents, M, H, P]
             by_head = sums.sum(-1) / queries.sum(1)[:, None, None]
             each = by_head.mean((1, 2))
-            error = float(each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else None
             by_octave = sums.sum(0).mean((0, 1)) / np.maximum(queries.sum(0), 1)
             record[m] = {
                 "mean": float(each.mean()),
-                "error": error,
+                "error": standard_error(each),
                 "by_layer_and_head": by_head.mean(0).tolist(),
                 "by_past_chunks": [
                     float(v) if n else None for v, n in zip(by_octave, queries.sum(0), strict=True)
@@ -286,6 +286,13 @@ def print_table(results: Results, console: Console) -> None:
             cells = [f"{100 * found[m]['mean']:.1f}" for m in MEASURES]
             shown.add_row(model["label"], _NAMES[name], *cells)
     console.print(shown)
+
+
+def score(summary: Record) -> Estimate:
+    """Share of the mass in past chunks that the model's own selector holds, in per cent."""
+    past = summary["selectors"]["own"]["past"]
+    error = None if past["error"] is None else 100 * past["error"]
+    return Estimate.of_mean(100 * past["mean"], error)
 
 
 def table(models: list[Record]) -> Table:
