@@ -50,6 +50,7 @@ ROOMS = [
     "rwkvx_jax.cli",
     "rwkvx_jax.perf",
     "rwkvx_jax.evals.report",
+    "rwkvx_jax.evals.lm_eval",
     "rwkvx_jax.plan",
     "rwkvx_jax.doctor",
 ]

@@ -18,7 +18,8 @@ from rwkvx_jax.evals.models import EvalModel  # noqa: E402
 from rwkvx_jax.evals.report import read_results  # noqa: E402
 from rwkvx_jax.evals.short import batching, harness  # noqa: E402
 from rwkvx_jax.evals.short import task as short_context  # noqa: E402
-from rwkvx_jax.evals.short.harness import AnswerFile, HarnessModel  # noqa: E402
+from rwkvx_jax.evals.short.answers import AnswerFile  # noqa: E402
+from rwkvx_jax.evals.short.harness import HarnessModel  # noqa: E402
 from rwkvx_jax.evals.short.table import NAMES, summarize  # noqa: E402
 from rwkvx_jax.evals.short.task import ShortOptions, evaluate  # noqa: E402
 from rwkvx_jax.model import abstract_model, with_params  # noqa: E402

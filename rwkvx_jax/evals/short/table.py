@@ -102,8 +102,10 @@ def score(summary: Record) -> Estimate:
 
 
 def table(models: list[Record], average: str = "average") -> Table:
-    """The paper's table: a row a model, scores with standard errors, their average last."""
+    """The paper's table: a row a model, scores with standard errors, last the average of those that
+    are the paper's."""
     columns = _columns(models)
+    averaged = any(model["summary"]["averaged"] for model in models)
     rows = []
     for model in models:
         texts = []
@@ -114,9 +116,10 @@ def table(models: list[Record], average: str = "average") -> Table:
             score, error = main_score(model["summary"]["columns"], column)
             texts.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
         mean = model["summary"]["average"]
-        rows.append([model["label"], *texts, "–" if mean is None else f"{mean:.1f}"])
+        texts += ["–" if mean is None else f"{mean:.1f}"] if averaged else []
+        rows.append([model["label"], *texts])
     names = [NAMES.get(c, c) + (" (acc_norm)" if c in MAIN_METRICS else "") for c in columns]
-    return Table(["model (%, ± standard error)", *names, average], rows)
+    return Table(["model (%, ± standard error)", *names, *([average] if averaged else [])], rows)
 
 
 def print_table(results: Results, console: Console) -> None:
