@@ -24,8 +24,8 @@ from rwkvx_jax.evals.intervals import Estimate, share_with_interval
 from rwkvx_jax.evals.models import EvalModel, EvalOptions, require_at_least_1
 from rwkvx_jax.evals.plots import HeatMap, draw, name_of, part_of, print_table
 from rwkvx_jax.evals.readers import STEP_TOKENS, GreedyReader, affordable_batch, check_memory
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task, even_batches
+from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.evals.runner import even_batches
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.progress import Progress

@@ -29,8 +29,8 @@ from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.grid import Lengths
 from rwkvx_jax.evals.models import require_at_least_1
 from rwkvx_jax.evals.plots import drawn, legend_below, log_ticks, new_figure, save, style
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task, open_console, until_interrupted
+from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.evals.runner import open_console, until_interrupted
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.memory import memory_left

@@ -21,7 +21,8 @@ CONFIG = to_dict(TINY)
 
 def model(label="m.safetensors", trained=65536, trials=(), summarize=lambda trials: {}, **config):
     """A model of a results file."""
-    known = {"label": label, "trained_length": trained, "model": CONFIG | config}
+    known = {"label": label, "trained_length": trained, "tokenizer": "byte"}
+    known |= {"model": CONFIG | config}
     return known | {"trials": list(trials), "summary": summarize(list(trials))}
 
 
@@ -52,7 +53,7 @@ def draw_long_loss(path):
     trials = [trial, trial | {"loss": 2.1}]
     models = [model(trials=trials, summarize=long_loss.summarize), model("b" * 90, 4096)]
     models[1] |= {"trials": trials[:1], "summary": long_loss.summarize(trials[:1])}
-    long_loss.draw(results(models, {"documents": 2}, length=65536), path, "byte")
+    long_loss.draw(results(models, {"documents": 2}, length=65536), path)
 
 
 def draw_short(path):

@@ -231,7 +231,8 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     parts = sections(find_runs([tmp_path]))
     (line,) = [x for x in as_markdown("t", parts).splitlines() if x.startswith("| RWKV-X: a")]
     assert line == (
-        r"| RWKV-X: a\[b\](http://x) \`c\` \_d\_ \[/red\] \$e\$ \<script\>\\x1b\[31m\\n\| f: own "
+        r"| RWKV-X: a\[b\](http://x) \`c\` \_d\_ \[/red\] \$e\$ \<script\>\\x1b\[31m\\n"
+        r"\| f: the model's own "
         "| 50.0 | 50.0 | 50.0 |"
     )
     page = as_html("t", parts)

@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from rwkvx_jax.cache import choose, rewind, snapshot
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TEMPLATE_TEXT, chat_text
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch
+from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch, score_places
 from rwkvx_jax.evals.short.answers import Answers, Refused, request_key
 from rwkvx_jax.evals.short.batching import (
     Asked,
@@ -30,8 +32,7 @@ from rwkvx_jax.evals.short.batching import (
     pack,
     plan_calls,
 )
-from rwkvx_jax.evals.short.scoring import read_lanes, score_places
-from rwkvx_jax.model import abstract_model, with_params
+from rwkvx_jax.model import RWKVX, abstract_model, with_params
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
@@ -186,7 +187,7 @@ class HarnessModel(TemplateLM):
     def _score_call(self, params, packed: Packed, *, rows: int) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and greediness of all targets; see `Packed`."""
         model = with_params(self._model, params)
-        features = read_lanes(model, packed, rows)
+        features = _read_lanes(model, packed, rows)
         return score_places(model, features, packed.places, packed.targets, packed.place_count)
 
     def loglikelihood_rolling(
@@ -290,6 +291,32 @@ class HarnessModel(TemplateLM):
         text = self._tested.tokenizer.decode(answer[: ends[0]] if len(ends) else answer)
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         return (text[: min(places)] if places else text), bool(len(ends) or places)
+
+
+def _read_lanes(model: RWKVX, packed: Packed, rows: int) -> jax.Array:
+    """Features of all tokens of a call, flattened [steps * lanes * width, D].
+
+    Args:
+      model: the model.
+      packed: the call.
+      rows: tokens of the longest text.
+    """
+    lanes = packed.tokens.shape[1]
+    cache = model.init_cache(lanes, rows)
+    nothing = snapshot(cache)
+
+    def step(i, carry):
+        cache, kept, features = carry
+        now = choose(packed.back[i], kept, snapshot(cache))
+        cache = rewind(cache, choose(packed.fresh[i], nothing, now))
+        new, cache = model.read(packed.tokens[i], cache, packed.lengths[i])
+        kept = choose(packed.keep[i], snapshot(cache), kept)
+        return cache, kept, jax.lax.dynamic_update_index_in_dim(features, new, i, 0)
+
+    features = jnp.zeros((*packed.tokens.shape, model.config.width), model.dtype)
+    carry = (cache, nothing, features)
+    _, _, features = jax.lax.fori_loop(0, packed.step_count, step, carry)
+    return features.reshape(-1, model.config.width)
 
 
 def _answers(asked: Asked, logs: np.ndarray, hits: np.ndarray) -> dict[int, tuple[float, bool]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from rwkvx_jax.evals.intervals import Estimate, standard_error
 from rwkvx_jax.evals.plots import (
@@ -127,12 +126,7 @@ def print_table(results: Results, console: Console) -> None:
     models = results.document["models"]
     averaged = max(model["summary"]["averaged"] for model in models)
     found = table(models, "average" if averaged == len(NAMES) else f"average of {averaged}")
-    shown = RichTable(title="scores (%) ± standard error over documents")
-    for i, column in enumerate(["model", *found.columns[1:]]):
-        shown.add_column(column, justify="right" if i else "left")
-    for row in found.rows:
-        shown.add_row(*row)
-    console.print(shown)
+    found.print(console, "scores (%) ± standard error over documents")
     console.print("acc_norm: normalised by the length of each choice; the others: acc")
 
 

@@ -24,8 +24,7 @@ from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TEMPLATE
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.models import IDENTITY_FIELDS, EvalModel, EvalOptions
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task
+from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.evals.short import data as data_files
 from rwkvx_jax.evals.short.files import check_samples, folder_of, write_results
 from rwkvx_jax.evals.short.loading import Benchmarks, fingerprint, load_tasks
@@ -222,8 +221,7 @@ def run(options: ShortOptions) -> None:
     """The command: evaluates, writes short.jsonl and short.png, prints the paper's table."""
 
     def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
-        tables = partial(print_table, results, console)
-        runner.show(results, console, partial(draw, results), tables)
+        runner.shows(draw, print_table)(results, models, console)
         for model in models:
             console.print(f"lm_eval's own: {folder_of(options.output, model.checkpoint)}")
 

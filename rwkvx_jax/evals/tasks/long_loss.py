@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
@@ -34,8 +33,8 @@ from rwkvx_jax.evals.plots import (
     style,
 )
 from rwkvx_jax.evals.readers import TextScorer, affordable_batch, check_memory
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task, even_batches
+from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.evals.runner import even_batches
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.progress import Progress
@@ -141,7 +140,7 @@ def _record(document: Document, losses: np.ndarray, edges: list[int]) -> Record:
 
 
 @drawn
-def draw(results: Results, path: Path, tokenizer: str) -> None:
+def draw(results: Results, path: Path) -> None:
     """One line a model over positions, with 95 % bands over documents."""
     document = results.document
     length, planned = document["settings"]["length"], document["plan"]["documents"]
@@ -168,9 +167,8 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
     octaves = [edge for edge in bin_edges(length) if edge.bit_count() == 1]
     log_ticks(axes, [*octaves, length], width - 1.0)
     mark_trained(axes, [model["trained_length"] for model in models])
-    axes.set(
-        xlabel=f"position in the document ({tokenizer} tokens)", ylabel="loss (nats per token)"
-    )
+    unit = f"{document['models'][0]['tokenizer']} tokens"
+    axes.set(xlabel=f"position in the document ({unit})", ylabel="loss (nats per token)")
     axes.grid()
     legend_below(figure, axes)
     save(figure, path)
@@ -179,20 +177,17 @@ def draw(results: Results, path: Path, tokenizer: str) -> None:
 def print_table(results: Results, console: Console) -> None:
     """A row for each octave of positions, a column for each model."""
     models = results.document["models"]
-    shown = RichTable(
-        "positions", *[model["label"] for model in models], title="loss (nats per token)"
-    )
     lines: dict[tuple[int, int], list[str]] = {}
     for column, model in enumerate(models):
         for b in model["summary"]["by_position"]:
             cells = lines.setdefault((b["begin"], b["end"]), ["–"] * len(models))
             error = f" ± {1.96 * b['error']:.3f}" if b["error"] is not None else ""
             cells[column] = f"{b['loss']:.3f}{error}"
-    for (begin, end), cells in sorted(lines.items()):
-        shown.add_row(f"{begin:,} to {end:,}", *cells)
+    rows = [[f"{begin:,} to {end:,}", *cells] for (begin, end), cells in sorted(lines.items())]
     whole = [model["summary"]["all"] for model in models]
-    shown.add_row("all", *[f"{mean['loss']:.4f}" if mean else "–" for mean in whole])
-    console.print(shown)
+    rows.append(["all", *[f"{mean['loss']:.4f}" if mean else "–" for mean in whole]])
+    columns = ["positions", *[model["label"] for model in models]]
+    Table(columns, rows).print(console, "loss (nats per token)")
 
 
 def score(summary: Record) -> Estimate:
@@ -228,10 +223,4 @@ def table(models: list[Record]) -> Table:
 
 def run(options: LongLossOptions) -> None:
     """The command: evaluates, writes long_loss.jsonl and long_loss.png, prints a table."""
-
-    def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
-        tokenizer = models[0].tokenizer.name
-        tables = partial(print_table, results, console)
-        runner.show(results, console, lambda path: draw(results, path, tokenizer), tables)
-
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, runner.shows(draw, print_table))

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
@@ -39,8 +38,7 @@ from rwkvx_jax.evals.plots import (
     save,
     style,
 )
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task
+from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.progress import Progress
@@ -278,16 +276,6 @@ def _shown(name: str, config: Record) -> str:
     return _NAMES[name] + own
 
 
-def print_table(results: Results, console: Console) -> None:
-    """A row for each model and selector."""
-    shown = RichTable("model", "selector", "all mass held (%)", "past mass held (%)", "recall (%)")
-    for model in results.document["models"]:
-        for name, found in model["summary"]["selectors"].items():
-            cells = [f"{100 * found[m]['mean']:.1f}" for m in MEASURES]
-            shown.add_row(model["label"], _NAMES[name], *cells)
-    console.print(shown)
-
-
 def score(summary: Record) -> Estimate:
     """Share of the mass in past chunks that the model's own selector holds, in per cent."""
     past = summary["selectors"]["own"]["past"]
@@ -298,7 +286,7 @@ def score(summary: Record) -> Estimate:
 def table(models: list[Record]) -> Table:
     """A row a model and selector."""
     rows = [
-        [f"{model['label']}: {name}", *[f"{100 * found[m]['mean']:.1f}" for m in MEASURES]]
+        [f"{model['label']}: {_NAMES[name]}", *[f"{100 * found[m]['mean']:.1f}" for m in MEASURES]]
         for model in models
         for name, found in model["summary"]["selectors"].items()
     ]
@@ -306,11 +294,11 @@ def table(models: list[Record]) -> Table:
     return Table(columns, rows)
 
 
+def print_table(results: Results, console: Console) -> None:
+    """The same on the terminal."""
+    table(results.document["models"]).print(console)
+
+
 def run(options: SelectionOptions) -> None:
     """The command: measures, writes selection.jsonl and selection.png, prints a table."""
-
-    def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
-        tables = partial(print_table, results, console)
-        runner.show(results, console, partial(draw, results), tables)
-
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, runner.shows(draw, print_table))
