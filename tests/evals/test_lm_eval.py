@@ -127,6 +127,28 @@ def test_data_is_looked_for_beside_the_task_file(folder):
         load_tasks(make_options(folder))
 
 
+@pytest.mark.parametrize(
+    "place, text, message",
+    [
+        ("data/colors.jsonl", '{"question": 1', "lm_eval can't load colors: "),
+        (
+            "colors.yaml",
+            COLORS.replace("test: data/colors.jsonl", "test: 3"),
+            "3 is no path of data",
+        ),
+        (
+            "colors.yaml",
+            COLORS.replace("task: colors", "task: other"),
+            "'colors' is not a registered",
+        ),
+    ],
+)
+def test_bad_data_and_bad_task_files_are_errors(folder, place, text, message):
+    (folder / place).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_tasks(make_options(folder))
+
+
 def test_a_group_is_run_as_one(folder):
     found = load_tasks(make_options(folder, tasks=("both",)))
     assert set(found.tasks) == {"colors", "shapes"}
@@ -209,6 +231,8 @@ def test_chats_are_written_as_in_training(chatting, folder):
     assert chatting._encode_pair(context, answer)[1] == chatting.tok_encode(" red")
     with pytest.raises(ConfigError, match="there is no chat template 'tools'"):
         chatting.chat_template("tools")
+    with pytest.raises(ConfigError, match="turn 0: role 'tool' is none of"):
+        chatting.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
 @pytest.mark.thorough

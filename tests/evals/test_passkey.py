@@ -228,7 +228,8 @@ def test_a_killed_process_leaves_half_a_line_at_most(tmp_path, caplog):
     evaluate(make_options(tmp_path), [make_model()], QUIET, FakeReader(copy_key))
     path = tmp_path / "passkey.jsonl"
     whole = path.read_bytes()
-    for number, size in enumerate((len(whole) - 3, len(whole) // 2, 40, 3), 1):
+    middle = whole.index(b"\n", len(whole) // 2) - 7  # of a line, however long the header is
+    for number, size in enumerate((len(whole) - 3, middle, 40, 3), 1):
         path.write_bytes(whole[:size])
         reader = FakeReader(copy_key)
         evaluate(make_options(tmp_path), [make_model()], QUIET, reader)

@@ -221,7 +221,7 @@ def data(tmp_path_factory):
 
 
 def test_prompts_as_the_model_sees_them(data):
-    tasks = short_context.load_tasks(make_options(data, data))
+    tasks = short_context.load_tasks(make_options(data, data)).tasks
     prompts = {}
     for name, task in tasks.items():
         task.build_all_requests(limit=1, rank=0, world_size=1)

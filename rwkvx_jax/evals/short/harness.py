@@ -120,8 +120,15 @@ class HarnessModel(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as data/chat.py writes it. The blank behind a last `Assistant:` belongs to
-        the answer: lm_eval moves it there for loglikelihoods, `generate_until` leaves it out."""
-        text = chat_text(chat_history, ask=add_generation_prompt)
+        the answer: lm_eval moves it there for loglikelihoods, `generate_until` leaves it out.
+
+        Raises:
+          ConfigError: turns that the template has no form for.
+        """
+        try:
+            text = chat_text(chat_history, ask=add_generation_prompt)
+        except ValueError as error:
+            raise ConfigError(f"the chat template can't say a prompt: {error}") from error
         return f"{text} " if add_generation_prompt else text
 
     def loglikelihood(

@@ -67,6 +67,7 @@ def load_tasks(options: Chosen) -> Benchmarks:
 
 def _load_named(names: list[str], options: Chosen) -> dict[str, Any]:
     """Tasks and groups that lm_eval or --include-path has by name."""
+    from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._factory import TaskFactory
 
@@ -86,7 +87,9 @@ def _load_named(names: list[str], options: Chosen) -> dict[str, Any]:
     where = f" and --include-path {options.include_path}" if options.include_path else ""
     try:
         return manager.load(names)
-    except (KeyError, ValueError) as error:
+    except ConfigError:
+        raise
+    except KeyError as error:
         raise ConfigError(
             f"{error.args[0]}; `lm_eval ls tasks`{where} tell which there are"
         ) from error
@@ -95,6 +98,8 @@ def _load_named(names: list[str], options: Chosen) -> dict[str, Any]:
             f"lm_eval can't fetch the data of {', '.join(names)} ({error}): the paper's tasks "
             "also run on local files, see --data-dir"
         ) from error
+    except (ValueError, DatasetsError) as error:
+        raise ConfigError(f"lm_eval can't load {', '.join(names)}: {error}") from error
 
 
 def _is_included(file: Path | None, folder: Path | None) -> bool:
@@ -117,6 +122,8 @@ def _beside(config: Record, folder: Path) -> Record:
             return {split: placed(own) for split, own in files.items()}
         if isinstance(files, list):
             return [placed(own) for own in files]
+        if not isinstance(files, str):
+            raise ConfigError(f"task {config.get('task')}: {files!r} is no path of data")
         if "://" in files:
             return files
         if not glob.glob(str(folder / files)):

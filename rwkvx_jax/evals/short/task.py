@@ -223,7 +223,8 @@ def run(options: ShortOptions) -> None:
     def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
         runner.shows(draw, print_table)(results, models, console)
         for model in models:
-            console.print(f"lm_eval's own: {folder_of(options.output, model.checkpoint)}")
+            folder = folder_of(options.output, model.checkpoint)
+            console.print(f"lm_eval's own results: {folder}", soft_wrap=True)
 
     check_installed()
     runner.run(options, evaluate, show)
