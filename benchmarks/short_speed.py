@@ -21,8 +21,9 @@ from lm_eval.api.instance import Instance
 
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.short.harness import AnswerFile, HarnessModel
-from rwkvx_jax.evals.short.scoring import score_places
+from rwkvx_jax.evals.readers import score_places
+from rwkvx_jax.evals.short.answers import AnswerFile
+from rwkvx_jax.evals.short.harness import HarnessModel
 from rwkvx_jax.evals.short.task import ShortOptions, load_tasks
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ def main() -> None:
         checkpoint=(Path("-"),), output=Path("-"), data_dir=args.data_dir, tasks=tuple(args.tasks)
     )
     found = {}
-    for name, task in load_tasks(options).items():
+    for name, task in load_tasks(options).tasks.items():
         task.build_all_requests(limit=args.limit, rank=0, world_size=1)
         found[name] = [instance.args for instance in task.instances]
     if len(found) > 1:

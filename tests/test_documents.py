@@ -211,6 +211,7 @@ def test_commands_are_those_of_the_parsers(page, monkeypatch, capsys):
 def test_flags_in_the_text_exist(page, capsys):
     elsewhere = {"--accelerator-type", "--runtime-version", "--data-dir", "--no-deps", "--spot"}
     elsewhere |= {"--node-id", "--node-count", "--node-prefix", "--build-arg", "--constraint"}
+    elsewhere |= {"--model_args", "--batch_size"}  # of lm_eval
     for span in spans(TEXTS[page]):
         if not span.startswith("--"):
             continue

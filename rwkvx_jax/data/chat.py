@@ -17,6 +17,8 @@ from rwkvx_jax.tokenizer import Tokenizer
 
 TEMPLATE = 2
 """Number of the template; raised when it changes, so that no run goes on with another one."""
+TEMPLATE_TEXT = "User: {user}\\n\\nAssistant: {assistant}\\n\\n"
+"""The template as results name it."""
 _SPEAKERS = {"user": "User:", "assistant": "Assistant:"}
 _BLANK_LINES = re.compile(r"\n\s*\n")  # the strings that the original's \n(\s*\n)+ matches
 
@@ -59,9 +61,24 @@ def chat_prompt(said: str, system: str = "") -> str:
       Such as "User: Hello\\n\\nAssistant:". The answer ends at "\\n\\n", and the next prompt
       follows.
     """
-    roles = {"system": system, "user": said, "assistant": ""}
-    turns = [{"role": role, "content": content} for role, content in roles.items()]
-    return "".join(text for _, text in _turns(turns))
+    roles = {"system": system, "user": said}
+    return chat_text([{"role": role, "content": content} for role, content in roles.items()])
+
+
+def chat_text(messages: list[dict], ask: bool = True) -> str:
+    """Text of a conversation that the model is to go on with.
+
+    Args:
+      messages: turns (see `render_chat`).
+      ask: whether the beginning of the assistant's next turn follows; else the last turn stays
+        open, without its closing blank line.
+
+    Raises:
+      ValueError: as `render_chat`.
+    """
+    turns = [*messages, {"role": "assistant", "content": ""}] if ask else messages
+    text = "".join(text for _, text in _turns(turns))
+    return text if ask else text.removesuffix("\n\n")
 
 
 def _turns(messages: list[dict]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Converts short-context sets: `python -m rwkvx_jax.evals DST --icl DIR --hellaswag FILE`."""
+"""Converts short-context sets: `python -m rwkvx_jax.evals --help`."""
 
 import sys
 

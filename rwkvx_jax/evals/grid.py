@@ -20,17 +20,17 @@ from rich.console import Console
 from rwkvx_jax.cache import MOST_ROWS, CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
-from rwkvx_jax.evals.intervals import share_with_interval
+from rwkvx_jax.evals.intervals import Estimate, share_with_interval
 from rwkvx_jax.evals.models import (
     EvalModel,
     EvalOptions,
     require_at_least_1,
     with_attention_off,
 )
-from rwkvx_jax.evals.plots import HeatMap, draw, print_table
+from rwkvx_jax.evals.plots import HeatMap, draw, name_of, part_of, print_table
 from rwkvx_jax.evals.readers import STEP_TOKENS, GreedyReader, affordable_batch, check_memory
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task, even_batches
+from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.evals.runner import even_batches
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.progress import Progress
@@ -306,6 +306,12 @@ def table(models: list[Record]) -> Table:
     return Table(["model (right answers, %, with 95 % interval)", *columns, "all"], rows)
 
 
+def score(summary: Record) -> Estimate:
+    """Right answers in per cent."""
+    whole = summary["all"]
+    return Estimate(*(100 * whole[name] for name in ("accuracy", "low", "high")))
+
+
 def _share(cell: Record) -> str:
     if not cell["trials"]:
         return "–"
@@ -328,17 +334,10 @@ def heat_maps(grid: Grid, results: Results) -> list[HeatMap]:
         step, trained = model["step"], model["trained_length"]
         facts = [f"step {step:,}"] if step is not None else []
         facts += [f"trained on up to {trained:,} tokens"] if trained is not None else []
-        maps.append(
-            HeatMap(
-                model["label"],
-                ", ".join(facts),
-                grid.lengths,
-                grid.depths,
-                correct,
-                trials,
-                trained,
-            )
-        )
+        planned = trials.size * grid.trials
+        facts += filter(None, [part_of(len(model["trials"]), planned, "trials")])
+        name, note = name_of(model), ", ".join(facts)
+        maps.append(HeatMap(name, note, grid.lengths, grid.depths, correct, trials, trained))
     return maps
 
 

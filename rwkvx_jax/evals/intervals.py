@@ -1,8 +1,31 @@
-"""Shares of right answers with intervals that say what so many trials can tell."""
+"""Shares of right answers and means, with intervals that say what so many trials can tell."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A score and its 95 % interval; low and high are None where one trial tells nothing of it."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of_mean(cls, value: float, error: float | None) -> Estimate:
+        """Of a mean and its standard error."""
+        if error is None:
+            return cls(value, None, None)
+        return cls(value, value - 1.96 * error, value + 1.96 * error)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean of these values; None where there is only one."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def wilson(correct: float, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +22,12 @@ from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""
+
+ATTENTION_OFF = ", attention blocks off"
+"""How the label of a model ends whose attention blocks are taken out."""
+
+
+Selector = Literal["mean", "max", "pooled", "bounds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class EvalOptions:
     """Replaces the chunk size of the sparse attention that the checkpoint was trained with."""
     top_k: int | None = None
     """Replaces the number of chunks that a query reads."""
-    selector: Literal["mean", "max", "pooled", "bounds"] | None = None
+    selector: Selector | None = None
     """Replaces the way in which a query scores chunks; see docs/attention.md."""
     vocab_file: str = ""
     """Vocabulary of the World tokenizer, where pyrwkv-tokenizer is not installed."""
@@ -122,7 +128,7 @@ class EvalModel(NamedTuple):
         """The same model with its attention blocks taken out."""
         params = {name: p for name, p in self.params.items() if name != "attention_blocks"}
         return self._replace(
-            label=f"{self.label}, attention blocks off",
+            label=f"{self.label}{ATTENTION_OFF}",
             config=self.config.without_attention(),
             params=params,
         )
@@ -138,14 +144,8 @@ def open_models(options: EvalOptions) -> list[EvalModel]:
     names = [path.resolve().name for path in options.checkpoint]
     models: list[EvalModel] = []
     for path, name in zip(options.checkpoint, names, strict=True):
-        loaded = load_checkpoint(
-            path,
-            chunk_size=options.chunk_size,
-            top_k=options.top_k,
-            overrides={"selector": options.selector} if options.selector else None,
-        )
         label = one_line(name if names.count(name) == 1 else str(path))
-        models.append(as_model(loaded, path, label, options.vocab_file))
+        models.append(load_model(path, label, options))
         first, last = models[0], models[-1]
         if first.tokenizer.fingerprint != last.tokenizer.fingerprint:
             raise ConfigError(
@@ -154,6 +154,30 @@ def open_models(options: EvalOptions) -> list[EvalModel]:
                 "figure; evaluate them one by one"
             )
     return models
+
+
+class Replaced(Protocol):
+    """Options that say how a checkpoint is read; see `EvalOptions`."""
+
+    chunk_size: int | None
+    top_k: int | None
+    selector: str | None
+    vocab_file: str
+
+
+def load_model(path: Path, label: str, options: Replaced) -> EvalModel:
+    """Loads one checkpoint.
+
+    Raises:
+      ConfigError, ConversionError: it can't be read, or tells no tokenizer.
+    """
+    loaded = load_checkpoint(
+        path,
+        chunk_size=options.chunk_size,
+        top_k=options.top_k,
+        overrides={"selector": options.selector} if options.selector else None,
+    )
+    return as_model(loaded, path, label, options.vocab_file)
 
 
 def as_model(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> EvalModel:

@@ -1,4 +1,4 @@
-"""Figures: colours that any kind of colour vision tells apart, saving, and heat maps.
+"""Figures: one style for all, names, ticks, legends, saving, and heat maps.
 
 A heat map shows accuracy by length and depth: one a model, all in one figure, and below them a line
 a model over all depths, with 95 % Wilson intervals: cells hold few trials, so the lines are what
@@ -7,7 +7,8 @@ two models should be compared by. The same as a table goes to the terminal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,35 +16,135 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import NullFormatter
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rwkvx_jax.evals.intervals import wilson
+from rwkvx_jax.evals.models import ATTENTION_OFF
 from rwkvx_jax.generate.terminal import one_line
+from rwkvx_jax.records import Record
 from rwkvx_jax.storage import new_file
 
 # Okabe and Ito's colours: vermilion marks the training length, the others are lines, each with a
 # marker of its own; yellow is too pale on white.
-MARK = {"color": "#D55E00", "linestyle": (0, (4, 2))}
-LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-MARKERS = "osD^vP"
+_MARK = {"color": "#D55E00", "linestyle": (0, (4, 2)), "linewidth": 1.8}
+_LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+_MARKERS = "osD^vP"
+_POINTS = 9  # of every text
+_SLANTED_ROOM = 0.26  # inches between labels of an axis that are slanted
+
+_SIZES = ("figure.titlesize", "axes.titlesize", "legend.fontsize", "xtick.labelsize")
+_STYLE = dict.fromkeys(("font.size", "axes.labelsize", "ytick.labelsize", *_SIZES), _POINTS)
+_STYLE |= {"axes.axisbelow": True, "grid.alpha": 0.4, "lines.markersize": 4.5}
+
+drawn = matplotlib.rc_context(_STYLE)
+"""Decorates a function that draws a figure: all have one font and one size."""
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches whose parts never overlap."""
-    return Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of so many inches whose parts never overlap; its title is broken to fit."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(broken(title, width - 0.4))
+    return figure
 
 
 def style(number: int) -> dict[str, object]:
     """Colour and marker of line `number`."""
-    return {"color": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
+    return {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
 def plain(text: str) -> str:
     """A name as a figure shows it: `$` starts no formula, control characters are spelled out."""
     return one_line(text).replace("$", r"\$")
+
+
+def _inches(text: str) -> float:
+    """Width of one line of text."""
+    font = FontProperties(size=_POINTS)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+
+
+def broken(text: str, inches: float) -> str:
+    """Text whose lines are broken where they would be longer."""
+
+    def fill(line: str) -> str:
+        letters = int(0.95 * inches / max(_inches(line), 0.01) * len(line))
+        return line if _inches(line) <= inches else textwrap.fill(line, max(4, letters))
+
+    return "\n".join(map(fill, text.split("\n")))
+
+
+def name_of(model: Record) -> str:
+    """What a figure calls a model: what it is, and its file.
+
+    Args:
+      model: its description (see `EvalModel.description`).
+    """
+    config, label = model["model"], model["label"].replace(".safetensors", "")
+    kind = "RWKV-X" if config["attention"] == "sparse" else "RWKV-X with full attention"
+    if not config["num_attention_blocks"] and not label.endswith(ATTENTION_OFF):
+        kind = "RWKV-7"
+    return f"{kind}: {label}"
+
+
+def part_of(done: int, planned: int, what: str) -> str:
+    """Such as "first 3 of 10 documents"; nothing where all are done."""
+    return f"first {done:,} of {planned:,} {what}" if done < planned else ""
+
+
+def legend_below(figure: Figure, *axes: Axes) -> None:
+    """One legend of some axes below the figure, where it covers nothing."""
+    parts = [zip(*own.get_legend_handles_labels(), strict=True) for own in axes]
+    handles, labels = zip(*(entry for part in parts for entry in part), strict=True)
+    width = figure.get_figwidth() - 0.4
+    labels = [broken(label, width - 0.8) for label in labels]
+    longest = max(_inches(line) for label in labels for line in label.split("\n"))
+    columns = min(len(labels), int(width / (longest + 0.7)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, columns))
+
+
+def log_ticks(axes: Axes, values: Iterable[int], inches: float) -> None:
+    """Makes the x axis logarithmic, with ticks at these values, written as in the tables.
+
+    Args:
+      axes: inches wide, about.
+      values: above 0. Labels that would overlap the one before are left out.
+      inches: see there.
+    """
+    ticks = sorted(set(values))
+    texts = [f"{tick:,}" for tick in ticks]
+    span = np.log2(ticks[-1] / ticks[0]) or 1.0
+    gap = lambda a, b: np.log2(b / a) / span * inches
+    wide = max(map(_inches, texts)) + 0.1
+    slanted = any(gap(a, b) < wide for a, b in zip(ticks, ticks[1:], strict=False))
+    room, labels, last = (_SLANTED_ROOM if slanted else wide), [], None
+    for tick, text in zip(ticks, texts, strict=True):
+        kept = last is None or gap(last, tick) >= room
+        labels.append(text if kept else "")
+        last = tick if kept else last
+    axes.set_xscale("log", base=2)
+    _set_x_ticks(axes, ticks, labels, slanted)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+
+
+def _set_x_ticks(axes: Axes, places: Sequence[float], labels: Sequence[str], slanted: bool) -> None:
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(places, labels, **turned)
+
+
+def mark_trained(axes: Axes, lengths: Iterable[int | None]) -> None:
+    """A dashed line at each of the longest training sequences, on a logarithmic axis of tokens."""
+    known = sorted(set(lengths) - {None})
+    told = " and ".join(f"{length:,}" for length in known)
+    for i, length in enumerate(known):
+        label = f"longest training sequence ({told} tokens)" if i == 0 else None
+        axes.axvline(length, label=label, zorder=1, **_MARK)  # behind the lines
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -82,6 +183,7 @@ class HeatMap(NamedTuple):
         return sum(length <= self.trained_length for length in self.lengths)
 
 
+@drawn
 def draw(maps: Sequence[HeatMap], path: Path, *, title: str, x_label: str, y_label: str) -> None:
     """Writes the figure.
 
@@ -93,34 +195,30 @@ def draw(maps: Sequence[HeatMap], path: Path, *, title: str, x_label: str, y_lab
       y_label: what a depth is; "" where the only one means nothing.
     """
     lengths, depths = len(maps[0].lengths), len(maps[0].depths)
-    columns = 2 if len(maps) > 1 and lengths <= 14 else 1
-    rows = -(-len(maps) // columns)
-    map_width, map_height = max(4.6, 0.52 * lengths + 1.2), max(2.0, 0.3 * depths + 1.2)
-    line_height = 2.4
-    legend_height = 0.25 * (len(maps) // 2 + 1)
-    figure = new_figure(
-        columns * map_width + 1.2, rows * map_height + line_height + legend_height + 0.8
-    )
-    figure.suptitle(title, fontsize=11)
+    map_width, map_height = max(3.6, 0.52 * lengths + 1.0), max(2.6, 0.27 * depths + 1.2)
+    rows = -(-len(maps) // max(1, int(13 // map_width)))
+    columns = -(-len(maps) // rows)
+    width, line_height = max(7.0, columns * map_width + 1.0), 2.6
+    height = rows * map_height + line_height + 0.2 * len(maps) + 0.8
+    figure = new_figure(width, height, title)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[map_height] * rows, line_height])
     axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(len(maps))]
+    inches = (width - 0.9) / columns - 0.75  # of a map, less its depths and the bar of colours
     for axis, heat_map in zip(axes, maps, strict=True):
-        image = _draw_map(axis, heat_map)
+        image = _draw_map(axis, heat_map, inches)
         if not y_label:
             axis.set_yticks([])
-        axis.set_xlabel(x_label, fontsize=9)
-        axis.set_ylabel(y_label, fontsize=9)
+        axis.set_xlabel(broken(x_label, inches))
+        axis.set_ylabel(y_label.replace(" (", "\n("))
     figure.colorbar(image, ax=axes, label="right answers (%)", aspect=30, pad=0.02)
     lines = figure.add_subplot(grid[rows, :])
-    _draw_lines(lines, maps)
-    lines.set_xlabel(x_label, fontsize=9)
-    figure.legend(
-        *lines.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
-    )
+    _draw_lines(lines, maps, width - 1.0)
+    lines.set_xlabel(x_label)
+    legend_below(figure, lines)
     save(figure, path)
 
 
-def _draw_map(axis: Axes, heat_map: HeatMap):
+def _draw_map(axis: Axes, heat_map: HeatMap, inches: float):
     percent = heat_map.percent.T
     axis.set_facecolor(_EMPTY)
     image = axis.imshow(
@@ -129,65 +227,51 @@ def _draw_map(axis: Axes, heat_map: HeatMap):
     for (row, column), value in np.ndenumerate(percent):
         text = "–" if np.isnan(value) else f"{value:.0f}"
         color = "black" if np.isnan(value) else _ink(value)
-        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    _length_ticks(axis, heat_map.lengths)
+        axis.text(column, row, text, ha="center", va="center", color=color)
+    labels = [f"{length:,}" for length in heat_map.lengths]
+    slanted = max(map(_inches, labels)) + 0.1 > inches / len(labels)
+    _set_x_ticks(axis, range(len(labels)), labels, slanted)
     depths = _percentages(heat_map.depths)
-    axis.set_yticks(range(len(depths)), depths, fontsize=8)
-    axis.set_title(f"{plain(heat_map.label)}\n{heat_map.note}".rstrip(), fontsize=9)
+    axis.set_yticks(range(len(depths)), depths)
+    title = f"{plain(heat_map.label)}\n{heat_map.note}".rstrip()
+    axis.set_title(broken(title, inches))
     columns = heat_map.trained_columns
-    if columns is not None:
+    if columns is not None and 0 < columns < len(labels):
         # White beneath, so that it shows on every colour of the map.
-        axis.axvline(columns - 0.5, color="white", linewidth=3.5, clip_on=False)
-        axis.axvline(columns - 0.5, linewidth=2, clip_on=False, **MARK)
+        axis.axvline(columns - 0.5, color="white", linewidth=3.5)
+        axis.axvline(columns - 0.5, **_MARK)
     return image
 
 
-def _draw_lines(axis: Axes, maps: Sequence[HeatMap]) -> None:
+def _draw_lines(axis: Axes, maps: Sequence[HeatMap], inches: float) -> None:
     """Accuracy over all depths, one line a model, drawn side by side so that bars stay apart."""
+    trained = [heat_map.trained_length for heat_map in maps]
+    lengths = np.array(maps[0].lengths)
+    shown = sorted({*maps[0].lengths, *trained} - {None})
+    factor = max(2.0, shown[-1] / shown[0])  # from one end of the axis to the other
     for i, heat_map in enumerate(maps):
         correct, trials = heat_map.correct.sum(1), heat_map.trials.sum(1)
         tried = np.flatnonzero(trials)
         share = correct[tried] / trials[tried]
         ends = np.array([wilson(c, n) for c, n in zip(correct[tried], trials[tried], strict=True)])
         ends = ends.reshape(-1, 2)
-        shift = (i - (len(maps) - 1) / 2) * min(0.12, 0.6 / len(maps))
         axis.errorbar(
-            tried + shift,
+            lengths[tried] * factor ** (0.012 * (i - (len(maps) - 1) / 2)),
             100 * share,
             # Rounding can put an end beyond the share itself by a hair.
             yerr=100 * np.maximum(0, [share - ends[:, 0], ends[:, 1] - share]),
-            color=LINES[i % len(LINES)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=5,
             linewidth=1.2,
             capsize=3,
             label=plain(heat_map.label),
+            **style(i),
         )
-    marks = {(m.trained_columns, m.trained_length) for m in maps if m.trained_length is not None}
-    for i, (columns, _) in enumerate(sorted(marks)):
-        lengths = " / ".join(f"{length:,}" for _, length in sorted(marks))
-        label = f"longest training sequence ({lengths} tokens)" if i == 0 else None
-        axis.axvline(columns - 0.5, linewidth=1.5, label=label, **MARK)
-    axis.set_xlim(-0.6, len(maps[0].lengths) - 0.4)
+    log_ticks(axis, maps[0].lengths, inches)
+    mark_trained(axis, trained)
+    axis.set_xlim(shown[0] / factor**0.06, shown[-1] * factor**0.06)
     axis.set_ylim(-4, 104)
-    axis.grid(axis="y", alpha=0.4)
-    axis.tick_params(axis="y", labelsize=8)
-    _length_ticks(axis, maps[0].lengths)
-    axis.set_ylabel("right answers (%)", fontsize=9)
-    axis.set_title("All depths, with 95 % Wilson intervals", fontsize=9)
-
-
-def _length_ticks(axis: Axes, lengths: Sequence[int]) -> None:
-    labels = [f"{length:,}" for length in lengths]
-    slanted = max(map(len, labels)) > 6
-    axis.set_xticks(
-        range(len(lengths)),
-        labels,
-        fontsize=8,
-        rotation=45 if slanted else 0,
-        ha="right" if slanted else "center",
-        rotation_mode="anchor",
-    )
+    axis.grid(axis="y")
+    axis.set_ylabel("right answers (%)")
+    axis.set_title("All depths, with 95 % Wilson intervals")
 
 
 def _percentages(shares: Sequence[float]) -> list[str]:

@@ -8,7 +8,6 @@ anew costs more than reading many short prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,8 @@ from rwkvx_jax.generate.sampling import NOT_FINITE
 from rwkvx_jax.model import RWKVX, abstract_model, with_params
 
 _BLOCK_LOGITS = 1 << 26  # at most so many at once, a quarter of a gigabyte
+# On a CPU a block should stay in cache between its products and their sums.
+_PLACE_LOGITS = {"cpu": 1 << 21}
 # Memory for the caches and activations of one batch where nobody says how many prompts it has.
 _BATCH_BYTES = 2**30
 # Tokens that all rows of a batch read at once; more of them keep no device busier.
@@ -159,30 +160,36 @@ def _common(prompts: Sequence[np.ndarray]) -> int:
     return len(first)
 
 
-class Scores(NamedTuple):
-    """Of predicting each target, [B, T]."""
+def score_places(
+    model: RWKVX,
+    features: jax.Array,  # [N, D]
+    places: jax.Array,  # [U] int32, rows of the features
+    targets: jax.Array,  # [U, A] int32
+    count: jax.Array | int,
+) -> tuple[jax.Array, jax.Array]:
+    """Scores A tokens each at chosen places; nothing is computed beyond the first `count` places.
 
-    loss: jax.Array  # float32, natural logarithms
-    hit: jax.Array  # bool, whether the target is the most likely token
+    Returns:
+      Logarithms of the tokens' probabilities [U, A], and whether each is the most likely one.
+    """
+    number = len(places)
+    limit = _PLACE_LOGITS.get(jax.default_backend(), _BLOCK_LOGITS)
+    block = min(number, max(1, limit // model.config.vocab_size))
+    padding = -number % block
+    places, targets = jnp.pad(places, (0, padding)), jnp.pad(targets, ((0, padding), (0, 0)))
 
+    def one_block(i: jax.Array, scores: tuple[jax.Array, jax.Array]):
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block)
+        logits, wanted = model.head(features[cut(places)]), cut(targets)
+        own = jnp.take_along_axis(logits, wanted, axis=1)
+        logs = own - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+        hits = jnp.argmax(logits, axis=1)[:, None] == wanted
+        put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * block, 0)
+        return put(scores[0], logs), put(scores[1], hits)
 
-def score_targets(model: RWKVX, features: jax.Array, targets: jax.Array) -> Scores:
-    """Scores of int32 targets [B, T] given the features [B, T, D] before each."""
-    batch, time = targets.shape
-    block = min(time, max(1, _BLOCK_LOGITS // (batch * model.config.vocab_size)))
-    blocks = -(-time // block)
-
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, block, ...]
-        padding = [(0, 0), (0, blocks * block - time)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, padding).reshape(batch, blocks, block, *x.shape[2:]).swapaxes(0, 1)
-
-    def one_block(part: tuple[jax.Array, jax.Array]) -> Scores:
-        logits, wanted = model.head(part[0]), part[1]
-        own = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        return Scores(jax.nn.logsumexp(logits, axis=-1) - own, jnp.argmax(logits, -1) == wanted)
-
-    scores = jax.lax.map(one_block, (split(features), split(targets)))
-    return Scores(*(x.swapaxes(0, 1).reshape(batch, -1)[:, :time] for x in scores))
+    start = jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool)
+    logs, hits = jax.lax.fori_loop(0, -(-count // block), one_block, start)
+    return logs[:number], hits[:number]
 
 
 class TextScorer:
@@ -229,7 +236,10 @@ class TextScorer:
     def _score_chunk(self, params, tokens, cache, counts):
         model = with_params(self._model, params)
         features, cache = model.read(tokens[0], cache, counts)
-        return score_targets(model, features, tokens[1]).loss, cache
+        batch, time, width = features.shape
+        every, targets = jnp.arange(batch * time), tokens[1].reshape(-1, 1)
+        logs, _ = score_places(model, features.reshape(-1, width), every, targets, every.size)
+        return -logs.reshape(batch, time), cache
 
 
 def affordable_batch(

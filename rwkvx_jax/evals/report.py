@@ -1,4 +1,4 @@
-"""Results of several runs on one page: self-contained HTML with figures, and Markdown tables.
+"""Results of several runs on one page: self-contained HTML, and Markdown with figures beside it.
 
 Files of one task, settings and tokenizer share a table; what differs keeps its own, so that no row
 is compared with another that answered other questions.
@@ -6,20 +6,20 @@ is compared with another that answered other questions.
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid
-from rwkvx_jax.evals.models import check_output
+from rwkvx_jax.evals.intervals import Estimate
+from rwkvx_jax.evals.models import IDENTITY_FIELDS, check_output
+from rwkvx_jax.evals.pages import Compared, Section, as_html, as_markdown, figure_name
+from rwkvx_jax.evals.plots import name_of
 from rwkvx_jax.evals.results import Summarize, read_contents
 from rwkvx_jax.evals.runner import open_console
 from rwkvx_jax.evals.short import table as short_table
@@ -46,19 +46,6 @@ class ReportOptions:
         if not self.inputs:
             raise ConfigError("name at least one results file or a folder of them")
         check_output(self.output)
-
-
-class Section(NamedTuple):
-    """What the page shows of runs that can be compared.
-
-    notes: facts on the settings. figures: (caption, path of a PNG).
-    """
-
-    title: str
-    notes: list[str]
-    table: Table
-    figures: list[tuple[str, Path]]
-    commands: list[str]
 
 
 class Run(NamedTuple):
@@ -163,7 +150,39 @@ def _section(runs: list[Run]) -> Section:
             if _is_figure(_figure_of(run.path))
         ],
         commands=[one_line(run.document["command"]) for run in runs],
+        compared=_compared(runs, _shown(task).measure),
     )
+
+
+def _compared(runs: list[Run], measure: Measure | None) -> Compared | None:
+    if measure is None:
+        return None
+    models: dict[str, Record] = {}
+    found: dict[str, dict[tuple, Record]] = {}
+    for document in (run.document for run in runs):
+        for model in (model for model in document["models"] if model["trials"]):
+            identity = json.dumps([model["label"], *(model.get(f) for f in IDENTITY_FIELDS)])
+            models.setdefault(identity, model)
+            own = found.setdefault(identity, {})
+            own |= {tuple(t[f] for f in document["key"]): t for t in model["trials"]}
+    common = sorted(set.intersection(*map(set, found.values()))) if found else []
+    summarize = _shown(runs[0].document["task"]).summarize
+    scores = {
+        identity: measure.score(summarize([own[key] for key in common]))
+        for identity, own in (found if common else {}).items()
+    }
+    leader = measure.best((score.value for score in scores.values()), default=None)
+    return Compared(
+        f"{measure.name}; {measure.trials}: {len(common):,}",
+        models,
+        {identity: _interval(score, measure.digits) for identity, score in scores.items()},
+        {i for i, score in scores.items() if score.value == leader and len(scores) > 1},
+    )
+
+
+def _interval(score: Estimate, digits: int) -> str:
+    value, *ends = (None if x is None else f"{x:.{digits}f}" for x in score)
+    return f"{value} ({ends[0]} to {ends[1]})" if ends[0] is not None else value
 
 
 def _is_link(path: Path) -> bool:
@@ -186,110 +205,66 @@ def _labelled(run: Run, runs: list[Run]) -> list[Record]:
     others = {
         model["label"] for other in runs if other is not run for model in other.document["models"]
     }
-    mark = lambda label: f"{label} ({run.path.parent})" if label in others else label
-    return [dict(model, label=mark(model["label"])) for model in run.document["models"]]
+    mark = lambda label: f" ({run.path.parent})" if label in others else ""
+    return [dict(m, label=name_of(m) + mark(m["label"])) for m in run.document["models"]]
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
+class Measure(NamedTuple):
+    """One number for a model: what sums up its summary, its name, and what it is a score of."""
+
+    score: Callable[[Record], Estimate]
+    name: str
+    trials: str
+    digits: int = 1
+    best: Callable[..., Any] = max
+
+
 class Shown(NamedTuple):
-    """How a task is shown: its title, what sums up a model's trials, and its table of models."""
+    """How a task is shown: its title, what sums up a model's trials, its table of models, and its
+    measure in the summary."""
 
     title: str
     summarize: Summarize
     table: Callable[[list[Record]], Table]
+    measure: Measure | None = None
 
 
 _SHOWN = {
-    "short": Shown("Short-context benchmarks", short_table.summarize, short_table.table),
-    "long-loss": Shown("Loss by position", long_loss.summarize, long_loss.table),
-    "selection": Shown("Selection of chunks", selection.summarize, selection.table),
+    "short": Shown(
+        "Short-context benchmarks",
+        short_table.summarize,
+        short_table.table,
+        Measure(short_table.score, "average score (%)", "questions"),
+    ),
+    "long-loss": Shown(
+        "Loss by position",
+        long_loss.summarize,
+        long_loss.table,
+        Measure(long_loss.score, "nats per token, less is better", "documents", 3, min),
+    ),
+    "selection": Shown(
+        "Selection of chunks",
+        selection.summarize,
+        selection.table,
+        Measure(selection.score, "past mass held by the model's own selector (%)", "documents"),
+    ),
     "speed": Shown("Decoding speed", speed.summarize, speed.table),
     "prefill": Shown("Reading a prompt", prefill.summarize, prefill.table),
 }
+_RIGHT = Measure(grid.score, "right answers (%)", "questions")
 
 
 def _shown(task: str) -> Shown:
     """All other tasks are grids."""
     title = "Passkey retrieval" if task == "passkey" else TITLES.get(task.removeprefix("niah_"))
-    return _SHOWN.get(task) or Shown(title or task, grid.summarize, grid.table)
-
-
-def as_markdown(title: str, parts: Sequence[Section]) -> str:
-    """The tables as GitHub shows them."""
-    lines = [f"# {_escape(title)}"]
-    for part in parts:
-        lines += ["", f"## {_escape(part.title)}", "", _escape("; ".join(part.notes)), ""]
-        lines.append("| " + " | ".join(map(_escape, part.table.columns)) + " |")
-        lines.append("|---" + "|---:" * (len(part.table.columns) - 1) + "|")
-        lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in part.table.rows]
-        lines += ["", *[f"    {command}" for command in part.commands]]
-    return "\n".join(lines) + "\n"
-
-
-def _escape(text: str) -> str:
-    """Text of which Markdown makes nothing but itself."""
-    return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
-
-
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&!]")
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 76rem; margin: 2rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-nav a { margin-right: 1rem; }
-.notes { color: #555; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .75rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1.25rem 0; } img { max-width: 100%; height: auto; }
-figcaption, code { font-size: .85rem; color: #555; }
-code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
-
-
-def _plain(text: str) -> str:
-    """Text of which HTML makes nothing but itself."""
-    return html.escape(one_line(text))
-
-
-def as_html(title: str, parts: Sequence[Section]) -> str:
-    """One page that needs no other file: figures are inside it."""
-    links = " ".join(f'<a href="#part{i}">{_plain(part.title)}</a>' for i, part in enumerate(parts))
-    body = "".join(_html_section(i, part) for i, part in enumerate(parts))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_plain(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{_plain(title)}</h1><nav>{links}</nav>{body}</body></html>\n"
-    )
-
-
-def _html_section(number: int, part: Section) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{_plain(text)}</{tag}>" for text in row)
-    rows = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in part.table.rows)
-    figures = "".join(
-        f'<figure><img alt="{_plain(part.title)}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{_plain(caption)}</figcaption></figure>"
-        for caption, path in part.figures
-    )
-    commands = "".join(f"<code>{_plain(command)}</code>" for command in part.commands)
-    return (
-        f'\n<section id="part{number}"><h2>{_plain(part.title)}</h2>'
-        f'<p class="notes">{_plain("; ".join(part.notes))}</p>'
-        f'<div class="wide"><table><thead><tr>{cells(part.table.columns, "th")}</tr></thead>\n'
-        f"<tbody>{rows}</tbody></table></div>{figures}{commands}</section>"
-    )
+    return _SHOWN.get(task) or Shown(title or task, grid.summarize, grid.table, _RIGHT)
 
 
 def run(options: ReportOptions) -> None:
-    """The command: writes report.html and report.md."""
+    """The command: writes report.html, report.md and the figures of the latter."""
     console = open_console()
     runs = find_runs(options.inputs)
     for figure in (_figure_of(run.path) for run in runs):
@@ -297,6 +272,11 @@ def run(options: ReportOptions) -> None:
             console.print(f"{figure} is left out: it is a link, or no PNG", soft_wrap=True)
     parts = sections(runs)
     options.output.mkdir(parents=True, exist_ok=True)
+    for i, part in enumerate(parts):
+        for j, (_, figure) in enumerate(part.figures):
+            place = options.output / figure_name(i, j)
+            place.parent.mkdir(exist_ok=True)
+            write_whole(place, figure.read_bytes())
     for name, text in (
         ("report.md", as_markdown(options.title, parts)),
         ("report.html", as_html(options.title, parts)),

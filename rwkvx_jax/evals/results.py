@@ -13,6 +13,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import jax
 
 from rwkvx_jax import records
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.evals.models import IDENTITY_FIELDS
+from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record, RecordFile
 
 FORMAT = 2
@@ -130,6 +133,38 @@ def read_contents(path: Path) -> Contents | None:
     return contents if contents.headers else None
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is asked, and how it is answered.
+
+    Attributes:
+      name: of the task; that of its files has _ for each -.
+      settings: what every trial depends on beside its key and its model, as JSON.
+      plan: what this run was asked to do, as JSON.
+      trials: keys of all trials, named tuples, in their order.
+      chosen: those that this run is to finish.
+      answer: (model, some of the trials, progress) -> their records, batch by batch: each with the
+        fields of its key. It reports to the progress what `size` counts.
+      summarize: summary of a model's trials.
+      size: what a trial adds to the progress.
+      unit: what that counts.
+      identity: fields of a model's description on which its trials depend.
+      alone: whether the results file may hold no trials but these.
+    """
+
+    name: str
+    settings: Record
+    plan: Record
+    trials: Sequence[Any]
+    chosen: Sequence[Any]
+    answer: Callable[[Any, Sequence[Any], Progress], Iterable[list[Record]]]
+    summarize: Summarize
+    size: Callable[[Any], int]
+    unit: str = "tokens"
+    identity: Sequence[str] = IDENTITY_FIELDS
+    alone: bool = True
+
+
 class Results:
     """Trials by model, on disk.
 
@@ -137,47 +172,29 @@ class Results:
       path: of the file.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        task: str,
-        settings: Record,
-        plan: Record,
-        key_fields: Sequence[str],
-        planned: Iterable[tuple] | None,
-        models: Sequence[Record],
-        identity_fields: Sequence[str],
-        summarize: Summarize,
-    ):
+    def __init__(self, path: Path, task: Task, models: Sequence[Record]):
         """Takes over what an earlier run left in the file.
 
         Args:
           path: of the file; its name ends in .jsonl.
-          task: its name.
-          settings: what every trial depends on beside its key and its model.
-          plan: what this run was asked to do.
-          key_fields: fields of a trial that tell it apart from all others of its model.
-          planned: keys of all trials that the plan contains; None: the file may hold any.
+          task: whose trials it is to hold.
           models: their descriptions, each with a "label".
-          identity_fields: those parts of a description on which a trial depends.
-          summarize: summary of a model's trials.
 
         Raises:
           ConfigError: the file holds something else; says what differs.
         """
-        self.path, self._summarize, self._warned = path, summarize, False
-        self._planned = None if planned is None else set(planned)
+        self.path, self._summarize, self._warned = path, task.summarize, False
+        self._planned = set(task.trials) if task.alone else None
         header = {
             "format": FORMAT,
-            "task": task,
+            "task": task.name,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"jax": jax.__version__, "rwkvx-jax": _own_version()},
             "device": jax.devices()[0].device_kind,
-            "settings": settings,
-            "plan": plan,
-            "key": key_fields,
-            "identity": identity_fields,
+            "settings": task.settings,
+            "plan": task.plan,
+            "key": task.trials[0]._fields,
+            "identity": task.identity,
             "models": models,
         }
         self._header: Record = json.loads(records.as_text(header))

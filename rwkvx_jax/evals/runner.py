@@ -1,59 +1,27 @@
 """Runs any task: asks its models what an earlier run has not, keeps the answers, shows the results.
 
-A task (`Task`) says which trials there are, how a model answers some of them, and how trials are
-summed up. Loading models, taking over finished trials, progress, interruptions and the results file
-are the same for all, and here.
+A task (`results.Task`) says which trials there are, how a model answers some of them, and how
+trials are summed up. Loading models, taking over finished trials, progress, interruptions and the
+results file are the same for all, and here.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 
-from rwkvx_jax.evals.models import IDENTITY_FIELDS, EvalModel, EvalOptions, open_models
-from rwkvx_jax.evals.results import Results, Summarize
+from rwkvx_jax.evals.models import EvalModel, EvalOptions, open_models
+from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
 
 Options = TypeVar("Options", bound=EvalOptions)
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked, and how it is answered.
-
-    Attributes:
-      name: of the task; that of its files has _ for each -.
-      settings: what every trial depends on beside its key and its model, as JSON.
-      plan: what this run was asked to do, as JSON.
-      trials: keys of all trials, named tuples, in their order.
-      chosen: those that this run is to finish.
-      answer: (model, some of the trials, progress) -> their records, batch by batch: each with the
-        fields of its key. It reports to the progress what `size` counts.
-      summarize: summary of a model's trials.
-      size: what a trial adds to the progress.
-      unit: what that counts.
-      identity: fields of a model's description on which its trials depend.
-      alone: whether the results file may hold no trials but these.
-    """
-
-    name: str
-    settings: Record
-    plan: Record
-    trials: Sequence[Any]
-    chosen: Sequence[Any]
-    answer: Callable[[Any, Sequence[Any], Progress], Iterable[list[Record]]]
-    summarize: Summarize
-    size: Callable[[Any], int]
-    unit: str = "tokens"
-    identity: Sequence[str] = IDENTITY_FIELDS
-    alone: bool = True
 
 
 class Described(Protocol):
@@ -71,17 +39,8 @@ def evaluate(task: Task, output: Path, models: Sequence[Described], console: Con
     Raises:
       ConfigError: a results file of another evaluation, or answers that are not finite.
     """
-    results = Results(
-        output / f"{task.name.replace('-', '_')}.jsonl",
-        task=task.name,
-        settings=task.settings,
-        plan=task.plan,
-        key_fields=task.trials[0]._fields,
-        planned=task.trials if task.alone else None,
-        models=[model.description for model in models],
-        identity_fields=task.identity,
-        summarize=task.summarize,
-    )
+    path = output / f"{task.name.replace('-', '_')}.jsonl"
+    results = Results(path, task, [model.description for model in models])
     finished = {model.label: results.finished(model.label) for model in models}
     if skipped := sum(map(len, finished.values())):
         console.print(f"{skipped} finished trials found in {results.path}", soft_wrap=True)
@@ -120,6 +79,17 @@ def show(
     draw(path)
     print_tables()
     console.print(f"wrote {results.path} and {path}", soft_wrap=True)
+
+
+def shows(
+    draw: Callable[[Results, Path], None], print_tables: Callable[[Results, Console], None]
+) -> Callable[[Results, Sequence[EvalModel], Console], None]:
+    """How `run` shows results from which figure and tables are made alone."""
+
+    def shown(results: Results, models: Sequence[EvalModel], console: Console) -> None:
+        show(results, console, partial(draw, results), partial(print_tables, results, console))
+
+    return shown
 
 
 def open_console() -> Console:

@@ -28,9 +28,9 @@ from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.grid import Lengths
 from rwkvx_jax.evals.models import require_at_least_1
-from rwkvx_jax.evals.plots import new_figure, save, style
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task, open_console, until_interrupted
+from rwkvx_jax.evals.plots import drawn, legend_below, log_ticks, new_figure, save, style
+from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.evals.runner import open_console, until_interrupted
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.memory import memory_left
@@ -40,6 +40,7 @@ from rwkvx_jax.perf.timed import (
     TIMED,
     ModelOptions,
     Timed,
+    facts_of,
     kinds_of,
     layered_model,
     load_model,
@@ -109,7 +110,7 @@ def run(options: PrefillOptions) -> None:
     with until_interrupted(console):
         results = evaluate(options, model, console)
     rows = results.trials(TIMED)
-    runner.show(results, console, partial(draw, rows, config), lambda: print_table(rows, console))
+    runner.show(results, console, partial(draw, rows, model), lambda: print_table(rows, console))
 
 
 def evaluate(
@@ -253,9 +254,11 @@ def _verdict(length: float | None) -> str:
     return f"sparse attention is faster from about {length:,.0f} tokens on"
 
 
-def draw(measured: list[Record], config: ModelConfig, path: Path) -> None:
+@drawn
+def draw(measured: list[Record], model: Timed, path: Path) -> None:
     """Milliseconds per prompt token by length, one line a model; a mark at the crossover."""
-    figure = new_figure(6.8, 4.4)
+    width = 7.2
+    figure = new_figure(width, 4.8, f"Time to read a prompt\n{facts_of(model)}")
     axes = figure.add_subplot()
     for i, (kind, label) in enumerate(LABELS.items()):
         rows = sorted(
@@ -264,18 +267,13 @@ def draw(measured: list[Record], config: ModelConfig, path: Path) -> None:
         if rows:
             x = [row["length"] for row in rows]
             each = [1e3 * row["seconds"] / row["length"] for row in rows]
-            axes.plot(x, each, label=label, markersize=5, **style(i))
+            axes.plot(x, each, label=label, **style(i))
+    log_ticks(axes, [row["length"] for row in measured], width - 1.0)
     if (crossing := crossover(measured)) is not None:
-        label = f"crossover, about {crossing:,.0f} tokens"
+        label = f"sparse attention is faster from about {crossing:,.0f} tokens on"
         axes.axvline(crossing, color="black", linestyle=":", label=label)
-    axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="ms per prompt token")
-    axes.set_title(
-        f"Reading a prompt, L{config.num_blocks} M{config.num_attention_blocks} D{config.width}, "
-        f"chunk {config.chunk_size}, top-k {config.top_k}, {jax.devices()[0].device_kind}, "
-        f"{os.cpu_count()} cores",
-        fontsize=9,
-    )
+    axes.set(xlabel="tokens of the prompt", ylabel="milliseconds per prompt token")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.4)
-    axes.legend(fontsize=8)
+    axes.grid()
+    legend_below(figure, axes)
     save(figure, path)

@@ -31,9 +31,9 @@ from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.grid import Lengths
 from rwkvx_jax.evals.models import require_at_least_1
-from rwkvx_jax.evals.plots import new_figure, save
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task, open_console, until_interrupted
+from rwkvx_jax.evals.plots import drawn, legend_below, log_ticks, new_figure, save, style
+from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.evals.runner import open_console, until_interrupted
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.model import Params, abstract_model, with_params
 from rwkvx_jax.ops.selection import selector_of
@@ -42,6 +42,7 @@ from rwkvx_jax.perf.timed import (
     TIMED,
     ModelOptions,
     Timed,
+    facts_of,
     kinds_of,
     layered_model,
     load_model,
@@ -114,7 +115,7 @@ def run(options: SpeedOptions) -> None:
         results = _evaluate(options, contexts, left_out, model)
     order = list(LABELS)
     rows = sorted(results.trials(TIMED), key=lambda r: (r["context"], order.index(r["kind"])))
-    runner.show(results, console, partial(_draw, rows), lambda: _print(console, rows))
+    runner.show(results, console, partial(_draw, rows, model), lambda: _print(console, rows))
 
 
 def _evaluate(
@@ -332,23 +333,21 @@ def _print(console: Console, rows: list[Record]) -> None:
     console.print(shown)
 
 
-def _draw(measured: list[Record], path: Path) -> None:
-    figure = new_figure(6.4, 4.2)
+@drawn
+def _draw(measured: list[Record], model: Timed, path: Path) -> None:
+    width, least = 7.2, "dotted: reading what a token needs at the measured bandwidth"
+    figure = new_figure(width, 4.8, f"Time to decode a token; {least}\n{facts_of(model)}")
     axes = figure.add_subplot()
-    for kind, label in LABELS.items():
+    for i, (kind, label) in enumerate(LABELS.items()):
         rows = [row for row in measured if row["kind"] == kind]
         if rows:
             x = [row["context"] for row in rows]
-            (line,) = axes.plot(x, [row["milliseconds"] for row in rows], "o-", label=label)
-            least = [row["bytes"] / row["bandwidth"] * 1e3 for row in rows]
-            axes.plot(x, least, ":", color=line.get_color())
-    axes.set(
-        xscale="log",
-        xlabel="tokens in the cache",
-        ylabel="ms per token",
-        title="Decoding; dotted: reading what must be read at the measured bandwidth",
-    )
-    axes.title.set_fontsize("medium")
+            axes.plot(x, [row["milliseconds"] for row in rows], label=label, **style(i))
+            bounds = [row["bytes"] / row["bandwidth"] * 1e3 for row in rows]
+            axes.plot(x, bounds, ":", color=style(i)["color"])
+    log_ticks(axes, [row["context"] for row in measured], width - 1.0)
+    axes.set(xlabel="tokens in the cache", ylabel="milliseconds per token")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.grid()
+    legend_below(figure, axes)
     save(figure, path)

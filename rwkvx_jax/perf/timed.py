@@ -65,6 +65,16 @@ class ModelOptions:
         check_output(self.output)
 
 
+def facts_of(model: Timed) -> str:
+    """What a figure says of the hybrid and the machine."""
+    config, machine = model.config, model.description
+    return (
+        f"{config.num_blocks} RWKV-7 and {config.num_attention_blocks} attention blocks of width "
+        f"{config.width}, chunk size {config.chunk_size}, top-k {config.top_k}; "
+        f"{machine['device']}, {machine['cores']} cores"
+    )
+
+
 def load_model(options: ModelOptions) -> tuple[RunConfig, ModelConfig, Params]:
     """The hybrid's parameters, one array a layer."""
     if options.checkpoint is not None:

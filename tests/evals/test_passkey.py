@@ -228,7 +228,8 @@ def test_a_killed_process_leaves_half_a_line_at_most(tmp_path, caplog):
     evaluate(make_options(tmp_path), [make_model()], QUIET, FakeReader(copy_key))
     path = tmp_path / "passkey.jsonl"
     whole = path.read_bytes()
-    for number, size in enumerate((len(whole) - 3, len(whole) // 2, 40, 3), 1):
+    middle = whole.index(b"\n", len(whole) // 2) - 7  # of a line, however long the header is
+    for number, size in enumerate((len(whole) - 3, middle, 40, 3), 1):
         path.write_bytes(whole[:size])
         reader = FakeReader(copy_key)
         evaluate(make_options(tmp_path), [make_model()], QUIET, reader)
@@ -365,7 +366,7 @@ def test_heat_map_counts_and_training_mark(tmp_path):
     np.testing.assert_array_equal(heat_map.trials, [[2, 2, 2], [1, 0, 0]])
     np.testing.assert_array_equal(heat_map.percent, [[100, 100, 100], [100, np.nan, np.nan]])
     assert heat_map.trained_columns == 1
-    assert heat_map.note == "step 70, trained on up to 128 tokens"
+    assert heat_map.note == "step 70, trained on up to 128 tokens, first 7 of 12 trials"
     text = io.StringIO()
     plots.print_table(Console(file=text, width=100), heat_map, length_header="tokens")
     lines = text.getvalue().splitlines()
@@ -399,7 +400,7 @@ def test_command_from_checkpoint_to_figure(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "6 finished trials found" in printed
     assert printed.count("0 of 8 right: 0.0 %") == 2
-    assert "tiny.safetensors, attention blocks off" in printed
+    assert "RWKV-X: tiny, attention blocks off" in printed
     document = read_results(tmp_path / "passkey.jsonl")
     assert document["command"].startswith("eval.py passkey --checkpoint")
     assert [len(shown["trials"]) for shown in document["models"]] == [8, 8]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rwkvx_jax.config import ConfigError
-from rwkvx_jax.evals.report import ReportOptions, as_html, as_markdown, find_runs, sections
+from rwkvx_jax.config import ConfigError, to_dict
+from rwkvx_jax.evals.pages import as_html, as_markdown, summary_of
+from rwkvx_jax.evals.report import ReportOptions, find_runs, sections
 from rwkvx_jax.evals.tasks import passkey
 from rwkvx_jax.evals.tasks.passkey import PasskeyOptions
-from tests.evals.eval_models import QUIET, FakeReader, make_model, run_command
+from tests.evals.eval_models import QUIET, TINY, FakeReader, make_model, run_command
 
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
@@ -33,7 +34,8 @@ def passkey_run(folder, *models, **flags):
 def write(folder, task, key, trials, label="model", **settings):
     """A results file of one model."""
     folder.mkdir(exist_ok=True)
-    model = {"label": label} | ({} if task == "speed" else {"tokenizer": "byte"})
+    model = {"label": label, "model": to_dict(TINY)}
+    model |= {} if task == "speed" else {"tokenizer": "byte"}
     header = {"format": 2, "task": task, "command": f"eval.py {task}", "device": "cpu"}
     header |= {"settings": settings, "plan": {}, "key": key, "identity": [], "models": [model]}
     lines = [header, *({"model": label} | trial for trial in trials)]
@@ -65,16 +67,68 @@ def test_comparable_runs_share_a_table(tmp_path):
     assert first.table.columns[1:] == ["300", "400", "all"]
     labels = [row[0] for row in first.table.rows]
     assert labels == [
-        f"one ({tmp_path / 'a'})",
-        "two",
-        f"one ({tmp_path / 'b'})",
-        f"one ({tmp_path / 'd'})",
+        f"RWKV-X: one ({tmp_path / 'a'})",
+        "RWKV-X: two",
+        f"RWKV-X: one ({tmp_path / 'b'})",
+        f"RWKV-X: one ({tmp_path / 'd'})",
     ]
     assert first.table.rows[0][1:] == ["100.0 (51 to 100)", "–", "100.0 (51 to 100)"]
     assert len(second.table.rows) == 1 and "seed: 1" in second.notes
     assert first.title == "Passkey retrieval (seed: 0)"
     assert second.title == "Passkey retrieval (seed: 1)"
     assert [len(part.figures) for part in (first, second)] == [3, 1]
+
+
+def test_the_summary_compares_what_all_have_answered(tmp_path):
+    """The second model has fewer questions: the others' further ones do not count."""
+    rights = {"one": (1, 1, 0, 0), "two": (1, 0), "three": (1, 1, 1)}
+    for label, own in rights.items():
+        trials = [{"length": 8, "depth": 0.0, "trial": i, "correct": c} for i, c in enumerate(own)]
+        write(tmp_path / label, "passkey", ["length", "depth", "trial"], trials, label, seed=0)
+    summary = summary_of(sections(find_runs([tmp_path / label for label in rights])))
+    assert summary.columns == ["RWKV-X: one", "RWKV-X: two", "RWKV-X: three"]
+    ((_, measure, cells),) = summary.rows
+    assert measure == "right answers (%); questions: 2"
+    both, half = "100.0 (34.2 to 100.0)", "50.0 (9.5 to 90.5)"
+    assert cells == [(both, True), (half, False), (both, True)]
+
+
+def test_the_summary_of_every_task(others):
+    summary = summary_of(sections(find_runs([others])))
+    cells = {measure: cell for _, measure, (cell,) in summary.rows}
+    assert cells == {
+        "nats per token, less is better; documents: 1": ("2.250", False),
+        "average score (%); questions: 1,100": ("57.5 (52.3 to 62.6)", False),
+    }
+    text = as_markdown("t", sections(find_runs([others])))
+    assert "| Loss by position: nats per token, less is better; documents: 1 | 2.250 |" in text
+
+
+def test_less_loss_is_better(tmp_path):
+    for label, loss in (("one", 2.5), ("two", 2.0)):
+        trial = {"file": "a", "start": 0, "loss": loss, "edges": [0, 64], "losses": [loss]}
+        write(tmp_path / label, "long-loss", ["file", "start"], [trial], label)
+    parts = sections(find_runs([tmp_path]))
+    ((_, _, cells),) = summary_of(parts).rows
+    assert cells == [("2.500", False), ("2.000", True)]
+    assert "| 2.500 | **2.000** |" in as_markdown("t", parts)
+    assert "<td>2.500</td><td><b>2.000</b></td>" in as_html("t", parts)
+
+
+def test_models_that_share_a_name_tell_more(tmp_path):
+    passkey_run(tmp_path / "a", make_model("one"))
+    passkey_run(tmp_path / "b", make_model("one", scale=2.0))
+    passkey_run(tmp_path / "c", make_model("one"), seed=1)
+    first, second = summary_of(sections(find_runs([tmp_path]))).columns
+    assert first != second and first.startswith("RWKV-X: one (runs/model) (")
+
+
+def test_markdown_keeps_its_figures_beside_itself(tmp_path, monkeypatch):
+    passkey_run(tmp_path / "a", make_model("one"))
+    run_command(monkeypatch, "report", tmp_path / "a", "--output", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    (place,) = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+    assert (tmp_path / "out" / place).read_bytes() == PIXEL
 
 
 def test_different_tokenizers_never_share_a_table(tmp_path):
@@ -88,9 +142,9 @@ def test_markdown_of_every_task(others):
     text = as_markdown("All of it", sections(find_runs([others])))
     assert text.startswith("# All of it\n")
     for line in (
-        r"| m \<1\> | 47.0 ± 5.0 | 67.9 ± 1.5 | 57.5 |",
+        r"| RWKV-X: m \<1\> | 47.0 ± 5.0 | 67.9 ± 1.5 | 57.5 |",
         "| model (nats per token at positions) | 0–64 | 64–128 | all |",
-        r"| m \<1\> | 2.500 | 1.500 | 2.2500 |",
+        r"| RWKV-X: m \<1\> | 2.500 | 1.500 | 2.2500 |",
         f"| {str(others / 'v').replace('_', chr(92) + '_')}: sparse | 10.24 | 81.92 |",
         "    eval.py long-loss",
     ):
@@ -122,15 +176,16 @@ def test_html_is_whole_and_self_contained(others):
     page = as_html("A & B", sections(find_runs([others])))
     checker = Checker()
     checker.feed(page)
-    assert checker.open == [] and checker.tags.count("table") == checker.tags.count("section") == 4
-    assert "A & B" in checker.words and "m <1>" in checker.words
+    assert checker.open == [] and checker.tags.count("section") == 4
+    assert checker.tags.count("table") == 5, "the summary has one too"
+    assert "A & B" in checker.words and "RWKV-X: m <1>" in checker.words
     assert all(s.startswith(("#part", "data:image/png;base64,")) for s in checker.sources)
     assert sum(s.startswith("data:") for s in checker.sources) == 1
 
 
 def test_command(others, monkeypatch, capsys):
     run_command(monkeypatch, "report", others / "s", others / "v", "--output", others / "out")
-    assert (others / "out" / "report.md").read_text().count("\n## ") == 2
+    assert (others / "out" / "report.md").read_text().count("\n## ") == 3
     assert (others / "out" / "report.html").read_text().startswith("<!doctype html>")
     for arguments, message in (
         ([others / "absent"], "absent does not exist"),
@@ -174,9 +229,10 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     trials = [trial | {"selectors": {"own": found}}]
     write(tmp_path / "[red]s", "selection", ["file", "start"], trials, label)
     parts = sections(find_runs([tmp_path]))
-    (line,) = [x for x in as_markdown("t", parts).splitlines() if x.startswith("| a")]
+    (line,) = [x for x in as_markdown("t", parts).splitlines() if x.startswith("| RWKV-X: a")]
     assert line == (
-        r"| a\[b\](http://x) \`c\` \_d\_ \[/red\] \$e\$ \<script\>\\x1b\[31m\\n\| f: own "
+        r"| RWKV-X: a\[b\](http://x) \`c\` \_d\_ \[/red\] \$e\$ \<script\>\\x1b\[31m\\n"
+        r"\| f: the model's own "
         "| 50.0 | 50.0 | 50.0 |"
     )
     page = as_html("t", parts)

@@ -18,8 +18,9 @@ from rwkvx_jax.evals.models import EvalModel  # noqa: E402
 from rwkvx_jax.evals.report import read_results  # noqa: E402
 from rwkvx_jax.evals.short import batching, harness  # noqa: E402
 from rwkvx_jax.evals.short import task as short_context  # noqa: E402
-from rwkvx_jax.evals.short.harness import AnswerFile, HarnessModel  # noqa: E402
-from rwkvx_jax.evals.short.table import SHORT_NAMES, summarize  # noqa: E402
+from rwkvx_jax.evals.short.answers import AnswerFile  # noqa: E402
+from rwkvx_jax.evals.short.harness import HarnessModel  # noqa: E402
+from rwkvx_jax.evals.short.table import NAMES, summarize  # noqa: E402
 from rwkvx_jax.evals.short.task import ShortOptions, evaluate  # noqa: E402
 from rwkvx_jax.model import abstract_model, with_params  # noqa: E402
 from rwkvx_jax.tokenizer import load_tokenizer  # noqa: E402
@@ -220,7 +221,7 @@ def data(tmp_path_factory):
 
 
 def test_prompts_as_the_model_sees_them(data):
-    tasks = short_context.load_tasks(make_options(data, data))
+    tasks = short_context.load_tasks(make_options(data, data)).tasks
     prompts = {}
     for name, task in tasks.items():
         task.build_all_requests(limit=1, rank=0, world_size=1)
@@ -259,7 +260,7 @@ def test_all_tasks_from_local_files(tested, data, tmp_path):
     (shown,) = document["models"]
     assert len(shown["trials"]) == 24 and document["plan"]["documents"]["mmlu_b"] == 2
     columns = shown["summary"]["columns"]
-    assert set(columns) == set(SHORT_NAMES)
+    assert set(columns) == set(NAMES)
     assert {c["acc"]["documents"] for c in columns.values()} == {3}
     piqa = [t for t in shown["trials"] if t["task"] == "piqa"]
     first, second = piqa[0]["answers"]
@@ -376,5 +377,5 @@ def test_command(tmp_path, data, monkeypatch, capsys):
     flags = ["--checkpoint", checkpoint, "--output", tmp_path, "--data-dir", data]
     run_command(monkeypatch, "short", *flags, "--tasks", "piqa", "mmlu", "--limit", 2)
     printed = capsys.readouterr().out
-    assert "mmlu" in printed and "avg of 2" in printed and "±" in printed
+    assert "MMLU" in printed and "average of 2" in printed and "±" in printed
     assert (tmp_path / "short.png").stat().st_size > 10_000

@@ -217,7 +217,47 @@ def test_converting_hellaswag_text(tmp_path):
     assert hellaswag_records(packed) == [first, second]
 
 
+def write_mmlu(folder, **files):
+    for split in ("dev", "test"):
+        (folder / split).mkdir(parents=True)
+        for subject, text in files.items():
+            (folder / split / f"{subject}_{split}.csv").write_text(text)
+    return folder
+
+
+def test_converting_mmlu_csv(tmp_path):
+    rows = '"Which, of\nthese ""two""?",1,"2, or 3",4,5,B\nWhy?,a,b,c,d,D\n'
+    folder = write_mmlu(tmp_path / "csv", college_maths=rows, anatomy="What?,a,b,c,d,A\n")
+    assert convert(Options(tmp_path / "out", mmlu=folder)) == {"mmlu": 3}
+    for name in ("mmlu", "mmlu_dev"):
+        first, second, _ = short_data.read_records(tmp_path / "out" / f"{name}.jsonl", "mmlu")
+        assert first["subject"] == "anatomy" and first["answer"] == 0
+        assert second == {
+            "question": 'Which, of\nthese "two"?',
+            "subject": "college_maths",
+            "choices": ["1", "2, or 3", "4", "5"],
+            "answer": 1,
+        }
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,1,2,3,4,B\nb,1,2,3,4,E\n", "x_test.csv, line 2: no row of MMLU"),
+        ("a,1,2,3,B\n", "x_test.csv, line 1: no row of MMLU"),
+        ('a,"1,2,3,4,B\n', "x_test.csv, line 1: no row of MMLU"),
+    ],
+)
+def test_malformed_rows_of_mmlu_are_named(tmp_path, text, message):
+    folder = write_mmlu(tmp_path / "csv", x=text)
+    with pytest.raises(ConfigError, match=message):
+        convert(Options(tmp_path / "out", mmlu=folder))
+    assert not (tmp_path / "out").exists()
+
+
 def test_sources_that_cannot_be_converted(tmp_path):
+    with pytest.raises(ConfigError, match="no file test/SUBJECT_test.csv there"):
+        convert(Options(tmp_path, mmlu=tmp_path))
     with pytest.raises(ConfigError, match="name a source"):
         convert(Options(tmp_path))
     with pytest.raises(ConfigError, match="holds none of lambada_openai"):

@@ -154,7 +154,7 @@ class Packed(NamedTuple):
     place_count: np.ndarray
 
 
-class Answers(NamedTuple):
+class Asked(NamedTuple):
     """Where the tokens of each request's continuation are in `Packed.targets`: indices into the
     flattened array, one request's behind the other's."""
 
@@ -163,7 +163,7 @@ class Answers(NamedTuple):
     indices: np.ndarray
 
 
-def pack(call: Call, sizes: Sizes) -> tuple[Packed, Answers]:
+def pack(call: Call, sizes: Sizes) -> tuple[Packed, Asked]:
     """Arrays of a call, and how its requests are answered by them."""
     width, lanes, steps, _ = sizes
     tokens = np.zeros((steps, lanes, width), np.int32)
@@ -202,7 +202,7 @@ def pack(call: Call, sizes: Sizes) -> tuple[Packed, Answers]:
     places, wanted, count, indices = _distinct(np.concatenate(at), targets, sizes.places)
     counts = np.asarray(longest, np.int32), np.asarray(count, np.int32)
     packed = Packed(tokens, lengths, back, fresh, keep, places, wanted, *counts)
-    return packed, Answers(requests, begins, indices)
+    return packed, Asked(requests, begins, indices)
 
 
 def _distinct(

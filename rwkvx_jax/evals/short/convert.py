@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bz2
+import csv
+import io
 import os
 import re
 from collections.abc import Callable
@@ -32,6 +34,8 @@ class Options:
     winogrande (.jsonl) that are there."""
     hellaswag: Path | None = None
     """HellaSwag as text, six lines a task; .bz2 or plain."""
+    mmlu: Path | None = None
+    """Folder of MMLU's CSV files: test/SUBJECT_test.csv and dev/SUBJECT_dev.csv."""
 
 
 def convert(options: Options) -> dict[str, int]:
@@ -40,8 +44,8 @@ def convert(options: Options) -> dict[str, int]:
     Raises:
       ConfigError: no source, a source without any known file, or a malformed line.
     """
-    if options.icl is None and options.hellaswag is None:
-        raise ConfigError("name a source: --icl DIR, --hellaswag FILE, or both")
+    if options.icl is None and options.hellaswag is None and options.mmlu is None:
+        raise ConfigError("name a source: --icl DIR, --hellaswag FILE or --mmlu DIR")
     written = {}
     if options.icl is not None:
         found = {
@@ -54,6 +58,10 @@ def convert(options: Options) -> dict[str, int]:
     if options.hellaswag is not None:
         records = hellaswag_records(options.hellaswag)
         written["hellaswag"] = _write(options.output, "hellaswag", records)
+    if options.mmlu is not None:
+        splits = {name: mmlu_records(options.mmlu, name) for name in ("test", "dev")}
+        _write(options.output, "mmlu", splits["dev"], "mmlu_dev")
+        written["mmlu"] = _write(options.output, "mmlu", splits["test"])
     return written
 
 
@@ -163,10 +171,37 @@ def hellaswag_records(path: Path) -> list[Record]:
     return records
 
 
-def _write(folder: Path, task: str, records: list[Record]) -> int:
+def mmlu_records(folder: Path, split: str) -> list[Record]:
+    """Records of the CSV layout: a question, four choices and a letter a row, a file a subject.
+
+    Raises:
+      ConfigError: no such files, or a malformed row (with file and line).
+    """
+    files = sorted((folder / split).glob(f"*_{split}.csv"))
+    if not files:
+        raise ConfigError(f"--mmlu {folder}: no file {split}/SUBJECT_{split}.csv there")
+    records = []
+    for file in files:
+        subject = file.name.removesuffix(f"_{split}.csv")
+        try:
+            rows = csv.reader(io.StringIO(file.read_text("utf-8-sig"), newline=""), strict=True)
+            for row in rows:
+                if len(row) != 6 or row[5] not in tuple("ABCD"):
+                    raise ValueError("expected a question, four choices, and a letter from A to D")
+                question, *choices, letter = row
+                answer = "ABCD".index(letter)
+                record = {"question": question, "subject": subject, "choices": choices}
+                records.append(record | {"answer": answer})
+        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+            line = "" if isinstance(error, UnicodeError) else f", line {rows.line_num}"
+            raise ConfigError(f"{file}{line}: no row of MMLU ({error})") from error
+    return records
+
+
+def _write(folder: Path, task: str, records: list[Record], name: str = "") -> int:
     """Writes a file in one step, and reads it back through its checks."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{task}.jsonl"
+    path = folder / f"{name or task}.jsonl"
     with new_file(path) as file:
         file.writelines(f"{as_text(record)}\n".encode() for record in records)
         file.flush()

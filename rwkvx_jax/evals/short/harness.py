@@ -7,23 +7,24 @@ evaluation goes on. As in the RWKV-X repository every request is read behind a l
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from rwkvx_jax.cache import choose, rewind, snapshot
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.data.chat import TEMPLATE_TEXT, chat_text
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch
+from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch, score_places
+from rwkvx_jax.evals.short.answers import Answers, Refused, request_key
 from rwkvx_jax.evals.short.batching import (
-    Answers,
+    Asked,
     Call,
     Packed,
     common_sizes,
@@ -31,90 +32,14 @@ from rwkvx_jax.evals.short.batching import (
     pack,
     plan_calls,
 )
-from rwkvx_jax.evals.short.scoring import read_lanes, score_places
-from rwkvx_jax.model import abstract_model, with_params
-from rwkvx_jax.records import NOT_FINITE_REMEDY, RecordFile, as_text, not_finite
+from rwkvx_jax.model import RWKVX, abstract_model, with_params
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
 _DEFAULT_BATCH_TOKENS = 8192
 _STEP_TOKENS = 32  # tokens of a text that a step reads
 _DEFAULT_ANSWER = 256  # tokens of a generation whose task sets no limit
-
-
-class AnswerFile:
-    """Answers by request, one json line each, appended as they come."""
-
-    def __init__(self, path: Path):
-        """Reads what is there; a last line cut off by a kill is dropped, with a warning.
-
-        Raises:
-          ConfigError: a malformed line elsewhere (with its number), such as one with NaN.
-        """
-        self._file, self._answers = RecordFile(path), {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for number, value in enumerate(self._file.new(), 1):
-            match value:
-                case [str(key), int() | float() | str() | [float(), bool()] as answer]:
-                    self._answers[key] = answer
-                case _:
-                    raise ConfigError(f"{path}, line {number}: no answer; remove the file")
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator[AnswerFile]:
-        """The file, which no other process can open so meanwhile.
-
-        Raises:
-          ConfigError: another process has it open, or as the constructor does.
-        """
-        busy = f"another evaluation writes {path}: wait for it, or use another --output"
-        with RecordFile(path).locked(busy=busy):
-            yield cls(path)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> Any:
-        return self._answers[key]
-
-    def add(self, answers: dict[str, Any]) -> list[str]:
-        """Keeps answers, on disk too, but for those that are not finite: their keys."""
-        good = {key: a for key, a in answers.items() if not not_finite(a)}
-        self._answers |= good
-        if good:
-            self._file.append(list(good.items()))
-        return [key for key in answers if key not in good]
-
-
-def request_key(kind: str, *parts: Any) -> str:
-    """Name of a request: a hash of all that it says."""
-    return hashlib.blake2b(as_text([kind, *parts]).encode(), digest_size=12).hexdigest()
-
-
-class Refused:
-    """Requests of one kind that can't be answered, told when all others have been."""
-
-    def __init__(self, label: str):
-        self._label, self._problems = label, []
-
-    def add(self, request: Any, problem: str) -> None:
-        """Notes what is wrong with a request (its arguments)."""
-        text = repr(request)
-        self._problems.append((text if len(text) <= 240 else f"...{text[-240:]}", problem))
-
-    def add_not_finite(self, request: Any) -> None:
-        self.add(
-            request,
-            f"its logits are not finite (NaN or infinity): {NOT_FINITE_REMEDY}",
-        )
-
-    def tell(self) -> None:
-        """Raises ConfigError for the first of them, if there is one."""
-        for request, problem in self._problems:
-            more = len(self._problems) - 1
-            others = f" (and {more} more like it; all others are kept)" if more else ""
-            raise ConfigError(f"{self._label}, request {request}: {problem}{others}")
+_ASKED = "Assistant: "  # how a chat ends that asks for an answer
 
 
 class HarnessModel(TemplateLM):
@@ -128,7 +53,7 @@ class HarnessModel(TemplateLM):
     def __init__(
         self,
         model: EvalModel,
-        answers: AnswerFile,
+        answers: Answers,
         *,
         prefill_chunk: int,
         batch: int | None = None,
@@ -152,7 +77,7 @@ class HarnessModel(TemplateLM):
         self._score = jax.jit(self._score_call, static_argnames="rows")
         self.requests = 0
 
-    def use(self, answers: AnswerFile) -> None:
+    def use(self, answers: Answers) -> None:
         """Keeps answers in another file from now on."""
         self._answers = answers
 
@@ -173,6 +98,38 @@ class HarnessModel(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         return self._tested.tokenizer.encode(string).tolist()
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells lm_eval's caches of prompts apart."""
+        return self._tested.tokenizer.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The one that there is.
+
+        Raises:
+          ConfigError: another one is asked for by its name.
+        """
+        if isinstance(chat_template, str):
+            raise ConfigError(
+                f"there is no chat template {chat_template!r}: give --apply_chat_template no name"
+            )
+        return TEMPLATE_TEXT
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as data/chat.py writes it. The blank behind a last `Assistant:` belongs to
+        the answer: lm_eval moves it there for loglikelihoods, `generate_until` leaves it out.
+
+        Raises:
+          ConfigError: turns that the template has no form for.
+        """
+        try:
+            text = chat_text(chat_history, ask=add_generation_prompt)
+        except ValueError as error:
+            raise ConfigError(f"the chat template can't say a prompt: {error}") from error
+        return f"{text} " if add_generation_prompt else text
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -215,7 +172,7 @@ class HarnessModel(TemplateLM):
         calls = plan_calls(groups, lanes, _STEP_TOKENS)
         sizes = common_sizes(calls, lanes, _STEP_TOKENS)
         advance = self._start("loglikelihoods", sum(self._tokens_of(call) for call in calls))
-        running: list[tuple[int, Answers, tuple[jax.Array, jax.Array]]] = []
+        running: list[tuple[int, Asked, tuple[jax.Array, jax.Array]]] = []
         failed: list[str] = []
         # While the device reads a call, the next one is packed.
         for call in [*calls, None]:
@@ -237,7 +194,7 @@ class HarnessModel(TemplateLM):
     def _score_call(self, params, packed: Packed, *, rows: int) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and greediness of all targets; see `Packed`."""
         model = with_params(self._model, params)
-        features = read_lanes(model, packed, rows)
+        features = _read_lanes(model, packed, rows)
         return score_places(model, features, packed.places, packed.targets, packed.place_count)
 
     def loglikelihood_rolling(
@@ -293,7 +250,8 @@ class HarnessModel(TemplateLM):
                 except ConfigError as error:
                     refused.add(asked[key], str(error))
                     continue
-                row = self._behind_line_break(self.tok_encode(context))
+                prompt = context.removesuffix(" ") if context.endswith(_ASKED) else context
+                row = self._behind_line_break(self.tok_encode(prompt))
                 groups.setdefault(stopping, {})[key] = np.asarray(row, np.int32)
         total = sum(len(row) for group in groups.values() for row in group.values())
         advance = self._start("generations", total)
@@ -307,7 +265,11 @@ class HarnessModel(TemplateLM):
             for key in failed:
                 refused.add_not_finite(asked[key])
         refused.tell()
-        return [self._answers[key] for key in keys]
+        texts = zip(keys, requests, strict=True)
+        return [
+            self._answers[key].lstrip(" ") if r.args[0].endswith(_ASKED) else self._answers[key]
+            for key, r in texts
+        ]
 
     def _generate(
         self, rows: dict[str, np.ndarray], count: int, stops: list[str], advance
@@ -338,7 +300,33 @@ class HarnessModel(TemplateLM):
         return (text[: min(places)] if places else text), bool(len(ends) or places)
 
 
-def _answers(asked: Answers, logs: np.ndarray, hits: np.ndarray) -> dict[int, tuple[float, bool]]:
+def _read_lanes(model: RWKVX, packed: Packed, rows: int) -> jax.Array:
+    """Features of all tokens of a call, flattened [steps * lanes * width, D].
+
+    Args:
+      model: the model.
+      packed: the call.
+      rows: tokens of the longest text.
+    """
+    lanes = packed.tokens.shape[1]
+    cache = model.init_cache(lanes, rows)
+    nothing = snapshot(cache)
+
+    def step(i, carry):
+        cache, kept, features = carry
+        now = choose(packed.back[i], kept, snapshot(cache))
+        cache = rewind(cache, choose(packed.fresh[i], nothing, now))
+        new, cache = model.read(packed.tokens[i], cache, packed.lengths[i])
+        kept = choose(packed.keep[i], snapshot(cache), kept)
+        return cache, kept, jax.lax.dynamic_update_index_in_dim(features, new, i, 0)
+
+    features = jnp.zeros((*packed.tokens.shape, model.config.width), model.dtype)
+    carry = (cache, nothing, features)
+    _, _, features = jax.lax.fori_loop(0, packed.step_count, step, carry)
+    return features.reshape(-1, model.config.width)
+
+
+def _answers(asked: Asked, logs: np.ndarray, hits: np.ndarray) -> dict[int, tuple[float, bool]]:
     """(logarithm of the probability, whether it is the greedy one) of every continuation."""
     logs = np.add.reduceat(logs.reshape(-1)[asked.indices].astype(np.float64), asked.begins)
     hits = np.logical_and.reduceat(hits.reshape(-1)[asked.indices], asked.begins)

@@ -8,22 +8,32 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
 
-from rwkvx_jax.evals.plots import LINES, new_figure, plain, save
+from rwkvx_jax.evals.intervals import Estimate, standard_error
+from rwkvx_jax.evals.plots import (
+    broken,
+    drawn,
+    legend_below,
+    name_of,
+    new_figure,
+    part_of,
+    plain,
+    save,
+    style,
+)
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.records import Record
 
-SHORT_NAMES = {
-    "lambada_openai": "lmb",
-    "hellaswag": "hs",
-    "piqa": "piqa",
-    "arc_easy": "arcE",
-    "arc_challenge": "arcC",
-    "winogrande": "wino",
-    "sciq": "sciq",
-    "mmlu": "mmlu",
+NAMES = {
+    "lambada_openai": "LAMBADA",
+    "hellaswag": "HellaSwag",
+    "piqa": "PIQA",
+    "arc_easy": "ARC easy",
+    "arc_challenge": "ARC challenge",
+    "winogrande": "WinoGrande",
+    "sciq": "SciQ",
+    "mmlu": "MMLU",
 }
 """Columns of the paper's table, in its order."""
 MAIN_METRICS = {"hellaswag": "acc_norm"}  # the others: acc
@@ -60,7 +70,7 @@ def summarize(trials: Sequence[Record]) -> Record:
     summary = {}
     for column, metrics in columns.items():
         summary[column] = {name: _mean(name, values) for name, values in metrics.items()}
-    shown = [main_score(summary, column) for column in SHORT_NAMES if column in summary]
+    shown = [main_score(summary, column) for column in NAMES if column in summary]
     average = float(np.mean([score for score, _ in shown])) if shown else None
     return {"columns": summary, "average": average, "averaged": len(shown)}
 
@@ -69,7 +79,7 @@ def _mean(name: str, values: list[float]) -> Record:
     if name == "perplexity":
         value = math.exp(min(-float(np.mean(values)), _LARGEST_EXPONENT))
         return {"value": value, "error": None, "documents": len(values)}
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    error = standard_error(values)
     return {"value": float(np.mean(values)), "error": error, "documents": len(values)}
 
 
@@ -81,10 +91,20 @@ def main_score(columns: Record, column: str) -> tuple[float, float | None]:
     return 100 * metric["value"], None if error is None else 100 * error
 
 
-def table(models: list[Record], average: str = "avg") -> Table:
-    """The paper's table: a row a model, scores with standard errors, their average last."""
-    found = {column for model in models for column in model["summary"]["columns"]}
-    columns = [c for c in SHORT_NAMES if c in found] + sorted(found - set(SHORT_NAMES))
+def score(summary: Record) -> Estimate:
+    """Average of the columns, in per cent: of the paper's, or of all where none of these is."""
+    found = summary["columns"]
+    scores = [main_score(found, c) for c in ([c for c in NAMES if c in found] or found)]
+    errors = [error for _, error in scores]
+    known = None if None in errors else math.hypot(*errors) / len(errors)
+    return Estimate.of_mean(float(np.mean([value for value, _ in scores])), known)
+
+
+def table(models: list[Record], average: str = "average") -> Table:
+    """The paper's table: a row a model, scores with standard errors, last the average of those that
+    are the paper's."""
+    columns = _columns(models)
+    averaged = any(model["summary"]["averaged"] for model in models)
     rows = []
     for model in models:
         texts = []
@@ -95,33 +115,34 @@ def table(models: list[Record], average: str = "avg") -> Table:
             score, error = main_score(model["summary"]["columns"], column)
             texts.append(f"{score:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
         mean = model["summary"]["average"]
-        rows.append([model["label"], *texts, "–" if mean is None else f"{mean:.1f}"])
-    names = [SHORT_NAMES.get(c, c) + (" n" if c in MAIN_METRICS else "") for c in columns]
-    return Table(["model (%, ± standard error)", *names, average], rows)
+        texts += ["–" if mean is None else f"{mean:.1f}"] if averaged else []
+        rows.append([model["label"], *texts])
+    names = [NAMES.get(c, c) + (" (acc_norm)" if c in MAIN_METRICS else "") for c in columns]
+    return Table(["model (%, ± standard error)", *names, *([average] if averaged else [])], rows)
 
 
 def print_table(results: Results, console: Console) -> None:
     """The paper's table on the terminal."""
     models = results.document["models"]
     averaged = max(model["summary"]["averaged"] for model in models)
-    found = table(models, "avg" if averaged == len(SHORT_NAMES) else f"avg of {averaged}")
-    shown = RichTable(title="scores (%) ± standard error over documents")
-    for i, column in enumerate(["model", *found.columns[1:]]):
-        shown.add_column(column, justify="right" if i else "left")
-    for row in found.rows:
-        shown.add_row(*row)
-    console.print(shown)
-    console.print("n: normalised by the length of each choice (acc_norm)")
+    found = table(models, "average" if averaged == len(NAMES) else f"average of {averaged}")
+    found.print(console, "scores (%) ± standard error over documents")
+    console.print("acc_norm: normalised by the length of each choice; the others: acc")
 
 
+@drawn
 def draw(results: Results, path: Path) -> None:
-    """Bars by task, one colour a model, with 95 % intervals; a tick marks the score of guessing."""
-    models = results.document["models"]
-    columns = [c for c in SHORT_NAMES if any(c in m["summary"]["columns"] for m in models)]
-    columns += sorted({c for m in models for c in m["summary"]["columns"]} - set(columns))
-    figure = new_figure(max(5.0, 0.9 * len(columns) * (1 + 0.3 * len(models))), 4.2)
-    axes = figure.add_subplot()
+    """Bars by task, one colour a model, with 95 % intervals; dashes mark the score of guessing."""
+    models = [m for m in results.document["models"] if m["trials"]]
+    planned: dict[str, int] = {}
+    for task, documents in results.document["plan"]["documents"].items():
+        planned[family(task)] = planned.get(family(task), 0) + documents
+    columns = _columns(models)
     width = 0.8 / len(models)
+    inches = max(7.0, len(columns) * (0.6 + 0.35 * len(models)))
+    title = "Short-context benchmarks, with 95 % intervals over documents"
+    figure = new_figure(inches, 4.6, title)
+    axes = figure.add_subplot()
     for i, model in enumerate(models):
         own = [(x, c) for x, c in enumerate(columns) if c in model["summary"]["columns"]]
         scores = [main_score(model["summary"]["columns"], c) for _, c in own]
@@ -131,18 +152,32 @@ def draw(results: Results, path: Path) -> None:
             width * 0.9,
             yerr=[1.96 * (error or 0) for _, error in scores],
             capsize=3,
-            color=LINES[i % len(LINES)],
-            label=plain(model["label"]),
+            color=style(i)["color"],
+            label=plain(name_of(model)),
         )
-    for x, column in enumerate(columns):
-        if column in CHANCE:
-            label = "guessing" if column == next(c for c in columns if c in CHANCE) else None
-            axes.hlines(CHANCE[column], x - 0.45, x + 0.45, "black", "dashed", label=label)
-    axes.set_xticks(range(len(columns)), [plain(SHORT_NAMES.get(c, c)) for c in columns])
+    known = [(x, CHANCE[column]) for x, column in enumerate(columns) if column in CHANCE]
+    for i, (x, chance) in enumerate(known):
+        label = "guessing" if i == 0 else None
+        axes.hlines(chance, x - 0.45, x + 0.45, "black", "dashed", label=label)
+    labels = [_tick(column, models, planned, inches / len(columns) - 0.3) for column in columns]
+    axes.set_xticks(range(len(columns)), labels)
     axes.set_ylabel("score (%)")
     axes.set_ylim(0, 100)
-    axes.set_title("Short-context benchmarks, with 95 % intervals over documents", fontsize=10)
-    axes.grid(axis="y", alpha=0.4)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    axes.grid(axis="y")
+    legend_below(figure, axes)
     save(figure, path)
+
+
+def _columns(models: Sequence[Record]) -> list[str]:
+    """The columns that any model has: the paper's in its order, then others."""
+    found = {column for model in models for column in model["summary"]["columns"]}
+    return [c for c in NAMES if c in found] + sorted(found - set(NAMES))
+
+
+def _tick(column: str, models: Sequence[Record], planned: dict[str, int], inches: float) -> str:
+    """Name of a column, and how many of its documents were asked where that is not all."""
+    done = max(sum(family(t["task"]) == column for t in m["trials"]) for m in models)
+    lines = [plain(NAMES.get(column, column)), part_of(done, planned.get(column, 0), "")]
+    metric = MAIN_METRICS.get(column)
+    lines.insert(1, f"({metric})" if metric else "")
+    return broken("\n".join(filter(None, lines)), inches)

@@ -1,35 +1,38 @@
 """Short-context benchmarks through lm-evaluation-harness, in the layout of the paper's table.
 
 The eight tasks of the paper run offline on local files (`--data-dir`, see data_files.py); every
-other lm_eval task runs by its name, with data from the Hugging Face hub. lm_eval is an optional
-extra, and never brings torch.
+other lm_eval task runs by its name, with data from the Hugging Face hub, and task files of the
+user's own (`--include-path`) with data beside them. lm_eval is an optional extra, and never brings
+torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.data.chat import TEMPLATE
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.models import IDENTITY_FIELDS, EvalModel, EvalOptions
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task
+from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.evals.short import data as data_files
+from rwkvx_jax.evals.short.files import check_samples, folder_of, write_results
+from rwkvx_jax.evals.short.loading import Benchmarks, fingerprint, load_tasks
 from rwkvx_jax.evals.short.table import draw, print_table, summarize
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record, as_text
+
+_BOOTSTRAPS = 1000  # for the errors that lm_eval has no formula of; its own 100,000 take minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,13 @@ class ShortOptions(EvalOptions):
     """The paper's, or any of lm_eval by name."""
     data_dir: Path | None = None
     """Folder of local files for the paper's tasks; without it lm_eval fetches all data."""
+    include_path: Path | None = None
+    """Folder of lm_eval task files (YAML) of your own. Paths of local data in them count from the
+    task file."""
+    apply_chat_template: bool = False
+    """Asks in turns of User: and Assistant:, as models that were trained on chats expect."""
+    log_samples: bool = False
+    """Writes lm_eval's samples_<task>_*.jsonl beside its results_*.json."""
     fewshot: int | None = None
     """Replaces the number of examples in a prompt (MMLU 5, the paper's others 0) where a task
     allows it."""
@@ -52,14 +62,17 @@ class ShortOptions(EvalOptions):
             raise ConfigError(f"--tasks {' '.join(self.tasks)} names a task twice")
         if self.fewshot is not None and self.fewshot < 0:
             raise ConfigError(f"--fewshot is {self.fewshot}: it must not be negative")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise ConfigError(f"--include-path {self.include_path} is no folder of task files")
         if self.data_dir is not None:
-            others = [name for name in self.tasks if name not in data_files.TASKS]
-            if others:
+            papers = tuple(name for name in self.tasks if name in data_files.TASKS)
+            others = [name for name in self.tasks if name not in papers]
+            if others and self.include_path is None:
                 raise ConfigError(
                     f"--data-dir holds the paper's tasks only, not {', '.join(others)}: run these "
-                    "without it, into another --output"
+                    "without it, into another --output, or name their files with --include-path"
                 )
-            data_files.check_files(self.data_dir, self.tasks)
+            data_files.check_files(self.data_dir, papers)
 
 
 def check_installed() -> None:
@@ -69,74 +82,6 @@ def check_installed() -> None:
             "eval.py short needs lm-evaluation-harness: pip install 'rwkvx-jax[eval]' "
             "(or pip install lm_eval)"
         )
-
-
-def load_tasks(options: ShortOptions) -> dict[str, Any]:
-    """lm_eval's Task objects by name; MMLU becomes one a subject.
-
-    Raises:
-      ConfigError: a malformed file, or a task that lm_eval does not know or can't fetch.
-    """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read on import: its bars would tear ours
-    if options.data_dir is not None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # likewise
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
-
-    if options.data_dir is not None:
-        configs = [c for name in options.tasks for c in offline_configs(name, options.data_dir)]
-        tasks = {config["task"]: ConfigurableTask(config=config) for config in configs}
-    else:
-        try:
-            tasks = TaskManager().load(list(options.tasks))["tasks"]
-        except KeyError as error:
-            raise ConfigError(f"{error.args[0]}; `lm_eval ls tasks` lists them") from error
-        except (OSError, ConnectionError) as error:
-            raise ConfigError(
-                f"lm_eval can't fetch the data of {', '.join(options.tasks)} ({error}): the "
-                "paper's tasks also run on local files, see --data-dir"
-            ) from error
-    for task in tasks.values():
-        if options.fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=options.fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=options.seed)
-    return tasks
-
-
-def offline_configs(name: str, data_dir: Path) -> list[dict[str, Any]]:
-    """lm_eval task configs of one of the paper's tasks on local files."""
-    import datasets
-    import yaml
-
-    path = Path(__file__).parent / "tasks" / f"{name}.yaml"
-    config = yaml.safe_load(path.read_text())
-    records = data_files.read_records(data_dir / f"{name}.jsonl", name)
-    serve = lambda splits, **_: {k: datasets.Dataset.from_list(v) for k, v in splits.items()}
-    if name != "mmlu":
-        return [config | {"custom_dataset": partial(serve, {"test": records})}]
-    examples = data_files.read_records(data_dir / "mmlu_dev.jsonl", name)
-    configs = []
-    for subject in sorted({record["subject"] for record in records}):
-        of_subject = lambda rows, subject=subject: [r for r in rows if r["subject"] == subject]
-        if len(dev := of_subject(examples)) < config["num_fewshot"]:
-            raise ConfigError(
-                f"{data_dir / 'mmlu_dev.jsonl'} has {len(dev)} records of the subject {subject}: "
-                f"MMLU's prompts show {config['num_fewshot']}"
-            )
-        spoken = subject.replace("_", " ")
-        configs.append(
-            config
-            | {
-                "task": f"mmlu_{subject}",
-                "description": "The following are multiple choice questions (with answers) about "
-                f"{spoken}.\n\n",
-                "custom_dataset": partial(serve, {"test": of_subject(records), "dev": dev}),
-            }
-        )
-    return configs
 
 
 class Asked(NamedTuple):
@@ -155,44 +100,38 @@ def evaluate(options: ShortOptions, models: Sequence[EvalModel], console: Consol
         evaluation.
     """
     check_installed()
-    tasks = load_tasks(options)
-    counts = {name: len(task.eval_docs) for name, task in tasks.items()}
-    data = {name: _fingerprint(task) for name, task in tasks.items()}
+    found = load_tasks(options)
+    counts = {name: len(task.eval_docs) for name, task in found.tasks.items()}
+    data = {name: fingerprint(task, options.include_path) for name, task in found.tasks.items()}
     trials = [Asked(name, i, data[name]) for name, count in counts.items() for i in range(count)]
+    settings = {"seed": options.seed, "fewshot": options.fewshot}
     task = Task(
         name="short",
-        settings={"seed": options.seed, "fewshot": options.fewshot},
+        settings=settings | ({"chat_template": TEMPLATE} if options.apply_chat_template else {}),
         plan={"tasks": options.tasks, "documents": counts, "limit": options.limit},
         trials=trials,
         chosen=[t for t in trials if options.limit is None or t.document < options.limit],
-        answer=partial(_answer, options, tasks, data),
+        answer=partial(_answer, options, found, data),
         summarize=summarize,
         size=lambda trial: 0,  # how many tokens there are is known when lm_eval asks for them
     )
-    return runner.evaluate(task, options.output, models, console)
-
-
-def _fingerprint(task: Any) -> str:
-    """Hash of a task's documents, so that answers on other data are never mixed in."""
-    digest = hashlib.blake2b(digest_size=6)
-    for doc in task.eval_docs:  # of any kind, NaN included: this is hashed, not stored
-        digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    results = runner.evaluate(task, options.output, models, console)
+    for model in models if options.log_samples else ():
+        check_samples(options.output, model.checkpoint)
+    return results
 
 
 def _answer(
     options: ShortOptions,
-    tasks: dict[str, Any],
+    found: Benchmarks,
     data: dict[str, str],
     model: EvalModel,
     chosen: Sequence[Asked],
     progress: Progress,
 ) -> Iterator[list[Record]]:
     """All trials of one model; answers that its file holds are not computed again."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from rwkvx_jax.evals.short.harness import AnswerFile, HarnessModel
+    from rwkvx_jax.evals.short.answers import AnswerFile
+    from rwkvx_jax.evals.short.harness import HarnessModel
 
     description = model.description
     identity = as_text([description[field] for field in IDENTITY_FIELDS])
@@ -206,21 +145,40 @@ def _answer(
             batch=options.batch,
             start=partial(_begin, progress, model.label),
         )
-        found = simple_evaluate(
-            model=harness,
-            tasks=list(tasks.values()),
-            task_manager=TaskManager(include_defaults=False),
-            limit=options.limit,
-            bootstrap_iters=0,
-            random_seed=options.seed,
-            numpy_random_seed=options.seed,
-            fewshot_random_seed=options.seed,
-        )
+        results, general = _evaluate(options, found, harness, model.checkpoint)
+    write_results(options.output, results, general, options.log_samples)
     yield [
         _trial(task, data[task], samples)
-        for task, all_samples in found["samples"].items()
+        for task, all_samples in results["samples"].items()
         for samples in _by_document(all_samples)
     ]
+
+
+def _evaluate(options: ShortOptions, found: Benchmarks, harness: Any, checkpoint: str):
+    """lm_eval's own results, as of its command, and its description of the run."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    tracker = EvaluationTracker()
+    replaced = {name: getattr(options, name) for name in ("chunk_size", "top_k", "selector")}
+    results = simple_evaluate(
+        model=harness,
+        model_args={"pretrained": checkpoint} | {k: v for k, v in replaced.items() if v},
+        tasks=found.roots,
+        task_manager=TaskManager(include_defaults=False),
+        batch_size=options.batch,
+        device=jax.default_backend(),
+        limit=options.limit,
+        bootstrap_iters=_BOOTSTRAPS,
+        evaluation_tracker=tracker,
+        apply_chat_template=options.apply_chat_template,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+    )
+    return results, tracker.general_config_tracker
 
 
 def _begin(progress: Progress, label: str, what: str, total: int) -> Callable[[int], None]:
@@ -263,8 +221,10 @@ def run(options: ShortOptions) -> None:
     """The command: evaluates, writes short.jsonl and short.png, prints the paper's table."""
 
     def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
-        tables = partial(print_table, results, console)
-        runner.show(results, console, partial(draw, results), tables)
+        runner.shows(draw, print_table)(results, models, console)
+        for model in models:
+            folder = folder_of(options.output, model.checkpoint)
+            console.print(f"lm_eval's own results: {folder}", soft_wrap=True)
 
     check_installed()
     runner.run(options, evaluate, show)

@@ -15,15 +15,26 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
+from rwkvx_jax.evals.intervals import Estimate, standard_error
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.plots import MARK, new_figure, plain, save, style
+from rwkvx_jax.evals.plots import (
+    drawn,
+    legend_below,
+    log_ticks,
+    mark_trained,
+    name_of,
+    new_figure,
+    part_of,
+    plain,
+    save,
+    style,
+)
 from rwkvx_jax.evals.readers import TextScorer, affordable_batch, check_memory
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task, even_batches
+from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.evals.runner import even_batches
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.progress import Progress
@@ -53,8 +64,8 @@ def summarize(trials: Sequence[Record]) -> Record:
     """Mean losses over documents with standard errors: of whole documents, and by position."""
 
     def over(values: Sequence[float]) -> Record:
-        spread = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-        return {"loss": float(np.mean(values)), "error": spread, "documents": len(values)}
+        mean, error = float(np.mean(values)), standard_error(values)
+        return {"loss": mean, "error": error, "documents": len(values)}
 
     if not trials:
         return {"all": None, "by_position": []}
@@ -128,59 +139,60 @@ def _record(document: Document, losses: np.ndarray, edges: list[int]) -> Record:
     return document._asdict() | {"loss": float(losses.mean()), "edges": edges, "losses": means}
 
 
-def draw(results: Results, path: Path, tokenizer: str) -> None:
+@drawn
+def draw(results: Results, path: Path) -> None:
     """One line a model over positions, with 95 % bands over documents."""
     document = results.document
-    figure = new_figure(7.2, 4.6)
+    length, planned = document["settings"]["length"], document["plan"]["documents"]
+    width = 7.2
+    figure = new_figure(
+        width,
+        4.8,
+        f"Loss by position, {planned} documents of {length:,} tokens; "
+        "bands: 95 % intervals over documents",
+    )
     axes = figure.add_subplot()
-    for i, model in enumerate(document["models"]):
-        bins = [b for b in model["summary"]["by_position"]]
-        if not bins:
-            continue
+    models = [m for m in document["models"] if m["trials"]]
+    for i, model in enumerate(models):
+        bins = model["summary"]["by_position"]
         x = [max(1.0, (b["begin"] * b["end"]) ** 0.5) if b["begin"] else b["end"] / 2 for b in bins]
         loss = np.array([b["loss"] for b in bins])
-        axes.plot(x, loss, label=plain(model["label"]), markersize=4, linewidth=1.3, **style(i))
+        part = part_of(len(model["trials"]), planned, "documents")
+        label = ", ".join(filter(None, [plain(name_of(model)), part]))
+        axes.plot(x, loss, label=label, linewidth=1.3, **style(i))
         if bins[0]["error"] is not None:
             half = 1.96 * np.array([b["error"] for b in bins])
             color = style(i)["color"]
             axes.fill_between(x, loss - half, loss + half, color=color, alpha=0.15, linewidth=0)
-    lengths = sorted({p["trained_length"] for p in document["models"]} - {None})
-    for i, length in enumerate(lengths):
-        label = "longest training sequence" if i == 0 else None
-        axes.axvline(length, label=label, linewidth=1.5, **MARK)
-    count = document["plan"]["documents"]
-    axes.set(
-        xscale="log",
-        xlabel=f"position in the document ({tokenizer} tokens)",
-        ylabel="loss (nats per token)",
-    )
-    axes.set_title(
-        f"Loss by position, {count} documents of {document['settings']['length']:,} tokens; "
-        "bands: 95 % over documents",
-        fontsize=10,
-    )
-    axes.grid(alpha=0.4)
-    axes.legend(fontsize=8)
+    octaves = [edge for edge in bin_edges(length) if edge.bit_count() == 1]
+    log_ticks(axes, [*octaves, length], width - 1.0)
+    mark_trained(axes, [model["trained_length"] for model in models])
+    unit = f"{document['models'][0]['tokenizer']} tokens"
+    axes.set(xlabel=f"position in the document ({unit})", ylabel="loss (nats per token)")
+    axes.grid()
+    legend_below(figure, axes)
     save(figure, path)
 
 
 def print_table(results: Results, console: Console) -> None:
     """A row for each octave of positions, a column for each model."""
     models = results.document["models"]
-    shown = RichTable(
-        "positions", *[model["label"] for model in models], title="loss (nats per token)"
-    )
     lines: dict[tuple[int, int], list[str]] = {}
     for column, model in enumerate(models):
         for b in model["summary"]["by_position"]:
             cells = lines.setdefault((b["begin"], b["end"]), ["–"] * len(models))
             error = f" ± {1.96 * b['error']:.3f}" if b["error"] is not None else ""
             cells[column] = f"{b['loss']:.3f}{error}"
-    for (begin, end), cells in sorted(lines.items()):
-        shown.add_row(f"{begin:,} to {end:,}", *cells)
+    rows = [[f"{begin:,} to {end:,}", *cells] for (begin, end), cells in sorted(lines.items())]
     whole = [model["summary"]["all"] for model in models]
-    shown.add_row("all", *[f"{mean['loss']:.4f}" if mean else "–" for mean in whole])
-    console.print(shown)
+    rows.append(["all", *[f"{mean['loss']:.4f}" if mean else "–" for mean in whole]])
+    columns = ["positions", *[model["label"] for model in models]]
+    Table(columns, rows).print(console, "loss (nats per token)")
+
+
+def score(summary: Record) -> Estimate:
+    """Mean loss over whole documents, nats per token."""
+    return Estimate.of_mean(summary["all"]["loss"], summary["all"]["error"])
 
 
 def table(models: list[Record]) -> Table:
@@ -211,10 +223,4 @@ def table(models: list[Record]) -> Table:
 
 def run(options: LongLossOptions) -> None:
     """The command: evaluates, writes long_loss.jsonl and long_loss.png, prints a table."""
-
-    def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
-        tokenizer = models[0].tokenizer.name
-        tables = partial(print_table, results, console)
-        runner.show(results, console, lambda path: draw(results, path, tokenizer), tables)
-
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, runner.shows(draw, print_table))

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid, runner
@@ -21,6 +20,7 @@ from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
 from rwkvx_jax.evals.models import EvalModel, require_at_least_1
 from rwkvx_jax.evals.readers import GreedyReader
 from rwkvx_jax.evals.results import Results
+from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tasks.haystack import TextFolder, open_folder
@@ -205,7 +205,7 @@ def print_overview(console: Console, results: dict[TaskName, Results]) -> None:
     lengths = {name: r.document["plan"]["lengths"] for name, r in results.items()}
     short = lambda n: f"{n // 1000}K" if n % 1000 == 0 else f"{n:,}"
     columns = [f"{name}\n{'/'.join(map(short, lengths[name]))}" for name in results]
-    table = Table("model", *columns, title="score (%) by length, all depths")
+    rows = []
     for model in next(iter(results.values())).document["models"]:
         cells = []
         for name, result in results.items():
@@ -214,8 +214,8 @@ def print_overview(console: Console, results: dict[TaskName, Results]) -> None:
             cells.append(
                 "/".join(f"{100 * shares[n]:.1f}" if n in shares else "–" for n in lengths[name])
             )
-        table.add_row(model["label"], *cells)
-    console.print(table)
+        rows.append([model["label"], *cells])
+    Table(["model", *columns], rows).print(console, "score (%) by length, all depths")
 
 
 def run(options: NiahOptions) -> None:

@@ -19,16 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.chunk_mass import MEASURES, measure, positions_of, selectors
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
+from rwkvx_jax.evals.intervals import Estimate, standard_error
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.plots import new_figure, plain, save, style
-from rwkvx_jax.evals.results import Results
-from rwkvx_jax.evals.runner import Task
+from rwkvx_jax.evals.plots import (
+    broken,
+    drawn,
+    legend_below,
+    log_ticks,
+    name_of,
+    new_figure,
+    part_of,
+    plain,
+    save,
+    style,
+)
+from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.progress import Progress
@@ -123,11 +133,10 @@ def summarize(trials: Sequence[Record]) -> Record:
             sums = np.array([s[m] for s in own])  # [documents, M, H, P]
             by_head = sums.sum(-1) / queries.sum(1)[:, None, None]
             each = by_head.mean((1, 2))
-            error = float(each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else None
             by_octave = sums.sum(0).mean((0, 1)) / np.maximum(queries.sum(0), 1)
             record[m] = {
                 "mean": float(each.mean()),
-                "error": error,
+                "error": standard_error(each),
                 "by_layer_and_head": by_head.mean(0).tolist(),
                 "by_past_chunks": [
                     float(v) if n else None for v, n in zip(by_octave, queries.sum(0), strict=True)
@@ -187,24 +196,27 @@ def _record(document: Document, found: dict[str, Any]) -> Record:
     return document._asdict() | plain | {"queries": plain["queries"][0]}
 
 
+@drawn
 def draw(results: Results, path: Path) -> None:
     """A row a model: share by layer and head, what is held by distance, selectors compared."""
-    models = [m for m in results.document["models"] if m["trials"]]
-    figure = new_figure(13.5, 3.9 * len(models))
-    axes = figure.subplots(len(models), 3, squeeze=False, width_ratios=[1, 1.3, 1.5])
+    document = results.document
+    models = [m for m in document["models"] if m["trials"]]
+    figure = new_figure(
+        14.0,
+        4.2 * len(models) + 0.4,
+        f"Selection of chunks, {models[0]['model']['top_k'] - 1} past ones a query; documents of "
+        f"{document['settings']['length']:,} tokens",
+    )
+    axes = figure.subplots(len(models), 3, squeeze=False, width_ratios=[1, 1.4, 1.4])
     for (left, middle, right), model in zip(axes, models, strict=True):
         config, found = model["model"], model["summary"]["selectors"]
+        part = part_of(len(model["trials"]), document["plan"]["documents"], "documents")
+        title = "\n".join(filter(None, [plain(name_of(model)), part]))
+        left.set_title(broken(f"{title}\nshare of past mass held, own selector", 3.2))
         _draw_heads(figure, left, np.array(found["own"]["past"]["by_layer_and_head"]))
-        left.set_title(
-            f"{plain(model['label'])}\nshare of past mass held, own selector", fontsize=9
-        )
         _draw_distances(middle, found, config["chunk_size"])
-        _draw_bars(right, found)
-    figure.suptitle(
-        f"Selection of chunks, {models[0]['model']['top_k'] - 1} past ones a query; documents of "
-        f"{results.document['settings']['length']:,} tokens",
-        fontsize=11,
-    )
+        _draw_bars(right, found, config)
+    legend_below(figure, *axes[0, 1:])
     save(figure, path)
 
 
@@ -221,23 +233,19 @@ def _draw_heads(figure, axes, shares: np.ndarray) -> None:
 
 
 def _draw_distances(axes, found: Record, chunk: int) -> None:
+    x = [chunk * 2**i for i in range(len(found["mean"]["held_by_distance"]))]
     for i, name in enumerate(n for n in _NAMES if n in found and n != "own"):
         held = 100 * np.array(found[name]["held_by_distance"])
-        x = chunk * 2.0 ** np.arange(len(held))
-        axes.plot(x, held, label=_NAMES[name], markersize=4, linewidth=1.2, **style(i))
-    axes.set_xscale("log", base=2)
-    ticks = chunk * 2 ** np.arange(len(found["mean"]["held_by_distance"]))
-    axes.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=45, ha="right", fontsize=8)
-    axes.minorticks_off()
+        axes.plot(x, held, label=_NAMES[name], linewidth=1.2, **style(i))
+    log_ticks(axes, x, 4.4)
     axes.set(
         xlabel="distance from (tokens, to twice that)", ylabel="mass at that distance held (%)"
     )
     axes.set_ylim(-4, 104)
-    axes.grid(alpha=0.4)
-    axes.legend(fontsize=7)
+    axes.grid()
 
 
-def _draw_bars(axes, found: Record) -> None:
+def _draw_bars(axes, found: Record, config: Record) -> None:
     names = [n for n in _NAMES if n in found]
     titles = {
         "share": "share of all mass held",
@@ -255,29 +263,30 @@ def _draw_bars(axes, found: Record) -> None:
             label=title,
             error_kw={"capsize": 2},
         )
-    axes.set_yticks(range(len(names)), [_NAMES[n] for n in names], fontsize=8)
+    axes.set_yticks(range(len(names)), [_shown(n, config) for n in names])
     axes.invert_yaxis()
     axes.set_xlim(0, 104)
-    axes.set(xlabel="% (bars: 95 % over documents)")
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2)
-    axes.grid(axis="x", alpha=0.4)
-    axes.set_axisbelow(True)
+    axes.set(xlabel="% (bars: 95 % intervals over documents)")
+    axes.grid(axis="x")
 
 
-def print_table(results: Results, console: Console) -> None:
-    """A row for each model and selector."""
-    shown = RichTable("model", "selector", "all mass held (%)", "past mass held (%)", "recall (%)")
-    for model in results.document["models"]:
-        for name, found in model["summary"]["selectors"].items():
-            cells = [f"{100 * found[m]['mean']:.1f}" for m in MEASURES]
-            shown.add_row(model["label"], _NAMES[name], *cells)
-    console.print(shown)
+def _shown(name: str, config: Record) -> str:
+    """A selector's name; that of the model's own says which it is."""
+    own = f" ({_NAMES[config['selector']]})" if name == "own" else ""
+    return _NAMES[name] + own
+
+
+def score(summary: Record) -> Estimate:
+    """Share of the mass in past chunks that the model's own selector holds, in per cent."""
+    past = summary["selectors"]["own"]["past"]
+    error = None if past["error"] is None else 100 * past["error"]
+    return Estimate.of_mean(100 * past["mean"], error)
 
 
 def table(models: list[Record]) -> Table:
     """A row a model and selector."""
     rows = [
-        [f"{model['label']}: {name}", *[f"{100 * found[m]['mean']:.1f}" for m in MEASURES]]
+        [f"{model['label']}: {_NAMES[name]}", *[f"{100 * found[m]['mean']:.1f}" for m in MEASURES]]
         for model in models
         for name, found in model["summary"]["selectors"].items()
     ]
@@ -285,11 +294,11 @@ def table(models: list[Record]) -> Table:
     return Table(columns, rows)
 
 
+def print_table(results: Results, console: Console) -> None:
+    """The same on the terminal."""
+    table(results.document["models"]).print(console)
+
+
 def run(options: SelectionOptions) -> None:
     """The command: measures, writes selection.jsonl and selection.png, prints a table."""
-
-    def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
-        tables = partial(print_table, results, console)
-        runner.show(results, console, partial(draw, results), tables)
-
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, runner.shows(draw, print_table))
