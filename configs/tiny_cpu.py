@@ -72,6 +72,7 @@ def get_config() -> Config:
                 rate,
                 schedule="linear",
                 final_lr=rate / 10,
+                loss_average="sample",
                 source_weights=LONG,
             ),
         ),
