@@ -63,7 +63,7 @@ def get_config() -> Config:
                 warmup_steps=10,
                 source_weights=SHORT,
             ),
-            Stage("grow-256", 256, 8, 300, rate, warmup_steps=20, source_weights=SHORT),
+            Stage("grow-256", 256, 8, 230, rate, warmup_steps=20, source_weights=SHORT),
             Stage(
                 "grow-2048",
                 2048,

@@ -3,6 +3,7 @@
 Run again with the same output directory, it does only what is not finished yet.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import tyro
@@ -14,7 +15,7 @@ from rwkvx_jax.evals.short import task as short
 from rwkvx_jax.evals.tasks import long_loss, niah, passkey, selection
 from rwkvx_jax.perf import prefill, speed
 
-TASKS = {
+TASKS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "passkey": (passkey.PasskeyOptions, passkey.run),
     "niah": (niah.NiahOptions, niah.run),
     "short": (short.ShortOptions, short.run),

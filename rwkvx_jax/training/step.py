@@ -312,7 +312,7 @@ def _all_finite(params: Params, opt_state: Any) -> jax.Array:
     A parameter and its moments, which lie on the same devices, share one reduction: with one for
     each array, small models would spend much of a step and of its compilation on these.
     """
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
     alike = lambda tree: jax.tree.structure(tree) == structure
     parts = jax.tree.leaves(opt_state, is_leaf=alike)
     moments = [part for part in parts if alike(part)]
