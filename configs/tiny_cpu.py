@@ -21,7 +21,7 @@ from rwkvx_jax.config import (
 
 # Shares of the sources in the base model, while the hybrid learns to look up, and then from afar.
 # The base is trained briefly: after 60 steps instead of 20 the look-up is learned much later.
-BASE, SHORT, LONG = (0.5, 0.5, 0.0, 0.0), (0.1, 0.9, 0.0, 0.0), (0.1, 0.0, 0.5, 0.4)
+BASE, SHORT, LONG = (0.5, 0.5, 0.0, 0.0), (0.1, 0.9, 0.0, 0.0), (0.1, 0.0, 0.3, 0.6)
 
 
 def get_config() -> Config:
@@ -46,7 +46,7 @@ def get_config() -> Config:
                 SourceConfig("text"),
                 SourceConfig("pairs", pairs=8),
                 SourceConfig("pairs", pairs=64),
-                SourceConfig("recall", pairs=64, questions=16, targets="answers"),
+                SourceConfig("recall", pairs=64, questions=24, targets="answers"),
             ),
         ),
         optimizer=OptimizerConfig(policy="rwkv_lm", weight_decay=0.1),
@@ -63,7 +63,7 @@ def get_config() -> Config:
                 warmup_steps=10,
                 source_weights=SHORT,
             ),
-            Stage("grow-256", 256, 8, 230, rate, warmup_steps=20, source_weights=SHORT),
+            Stage("grow-256", 256, 8, 260, rate, warmup_steps=20, source_weights=SHORT),
             Stage(
                 "grow-2048",
                 2048,

@@ -250,6 +250,7 @@ def parse_with_overrides(
     config = load_config(flags.config)
     known = [name for action in parser._actions for name in action.option_strings]
     _check_overrides(overrides, config, known)
+    overrides = _split_lists(overrides, config)
     return flags, tyro.cli(Config, default=config, args=overrides, prog=parser.prog)
 
 
@@ -288,6 +289,19 @@ def _check_overrides(overrides: Sequence[str], config: Config, flags: Sequence[s
                 listed = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
                 raise UsageError(f"no flag {flag}: the config has {len(items)} {title}: {listed}")
         raise UsageError(f"no flag {flag}: {_nearest(flag, [*spelled, *flags])}")
+
+
+def _split_lists(overrides: Sequence[str], config: Config) -> list[str]:
+    """Lists written `a,b`, as the parser takes them: word by word."""
+    fields, words, in_list = dict(_fields(config)), [], False
+    for argument in overrides:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            in_list = isinstance(fields.get(flag[2:].replace("-", "_")), tuple)
+            words += [flag, *value.split(",")] if in_list and equals else [argument]
+        else:
+            words += argument.split(",") if in_list else [argument]
+    return words
 
 
 def _nearest(flag: str, flags: Sequence[str]) -> str:

@@ -10,8 +10,10 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from rwkvx_jax.config import Config
 
@@ -60,6 +62,27 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """The end of a message about a name that does not exist: the one probably meant, or all."""
     near = difflib.get_close_matches(name, names := list(names), n=1)
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
+
+
+def listed(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec:
+    """A flag that takes a list, written `a,b` or `a b`; "auto" is the empty tuple.
+
+    Args:
+      parse: makes an item of a word; a ValueError's text reaches the user.
+      metavar: how the help shows the list.
+    """
+
+    def items(words: list[str]) -> tuple[Any, ...]:
+        split = [word for argument in words for word in argument.split(",")]
+        return () if split == ["auto"] else tuple(map(parse, split))
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=items,
+        is_instance=lambda x: isinstance(x, tuple),
+        str_from_instance=lambda x: [",".join(map(str, x)) or "auto"],
+    )
 
 
 def _rows(prefix: str, items: Sequence[Any]) -> Iterator[_Row]:

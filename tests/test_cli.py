@@ -16,6 +16,7 @@ from rwkvx_jax import cli
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.convert.__main__ import main as convert
 from rwkvx_jax.convert.tensors import ConversionError
+from rwkvx_jax.eval import parse as parse_eval
 from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.storage import new_file
 from rwkvx_jax.training.loop import TrainingStopped
@@ -148,6 +149,29 @@ def test_the_help_has_every_field_once_with_its_values_and_fits_two_screens(caps
     (line,) = (line for line in lines if "--stages.N.seq-len" in line)
     assert ", ".join(str(stage.seq_len) for stage in config.stages) in line
     assert line.endswith("Tokens per sample")
+
+
+@pytest.mark.parametrize("words", [["0.5,0.25,0.25,0"], ["0.5", "0.25", "0.25", "0"]])
+def test_lists_are_written_with_commas_or_blanks(words):
+    parser = cli.argparse.ArgumentParser(prog="train.py", add_help=False)
+    parser.add_argument("--config", default="tiny_cpu")
+    flags = ["--stages.0.source-weights", *words, "--data.seed", "3"]
+    config = cli.parse_with_overrides(parser, flags)[1]
+    assert config.stages[0].source_weights == (0.5, 0.25, 0.25, 0) and config.data.seed == 3
+
+
+@pytest.mark.parametrize("lengths", [["256,512"], ["256", "512"], ["256", "512,1024"]])
+def test_lists_of_tasks_are_written_with_commas_or_blanks(lengths):
+    flags = ["niah", "--checkpoint", "x", "--output", "out", "--tasks", "single_1,recall_64"]
+    options = parse_eval([*flags, "--lengths", *lengths])
+    assert options.tasks == ("single_1", "recall_64") and options.lengths[:2] == (256, 512)
+    with pytest.raises(ConfigError, match="no task 'recal_64': did you mean recall_64"):
+        parse_eval([*flags[:-1], "recal_64"])
+
+
+def test_an_unknown_task_gets_the_nearest():
+    with pytest.raises(cli.UsageError, match="no task 'passky': did you mean passkey"):
+        parse_eval(["passky"])
 
 
 def test_help_needs_no_other_flag(capsys):

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from rwkvx_jax.cache import MOST_ROWS, CachePolicy
+from rwkvx_jax.cli_help import listed
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import runner
 from rwkvx_jax.evals.intervals import Estimate, share_with_interval
@@ -43,20 +44,7 @@ _CPU_ROWS, _CPU_PROMPT_TOKENS = 4, 131_072
 _MOST_TRIALS = 1_000_000  # of a model
 
 
-def _parse_lengths(words: list[str]) -> tuple[int, ...]:
-    return () if words == ["auto"] else tuple(int(word) for word in words[0].split(","))
-
-
-Lengths = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N,N,...",
-        instance_from_str=_parse_lengths,
-        is_instance=lambda x: isinstance(x, tuple),
-        str_from_instance=lambda x: [",".join(map(str, x)) or "auto"],
-    ),
-]
+Lengths = Annotated[tuple[int, ...], listed(int, "N,N,...")]
 """Type of a flag such as --lengths 1024,4096; "auto", the empty tuple, leaves it to the task."""
 
 

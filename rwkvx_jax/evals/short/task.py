@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
 
+from rwkvx_jax.cli_help import listed
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TEMPLATE
 from rwkvx_jax.evals import runner
@@ -39,7 +40,7 @@ _BOOTSTRAPS = 1000  # for the errors that lm_eval has no formula of; its own 100
 class ShortOptions(EvalOptions):
     """Short-context benchmarks through lm_eval; --limit is documents of each task."""
 
-    tasks: tuple[str, ...] = data_files.TASKS
+    tasks: Annotated[tuple[str, ...], listed(str, "TASK,TASK,...")] = data_files.TASKS
     """The paper's, or any of lm_eval by name."""
     data_dir: Path | None = None
     """Folder of local files for the paper's tasks; without it lm_eval fetches all data."""

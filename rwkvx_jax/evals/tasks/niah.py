@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from rich.console import Console
 
+from rwkvx_jax.cli_help import listed, nearest
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals import grid, runner
 from rwkvx_jax.evals.grid import Grid, GridOptions, Lengths, Trial
@@ -65,7 +66,11 @@ TITLES = {
 class NiahOptions(GridOptions):
     """RULER's needles and variable tracking, and key-value recall, by length and depth."""
 
-    tasks: tuple[TaskName, ...] = ("single_1", "single_2", "single_3")
+    tasks: Annotated[tuple[TaskName, ...], listed(str, "TASK,TASK,...")] = (
+        "single_1",
+        "single_2",
+        "single_3",
+    )
     """What to run; each writes niah_<task>.jsonl and .png."""
     lengths: Lengths = (1000, 2000, 4000, 8000)
     """Lengths in tokens. RULER's tasks count 128 (tracking: 30) of them for the answer, recall is
@@ -86,6 +91,9 @@ class NiahOptions(GridOptions):
         super().__post_init__()
         if not self.tasks:
             raise ConfigError(f"--tasks is empty: name some of {', '.join(get_args(TaskName))}")
+        for name in self.tasks:
+            if name not in get_args(TaskName):
+                raise ConfigError(f"--tasks: no task {name!r}: {nearest(name, get_args(TaskName))}")
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"--tasks {' '.join(self.tasks)} names a task twice")
         require_at_least_1(self, "answer_tokens")
