@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import functools
 import inspect
 import re
 import shutil
@@ -104,25 +103,24 @@ def _rows(prefix: str, items: Sequence[Any]) -> Iterator[_Row]:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    return (
-        {"": "-", None: "auto"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {"": "-", None: "auto"}.get(value, str(value))
 
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-@functools.cache
 def _descriptions(kind: type) -> dict[str, str]:
     """The first sentence of the docstring behind every field of a dataclass."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     found = {}
     assert isinstance(tree, ast.ClassDef)
     for node, after in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        if isinstance(after, ast.Expr):
             text = " ".join(ast.literal_eval(after.value).split())
             found[node.target.id] = re.split(r"(?<=[^.])\. |; ", text)[0].rstrip(".")
     return found
