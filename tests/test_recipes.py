@@ -75,7 +75,14 @@ def losses(workdir, name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("variant", [pytest.param("", marks=pytest.mark.slow), ":lora", ":state"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("", marks=pytest.mark.slow),
+        ":lora",
+        pytest.param(":state", marks=pytest.mark.slow),
+    ],
+)
 def test_chat_fine_tuning_learns_the_answers(variant, pretrained, shared, chats, tmp_path):
     config = tiny(f"sft_chat.py{variant}", pretrained, shared, chats)
     (stage,) = config.stages

@@ -19,10 +19,10 @@ from rwkvx_jax.tokenizer import load_tokenizer
 
 TASK = "recall_64"
 NEXT = """Next (the commands are in .venv/bin):
-  rwkvx generate --checkpoint {run} --prompt "The "                   it reads and writes bytes
-  rwkvx eval passkey --checkpoint {run} --output out                  other tasks: rwkvx eval --help
-  rwkvx train --config recall_64k --data.path 'books/*.txt'           the same for 65,536 bytes
-  rwkvx plan --config rwkvx_3b6_stage2:v5p128 --topology v5p:4x4x8    and on a pod, predicted
+  rwkvx generate --checkpoint {run} --prompt "The "
+  rwkvx eval passkey --checkpoint {run} --output out            (other tasks: rwkvx eval --help)
+  rwkvx train --config recall_64k --data.path 'books/*.txt'     (the same for 65,536 bytes)
+  rwkvx plan --config rwkvx_3b6_stage2:v5p128 --topology v5p:4x4x8   (a pod; after make venv)
 The figure is {figure}."""
 
 

@@ -160,7 +160,8 @@ def _results(options: Options) -> str:
         return ""
     from rwkvx_jax.evals.report import as_markdown, find_runs, sections  # draws: slow to import
 
-    text = as_markdown("Results", sections(find_runs([options.results])))
+    found = [s._replace(figures=[]) for s in sections(find_runs([options.results]))]
+    text = as_markdown("Results", found)
     return re.sub("^#", "##", text, flags=re.MULTILINE)
 
 
@@ -178,7 +179,7 @@ def _export(options: Options, source: OwnCheckpoint, results: str, console: Cons
             "",
             source.trained,
         )
-        name = options.dst.name
+        name = options.dst.absolute().name
         card = model_card(name, describe(name, facts), results)
         write_directory(options.dst, read, tensors, card, shard_bytes(options.shard_size), accept)
     say(

@@ -56,6 +56,8 @@ def check_new_directory(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise ConversionError(f"cannot write {path}: directory {path.parent} does not exist")
+    if path.absolute() == Path.cwd():
+        raise ConversionError(f"{path} is the current directory: name a new one")
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise ConversionError(
             f"{path} exists: name a new directory, so that nothing of another model stays in it"
@@ -111,13 +113,14 @@ def write_directory(
             index = {"metadata": {"total_size": size}, "weight_map": places}
             _write_json(folder / f"{_STEM}.safetensors{INDEX}", index)
         _write_json(folder / CONFIG_FILE, _options(source.config, tensors) | {SETTINGS: settings})
-        (folder / CARD).write_text(card)
+        (folder / CARD).write_text(card, encoding="utf-8")
         accept()
 
 
 @contextlib.contextmanager
 def _made_whole(path: Path) -> Iterator[Path]:
     """A folder to fill that takes its name when the block ends without error."""
+    path = path.absolute()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
@@ -173,9 +176,10 @@ def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str
 
 
 def _model_type(config: ModelConfig) -> str:
-    """The name for a model of transformers if it is one, which has no attention blocks and heads of
-    64: there, others are normalised with another epsilon."""
+    """The name for a model of transformers if it is one, which has no attention blocks, no learned
+    states, and heads of 64: there, others are normalised with another epsilon."""
     plain = config.num_attention_blocks == 0 and config.head_size == 64
+    plain = plain and not config.learned_state
     return "rwkv7" if plain else "rwkvx"
 
 

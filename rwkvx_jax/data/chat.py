@@ -19,6 +19,8 @@ TEMPLATE = 2
 """Number of the template; raised when it changes, so that no run goes on with another one."""
 TEMPLATE_TEXT = "User: {user}\\n\\nAssistant: {assistant}\\n\\n"
 """The template as results name it."""
+TURN_END = "\n\n"
+"""What ends a turn: no turn has one inside."""
 _SPEAKERS = {"user": "User:", "assistant": "Assistant:"}
 _BLANK_LINES = re.compile(r"\n\s*\n")  # the strings that the original's \n(\s*\n)+ matches
 
@@ -78,7 +80,7 @@ def chat_text(messages: list[dict], ask: bool = True) -> str:
     """
     turns = [*messages, {"role": "assistant", "content": ""}] if ask else messages
     text = "".join(text for _, text in _turns(turns))
-    return text if ask else text.removesuffix("\n\n")
+    return text if ask else text.removesuffix(TURN_END)
 
 
 def _turns(messages: list[dict]) -> list[tuple[str, str]]:
@@ -94,7 +96,7 @@ def _turns(messages: list[dict]) -> list[tuple[str, str]]:
     turns = []
     for role, content in pairs:
         content = _BLANK_LINES.sub("\n", content.strip())
-        text = f"{_SPEAKERS[role]} {content}\n\n" if content else _SPEAKERS[role]
+        text = f"{_SPEAKERS[role]} {content}{TURN_END}" if content else _SPEAKERS[role]
         turns.append((_SPEAKERS[role], text))
     return turns
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from rwkvx_jax.model import Params, get_params
 from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
+_ADDED = ("learned_state",)  # fields of ModelConfig since version 0.2.0
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""
 
@@ -117,7 +118,7 @@ class EvalModel(NamedTuple):
             "checkpoint": self.checkpoint,
             "step": self.step,
             "trained_length": self.trained_length,
-            "model": to_dict(self.config),
+            "model": _identifying(self.config),
             "parameters": _digest(self.params),
             "compute_dtype": self.run.compute_dtype,
             "tokenizer": self.tokenizer.name,
@@ -205,6 +206,13 @@ def as_model(loaded: Loaded, path: Path, label: str, vocab_file: str = "") -> Ev
         step=loaded.step,
         trained_length=loaded.trained_length,
     )
+
+
+def _identifying(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a model; those that results of older versions lack, only where they say
+    something: the same model keeps its results."""
+    absent = {field.name: field.default for field in fields(ModelConfig) if field.name in _ADDED}
+    return {k: v for k, v in to_dict(config).items() if k not in absent or v != absent[k]}
 
 
 def with_attention_off(models: Sequence[EvalModel]) -> list[EvalModel]:

@@ -161,16 +161,17 @@ def _compared(runs: list[Run], measure: Measure | None) -> Compared | None:
     found: dict[str, dict[tuple, Record]] = {}
     for document in (run.document for run in runs):
         for model in (model for model in document["models"] if model["trials"]):
-            identity = json.dumps([model["label"], *(model.get(f) for f in IDENTITY_FIELDS)])
+            identity = json.dumps([model.get(field) for field in IDENTITY_FIELDS])
             models.setdefault(identity, model)
             own = found.setdefault(identity, {})
             own |= {tuple(t[f] for f in document["key"]): t for t in model["trials"]}
     common = sorted(set.intersection(*map(set, found.values()))) if found else []
     summarize = _shown(runs[0].document["task"]).summarize
-    scores = {
+    measured = {
         identity: measure.score(summarize([own[key] for key in common]))
         for identity, own in (found if common else {}).items()
     }
+    scores = {identity: score for identity, score in measured.items() if score is not None}
     leader = measure.best((score.value for score in scores.values()), default=None)
     return Compared(
         f"{measure.name}; {measure.trials}: {len(common):,}",
@@ -215,7 +216,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 class Measure(NamedTuple):
     """One number for a model: what sums up its summary, its name, and what it is a score of."""
 
-    score: Callable[[Record], Estimate]
+    score: Callable[[Record], Estimate | None]
     name: str
     trials: str
     digits: int = 1

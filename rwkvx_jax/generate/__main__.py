@@ -15,7 +15,7 @@ from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.data.chat import chat_prompt
+from rwkvx_jax.data.chat import TURN_END, chat_prompt
 from rwkvx_jax.generate.engine import Engine, stream_texts
 from rwkvx_jax.generate.sampling import Sampling, check_seed
 from rwkvx_jax.generate.terminal import show
@@ -23,7 +23,6 @@ from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_LENGTH = 4096  # of a chat, or of a text whose length nobody gave
-_TURN_END = "\n\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +211,11 @@ def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[
         for (text,) in stream_texts(engine, session, tokenizer, options.max_tokens, options.stops):
             answer += text
             show(text)
-            if _TURN_END in answer:
+            if TURN_END in answer:
                 break
         else:  # cut off: the next turn still begins after a blank line
-            engine.feed(session, [tokenizer.encode(_TURN_END)])
-            show(_TURN_END)
+            engine.feed(session, [tokenizer.encode(TURN_END)])
+            show(TURN_END)
         print(session.speed, file=sys.stderr)
 
 

@@ -123,10 +123,12 @@ def _check_usable(found: ModelConfig, config: Config, path: Path) -> None:
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
     """The fields of a model that determine the shapes of its parameters."""
-    names = ("vocab_size", "num_blocks", "num_attention_blocks", "width", "head_size", "key_conv")
+    names = ("vocab_size", "num_blocks", "num_attention_blocks", "width", "head_size")
     fields = {f"model.{name}": getattr(config, name) for name in names}
     return {
         **fields,
+        # A convolution of attention keys, which a model without attention blocks has not.
+        "model.key_conv": config.key_conv if config.num_attention_blocks else 0,
         "model.ffn_width": config.hidden_width,
         "model.low_rank_override": tuple(config.ranks),
     }

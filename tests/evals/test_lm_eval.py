@@ -178,12 +178,14 @@ def test_bad_task_files_are_named(folder, flags, message):
 
 
 def test_samples_that_were_not_written_are_told(tmp_path):
-    with pytest.raises(ConfigError, match="has finished runs/x without it; remove"):
-        check_samples(tmp_path, "runs/x")
+    with pytest.raises(ConfigError, match="has finished a of runs/x without it; remove"):
+        check_samples(tmp_path, "runs/x", ["a"])
     place = folder_of(tmp_path, "runs/x")
     place.mkdir()
     (place / "samples_a_2026.jsonl").write_text("")
-    check_samples(tmp_path, "runs/x")
+    check_samples(tmp_path, "runs/x", ["a"])
+    with pytest.raises(ConfigError, match="has finished a_b of runs/x"):
+        check_samples(tmp_path, "runs/x", ["a", "a_b"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ lm_eval's writer hides what goes wrong, and knows no buckets; the contents are t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -52,12 +53,14 @@ def write_results(output: Path, results: Record, general: Any, log_samples: bool
         _write(folder / f"samples_{task}_{time}.jsonl", lines)
 
 
-def check_samples(output: Path, checkpoint: str) -> None:
-    """Raises ConfigError where a model has no samples: an earlier run finished it without."""
-    folder = folder_of(output, checkpoint)
-    if not any(file.name.startswith("samples_") for file in files_below(folder, ".jsonl")):
+def check_samples(output: Path, checkpoint: str, tasks: Iterable[str]) -> None:
+    """Raises ConfigError where a task has no samples: an earlier run finished it without."""
+    names = [file.name for file in files_below(folder_of(output, checkpoint), ".jsonl")]
+    lacking = [t for t in tasks if not any(n.startswith(f"samples_{t}_2") for n in names)]
+    if lacking:
         raise ConfigError(
-            f"--log-samples: an earlier command has finished {checkpoint} without it; remove "
+            f"--log-samples: an earlier command has finished {', '.join(lacking)} of {checkpoint} "
+            "without it; remove "
             f"{output / 'short.jsonl'} and start again (answers are kept, nothing is computed "
             "twice), or use another --output"
         )

@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 
 from rwkvx_jax.cache import choose, rewind, snapshot
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.data.chat import TEMPLATE_TEXT, chat_text
+from rwkvx_jax.data.chat import TEMPLATE_TEXT, TURN_END, chat_text
 from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch, score_places
 from rwkvx_jax.evals.short.answers import Answers, Refused, request_key
@@ -250,7 +250,9 @@ class HarnessModel(TemplateLM):
                 except ConfigError as error:
                     refused.add(asked[key], str(error))
                     continue
-                prompt = context.removesuffix(" ") if context.endswith(_ASKED) else context
+                prompt = context
+                if context.endswith(_ASKED):  # an answer in a chat ends with its turn
+                    prompt, stopping = context.removesuffix(" "), (*stopping, TURN_END)
                 row = self._behind_line_break(self.tok_encode(prompt))
                 groups.setdefault(stopping, {})[key] = np.asarray(row, np.int32)
         total = sum(len(row) for group in groups.values() for row in group.values())

@@ -7,7 +7,6 @@ no others: it reads no entry points. `rwkvx-lm-eval` imports this module and goe
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -18,6 +17,7 @@ from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.models import Selector, load_model
 from rwkvx_jax.evals.short.answers import Answers
 from rwkvx_jax.evals.short.harness import HarnessModel
+from rwkvx_jax.storage import work_path
 
 _LM_EVAL_DEVICE = "cuda:0"  # what it says where nobody chose one
 
@@ -97,9 +97,9 @@ class RwkvxModel(HarnessModel):
     """A checkpoint under lm_eval's own command."""
 
     def __init__(self, arguments: Arguments):
-        path = arguments.checkpoint or arguments.pretrained
+        path = work_path(arguments.checkpoint or arguments.pretrained)
         super().__init__(
-            load_model(Path(path), Path(path).name, arguments),
+            load_model(path, path.name, arguments),
             Answers(),
             prefill_chunk=arguments.piece,
             batch=arguments.rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -67,34 +68,64 @@ def summarize(trials: Sequence[Record]) -> Record:
         for metric, value in trial["metrics"].items():
             if isinstance(value, int | float):
                 metrics.setdefault(metric, []).append(float(value))
+            elif _is_weighted(value):
+                metrics.setdefault(metric, []).append(value)
     summary = {}
     for column, metrics in columns.items():
-        summary[column] = {name: _mean(name, values) for name, values in metrics.items()}
+        if metrics:
+            summary[column] = {name: _mean(name, values) for name, values in metrics.items()}
     shown = [main_score(summary, column) for column in NAMES if column in summary]
     average = float(np.mean([score for score, _ in shown])) if shown else None
     return {"columns": summary, "average": average, "averaged": len(shown)}
 
 
-def _mean(name: str, values: list[float]) -> Record:
+def _is_weighted(value: Any) -> bool:
+    """Whether a metric is a log-likelihood of a text with the words or bytes that share it."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(x, float | int) for x in value)
+    )
+
+
+def _mean(name: str, values: list[Any]) -> Record:
+    """One number of all documents; "share": whether it is one, to be shown in per cent."""
+    if _is_weighted(values[0]):
+        logs, weights = np.sum(np.asarray(values, np.float64), axis=0)
+        value = -float(logs / weights)
+        if name == "bits_per_byte":
+            value /= math.log(2)
+        else:
+            value = math.exp(min(value, _LARGEST_EXPONENT))
+        return {"value": value, "error": None, "documents": len(values), "share": False}
     if name == "perplexity":
         value = math.exp(min(-float(np.mean(values)), _LARGEST_EXPONENT))
-        return {"value": value, "error": None, "documents": len(values)}
-    error = standard_error(values)
-    return {"value": float(np.mean(values)), "error": error, "documents": len(values)}
+        return {"value": value, "error": None, "documents": len(values), "share": False}
+    mean, error = float(np.mean(values)), standard_error(values)
+    share = all(0 <= value <= 1 for value in values)
+    return {"value": mean, "error": error, "documents": len(values), "share": share}
+
+
+def _main_metric(columns: Record, column: str) -> Record:
+    metrics = columns[column]
+    return metrics.get(MAIN_METRICS.get(column, "acc")) or next(iter(metrics.values()))
 
 
 def main_score(columns: Record, column: str) -> tuple[float, float | None]:
-    """The table's figure of a column and its standard error, in per cent."""
-    metric = columns[column].get(MAIN_METRICS.get(column, "acc"))
-    metric = metric or next(iter(columns[column].values()))
-    error = metric["error"]
-    return 100 * metric["value"], None if error is None else 100 * error
+    """The table's figure of a column and its standard error, of a share in per cent."""
+    metric = _main_metric(columns, column)
+    scale, error = 100 if metric["share"] else 1, metric["error"]
+    return scale * metric["value"], None if error is None else scale * error
 
 
-def score(summary: Record) -> Estimate:
-    """Average of the columns, in per cent: of the paper's, or of all where none of these is."""
+def score(summary: Record) -> Estimate | None:
+    """Average of the columns, in per cent: of the paper's, or of all shares where none of these is;
+    None where there is none."""
     found = summary["columns"]
-    scores = [main_score(found, c) for c in ([c for c in NAMES if c in found] or found)]
+    shares = [column for column in found if _main_metric(found, column)["share"]]
+    scores = [main_score(found, c) for c in ([c for c in NAMES if c in found] or shares)]
+    if not scores:
+        return None
     errors = [error for _, error in scores]
     known = None if None in errors else math.hypot(*errors) / len(errors)
     return Estimate.of_mean(float(np.mean([value for value, _ in scores])), known)

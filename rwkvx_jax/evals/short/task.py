@@ -118,7 +118,7 @@ def evaluate(options: ShortOptions, models: Sequence[EvalModel], console: Consol
     )
     results = runner.evaluate(task, options.output, models, console)
     for model in models if options.log_samples else ():
-        check_samples(options.output, model.checkpoint)
+        check_samples(options.output, model.checkpoint, counts)
     return results
 
 
