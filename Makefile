@@ -48,7 +48,7 @@ test: venv
 
 # Everything but what takes minutes or needs a storage server.
 test-all: venv
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" --durations=20
 
 test-slow: venv
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow

@@ -1,6 +1,7 @@
 """How command lines end: one message and a status for what users can mend, a traceback for bugs."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -107,7 +108,7 @@ def train_flags(capsys, *argv):
     "flag, message",
     [
         ("--stages.9.steps", "the config has 4 stages: 0 (rwkv7), 1 (preheat), 2 (grow-256)"),
-        ("--data.sources.3.weight=1", "the config has 3 data.sources: 0 (text), 1 (pairs)"),
+        ("--data.sources.4.weight=1", "the config has 4 data.sources: 0 (text), 1 (pairs)"),
         ("--stages.x.steps", "the config has 4 stages"),
         ("--optimizer.wd", "choose from policy, b1, b2, eps, weight-decay, clip-norm"),
         ("--optimizer.weigt-decay", "did you mean --optimizer.weight-decay?"),
@@ -166,7 +167,7 @@ def test_lists_of_tasks_are_written_with_commas_or_blanks(lengths):
     options = parse_eval([*flags, "--lengths", *lengths])
     assert options.tasks == ("single_1", "recall_64") and options.lengths[:2] == (256, 512)
     with pytest.raises(ConfigError, match="no task 'recal_64': did you mean recall_64"):
-        parse_eval([*flags[:-1], "recal_64"])
+        dataclasses.replace(options, tasks=("recal_64",))
 
 
 def test_an_unknown_task_gets_the_nearest():

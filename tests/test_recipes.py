@@ -74,15 +74,8 @@ def losses(workdir, name):
     return [record[name] for record in records if name in record]
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param("", marks=pytest.mark.slow),
-        ":lora",
-        pytest.param(":state", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["", ":lora", ":state"])
 def test_chat_fine_tuning_learns_the_answers(variant, pretrained, shared, chats, tmp_path):
     config = tiny(f"sft_chat.py{variant}", pretrained, shared, chats)
     (stage,) = config.stages

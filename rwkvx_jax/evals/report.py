@@ -161,7 +161,7 @@ def _compared(runs: list[Run], measure: Measure | None) -> Compared | None:
     found: dict[str, dict[tuple, Record]] = {}
     for document in (run.document for run in runs):
         for model in (model for model in document["models"] if model["trials"]):
-            identity = json.dumps([model.get(field) for field in IDENTITY_FIELDS])
+            identity = json.dumps([model["label"], *(model.get(f) for f in IDENTITY_FIELDS)])
             models.setdefault(identity, model)
             own = found.setdefault(identity, {})
             own |= {tuple(t[f] for f in document["key"]): t for t in model["trials"]}

@@ -123,7 +123,8 @@ def test_the_card_tells_the_model_and_its_results(tmp_path):
     passkey_run(tmp_path / "results", make_model("one"))
     export(tmp_path / "source.pth", tmp_path / "other", "--results", str(tmp_path / "results"))
     card = (tmp_path / "other" / "README.md").read_text()
-    assert "\n## Results\n\n### Passkey retrieval\n" in card and "| one |" in card
+    assert "\n## Results\n\n### Summary\n" in card and "\n### Passkey retrieval\n" in card
+    assert "RWKV-X: one" in card and "![" not in card  # figures would not come along
 
 
 def test_a_directory_that_fails_leaves_nothing(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The harness model and the short task: answers equal plain computation, few shapes, resumption."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from rwkvx_jax.evals.short import batching, harness  # noqa: E402
 from rwkvx_jax.evals.short import task as short_context  # noqa: E402
 from rwkvx_jax.evals.short.answers import AnswerFile  # noqa: E402
 from rwkvx_jax.evals.short.harness import HarnessModel  # noqa: E402
-from rwkvx_jax.evals.short.table import NAMES, summarize  # noqa: E402
+from rwkvx_jax.evals.short.table import NAMES, main_score, score, summarize  # noqa: E402
 from rwkvx_jax.evals.short.task import ShortOptions, evaluate  # noqa: E402
 from rwkvx_jax.model import abstract_model, with_params  # noqa: E402
 from rwkvx_jax.tokenizer import load_tokenizer  # noqa: E402
@@ -341,8 +342,13 @@ def test_summary_has_standard_errors():
         for i in range(4)
     ]
     acc = summarize(trials)["columns"]["mmlu"]["acc"]
-    assert acc == {"value": 0.25, "error": pytest.approx(0.25), "documents": 4}
+    assert acc == {"value": 0.25, "error": pytest.approx(0.25), "documents": 4, "share": True}
     assert summarize([]) == {"columns": {}, "average": None, "averaged": 0}
+    texts = [{"task": "t", "metrics": {"bits_per_byte": [-6.0, 4]}}] * 2
+    bits = summarize(texts)["columns"]["t"]["bits_per_byte"]
+    assert bits["value"] == pytest.approx(6 / 4 / math.log(2)) and not bits["share"]
+    assert score(summarize(texts)) is None  # nothing that could be called per cent
+    assert main_score({"t": {"bits_per_byte": bits}}, "t") == (bits["value"], None)
     hopeless = [{"task": "lambada_openai", "metrics": {"perplexity": -5000.0, "acc": 0.0}}]
     assert 1e304 < summarize(hopeless)["columns"]["lambada_openai"]["perplexity"]["value"] < 1e305
 

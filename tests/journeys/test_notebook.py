@@ -15,7 +15,7 @@ def test_no_outputs_are_stored():
     assert not [cell for cell in code if cell.outputs or cell.execution_count]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
