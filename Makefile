@@ -23,7 +23,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check \
 $(VENV)/.runtime: pyproject.toml setup.py requirements.txt $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: install one, or set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) . --no-compile
+	$(INSTALL) .
 	touch $@
 
 # What tests and lint need besides.
