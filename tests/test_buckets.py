@@ -112,7 +112,7 @@ def test_results_of_evaluations(folder):
     first.path.write_bytes(first.path.read_bytes() + b'{"tri')
     assert second.new() == [{"trial": 2}] and first.path.read_bytes().count(b"\n") == 3
     assert records.read(first.path) == [{"trial": i} for i in range(3)]
-    save_figure(new_figure(1, 1), folder / "figure.png")
+    save_figure(new_figure(1, 1, "title"), folder / "figure.png")
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="gs://absent/x: there is no such bucket"):
         check_output(work_path("gs://absent/x"))
