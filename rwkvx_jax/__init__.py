@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rwkvx_jax.config import Config, ConfigError, ModelConfig, RunConfig, Stage
     from rwkvx_jax.model import RWKVX, create_model, get_params, with_params
     from rwkvx_jax.ops.block_sparse import sparse_attention
+    from rwkvx_jax.ops.delta_rule import generalized_delta_rule
     from rwkvx_jax.ops.full_attention import full_attention
     from rwkvx_jax.ops.recurrence import wkv7
     from rwkvx_jax.ops.selection import select_chunks
@@ -34,6 +35,7 @@ _HOMES = {
     "with_params": "model",
     "load_model": "checkpoint",
     "wkv7": "ops.recurrence",
+    "generalized_delta_rule": "ops.delta_rule",
     "select_chunks": "ops.selection",
     "sparse_attention": "ops.block_sparse",
     "full_attention": "ops.full_attention",
@@ -53,6 +55,7 @@ __all__ = [
     "expand",
     "fit",
     "full_attention",
+    "generalized_delta_rule",
     "get_params",
     "load_model",
     "select_chunks",

@@ -29,14 +29,14 @@ MOST_ROWS = 2**31 - 1
 
 
 class TimeMixState(NamedTuple):
-    """What a time mix carries from one token to the next."""
+    """What the mixer of a recurrent block carries from one token to the next."""
 
-    shift: Float[Array, "B D"]  # the previous input
+    shift: Float[Array, "B X"]  # of RWKV the previous input; of convolutions the last few
     wkv: Float32[Array, "B H V K"]
 
 
 class BlockState(NamedTuple):
-    """What one RWKV-7 block carries from one token to the next."""
+    """What one recurrent block carries from one token to the next."""
 
     time_mix: TimeMixState
     ffn_shift: Float[Array, "B D"]
@@ -167,6 +167,7 @@ def init_cache(
         )
     layers, attention = config.num_blocks, config.num_attention_blocks
     heads, size, width = config.num_heads, config.head_size, config.width
+    mixer = config.mixer_sizes
     rows = _rows(config, max_length, policy)
     if rows > MOST_ROWS:
         raise ConfigError(
@@ -179,8 +180,8 @@ def init_cache(
         length=jnp.zeros(batch, jnp.int32),
         blocks=BlockState(
             TimeMixState(
-                jnp.zeros((layers, batch, width), dtype),
-                jnp.zeros((layers, batch, heads, size, size), jnp.float32),
+                jnp.zeros((layers, batch, mixer.shift), dtype),
+                jnp.zeros((layers, batch, mixer.heads, mixer.values, mixer.keys), jnp.float32),
             ),
             jnp.zeros((layers, batch, width), dtype),
         ),

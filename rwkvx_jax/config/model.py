@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rwkvx_jax.config.mixers import MixerName, MixerSizes, mixer_sizes
 from rwkvx_jax.config.values import Checked, require, require_positive
 
 LowRankRule = Literal["rwkvx", "rwkv_lm"]
@@ -42,13 +43,16 @@ class ModelConfig(Checked):
     vocab_size: int = 65536
     """W: rows of the embedding and columns of the head."""
     num_blocks: int = 12
-    """L: RWKV-7 blocks."""
+    """L: recurrent blocks, RWKV-7 unless `mixer` says otherwise."""
     num_attention_blocks: int = 4
     """M: attention blocks, one after every L / M RWKV-7 blocks; 0 is plain RWKV-7."""
     width: int = 768
     """D: residual stream."""
     head_size: int = 64
     """K = V: channels of one head, in both block kinds."""
+    mixer: MixerName = "rwkv7"
+    """How a recurrent block mixes tokens: "rwkv7", or for comparison one of its neighbours; see
+    docs/recurrences.md. The channel mix and all else stay as they are."""
     ffn_width: int = 0
     """F: hidden width of the channel mix; 0 means 4 D."""
     attention: Literal["sparse", "full"] = "sparse"
@@ -111,6 +115,10 @@ class ModelConfig(Checked):
             f"model.width {self.width} is not divisible by model.head_size {self.head_size}",
         )
         require_positive("model.low_rank_override", **self.ranks._asdict())
+        require(
+            self.mixer == "rwkv7" or not self.learned_state,
+            f"model.learned_state is for the mixer 'rwkv7', not {self.mixer!r}: leave it False",
+        )
         blocks, attention = self.num_blocks, self.num_attention_blocks
         if attention:
             divisors = [m for m in range(1, min(blocks, 256) + 1) if blocks % m == 0]
@@ -135,13 +143,17 @@ class ModelConfig(Checked):
         return low_rank_widths(self.width, self.low_rank)
 
     @property
+    def mixer_sizes(self) -> MixerSizes:
+        """Sizes of the mixer of a recurrent block."""
+        return mixer_sizes(self.mixer, self.width, self.head_size, self.ranks)
+
+    @property
     def num_parameters(self) -> int:
         """Numbers in all arrays of the model; costs nothing, whatever its size."""
-        width, ranks = self.width, self.ranks
+        width = self.width
         norm, square = 2 * width, width * width
         channel_mix = width + 2 * width * self.hidden_width
-        time_mix = 4 * square + (6 + 3 + 3) * width + norm  # shifts; w0 a0 v0; k_k k_a r_k; ln_x
-        time_mix += 2 * width * sum(ranks) + self.learned_state * width * self.head_size
+        time_mix = self.mixer_sizes.parameters + self.learned_state * width * self.head_size
         attention = 4 * square + self.key_conv * width
         return (
             2 * self.vocab_size * width

@@ -18,9 +18,9 @@ from rwkvx_jax.cache import BlockState
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.channel_mix import ChannelMix
+from rwkvx_jax.modules.mixers import MIXERS
 from rwkvx_jax.modules.parameters import LayerConstants, layer_norm
 from rwkvx_jax.modules.remat import keep
-from rwkvx_jax.modules.time_mix import TimeMix
 from rwkvx_jax.sharding import constrain
 
 
@@ -31,7 +31,7 @@ class RWKVBlock(nnx.Module):
         constants = LayerConstants(config, layer, config.num_blocks)
         self.ln1 = layer_norm(config.width, rngs, dtype)
         self.ln2 = layer_norm(config.width, rngs, dtype)
-        self.time_mix = TimeMix(config, constants, rngs)
+        self.time_mix = MIXERS[config.mixer](config, constants, rngs)
         self.channel_mix = ChannelMix(config, constants, rngs)
 
     def begun(self, state: BlockState, fresh: Bool[Array, " B"]) -> BlockState:

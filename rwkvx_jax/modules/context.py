@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32
 
 from rwkvx_jax.modules.remat import keep
-from rwkvx_jax.ops.recurrence import wkv7_affine
 from rwkvx_jax.sharding import per_device, rule, sequence_parts
 
 _log = logging.getLogger(__name__)
@@ -40,42 +39,40 @@ def previous_token(h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def recurrence(
-    r: Float[Array, "B T H K"],
-    log_w: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    a: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    state: Float32[Array, "B H V K"] | None = None,
-    *,
-    implementation: str | None,
+    affine: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
+    arrays: tuple[jax.Array, ...],
+    state: Float32[Array, "B H V K"],
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
-    """`wkv7` over sequences cut along time, from `state` (None: zeros) at their beginning.
+    """A recurrence over sequences cut along time, from `state` at their beginning.
 
     Every device runs its stretch once, as an affine function of the state at its start; that state
     follows from the maps (M, G) of the stretches before, collected by doubling. What is sent does
     not depend on the length of the sequence.
 
-    Returns:
-      y [B, T, H, V] in v's dtype, and the final state [B, H, V, K] in float32.
-    """
-    axis, parts = rule("time"), sequence_parts(r.shape[1])
+    Args:
+      affine: y0, z, M and G of the arrays, as `ops.recurrence.wkv7_affine` returns them.
+      arrays: [B, T, H, ..] each; those of a single head are for all heads.
+      state: before the first token.
 
-    def stretch(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, z, m, g = wkv7_affine(*arrays[:6], implementation=implementation)
-        start, before = _map_before(m, g, axis, parts)
-        if len(arrays) > 6:
-            start += _product(arrays[6], before)
+    Returns:
+      y [B, T, H, V] in y0's dtype, and the final state [B, H, V, K] in float32.
+    """
+    axis, parts = rule("time"), sequence_parts(arrays[0].shape[1])
+    heads = state.shape[1]
+
+    def stretch(*arrays_and_start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *arrays, start = arrays_and_start
+        y, z, m, g = affine(*arrays)
+        added, before = _map_before(m, g, axis, parts)
+        start = added + _product(start, before)
         added = jnp.einsum("bhvk,bthk->bthv", start, z.astype(jnp.float32), precision="highest")
         y = (y.astype(jnp.float32) + added).astype(y.dtype)
         return y, (_product(start, m) + g)[None]
 
+    place = lambda x: _TOKENS if x.shape[2] == heads else ("batch", "time", None, None)
     ends = ("time", "batch", "heads", None, None)  # of all stretches: only the last is read
     matrix = ("batch", "heads", None, None)
-    starts = () if state is None else (state,)
-    y, states = per_device(stretch, (_TOKENS,) * 6 + (matrix,) * len(starts), (_TOKENS, ends))(
-        r, log_w, k, v, a, b, *starts
-    )
+    y, states = per_device(stretch, (*map(place, arrays), matrix), (_TOKENS, ends))(*arrays, state)
     return y, states[-1]
 
 

@@ -106,8 +106,8 @@ def _forward(plan, inputs, start):
 
     def step(carry, i):
         start, y = carry
-        end, y_segment = _segment_forward(plan, _cut(plan, inputs, i), start)
-        return (end, _put(y, y_segment, i)), start
+        end, y_segment = _segment_forward(plan, cut(plan, inputs, i), start)
+        return (end, put(y, y_segment, i)), start
 
     carry = (start, jnp.zeros_like(inputs[3]))
     (end, y), starts = jax.lax.scan(step, carry, jnp.arange(inputs[3].shape[1] // tokens))
@@ -122,9 +122,9 @@ def _backward(plan, residuals, cotangents):
     def step(carry, xs):
         d_end, end, gradients = carry
         i, start = xs
-        segment, (dy_segment,) = _cut(plan, inputs, i), _cut(plan, (dy,), i)
+        segment, (dy_segment,) = cut(plan, inputs, i), cut(plan, (dy,), i)
         d_start, pieces = _segment_backward(plan, segment, start, end, dy_segment, d_end)
-        gradients = tuple(_put(g, d, i) for g, d in zip(gradients, pieces, strict=True))
+        gradients = tuple(put(g, d, i) for g, d in zip(gradients, pieces, strict=True))
         return (d_start, start, gradients), None
 
     carry = (d_end, end, tuple(map(jnp.zeros_like, inputs)))
@@ -136,7 +136,7 @@ def _backward(plan, residuals, cotangents):
 _wkv7.defvjp(_forward, _backward)
 
 
-def _cut(plan, arrays, i):
+def cut(plan, arrays, i):
     """Segment `i` of arrays [B, T, H, K], by chunks: float32 [N, B, H, C, K]."""
     tokens = plan.segment * plan.chunk_size
 
@@ -148,7 +148,7 @@ def _cut(plan, arrays, i):
     return tuple(map(cut, arrays))
 
 
-def _put(array, piece, i):
+def put(array, piece, i):
     """Writes a segment [N, B, H, C, K] into its place in [B, T, H, K], in the array's dtype."""
     n, batch, heads, size, width = piece.shape
     piece = piece.transpose(1, 0, 3, 2, 4).reshape(batch, n * size, heads, width)
@@ -191,7 +191,7 @@ def _prepare(plan, segment) -> _Chunks:
     left = _stack(a * scale_a, r * scale_r)
     right = _stack(b * scale_bk, k * scale_bk)
     scores = _causal(_dot(plan, "...ik,...jk->...ij", left, right))
-    inverse = _inverse(plan, scores[..., :size, :size])
+    inverse = unit_inverse(plan, scores[..., :size, :size])
     w = _dot(plan, "...ij,...jk->...ik", inverse, left[..., :size, :] * from_start)
     u0 = _dot(plan, "...ij,...jv->...iv", scores[..., :size, size:], v)
     return _Chunks(
@@ -338,7 +338,7 @@ def _dot(plan, equation, x, y):
     return jnp.einsum(equation, x, y, precision=plan.precision, preferred_element_type=jnp.float32)
 
 
-def _inverse(plan, n):
+def unit_inverse(plan, n):
     """(I - n)^-1 for strictly lower triangular n [.., C, C], by merging the inverses of blocks.
 
     Two neighbours give the block twice as large exactly. No power of n is ever formed: with
@@ -347,7 +347,7 @@ def _inverse(plan, n):
     size = n.shape[-1]
     if size > _SMALL:
         half = size // 2
-        first, second = _inverse(plan, jnp.stack([n[..., :half, :half], n[..., half:, half:]]))
+        first, second = unit_inverse(plan, jnp.stack([n[..., :half, :half], n[..., half:, half:]]))
         corner = _dot(plan, "...ij,...jk->...ik", second, n[..., half:, :half])
         corner = _dot(plan, "...ij,...jk->...ik", corner, first)
         upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)

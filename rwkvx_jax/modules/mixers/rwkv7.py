@@ -7,12 +7,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 
 from rwkvx_jax.cache import TimeMixState
 from rwkvx_jax.config import ModelConfig, RunConfig
-from rwkvx_jax.modules import context
+from rwkvx_jax.modules.mixers.base import (
+    GroupNorm,
+    across_devices,
+    implementation_for,
+    per_channel,
+    split_heads,
+    unit_heads,
+    without_padding,
+)
 from rwkvx_jax.modules.parameters import (
     LayerConstants,
     input_matrix,
@@ -22,17 +29,11 @@ from rwkvx_jax.modules.parameters import (
 )
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.token_shift import last_valid, previous_token
-from rwkvx_jax.ops.recurrence import wkv7
-from rwkvx_jax.sharding import constrain, per_device, sequence_parts
+from rwkvx_jax.ops.recurrence import wkv7, wkv7_affine
+from rwkvx_jax.sharding import constrain
 
 DECAY_BOUND = 0.6065306597126334  # exp(-1/2): log w lies in [-DECAY_BOUND, 0)
 GROUP_NORM_EPS = 64e-5
-
-
-def normalize_heads(x: Float[Array, "B T H K"]) -> Float32[Array, "B T H K"]:
-    """x / max(|x|, 1e-12) over the last axis, in float32; finite gradients at zero."""
-    squared = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return x.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
 class TimeMix(nnx.Module):
@@ -77,7 +78,8 @@ class TimeMix(nnx.Module):
         self.key = square(gain=0.1, bound=0.05)
         self.value = square(gain=1.0, bound=0.5)
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
-        self.ln_x = GroupNorm(constants)
+        scale = parameter(constants.group_norm_scale(), "vector")
+        self.ln_x = GroupNorm(scale, parameter(jnp.zeros(width), "vector"), GROUP_NORM_EPS)
         self.learned_state = config.learned_state
         if config.learned_state:
             zeros = jnp.zeros((heads, size, size))
@@ -104,36 +106,37 @@ class TimeMix(nnx.Module):
         Rows beyond `lengths` leave the state as it is; their outputs mean nothing.
         """
         heads = self.r_k.shape[0]
-        split = lambda x: constrain(
-            x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None
-        )
+        split = partial(split_heads, heads=heads)
         before = None if state is None else state.shift
         r, log_w, k, v, a, g, residual = self.projections(h, before)
         v_first = jnp.where(first, v, v_first)
         v = v + (v_first - v) * residual  # layer 0: the difference is exactly zero
-        kk = normalize_heads(split(k * _per_channel(self.k_k, k.dtype)))
-        k = k * (1 + (a - 1) * _per_channel(self.k_a)).astype(k.dtype)
+        kk = unit_heads(split(k * per_channel(self.k_k, k.dtype)))
+        k = k * (1 + (a - 1) * per_channel(self.k_a)).astype(k.dtype)
         remove, write = (-kk).astype(h.dtype), (kk * split(a)).astype(h.dtype)
         r, log_w, k, v = split(r), split(log_w), split(k), split(v)
+        tokens = {"r": r, "log_w": log_w, "k": k, "v": v, "a": remove, "b": write}
         if lengths is not None:
-            valid = (jnp.arange(h.shape[1])[None] < lengths[:, None])[..., None, None]
-            log_w = jnp.where(valid, log_w, 0.0)
-            k, write = jnp.where(valid, k, 0), jnp.where(valid, write, 0)
-        # A single token needs no chunks: one step of the recurrence as it is written.
-        implementation = "sequential" if h.shape[1] == 1 else run.recurrence
-        start = self._start(h.shape[0]) if state is None else state.wkv
-        y, wkv = _recurrence((r, log_w, k, v, remove, write), start, state is None, implementation)
+            tokens = without_padding(tokens, lengths)
+        options = {"implementation": implementation_for(h, run)}
+        y, wkv = across_devices(
+            partial(wkv7, **options),
+            partial(wkv7_affine, **options),
+            tuple(tokens.values()),
+            self._start(h.shape[0]) if state is None else state.wkv,
+            whole_texts=state is None,
+        )
         bonus = (r * k).astype(jnp.float32) * self.r_k[...][None, None]
         y = self.ln_x(y) + bonus.sum(-1, keepdims=True) * v.astype(jnp.float32)
         y = y.reshape(h.shape).astype(h.dtype) * g
         out = project(y, self.output[...])
         return out, v_first, TimeMixState(last_valid(h, before, lengths), wkv)
 
-    def _start(self, batch: int) -> Float32[Array, "B H V K"] | None:
-        """The state before the first token of `batch` texts; None: zeros."""
-        if not self.learned_state:
-            return None
-        learned = self.initial_state[...]
+    def _start(self, batch: int) -> Float32[Array, "B H V K"]:
+        """The state before the first token of `batch` texts."""
+        heads, size = self.r_k.shape
+        zeros = jnp.zeros((heads, size, size), jnp.float32)
+        learned = self.initial_state[...] if self.learned_state else zeros
         whole = jnp.broadcast_to(learned[None], (batch, *learned.shape))
         return constrain(whole, "batch", "heads", None, None)
 
@@ -142,7 +145,7 @@ class TimeMix(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], ...]:
         """r, log_w (float32), k, v, a (float32), g and the share of v_first in v: [B, T, D]."""
         difference = previous_token(h, shift) - h
-        mix = lambda share: h + difference * _per_channel(share, h.dtype)
+        mix = lambda share: h + difference * per_channel(share, h.dtype)
         for_r, for_w, for_k = mix(self.x_r), mix(self.x_w), mix(self.x_k)
         for_v, for_a, for_g = mix(self.x_v), mix(self.x_a), mix(self.x_g)
         # Of low-rank pairs only the first product: to compute the second again costs less than to
@@ -152,52 +155,10 @@ class TimeMix(nnx.Module):
 
         r, k = product(for_r, self.receptance), product(for_k, self.key)
         v = product(for_v, self.value)
-        z = _per_channel(self.w0) + low_rank(jnp.tanh(product(for_w, self.w1)), self.w2)
+        z = per_channel(self.w0) + low_rank(jnp.tanh(product(for_w, self.w1)), self.w2)
         log_w = -DECAY_BOUND * jax.nn.sigmoid(z)
-        a = jax.nn.sigmoid(_per_channel(self.a0) + low_rank(product(for_a, self.a1), self.a2))
+        a = jax.nn.sigmoid(per_channel(self.a0) + low_rank(product(for_a, self.a1), self.a2))
         g = project(jax.nn.sigmoid(product(for_g, self.g1)), self.g2[...])
         residual = low_rank(product(for_v, self.v1), self.v2)
-        residual = jax.nn.sigmoid(_per_channel(self.v0) + residual)
+        residual = jax.nn.sigmoid(per_channel(self.v0) + residual)
         return r, log_w, k, v, a, g, residual.astype(h.dtype)
-
-
-def _per_channel(parameter: nnx.Param, dtype: DTypeLike = jnp.float32) -> Float[Array, "1 1 D"]:
-    """A parameter [D] as [1, 1, D]."""
-    return parameter[...][None, None].astype(dtype)
-
-
-def _recurrence(
-    arrays: tuple[jax.Array, ...],
-    start: jax.Array | None,
-    whole_texts: bool,
-    implementation: str | None,
-) -> tuple[jax.Array, jax.Array]:
-    """`wkv7` on the mesh in force, by each device for its rows, heads and part of the sequence.
-
-    Sequences are sharded over time where they are whole texts; pieces read into a cache are not.
-    """
-    arrays += () if start is None else (start,)
-    if whole_texts and sequence_parts(arrays[0].shape[1]) > 1:
-        return context.recurrence(*arrays, implementation=implementation)
-    tokens, matrix = ("batch", None, "heads", None), ("batch", "heads", None, None)
-    return per_device(
-        partial(wkv7, implementation=implementation),
-        (tokens,) * 6 + (matrix,) * (len(arrays) - 6),
-        (tokens, matrix),
-    )(*arrays)
-
-
-class GroupNorm(nnx.Module):
-    """Normalisation of each head by itself with a scale and bias per channel, in float32."""
-
-    def __init__(self, constants: LayerConstants):
-        self.scale = parameter(constants.group_norm_scale(), "vector")
-        self.bias = parameter(jnp.zeros(constants.config.width), "vector")
-
-    def __call__(self, y: Float[Array, "B T H V"]) -> Float32[Array, "B T H V"]:
-        """y normalised."""
-        y = y.astype(jnp.float32)
-        heads = (1, 1, *y.shape[-2:])
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + GROUP_NORM_EPS)
-        return y * self.scale[...].reshape(heads) + self.bias[...].reshape(heads)

@@ -1,0 +1,236 @@
+"""What the sequence mixers of the recurrent blocks have in common.
+
+A mixer is a module with
+
+    mixer(h, v_first, first, run, state, lengths) -> (output, v_first, new state)
+
+as `LinearMixer.__call__` documents. The sizes of its state and its parameters are those of
+`config.mixer_sizes`. A new mixer over the general recurrence derives from `LinearMixer`, says what
+the recurrence is fed and what becomes of its output, and gets pieces, padding, sharding over
+devices and decoding from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
+
+from rwkvx_jax.cache import TimeMixState
+from rwkvx_jax.config import RunConfig
+from rwkvx_jax.modules import context
+from rwkvx_jax.modules.token_shift import last_valid, previous_token
+from rwkvx_jax.ops.delta_rule import affine, generalized_delta_rule
+from rwkvx_jax.sharding import constrain, per_device, sequence_parts
+
+Tokens = dict[str, jax.Array]
+"""Arguments r, log_w, k, v (a, b) of `generalized_delta_rule`, [B, T, H, ..]; r and k of one head
+serve all heads of v."""
+
+
+class Fed(NamedTuple):
+    """What a mixer makes of a piece of text."""
+
+    tokens: Tokens
+    shift: Float[Array, "B X"]  # what the next piece needs of this one's inputs
+    rest: Any  # what `finish` needs
+
+
+class LinearMixer(nnx.Module):
+    """A mixer around `generalized_delta_rule`; subclasses define `feed` and `finish`."""
+
+    read: Literal["after", "before"] = "after"
+    decay_bound: float | None = None
+
+    def feed(
+        self,
+        h: Float[Array, "B T D"],
+        shift: Float[Array, "B X"] | None,
+        lengths: Int[Array, " B"] | None,
+    ) -> Fed:
+        """What the recurrence is fed for inputs h, given the shift of the piece before."""
+        raise NotImplementedError
+
+    def finish(self, y: Float[Array, "B T H V"], rest: Any) -> Float[Array, "B T D"]:
+        """The mixer's output, from what the recurrence returned."""
+        raise NotImplementedError
+
+    def begun(self, state: TimeMixState, fresh: Bool[Array, " B"]) -> TimeMixState:
+        """`state`: texts begin with zeros."""
+        return state
+
+    def __call__(
+        self,
+        h: Float[Array, "B T D"],
+        v_first: Float[Array, "B T D"],  # RWKV-7's own business
+        first: Bool[ArrayLike, ""],  # is this layer 0?
+        run: RunConfig,
+        state: TimeMixState | None = None,
+        lengths: Int[Array, " B"] | None = None,  # valid tokens of each row
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], TimeMixState]:
+        """Returns the output [B, T, D], v_first as it came, and the new state.
+
+        Rows beyond `lengths` leave the state as it is; their outputs mean nothing.
+        """
+        fed = self.feed(h, None if state is None else state.shift, lengths)
+        tokens = fed.tokens if lengths is None else without_padding(fed.tokens, lengths)
+        options = {
+            "read": self.read,
+            "decay_bound": self.decay_bound,
+            "implementation": implementation_for(h, run),
+        }
+        named = lambda op: lambda *arrays: op(**dict(zip(tokens, arrays, strict=True)), **options)
+
+        def whole(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            *arrays_of_tokens, start = arrays
+            return named(partial(generalized_delta_rule, state=start))(*arrays_of_tokens)
+
+        y, wkv = across_devices(
+            whole,
+            named(affine),
+            tuple(tokens.values()),
+            _zeros(tokens) if state is None else state.wkv,
+            whole_texts=state is None,
+        )
+        return self.finish(y, fed.rest), v_first, TimeMixState(fed.shift, wkv)
+
+
+def implementation_for(h: jax.Array, run: RunConfig) -> str | None:
+    """A single token needs no chunks: one step of the recurrence as it is written."""
+    return "sequential" if h.shape[1] == 1 else run.recurrence
+
+
+def _zeros(tokens: Tokens) -> Float32[Array, "B H V K"]:
+    batch, _, heads, width = tokens["v"].shape
+    zeros = jnp.zeros((batch, heads, width, tokens["k"].shape[-1]), jnp.float32)
+    return constrain(zeros, "batch", "heads", None, None)
+
+
+def without_padding(tokens: Tokens, lengths: Int[Array, " B"]) -> Tokens:
+    """The tokens, those beyond `lengths` such that they leave the state alone."""
+    valid = (jnp.arange(tokens["v"].shape[1])[None] < lengths[:, None])[..., None, None]
+    kept = {name: jnp.where(valid, tokens[name], 0) for name in ("log_w", "k", "b")
+            if name in tokens}  # fmt: skip
+    return tokens | kept
+
+
+def across_devices(
+    whole: Callable[..., tuple[jax.Array, jax.Array]],
+    stretch: Callable[..., tuple[jax.Array, ...]],
+    arrays: tuple[jax.Array, ...],
+    start: jax.Array,
+    *,
+    whole_texts: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """A recurrence on the mesh in force, by each device for its rows, heads and part of the text.
+
+    Sequences are sharded over time where they are whole texts; pieces read into a cache are not.
+
+    Args:
+      whole: the op, of the arrays and the state.
+      stretch: the same as an affine function of the state (see `context.recurrence`).
+      arrays: [B, T, H, ..] each; those of one head are for all heads.
+      start: the state before the first token.
+      whole_texts: whether nothing came before.
+    """
+    heads = max(x.shape[2] for x in arrays)
+    place = lambda x: ("batch", None, "heads" if x.shape[2] == heads else None, None)
+    if whole_texts and sequence_parts(arrays[0].shape[1]) > 1:
+        return context.recurrence(stretch, arrays, start)
+    matrix = ("batch", "heads", None, None)
+    outputs = (("batch", None, "heads", None), matrix)
+    return per_device(whole, (*map(place, arrays), matrix), outputs)(*arrays, start)
+
+
+def split_heads(x: Float[Array, "B T X"], heads: int) -> Float[Array, "B T H K"]:
+    """Channels as heads, sharded as these are."""
+    return constrain(x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None)
+
+
+def join_heads(y: Float[Array, "B T H V"]) -> Float[Array, "B T X"]:
+    return y.reshape(*y.shape[:2], -1)
+
+
+def unit_heads(x: Float[Array, "B T H K"], floor: float = 1e-12) -> Float32[Array, "B T H K"]:
+    """x / max(|x|, floor) over the last axis, in float32; finite gradients at zero."""
+    squared = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return x.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squared, floor**2))
+
+
+def per_channel(weight: nnx.Param | jax.Array, dtype=jnp.float32) -> Float[Array, "1 1 X"]:
+    """A parameter [X] as [1, 1, X]."""
+    return weight[...].reshape(1, 1, -1).astype(dtype)
+
+
+def mixed(
+    h: Float[Array, "B T D"], shift: Float[Array, "B D"] | None, lengths: jax.Array | None
+) -> tuple[Callable[[nnx.Param | jax.Array], jax.Array], jax.Array]:
+    """RWKV's token shift: a function that mixes each token with the one before, by a share of that
+    one per channel (and token); and the shift of the next piece."""
+    difference = previous_token(h, shift) - h
+
+    def mix(share: nnx.Param | jax.Array) -> jax.Array:
+        share = share[...]
+        return h + difference * (share if share.ndim == 3 else share[None, None]).astype(h.dtype)
+
+    return mix, last_valid(h, shift, lengths)
+
+
+def short_convolution(
+    x: Float[Array, "B T X"],
+    taps: Float[Array, "n X"],
+    before: Float[Array, "B _"] | None,
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B T X"], Float[Array, "B _"]]:
+    """Sum over j of taps[j] x[t - j]: a causal convolution of each channel.
+
+    Args:
+      x: inputs.
+      taps: weights, that of the token itself first.
+      before: the n - 1 inputs before x, oldest first, [B, (n - 1) X]; None: zeros.
+      lengths: valid tokens of each row.
+
+    Returns:
+      The result, and the n - 1 inputs before the next piece.
+    """
+    batch, time, width = x.shape
+    taps = taps.astype(x.dtype)[:, None, None]
+    count = len(taps) - 1
+    if before is None:
+        moved, out = x, taps[0] * x
+        for tap in taps[1:]:
+            moved = previous_token(moved, None)
+            out += tap * moved
+        padded = jnp.pad(x[:, max(0, time - count) :], ((0, 0), (max(0, count - time), 0), (0, 0)))
+        return out, padded.reshape(batch, -1)
+    rows = jnp.concatenate([before.astype(x.dtype).reshape(batch, count, width), x], axis=1)
+    out = sum(taps[j] * rows[:, count - j : count - j + time] for j in range(count + 1))
+    ends = jnp.full(batch, time) if lengths is None else lengths
+    cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count)
+    return out, jax.vmap(cut)(rows, ends).reshape(batch, -1)
+
+
+class GroupNorm(nnx.Module):
+    """Normalisation of each head by itself with a scale and bias per channel, in float32."""
+
+    def __init__(self, scale: nnx.Param, bias: nnx.Param, epsilon: float):
+        self.scale, self.bias, self.epsilon = scale, bias, epsilon
+
+    def __call__(self, y: Float[Array, "B T H V"]) -> Float32[Array, "B T H V"]:
+        """y normalised."""
+        y = y.astype(jnp.float32)
+        heads = (1, 1, *y.shape[-2:])
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return y * self.scale[...].reshape(heads) + self.bias[...].reshape(heads)
+
+
+def rms_norm(y: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+    """y over the root mean square of its last axis, in float32."""
+    y = y.astype(jnp.float32)
+    return y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)

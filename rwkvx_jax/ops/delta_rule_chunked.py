@@ -1,0 +1,378 @@
+"""Chunk-parallel form of the generalized delta rule, for any decay, in plain JAX.
+
+As `recurrence_chunked` for RWKV-7: chunks of C tokens are solved by matrix products, the state
+passes between chunks, N chunks (a segment) are processed at once, and the backward pass recomputes
+each segment from the state at its start. What differs is how decays enter. There a chunk's rows and
+columns are scaled from its middle, which overflows unless decays are bounded. Here D(i, j), what
+the tokens after j up to i leave of a channel, is a product of two factors of at most 1.
+
+By levels: for every pair j < i there is one h of 1, 2, 4, .. C/2 such that i lies in the second and
+j in the first half of the same 2h tokens. With m the border between the halves,
+
+    D(i, j) = exp(E_h[i]) exp(S_h[j])       E_h[i]: sum of log_w from m to i      at most 0
+                                            S_h[j]: sum of log_w after j up to m  at most 0
+
+A sum over more tokens is a sum of sums over fewer. Nothing is ever subtracted, so nothing cancels
+beside a decay of -1e4, and a reset (log_w = -inf) is exact.
+
+One decay a head (the last axis of log_w is 1) multiplies the scores, so the C x C matrix of D is
+made by itself. Decays of single channels scale rows and columns, level by level; where a bound is
+known, leaves of as many tokens as it allows are scaled from their middle in one product.
+
+State and arrays are as in `recurrence_chunked`, P = S^T, with left factors [a ; r] and right
+factors [b ; k] along an axis of their own; linear attention has r and k alone, and no inverse.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rwkvx_jax.ops.recurrence_chunked import Plan, cut, put, unit_inverse
+
+MAX_EXPONENT = 80  # e^80 leaves float32 a factor of 6000 for the inputs
+
+_LEAF = 16  # tokens whose scores are made by masked products, one a level
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What of the recurrence is used; hashable, fixed before tracing.
+
+    Attributes:
+      reads_before: y_t reads the state before token t's update, not after it.
+      leaf: tokens that a bound on the decays allows to be scaled from their middle; 1 without one.
+    """
+
+    reads_before: bool
+    leaf: int
+
+
+def leaf_of(decay_bound: float | None) -> int:
+    """Tokens whose decays of at least `decay_bound` may be scaled from their middle: `Form.leaf`."""
+    if decay_bound is None:
+        return 1
+    half = MAX_EXPONENT / max(-decay_bound, MAX_EXPONENT / 64)
+    return 2 << int(half).bit_length() - 1 if half >= 1 else 1
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "form"))
+def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form: Form):
+    """`delta_rule.generalized_delta_rule` by chunks, arguments already validated.
+
+    Args:
+      tokens: r, log_w, k, v and, with the delta term, a, b; all of the value's heads.
+      state: [B, H, V, K], float32.
+
+    Returns:
+      y [B, T, H, V] in v's dtype and the final state.
+    """
+    length = tokens["v"].shape[1]
+    plan, padded = plan.fit(length)
+    if padded > length:  # tokens of zeros leave the state alone
+        pad = ((0, 0), (0, padded - length), (0, 0), (0, 0))
+        tokens = {name: jnp.pad(x, pad) for name, x in tokens.items()}
+    y, end = _segments(plan, form, tokens, state.swapaxes(-1, -2))
+    return y[:, :length], end.swapaxes(-1, -2)
+
+
+# ------------------------------------------------------------ all segments, with their own gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _segments(plan, form, tokens, start):
+    return _forward(plan, form, tokens, start)[0]
+
+
+def _forward(plan, form, tokens, start):
+    """Segments in order. Returns (y, end state) and the residuals of `_backward`."""
+
+    def step(carry, i):
+        start, y = carry
+        end, y_segment = _segment(plan, form, _cut(plan, tokens, i), start)
+        return (end, put(y, y_segment, i)), start
+
+    carry = (start, jnp.zeros_like(tokens["v"]))
+    (end, y), starts = jax.lax.scan(step, carry, jnp.arange(_count(plan, tokens)))
+    return (y, end), (tokens, starts)
+
+
+def _backward(plan, form, residuals, cotangents):
+    """Segments in reverse order, each recomputed from the state at its start."""
+    tokens, starts = residuals
+    dy, d_end = cotangents
+
+    def step(carry, xs):
+        d_end, gradients = carry
+        i, start = xs
+        segment = _cut(plan, tokens, i)
+        _, pull_back = jax.vjp(functools.partial(_segment, plan, form), segment, start)
+        pieces, d_start = pull_back((d_end, _cut(plan, {"y": dy}, i)["y"]))
+        gradients = {name: put(gradients[name], piece, i) for name, piece in pieces.items()}
+        return (d_start, gradients), None
+
+    carry = (d_end, jax.tree.map(jnp.zeros_like, tokens))
+    xs = (jnp.arange(starts.shape[0]), starts)
+    (d_start, gradients), _ = jax.lax.scan(step, carry, xs, reverse=True)
+    return gradients, d_start
+
+
+_segments.defvjp(_forward, _backward)
+
+
+def _count(plan, tokens):
+    return tokens["v"].shape[1] // (plan.segment * plan.chunk_size)
+
+
+def _cut(plan, tokens, i):
+    """Segment `i` by chunks: float32 [N, B, H, C, K] each."""
+    return dict(zip(tokens, cut(plan, tokens.values(), i), strict=True))
+
+
+# ---------------------------------------------------------------------------------- one segment
+
+
+class _Chunks(NamedTuple):
+    """The chunks of a segment, as far as they do not depend on the state; no U without a and b."""
+
+    read: jax.Array  # [N, B, H, C, K] r, decayed from the start of the chunk
+    write: jax.Array  # [N, B, H, C or 2C, K] k or [b ; k], decayed to its end
+    keep: jax.Array  # [N, B, H, K or 1, 1] what the chunk leaves of the state
+    scores: jax.Array  # [N, B, H, C, C or 2C] how y reads v, or [u ; v]
+    v: jax.Array  # [N, B, H, C, V]
+    w: jax.Array | None  # [N, B, H, C, K] U = W P + U0
+    u0: jax.Array | None  # [N, B, H, C, V]
+
+
+def _segment(plan, form, segment, start):
+    """Returns the state after the segment, and y [N, B, H, C, V]."""
+    chunks = _prepare(plan, form, segment)
+    states, end = (_scan_maps if plan.associative else _pass_states)(plan, chunks, start)
+    y = _dot(plan, "...ik,...kv->...iv", chunks.read, states)
+    y += _dot(plan, "...ij,...jv->...iv", chunks.scores, _written(plan, chunks, states))
+    return end, y
+
+
+def _prepare(plan, form, segment) -> _Chunks:
+    r, log_w, k, v = (segment[name] for name in ("r", "log_w", "k", "v"))
+    delta = "a" in segment
+    size = plan.chunk_size
+    levels = _levels(log_w)
+    before, after, total = levels[-1]  # of the whole chunk
+    to_token = jnp.exp(before if form.reads_before else before + log_w)
+    to_end = jnp.exp(after)
+
+    left = jnp.stack([segment["a"], r] if delta else [r], axis=-3)
+    right = jnp.stack([segment["b"], k] if delta else [k], axis=-3)
+    inclusive = [False] * delta + [not form.reads_before]
+    make = _scores_of_heads if log_w.shape[-1] == 1 else _scores_of_channels
+    scores = make(plan, form, left, right, log_w, levels, inclusive)  # [.., kinds, C, kinds, C]
+    w = u0 = None
+    if delta:
+        removed = _dot(plan, "...ij,...jv->...iv", scores[..., 0, :, 1, :], v)
+        read = segment["a"] * jnp.exp(before)
+        solved = _solve(plan, scores[..., 0, :, 0, :], jnp.concatenate([read, removed], axis=-1))
+        w, u0 = solved[..., : read.shape[-1]], solved[..., read.shape[-1] :]
+    return _Chunks(
+        read=r * to_token,
+        write=jnp.concatenate([x * to_end for x in ([segment["b"], k] if delta else [k])], axis=-2),
+        keep=jnp.exp(total).swapaxes(-1, -2),
+        scores=scores[..., -1, :, :, :].reshape(*scores.shape[:-4], size, -1),
+        v=v,
+        w=w,
+        u0=u0,
+    )
+
+
+def _written(plan, chunks, states):
+    """What a chunk writes: v, or [u ; v] where something is removed, given the states before."""
+    if chunks.w is None:
+        return chunks.v
+    u = _dot(plan, "...ik,...kv->...iv", chunks.w, states) + chunks.u0
+    return jnp.concatenate([u, chunks.v], axis=-2)
+
+
+def _pass_states(plan, chunks, start):
+    """From the start state [B, H, K, V]: the state before every chunk, and the end state."""
+
+    def step(state, chunk):
+        written = _written(plan, chunk, state)
+        end = chunk.keep * state + _dot(plan, "...ik,...iv->...kv", chunk.write, written)
+        return end, state
+
+    end, states = jax.lax.scan(step, start, chunks)
+    return states, end
+
+
+def _scan_maps(plan, chunks, start):
+    """The same by an associative scan over the chunks' affine maps P' = M P + G.
+
+    Without a and b the maps are diagonal: M [N, B, H, K or 1, 1].
+    """
+    diagonal = chunks.w is None
+    if diagonal:
+        m, written = chunks.keep, chunks.v
+        apply = jnp.multiply
+    else:
+        size = chunks.w.shape[-1]
+        m = chunks.keep * jnp.eye(size, dtype=jnp.float32).reshape(1, 1, 1, size, size)
+        m += _dot(plan, "...ik,...ij->...kj", chunks.write[..., : plan.chunk_size, :], chunks.w)
+        written = jnp.concatenate([chunks.u0, chunks.v], axis=-2)
+        apply = functools.partial(_dot, plan, "...ij,...jv->...iv")
+    g = _dot(plan, "...ik,...iv->...kv", chunks.write, written)
+
+    def compose(first, second):
+        (m1, g1), (m2, g2) = first, second
+        return apply(m2, m1), apply(m2, g1) + g2
+
+    m, g = jax.lax.associative_scan(compose, (m, g))
+    ends = (m * start[None] if diagonal else _dot(plan, "n...ij,...jv->n...iv", m, start)) + g
+    return jnp.concatenate([start[None], ends[:-1]]), ends[-1]
+
+
+# ------------------------------------------------------------------------------------ the decays
+
+
+def _levels(log_w):
+    """For h = 1, 2, 4, .. C: (before, after, total) of log_w [.., C, n] within blocks of h tokens.
+
+    before [.., C, n] sums the block's tokens before each, after [.., C, n] those after each, total
+    [.., C / h, n] all of them.
+    """
+    size = log_w.shape[-2]
+    before = after = jnp.zeros_like(log_w)
+    total = log_w
+    levels = [(before, after, total)]
+    for half in (1 << i for i in range(size.bit_length() - 1)):
+        pairs = lambda x, n: x.reshape(*x.shape[:-2], -1, 2, n, x.shape[-1])
+        first, second = (pairs(total, 1)[..., i, :, :] for i in (0, 1))  # [.., C / 2h, 1, n]
+        zero = jnp.zeros_like(first)
+        before = pairs(before, half) + jnp.stack([zero, first], axis=-3)
+        after = pairs(after, half) + jnp.stack([second, zero], axis=-3)
+        before, after = before.reshape(log_w.shape), after.reshape(log_w.shape)
+        total = (first + second)[..., 0, :]
+        levels.append((before, after, total))
+    return levels
+
+
+def _level_of(size):
+    """[C, C]: for i > j the h of their level; 0 on the diagonal, -1 above it."""
+    i, j = np.arange(size)[:, None], np.arange(size)[None, :]
+    highest = 1 << np.maximum(0, np.frexp((i ^ j).astype(np.float64))[1] - 1)
+    return np.where(i > j, highest, np.where(i == j, 0, -1))
+
+
+def _scores_of_heads(plan, form, left, right, log_w, levels, inclusive):
+    """Scores [.., kinds, C, kinds, C] where one decay a head multiplies them: log_w [.., C, 1]."""
+    size = plan.chunk_size
+    level = _level_of(size).reshape((1,) * (log_w.ndim - 2) + (size, size))
+    strict = jnp.full((*log_w.shape[:-1], size), -jnp.inf)
+    for n, (before, after, _) in enumerate(levels[:-1]):
+        strict = jnp.where(level == 1 << n, before + after.swapaxes(-1, -2), strict)
+    kinds = []
+    for includes in inclusive:
+        decay = jnp.exp(strict + log_w) if includes else jnp.exp(strict)
+        kinds.append(jnp.where(level == 0, 1.0, decay) if includes else decay)
+    decay = jnp.stack(kinds, axis=-3)  # [.., kinds, C, C]
+    scores = _dot(plan, "...aik,...cjk->...aicj", left, right)
+    # Column kind by column kind: XLA's CPU runtime (jax 0.10.2) crashes in sums over a middle axis
+    # of so many, which the gradient of a broadcast decay would be.
+    columns = [scores[..., c, :] * decay for c in range(right.shape[-3])]
+    return jnp.stack(columns, axis=-2)
+
+
+def _scores_of_channels(plan, form, left, right, log_w, levels, inclusive):
+    """The same where every channel has its own decay: log_w [.., C, K]."""
+    size = plan.chunk_size
+    leaf = min(size, max(form.leaf, _LEAF))
+    own = jnp.stack([log_w if i else jnp.zeros_like(log_w) for i in inclusive], axis=-3)
+    if leaf <= form.leaf:
+        scores = _bounded_leaves(plan, left, right, own, levels[leaf.bit_length() - 1], inclusive)
+    else:
+        scores = _leaves(plan, left, right, own, levels, leaf, inclusive)
+    for n in range(leaf.bit_length() - 1, size.bit_length() - 1):
+        half = 1 << n
+        before, after, _ = levels[n]
+        halves = lambda x: x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
+        rows = halves(left * jnp.exp(before[..., None, :, :] + own))[..., 1, :, :]
+        columns = halves(right * jnp.exp(after)[..., None, :, :])[..., 0, :, :]
+        corner = _dot(plan, "...apik,...cpjk->...paicj", rows, columns)
+        scores = _merged(scores, corner)
+    return scores[..., 0, :, :, :, :]
+
+
+def _merged(scores, corner):
+    """Scores of blocks [.., p, a, h, c, h] as those of pairs of blocks, given the lower left ones."""
+    first, second = scores[..., 0::2, :, :, :, :], scores[..., 1::2, :, :, :, :]
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-3)
+
+
+def _leaves(plan, left, right, own, levels, leaf, inclusive):
+    """Scores of blocks of `leaf` tokens, [.., p, a, leaf, c, leaf]: a masked product a level."""
+    level = _level_of(leaf)
+    blocks = lambda x: x.reshape(*x.shape[:-2], -1, leaf, x.shape[-1])
+    kinds = np.array(inclusive)
+    rows, columns, masks = [left], [right], [(level == 0) & kinds[:, None, None]]
+    for n in range(leaf.bit_length() - 1):
+        before, after, _ = levels[n]
+        rows.append(left * jnp.exp(before[..., None, :, :] + own))
+        columns.append(right * jnp.exp(after)[..., None, :, :])
+        masks.append(np.broadcast_to(level == 1 << n, masks[0].shape))
+    rows, columns = (jnp.stack([blocks(x) for x in side], axis=-5) for side in (rows, columns))
+    products = _dot(plan, "...lapik,...lcpjk->...lpaicj", rows, columns)
+    mask = np.stack(masks)[:, None, :, :, None, :]  # [levels, 1, kinds, leaf, 1, leaf]
+    mask = mask.reshape((1,) * (products.ndim - mask.ndim) + mask.shape)
+    return jnp.sum(jnp.where(mask, products, 0), axis=-6)
+
+
+def _bounded_leaves(plan, left, right, own, level, inclusive):
+    """The same in one product, scaled from the middle of each block."""
+    before, _, total = level
+    blocks = lambda x: x.reshape(*x.shape[:-2], total.shape[-2], -1, x.shape[-1])
+    before, own, left, right = blocks(before), blocks(own), blocks(left), blocks(right)
+    leaf = before.shape[-2]
+    middle = before[..., leaf // 2 : leaf // 2 + 1, :]
+    # What of a column is undone: the decays up to and with its own token.
+    following = jnp.concatenate([before[..., 1:, :], total[..., None, :]], axis=-2)
+    rows = left * jnp.exp((before - middle)[..., None, :, :, :] + own)
+    columns = right * jnp.exp(middle - following)[..., None, :, :, :]
+    products = _dot(plan, "...apik,...cpjk->...paicj", rows, columns)
+    i, j = np.arange(leaf)[:, None], np.arange(leaf)[None, :]
+    mask = np.stack([i >= j if includes else i > j for includes in inclusive])[:, :, None, :]
+    return jnp.where(mask.reshape((1,) * (products.ndim - 4) + mask.shape), products, 0)
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+
+def _dot(plan, equation, x, y):
+    return jnp.einsum(equation, x, y, precision=plan.precision, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(plan, n, z):
+    """(I - n)^-1 z for strictly lower triangular n."""
+    return _solve_forward(plan, n, z)[0]
+
+
+def _solve_forward(plan, n, z):
+    x = unit_inverse(plan, n)
+    solved = _dot(plan, "...ij,...jv->...iv", x, z)
+    return solved, (x, solved)
+
+
+def _solve_backward(plan, residuals, d_solved):
+    x, solved = residuals
+    d_z = _dot(plan, "...ji,...jv->...iv", x, d_solved)
+    size = x.shape[-1]
+    below = (np.arange(size)[:, None] > np.arange(size)[None, :]).reshape(
+        (1,) * (x.ndim - 2) + (size, size)
+    )
+    return jnp.where(below, _dot(plan, "...iv,...jv->...ij", d_z, solved), 0), d_z
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
