@@ -33,6 +33,7 @@ ROOMS = [
     "rwkvx_jax.data",
     "rwkvx_jax.convert",
     "rwkvx_jax.checkpoint",
+    "rwkvx_jax.adapter",
     "rwkvx_jax.training",
     "rwkvx_jax.generate",
     "rwkvx_jax.evals",
