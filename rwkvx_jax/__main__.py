@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": Command("rwkvx_jax.plan", "predict memory and time of a TPU that is not here"),
     "data": Command("rwkvx_jax.data.__main__", "tokenize texts into a token cache"),
     "doctor": Command("rwkvx_jax.doctor.__main__", "check kernels and training on this machine"),
+    "completion": Command("rwkvx_jax.completion", "print a completion script for bash"),
 }
 
 

@@ -197,16 +197,21 @@ def open_any(
         with on_disk(work_path(path)) as file:
             yield open_checkpoint(file, dtype=dtype)
         return
-    run = read_workdir(*run_and_step)
+    own = as_own(read_workdir(*run_and_step))
+    yield own._replace(params=in_dtype(own.params, dtype))
+
+
+def as_own(run: SavedRun) -> OwnCheckpoint:
+    """A checkpoint of a run as one of our files holds it."""
     tokenizer = "" if run.config.data.vocab_file else run.config.data.tokenizer
     if run.config.data.vocab_file:
         _log.warning(
             "the vocabulary %s of the run is not kept, hence no tokenizer is named in the file",
             run.config.data.vocab_file,
         )
-    params = in_dtype(as_lazy(dict(flat(run.params))), dtype)
     trained = Trained(run.step, run.config.trained_length(run.step))
-    yield OwnCheckpoint(run.model_config, tokenizer, params, None, trained)
+    params = as_lazy(dict(flat(run.params)))
+    return OwnCheckpoint(run.model_config, tokenizer, params, None, trained)
 
 
 def load_model(
@@ -320,6 +325,7 @@ def read_workdir(
     *,
     accept: Callable[[ModelConfig], None] = lambda config: None,
     target: Callable[[Params, Params], Params] = on_one_device,
+    merge: bool = True,
 ) -> SavedRun:
     """A checkpoint of a run; adapters that a stage was training are added to their matrices.
 
@@ -328,6 +334,7 @@ def read_workdir(
       step: of the checkpoint; None: the newest.
       accept: told the model that the run has trained; may refuse it before anything is read.
       target: gives parameters with shardings from their shapes and logical axes.
+      merge: False leaves adapters by themselves, under `ADAPTERS`.
 
     Raises:
       ConfigError: there is no checkpoint, or not the asked one, or it is damaged.
@@ -336,7 +343,7 @@ def read_workdir(
         accept(run.model_config)
         model = abstract_model(run.model_config)
         params = checkpoints.restore_params(run.step, target(*stage_params(model, run.stage)))
-    return run._replace(params=merged(params, run.stage.lora))
+    return run._replace(params=merged(params, run.stage.lora) if merge else params)
 
 
 def describe_workdir(workdir: Path, step: int | None = None) -> SavedRun:

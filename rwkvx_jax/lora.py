@@ -8,6 +8,7 @@ stages, readers of its checkpoints) gets `merged` parameters: those of a plain m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,14 +94,20 @@ def merged(params: Params, lora: LoRAConfig) -> Params:
     if ADAPTERS not in params:
         return params
     matrices, others = _split(params, lora)
-    add = lambda w, a, b: w + lora.scale * jnp.matmul(a, b, precision="highest")
     shardings = jax.tree.map(lambda w: w.sharding, matrices)
     program = jax.jit(
-        lambda matrices, adapters: _pairwise(add, matrices, adapters),
+        lambda matrices, adapters: _pairwise(
+            functools.partial(adapted, lora.scale), matrices, adapters
+        ),
         out_shardings=shardings,
         donate_argnums=0,
     )
     return joined(others, program(matrices, params[ADAPTERS]))
+
+
+def adapted(scale: float, matrix: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """W + scale A B, for W [..., in, out], A [..., in, rank] and B [..., rank, out]."""
+    return matrix + scale * jnp.matmul(a, b, precision="highest")
 
 
 def _split(params: Params, lora: LoRAConfig) -> tuple[Params, Params]:

@@ -129,6 +129,8 @@ def hub(tmp_path, monkeypatch):
     for module in (constants, downloads):  # older versions have a copy there
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # Read on import, which a test of lm_eval may have done with HF_HUB_OFFLINE set.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
     yield server
     server.stop()

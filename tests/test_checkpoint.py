@@ -162,6 +162,20 @@ def test_learned_states_are_never_dropped_at_a_start(tmp_path):
     assert same_bits(load_initial_params(tmp_path, config, MESH), params)
 
 
+def test_a_convolution_of_keys_is_a_matter_of_hybrids(plain_run, tmp_path):
+    """A plain RWKV-7 has none, whatever its config says; hybrids must have the config's."""
+    plain = random_params(MODEL.without_attention())
+    conv = changed("model", key_conv=2)
+    assert same_bits(load_initial_params(plain_run, conv, MESH), plain)
+    save_run(tmp_path, conv, random_params(conv.model), 2)
+    with pytest.raises(ConfigError, match="another shape.*\n  model.key_conv: 2 there, 3 in the"):
+        load_initial_params(
+            tmp_path, dataclasses.replace(changed("model", key_conv=3), stages=STAGES[1:]), MESH
+        )
+    hybrid = dataclasses.replace(conv, stages=STAGES[1:])
+    assert same_bits(load_initial_params(tmp_path, hybrid, MESH), random_params(conv.model))
+
+
 EVEN = dataclasses.replace(CURRICULUM, model=dataclasses.replace(MODEL, vocab_size=258))
 
 

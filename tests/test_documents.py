@@ -21,6 +21,7 @@ import pytest
 
 from rwkvx_jax import ModelConfig, RunConfig, cli, config, create_model
 from rwkvx_jax.__main__ import COMMANDS
+from rwkvx_jax.completion import Options as CompletionOptions
 from rwkvx_jax.convert.__main__ import Options as ConvertOptions
 from rwkvx_jax.convert.pth import write_pth
 from rwkvx_jax.data.__main__ import Arguments as DataOptions
@@ -52,6 +53,7 @@ COMMAND = re.compile(
     r"|rwkvx (?P<command>[a-z]+))(?P<rest>.*)$"
 )
 DATACLASSES = {
+    "-m rwkvx_jax.completion": CompletionOptions,
     "-m rwkvx_jax.convert": ConvertOptions,
     "-m rwkvx_jax.data": DataOptions,
     "-m rwkvx_jax.doctor": DoctorOptions,
@@ -99,7 +101,7 @@ def commands(text: str) -> list[tuple[str, str, bool]]:
             mentioned = ("eval.py" in span or "rwkvx eval" in span) and "--output" not in span
             found.append((span, len(span.split()) > 2 + ("-m" in span) and not mentioned))
     matches = [(COMMAND.search(line), whole) for line, whole in found]
-    ends = re.compile(r" +(>>|2>&1|\||&&) .*")
+    ends = re.compile(r" +(>>?|2>&1|\||&&) .*")
     rests = [
         (m["door"] or door_of(m["command"]), ends.sub("", m["rest"]), whole)
         for m, whole in matches

@@ -33,6 +33,7 @@ ROOMS = [
     "rwkvx_jax.data",
     "rwkvx_jax.convert",
     "rwkvx_jax.checkpoint",
+    "rwkvx_jax.adapter",
     "rwkvx_jax.training",
     "rwkvx_jax.generate",
     "rwkvx_jax.evals",
@@ -58,6 +59,7 @@ ROOMS = [
     "rwkvx_jax.train",
     "rwkvx_jax.eval",
     "rwkvx_jax.expand_checkpoint",
+    "rwkvx_jax.completion",
 ]
 DOORS = "perf", "evals.report", "plan", "doctor", "eval"
 DOORS = tuple(f"rwkvx_jax.{name}" for name in DOORS)

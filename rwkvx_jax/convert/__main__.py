@@ -7,11 +7,13 @@ the destination appears only when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -44,6 +46,7 @@ from rwkvx_jax.convert.tensors import (
     DTYPES,
     ConversionError,
     LazyTensor,
+    in_dtype,
 )
 from rwkvx_jax.convert.watched import say, watched
 from rwkvx_jax.generate.terminal import show
@@ -87,6 +90,10 @@ class Options:
     """With --to hub: most bytes of tensors in one file."""
     results: WorkPath | None = None
     """With --to hub: a folder of eval.py's results, whose tables go into the model card."""
+    adapter: bool = False
+    """Write only what the run's stage has tuned (LoRA factors or initial states)."""
+    merge: WorkPath | None = None
+    """Adapter to apply to SRC, which must be the model that the adapter's stage started from."""
     allow_nonfinite: bool = False
     """Copy values that are NaN or infinite, with a warning; without this they are an error."""
 
@@ -100,6 +107,12 @@ class Options:
             )
         if self.results is not None and self.to != "hub":
             raise ConfigError("--results goes into a model card: add --to hub")
+        if self.adapter and (self.inspect or self.merge is not None or self.to != "auto"):
+            raise ConfigError("--adapter goes with none of --inspect, --merge and --to")
+        if self.inspect and self.merge is not None:
+            raise ConfigError("--merge writes a model: leave out --inspect")
+        if self.adapter and self.dst.suffix != ".safetensors":
+            raise ConfigError(f"{self.dst}: an adapter is written as a .safetensors file")
         shard_bytes(self.shard_size)
 
 
@@ -139,19 +152,38 @@ def convert(options: Options, console: Console) -> None:
     Raises:
       ConversionError, ConfigError: see the readers and writers.
     """
-    from rwkvx_jax.checkpoint import open_any  # as in `inspect`
-
     results = ""
     if options.to == "hub":
         check_new_directory(options.dst)
         results = _results(options)
-    with open_any(options.src, options.step, _dtype(options)) as source:
+    with _opened(options) as (source, extra):
         source = _configured(options, source)
         source = source._replace(tokenizer_name=_tokenizer(options, source, console))
         if options.to == "hub":
             _export(options, source, results, console)
         else:
-            _convert(options, source, console)
+            _convert(options, source, extra, console)
+
+
+@contextlib.contextmanager
+def _opened(options: Options) -> Iterator[tuple[OwnCheckpoint, dict[str, str]]]:
+    """What is to be written, and metadata beside that of a model."""
+    from rwkvx_jax.adapter import merged_with, open_adapter, run_adapter  # as in `inspect`
+    from rwkvx_jax.checkpoint import open_any
+
+    dtype = _dtype(options)
+    if options.adapter:
+        adapter = run_adapter(options.src, options.step)
+        tuned = adapter.tuned
+        yield tuned._replace(params=in_dtype(tuned.params, dtype)), adapter.metadata
+    elif options.merge is not None:
+        base = open_any(options.src, options.step)
+        with base as source, on_disk(options.merge) as file:
+            merged = merged_with(source, open_adapter(file), str(options.src))
+            yield merged._replace(params=in_dtype(merged.params, dtype)), {}
+    else:
+        with open_any(options.src, options.step, dtype) as source:
+            yield source, {}
 
 
 def _results(options: Options) -> str:
@@ -200,7 +232,9 @@ def _watched(options: Options, source: OwnCheckpoint, console: Console):
     )
 
 
-def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
+def _convert(
+    options: Options, source: OwnCheckpoint, extra: Mapping[str, str], console: Console
+) -> None:
     """Writes a single file."""
     official = options.to == "official" or (
         options.to == "auto" and options.dst.suffix in TORCH_SUFFIXES
@@ -217,9 +251,16 @@ def _convert(options: Options, source: OwnCheckpoint, console: Console) -> None:
             tensors = source.params
             metadata = own_metadata(
                 source.config, source.tokenizer_name, source.info, source.trained
-            )
+            ) | dict(extra)
         write_tensors(options.dst, tensors, metadata, accept)
-    say(console, _summary(options.dst, official, source.config))
+    if options.adapter:
+        say(
+            console,
+            f"{options.dst}: adapter, {size(options.dst) / 1e6:,.1f} MB; apply it to its base with "
+            f"`rwkvx convert BASE NEW.safetensors --merge {options.dst}`",
+        )
+    else:
+        say(console, _summary(options.dst, official, source.config))
 
 
 def _dtype(options: Options) -> np.dtype | None:

@@ -236,13 +236,12 @@ def check(tensors: Mapping[str, LazyTensor], wanted: Collection[Slot]) -> None:
         raise ConversionError("the tensors do not fit together: " + "; ".join(problems))
 
 
-def check_params(config: ModelConfig, params: Mapping[str, LazyTensor]) -> None:
-    """Checks names and shapes of our own parameters against a configuration.
+def check_params(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, LazyTensor]) -> None:
+    """Checks our own parameters against the shapes that a configuration gives them.
 
     Raises:
       ConversionError: lists every missing or extra parameter and every wrong shape.
     """
-    shapes = param_shapes(config)
     problems = _names("missing", shapes.keys() - params.keys())
     problems += _names("extra", params.keys() - shapes.keys())
     problems += [

@@ -14,6 +14,7 @@ from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.fla import has_fla_names, open_fla
 from rwkvx_jax.convert.official import open_official
 from rwkvx_jax.convert.own import (
+    ADAPTER,
     Layout,
     OwnCheckpoint,
     has_our_names,
@@ -58,6 +59,11 @@ def _open(
     dtype: np.dtype | None,
 ) -> OwnCheckpoint:
     """A checkpoint by the names of its tensors; `options` are None for a single file."""
+    if ADAPTER in metadata:
+        raise ConversionError(
+            f"{path} is an adapter, which is no model by itself: apply it to its base with "
+            f"`rwkvx convert BASE NEW.safetensors --merge {path}`"
+        )
     settings = _settings(path, metadata, (options or {}).get(SETTINGS))
     try:
         if settings is not None:

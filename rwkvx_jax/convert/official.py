@@ -27,6 +27,7 @@ from rwkvx_jax.convert.layout import (
     check,
     check_params,
     from_params,
+    param_shapes,
     slots,
     to_params,
 )
@@ -191,7 +192,7 @@ def params_to_official(
         that the official layout does not have.
     """
     params = as_lazy(params)
-    check_params(config, params)
+    check_params(param_shapes(config), params)
     if not has_official_form(config):
         raise ConversionError(
             f"a model with key_conv={config.key_conv} has no official form: the original knows no "

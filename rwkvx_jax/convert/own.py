@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, NamedTuple
 
 from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
-from rwkvx_jax.convert.layout import PARAMETERS, check_params
+from rwkvx_jax.convert.layout import PARAMETERS, check_params, param_shapes
 from rwkvx_jax.convert.official import OfficialInfo
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
 from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy, parse_json
@@ -21,6 +21,9 @@ from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy, pars
 _FORMAT, _VERSION = "rwkvx_jax_format", "2"
 _READABLE = ("1", _VERSION)  # 1: without the order of the official file, and without hashes
 _TOKENIZERS = ("world", "byte", "")
+
+ADAPTER = "adapter"
+"""Key of the metadata of a file that holds an adapter, not a model; see `rwkvx_jax.adapter`."""
 
 
 class Trained(NamedTuple):
@@ -61,7 +64,10 @@ def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:
 
 
 def read_own(
-    path: str | os.PathLike, tensors: dict[str, LazyTensor], metadata: Mapping[str, str]
+    path: str | os.PathLike,
+    tensors: dict[str, LazyTensor],
+    metadata: Mapping[str, str],
+    shapes_of: Callable[[ModelConfig], Mapping[str, tuple[int, ...]]] = param_shapes,
 ) -> OwnCheckpoint:
     """One of our checkpoints from the content of its file.
 
@@ -69,6 +75,7 @@ def read_own(
       path: the file, for messages.
       tensors: of the file.
       metadata: of the file.
+      shapes_of: the tensors that a file of this kind has.
 
     Raises:
       ConversionError: not one of ours, of a newer format, or its parameters do not fit its
@@ -92,7 +99,7 @@ def read_own(
         trained = _trained(parse_json(trained.encode())) if trained else None
         if metadata["tokenizer"] not in _TOKENIZERS:
             raise ConversionError(f"it names the unknown tokenizer {metadata['tokenizer']!r:.60}")
-        check_params(config, tensors)
+        check_params(shapes_of(config), tensors)
         return OwnCheckpoint(config, metadata["tokenizer"], tensors, info, trained)
     except KeyError as error:
         raise ConversionError(f"{path}: its metadata lacks {error}") from error
@@ -130,7 +137,7 @@ def write_own_safetensors(
       ConversionError: parameters that do not fit, or an unwritable destination.
     """
     params = as_lazy(params)
-    check_params(config, params)
+    check_params(param_shapes(config), params)
     write_safetensors(path, params, own_metadata(config, tokenizer_name, info, trained))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -237,6 +238,34 @@ def test_chats_are_written_as_in_training(chatting, folder):
         chatting.chat_template("tools")
     with pytest.raises(ConfigError, match="turn 0: role 'tool' is none of"):
         chatting.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_an_answer_in_a_chat_ends_with_its_turn(chatting, monkeypatch):
+    """Only there: a plain text may hold blank lines."""
+    from lm_eval.api.instance import Instance
+
+    from rwkvx_jax.evals.short import harness
+
+    text, stopped = " Blue.\n\nUser: And now?", []
+
+    def reader(tested, **_):
+        def answer(rows, count, advance, ended):
+            tokens = np.zeros(count, np.int32)  # 0 ends a document
+            tokens[: len(text)] = tested.tokenizer.encode(text)
+            stopped.append(ended(tokens[: len(text)]))
+            return np.stack([tokens] * len(rows))
+
+        return answer
+
+    monkeypatch.setattr(harness, "GreedyReader", reader)
+    options = {"until": [], "max_gen_toks": 40}
+    contexts = ["User: The sky?\n\nAssistant: ", "The sky?"]
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(c, options), idx=i)
+        for i, c in enumerate(contexts)
+    ]
+    assert chatting.generate_until(requests) == ["Blue.", text]
+    assert stopped == [True, False]
 
 
 @pytest.mark.thorough

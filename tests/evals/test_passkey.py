@@ -1,7 +1,9 @@
 """Passkey evaluation: prompts, scores of known readers, resumption, the results file, errors."""
 
+import dataclasses
 import errno
 import io
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from rwkvx_jax.tasks.passkey import is_eval_key
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.evals.eval_models import (
     QUIET,
+    TINY,
     FakeReader,
     make_model,
     run_command,
@@ -144,6 +147,26 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path):
         FakeReader(copy_key),
     )
     assert results.document == undisturbed.document
+
+
+def test_results_of_version_0_2_0_go_on(tmp_path):
+    """Their models lack the fields that ModelConfig has gained since."""
+    fields = "vocab_size num_blocks num_attention_blocks width head_size ffn_width attention "
+    fields += "chunk_size top_k selector selector_blocks key_conv low_rank low_rank_override init "
+    fields += "attention_init init_seed"
+    evaluate(make_options(tmp_path, limit=5), [make_model()], QUIET, FakeReader(copy_key))
+    path = tmp_path / "passkey.jsonl"
+    header, *trials = path.read_text().splitlines()
+    header = json.loads(header)
+    header["versions"]["rwkvx-jax"] = "0.2.0"
+    header["models"][0]["model"] = {name: getattr(TINY, name) for name in fields.split()}
+    path.write_text("\n".join([json.dumps(header), *trials, ""]))
+    rest = FakeReader(copy_key)
+    results = evaluate(make_options(tmp_path), [make_model()], QUIET, rest)
+    assert len(rest.read) == 7 and results.summary("model")["all"]["trials"] == 12
+    stateful = make_model()._replace(config=dataclasses.replace(TINY, learned_state=True))
+    with pytest.raises(ConfigError, match="learned_state"):
+        evaluate(make_options(tmp_path), [stateful], QUIET, FakeReader(guess))
 
 
 def test_limit_takes_the_first_trials_and_the_rest_follows(tmp_path):
