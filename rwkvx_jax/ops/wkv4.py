@@ -7,8 +7,6 @@ RWKV-4 (arXiv 2305.13048), equations 16 to 18. The state is scalar, so this is n
 `generalized_delta_rule`. A and D are kept as multiples of e^m, with m the largest exponent in them.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
@@ -47,9 +45,9 @@ def wkv4(
     """
     batch, _, width = k.shape
     wanted = {"time_decay": (width,), "time_first": (width,), "v": k.shape}
+    found = {"time_decay": time_decay, "time_first": time_first, "v": v}
     if state is not None:
-        wanted["state"] = (batch, 3, width)
-    found = {"time_decay": time_decay, "time_first": time_first, "v": v, "state": state}
+        wanted["state"], found["state"] = (batch, 3, width), state
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise ValueError(
@@ -92,7 +90,7 @@ def _sequential(u, log_w, k, v, start):
         log_w, k, v = token
         a, d, m = before
         after = _added((a, d, m + log_w), (v, jnp.ones_like(v), k))
-        return after, _output(before, u, k, v)
+        return after, _output(before, u[None], k, v)
 
     end, y = jax.lax.scan(step, start, tuple(x.swapaxes(0, 1) for x in (log_w, k, v)))
     return y.swapaxes(0, 1), end
@@ -120,7 +118,7 @@ def _associative(u, log_w, k, v, start):
             jnp.concatenate([x, y], axis=1) for x, y in zip(begin, tokens, strict=True)
         )
         sums = jax.lax.associative_scan(combine, together, axis=1)[:3]
-        y = _output(tuple(x[:, :-1] for x in sums), u, k, v)
+        y = _output(tuple(x[:, :-1] for x in sums), u[None, None], k, v)
         return tuple(x[:, -1] for x in sums), y
 
     end, y = jax.lax.scan(segment, start, (cut(log_w, 0), cut(k, -jnp.inf), cut(v, 0)))
