@@ -1,7 +1,7 @@
 """The general delta rule for TPU: a chunked recurrence and its gradient as two Pallas kernels.
 
-S_t = S_{t-1} diag(exp(log_w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T, y_t = S_t r_t or S_{t-1} r_t, has
-a decay a channel or a head, states [V, K] of any proportion, and without a and b is linear attention.
+S_t = S_{t-1} diag(exp(log_w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T and y_t = S_t r_t or S_{t-1} r_t,
+with one decay a channel or a head and a state of V x K. Without a and b this is linear attention.
 Wide, stacked and the words for sizes are those of recurrence_tpu.py. Besides:
 
 * targets: the rows that read, a and r (r alone in linear attention). Each sees the state either up
@@ -91,10 +91,20 @@ class _Rule:
     before: bool
     block: int
 
+    def name(self, direction: str) -> str:
+        """Of a kernel."""
+        kind = "delta_rule" if self.delta else "linear_attention"
+        return f"{'scalar' if self.scalar else 'vector'}_{kind}_{direction}"
+
     @property
     def exclusive(self) -> tuple[bool, ...]:
         """Of each target."""
         return (True, self.before) if self.delta else (self.before,)
+
+    @property
+    def sides(self) -> tuple[bool, ...]:
+        """Values of `exclusive`, each once."""
+        return tuple(dict.fromkeys(self.exclusive))
 
     @property
     def rows(self) -> int:
@@ -168,19 +178,18 @@ def _powers_of_two(first: int, last: int) -> list[int]:
 
 
 def _spans(rule: _Rule, chunk: int) -> list[_Span]:
-    """All that a kernel sums, those from the chunk's start, one a target, first."""
-    spans = [_Span("start", exclusive) for exclusive in rule.exclusive]
-    spans.append(_END)
+    """All that a kernel sums over."""
+    spans = [*_start_spans(rule), _END]
     if not rule.scalar:
         sides = {False, *rule.exclusive}  # the sources' side is never exclusive
         levels = [level for level in _levels(rule, chunk) if level.size]
         spans += [level.span(side) for level in levels for side in sorted(sides)]
-    return list(dict.fromkeys(spans))
+    return spans
 
 
-def _targets_spans(rule: _Rule) -> list[_Span]:
-    """Of scalar decays, for the sums between pairs."""
-    return [_Span("start", exclusive) for exclusive in rule.exclusive]
+def _start_spans(rule: _Rule) -> list[_Span]:
+    """The first of `_spans`. With the steps up to a source left out: what lies between a pair."""
+    return [_Span("start", side) for side in rule.sides]
 
 
 class _Matrix(NamedTuple):
@@ -272,9 +281,10 @@ class _ScalarPairs:
         lanes = rule.rows * shape.wide
         head = iota((shape.chunk, lanes), 1) // shape.chunk % shape.heads
         steps = self.after_source(_by_lane(steps, head))
-        matrix = sums_ref[: rule.rows * shape.chunk]
-        between = rows(*_sums(shape, matrix, steps))
-        self.factor = _causal(rule, shape, jnp.exp2(between))
+        matrix = sums_ref[: len(rule.sides) * shape.chunk]
+        between = dict(zip(rule.sides, _sums(shape, matrix, steps), strict=True))
+        factor = {side: jnp.exp2(x) for side, x in between.items()}
+        self.factor = _causal(rule, shape, rows(*(factor[side] for side in rule.exclusive)))
 
     def after_source(self, x: jax.Array) -> jax.Array:
         """Keeps entries [C, sources heads C] of tokens after the source."""
@@ -291,7 +301,11 @@ class _ScalarPairs:
 
     def gradients(self, d_scores: jax.Array, into: _Gradients) -> Generator:
         shape = self.chunk.shape
-        self.d_between = d_scores * self.result
+        self.d_between = dict.fromkeys(self.chunk.rule.sides, 0.0)
+        for side, x in zip(
+            self.chunk.rule.exclusive, _cut(shape, d_scores * self.result), strict=True
+        ):
+            self.d_between[side] = self.d_between[side] + x
         d = (d_scores * self.factor).astype(shape.dtype)
         yield
         for i, x in enumerate(_cut(shape, dot(d, self.right))):
@@ -303,7 +317,7 @@ class _ScalarPairs:
     def d_steps(self, adjoint_ref) -> list[jax.Array]:
         """Gradient of each head's log decays by way of the pairs, [C, 1]."""
         shape = self.chunk.shape
-        d = _adjoint(shape, adjoint_ref[...], [self.d_between])
+        d = _adjoint(shape, adjoint_ref[...], list(self.d_between.values()))
         d = self.after_source(d)
         return _head_sums(d, iota(d.shape, 1) // shape.chunk % shape.heads, shape.heads)
 
@@ -558,7 +572,7 @@ def _backward_kernel(*refs, rule: _Rule, shape: Shape, packs: int, chunks: int):
     """References, in this order:
 
     tokens: as in the forward; states, and with a and b inverse and u: its residuals; dy; dend;
-    the matrix of `_spans`, its adjoint, and if scalar that of `_targets_spans`;
+    the matrix of `_spans`, its adjoint, and if scalar that of `_start_spans`;
     gradients of the tokens; dstart; scratch: the gradient of the state after a step.
     """
     refs = list(refs)
@@ -744,7 +758,7 @@ def _forward_call(call: _Call, plan: Plan, tokens, start, *, residuals: bool):
         **plan.options(),
         cost_estimate=plan.cost(flops, 3, [*inputs, *out_shape]),
         interpret=call.interpret,
-        name="delta_rule_forward",
+        name=rule.name("forward"),
     )(*inputs)
 
 
@@ -755,7 +769,7 @@ def _backward_call(call: _Call, plan: Plan, tokens, saved, dy, dend):
     token_specs, token_shapes = _token_layouts(call, plan, reverse=True)
     matrices = [*_Matrix.of(_spans(rule, shape.chunk), shape)]
     if rule.scalar:
-        matrices.append(_Matrix.of(_targets_spans(rule), shape).adjoint)
+        matrices.append(_Matrix.of(_start_spans(rule), shape).adjoint)
     out_shape = [x(F32 if i == 1 else shape.dtype) for i, x in enumerate(token_shapes)]
     out_shape.append(shapes["state"])
     saved_specs = [specs[name] for name in ("states", "inverse", "values")[: len(saved)]]
@@ -780,7 +794,7 @@ def _backward_call(call: _Call, plan: Plan, tokens, saved, dy, dend):
         **plan.options(),
         cost_estimate=plan.cost(flops, 3, [*inputs, *out_shape]),
         interpret=call.interpret,
-        name="delta_rule_backward",
+        name=rule.name("backward"),
     )(*inputs)
 
 
@@ -918,8 +932,8 @@ def generalized_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The general delta rule on a TPU, differentiable in every array.
 
-    S_t = S_{t-1} diag(exp(log_w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T; y_t = S_t r_t, or S_{t-1} r_t
-    where `read` is "before".
+    S_t = S_{t-1} diag(exp(log_w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T and y_t = S_t r_t, or
+    S_{t-1} r_t where `read` is "before".
 
     Args:
       r, k, v, a, b: bfloat16 or float32, all of one dtype. It decides the products' precision:
