@@ -75,6 +75,13 @@ def unsupported_reason(
     return None
 
 
+def tile_of(tile: TileConfig, *, delta: bool) -> TileConfig:
+    """A device's tile with as many packs and items as these kernels take; linear attention, whose
+    chains are shorter, takes twice as many."""
+    packs = 8 if delta else 16
+    return dataclasses.replace(tile, max_packs=packs, max_items=2 * packs)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """What is known of a recurrence before it is traced.
@@ -945,7 +952,8 @@ def generalized_delta_rule(
       read: whether y_t sees what token t writes.
       decay_bound: every log_w is at least this; of decays a channel only. A bound saves work: down
         to -5 about half of the products between pairs. Decays below it can overflow.
-      tile: see `TileConfig`; default: `default_tile()`.
+      tile: see `TileConfig`; its chunk is cut where more than two heads share lanes; default: that
+        of the device.
       interpret: True or `pltpu.InterpretParams` to run on a CPU, for tests.
 
     Returns:
@@ -960,7 +968,7 @@ def generalized_delta_rule(
         tokens,
         before=read == "before",
         decay_bound=decay_bound,
-        tile=default_tile() if tile is None else tile,
+        tile=tile_of(default_tile(), delta=a is not None) if tile is None else tile,
         interpret=interpret,
     )
     if state is None:

@@ -103,8 +103,10 @@ def kernel(inputs, cotangents, **options):
     return with_gradients(generalized_delta_rule, **options)(inputs, cotangents)
 
 
-def check(decay, rel=1e-5, *, read="after", tile=SMALL, decay_bound=None, interpret=True, **sizes):
+def check(decay, rel=1e-5, *, read="after", tile=SMALL, decay_bound=None, interpret=None, **sizes):
     inputs, cotangents = make_inputs(decay, **sizes)
+    if interpret is None:  # True is quicker, but wrong in bfloat16 with many chunks a grid step
+        interpret = pltpu.InterpretParams() if inputs[0].dtype == jnp.bfloat16 else True
     options = {"read": read, "tile": tile, "decay_bound": decay_bound, "interpret": interpret}
     (y, end), grads = kernel(inputs, cotangents, **options)
     (y0, end0), grads0 = oracle(inputs, cotangents, before=read == "before")
@@ -198,7 +200,6 @@ def test_bfloat16(channels, delta):
         decay_bound=bound,
         tile=TileConfig(chunk=32, max_packs=1, max_items=4),
         time=128,
-        interpret=pltpu.InterpretParams(),
     )
 
 
