@@ -18,7 +18,6 @@ docs/kernels.md derives the products and records what each choice cost or saved.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Generator, Sequence
 from typing import Literal, NamedTuple
 
@@ -176,12 +175,8 @@ class _Level(NamedTuple):
 
 def _levels(rule: _Rule, chunk: int) -> list[_Level]:
     """For vector decays: every pair of a chunk, the widest apart first."""
-    halves = [_Level(size, False) for size in _powers_of_two(rule.block, chunk // 2)]
-    return halves[::-1] + [_Level(rule.block // 2, True)]
-
-
-def _powers_of_two(first: int, last: int) -> list[int]:
-    return list(itertools.takewhile(lambda x: x <= last, (first << i for i in range(8))))
+    sizes = [rule.block << i for i in range((chunk // rule.block).bit_length() - 1)]
+    return [_Level(size, False) for size in reversed(sizes)] + [_Level(rule.block // 2, True)]
 
 
 def _spans(rule: _Rule, chunk: int) -> list[_Span]:
