@@ -74,13 +74,6 @@ def unsupported_reason(
     return None
 
 
-def tile_of(tile: TileConfig, dtype: jax.typing.DTypeLike, *, delta: bool) -> TileConfig:
-    """A device's tile with as many packs and items as these kernels take: twice as many in linear
-    attention, whose chains are shorter, and half as many in float32, for the memory."""
-    packs = (8 if delta else 16) * 2 // jnp.dtype(dtype).itemsize
-    return dataclasses.replace(tile, max_packs=packs, max_items=2 * packs)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """What is known of a recurrence before it is traced.
@@ -908,6 +901,16 @@ def _block(decay_bound: float | None, chunk: int) -> int:
     return block
 
 
+def _tile_of(tile: TileConfig, tokens: _Tokens, decay_bound: float | None) -> TileConfig:
+    """A device's tile with as many packs and items as these kernels take: twice as many in linear
+    attention, whose chains are shorter; half as many in float32, and again where decays a channel
+    have no bound, as more would not fit the memory."""
+    packs = (8 if tokens.a is not None else 16) * 2 // tokens.r.dtype.itemsize
+    if not _is_scalar(tokens) and decay_bound is None:
+        packs //= 2
+    return dataclasses.replace(tile, max_packs=packs, max_items=2 * packs)
+
+
 def _make_call(tokens, *, before, decay_bound, tile, interpret) -> _Call:
     key, value = tokens.r.shape[-1], tokens.v.shape[-1]
     heads, delta = _heads_of_a_pack(key, value), tokens.a is not None
@@ -963,7 +966,7 @@ def generalized_delta_rule(
         tokens,
         before=read == "before",
         decay_bound=decay_bound,
-        tile=tile_of(default_tile(), r.dtype, delta=a is not None) if tile is None else tile,
+        tile=_tile_of(default_tile(), tokens, decay_bound) if tile is None else tile,
         interpret=interpret,
     )
     if state is None:

@@ -115,7 +115,7 @@ def _delta_rule(case: Case, struct):
         inputs,
         before=False,
         decay_bound=decay_bound,
-        tile=delta_rule_tpu.tile_of(TILES[case.chip], keys.dtype, delta=delta),
+        tile=delta_rule_tpu._tile_of(TILES[case.chip], inputs, decay_bound),
         interpret=False,
     )
     plan = delta_rule_tpu._plan_of(call, keys)
