@@ -355,13 +355,14 @@ class _VectorPairs:
             targets = {side: jnp.where(second, jnp.exp2(x), 0.0) for side, x in targets.items()}
         return [targets[side] for side in self.chunk.rule.exclusive], source
 
-    def operands(self, level: _Level) -> tuple[jax.Array, jax.Array]:
-        shape, targets, sources = self.chunk.shape, self.chunk.targets, self.chunk.sources
+    def scaled(self, level: _Level) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Targets and sources as operands, wide."""
+        dtype, targets, sources = self.chunk.shape.dtype, self.chunk.targets, self.chunk.sources
         on_targets, on_sources = self.factors(level)
         if on_targets is not None:
             targets = [x * factor for x, factor in zip(targets, on_targets, strict=True)]
             sources = [x * on_sources for x in sources]
-        return rows(*(x.astype(shape.dtype) for x in targets)), _stacked(shape, sources)
+        return [x.astype(dtype) for x in targets], [x.astype(dtype) for x in sources]
 
     def inside(self, level: _Level, x: jax.Array, other: jax.Array) -> jax.Array:
         """x at the pairs inside the level's 2 `size` tokens, the other elsewhere."""
@@ -375,7 +376,8 @@ class _VectorPairs:
         self.pairs = {}
         scores = None
         for level in self.levels:
-            left, right = self.pairs[level] = self.operands(level)
+            targets, sources = self.pairs[level] = self.scaled(level)
+            left, right = rows(*targets), _stacked(self.chunk.shape, sources)
             yield
             product = dot(left, right, NT)
             scores = self.inside(
@@ -384,22 +386,24 @@ class _VectorPairs:
         return _causal(self.chunk.rule, self.chunk.shape, scores)
 
     def gradients(self, d_scores: jax.Array, into: _Gradients) -> Generator:
-        chunk, shape = self.chunk, self.chunk.shape
+        shape, exclusive = self.chunk.shape, self.chunk.rule.exclusive
         for level in self.levels:
-            left, right = self.pairs[level]
+            targets, sources = self.pairs[level]
             d = self.inside(level, d_scores, jnp.zeros_like(d_scores)).astype(shape.dtype)
             on_targets, on_sources = self.factors(level)
             yield
-            d_targets = _cut(shape, dot(d, right))
+            d_targets = _cut(shape, dot(d, _stacked(shape, sources)))
             yield
-            d_sources = _cut_stacked(shape, dot(d, left, TN))
+            d_sources = _cut_stacked(shape, dot(d, rows(*targets), TN))
             if on_targets is not None:
+                # With the operands as they were rounded, pairs without a decay cancel exactly.
+                for x, dx, side in zip(targets, d_targets, exclusive, strict=True):
+                    into.add_sum(level.span(side), x.astype(F32) * dx)
+                for x, dx in zip(sources, d_sources, strict=True):
+                    x_dx = x.astype(F32) * dx
+                    into.add_sum(level.span(False), -x_dx if level.signed else x_dx)
                 d_targets = [x * factor for x, factor in zip(d_targets, on_targets, strict=True)]
                 d_sources = [x * on_sources for x in d_sources]
-                for x, dx, side in zip(chunk.targets, d_targets, chunk.rule.exclusive, strict=True):
-                    into.add_sum(level.span(side), x * dx)
-                for x, dx in zip(chunk.sources, d_sources, strict=True):
-                    into.add_sum(level.span(False), -x * dx if level.signed else x * dx)
             for i, (d_target, d_source) in enumerate(zip(d_targets, d_sources, strict=True)):
                 into.targets[i] = into.targets[i] + d_target
                 into.sources[i] = into.sources[i] + d_source
