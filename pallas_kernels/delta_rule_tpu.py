@@ -333,36 +333,69 @@ def _head_sums(x: jax.Array, head: jax.Array, heads: int) -> list[jax.Array]:
 
 
 class _VectorPairs:
-    """Scores of pairs with a decay a channel, by levels (see `_Level`)."""
+    """Scores of pairs with a decay a channel, by levels (see `_Level`).
+
+    Where halves are whole registers, only the second halves of the targets take part in a product
+    (as its rows), and only the first halves of the sources are scaled; elsewhere the factors of the
+    others are zero.
+    """
 
     def __init__(self, chunk: _Chunk, sums: dict[_Span, jax.Array]):
         self.chunk = chunk
         self.sums = sums
         self.levels = _levels(chunk.rule, chunk.shape.chunk)
 
+    def is_cut(self, level: _Level) -> bool:
+        whole = 8 if self.chunk.shape.dtype == F32 else 16
+        return not level.signed and level.size % whole == 0
+
+    def half(self, level: _Level, x: jax.Array, *, second: bool) -> jax.Array:
+        """Of rows [.. C, lanes] those in one half of each 2 `size`; all if the level is not cut."""
+        if not self.is_cut(level):
+            return x
+        size = level.size
+        return rows(*(x[i : i + size] for i in range(size * second, x.shape[0], 2 * size)))
+
+    def whole(self, level: _Level, x: jax.Array, *, second: bool) -> jax.Array:
+        """Undoes `half`, with zeros in the other half."""
+        if not self.is_cut(level):
+            return x
+        parts = [x[i : i + level.size] for i in range(0, x.shape[0], level.size)]
+        zeros = jnp.zeros_like(parts[0])
+        pairs = [(zeros, part) if second else (part, zeros) for part in parts]
+        return rows(*(x for pair in pairs for x in pair))
+
     def factors(self, level: _Level) -> tuple[list[jax.Array] | None, jax.Array | None]:
-        """Of each target and of the sources, [C, heads K]; None for 1."""
+        """Of the halves of each target and of the sources; None for 1."""
         if not level.size:
             return None, None
-        targets = {side: self.sums[level.span(side)] for side in set(self.chunk.rule.exclusive)}
-        source = self.sums[level.span(False)]
-        if level.signed:
-            source = jnp.exp2(-source)
-            targets = {side: jnp.exp2(x) for side, x in targets.items()}
-        else:
+        sides = set(self.chunk.rule.exclusive)
+        targets = {
+            side: jnp.exp2(self.half(level, self.sums[level.span(side)], second=True))
+            for side in sides
+        }
+        source = self.half(level, self.sums[level.span(False)], second=False)
+        source = jnp.exp2(-source if level.signed else source)
+        if not level.signed and not self.is_cut(level):
             second = iota(source.shape, 0) // level.size % 2 == 1
-            source = jnp.where(second, 0.0, jnp.exp2(source))
-            targets = {side: jnp.where(second, jnp.exp2(x), 0.0) for side, x in targets.items()}
+            source = jnp.where(second, 0.0, source)
+            targets = {side: jnp.where(second, x, 0.0) for side, x in targets.items()}
         return [targets[side] for side in self.chunk.rule.exclusive], source
 
     def scaled(self, level: _Level) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Targets and sources as operands, wide."""
-        dtype, targets, sources = self.chunk.shape.dtype, self.chunk.targets, self.chunk.sources
+        """Halves of targets and sources as operands, wide."""
+        dtype = self.chunk.shape.dtype
+        targets = [self.half(level, x, second=True) for x in self.chunk.targets]
+        sources = [self.half(level, x, second=False) for x in self.chunk.sources]
         on_targets, on_sources = self.factors(level)
         if on_targets is not None:
             targets = [x * factor for x, factor in zip(targets, on_targets, strict=True)]
             sources = [x * on_sources for x in sources]
         return [x.astype(dtype) for x in targets], [x.astype(dtype) for x in sources]
+
+    def right(self, level: _Level, sources: list[jax.Array]) -> jax.Array:
+        whole = [self.whole(level, x, second=False) for x in sources]
+        return _stacked(self.chunk.shape, whole)
 
     def inside(self, level: _Level, x: jax.Array, other: jax.Array) -> jax.Array:
         """x at the pairs inside the level's 2 `size` tokens, the other elsewhere."""
@@ -377,36 +410,40 @@ class _VectorPairs:
         scores = None
         for level in self.levels:
             targets, sources = self.pairs[level] = self.scaled(level)
-            left, right = rows(*targets), _stacked(self.chunk.shape, sources)
+            left, right = rows(*targets), self.right(level, sources)
             yield
-            product = dot(left, right, NT)
-            scores = self.inside(
-                level, product, jnp.zeros_like(product) if scores is None else scores
-            )
+            product = self.whole(level, dot(left, right, NT), second=True)
+            other = jnp.zeros_like(product) if scores is None else scores
+            scores = self.inside(level, product, other)
         return _causal(self.chunk.rule, self.chunk.shape, scores)
 
     def gradients(self, d_scores: jax.Array, into: _Gradients) -> Generator:
         shape, exclusive = self.chunk.shape, self.chunk.rule.exclusive
         for level in self.levels:
             targets, sources = self.pairs[level]
-            d = self.inside(level, d_scores, jnp.zeros_like(d_scores)).astype(shape.dtype)
+            d = self.inside(level, d_scores, jnp.zeros_like(d_scores))
+            d = self.half(level, d, second=True).astype(shape.dtype)
             on_targets, on_sources = self.factors(level)
             yield
-            d_targets = _cut(shape, dot(d, _stacked(shape, sources)))
+            d_targets = dot(d, self.right(level, sources))
+            size = targets[0].shape[0]
+            d_targets = [d_targets[i : i + size] for i in range(0, d_targets.shape[0], size)]
             yield
             d_sources = _cut_stacked(shape, dot(d, rows(*targets), TN))
+            d_sources = [self.half(level, x, second=False) for x in d_sources]
             if on_targets is not None:
                 # With the operands as they were rounded, pairs without a decay cancel exactly.
                 for x, dx, side in zip(targets, d_targets, exclusive, strict=True):
-                    into.add_sum(level.span(side), x.astype(F32) * dx)
+                    x_dx = self.whole(level, x.astype(F32) * dx, second=True)
+                    into.add_sum(level.span(side), x_dx)
                 for x, dx in zip(sources, d_sources, strict=True):
-                    x_dx = x.astype(F32) * dx
+                    x_dx = self.whole(level, x.astype(F32) * dx, second=False)
                     into.add_sum(level.span(False), -x_dx if level.signed else x_dx)
                 d_targets = [x * factor for x, factor in zip(d_targets, on_targets, strict=True)]
                 d_sources = [x * on_sources for x in d_sources]
             for i, (d_target, d_source) in enumerate(zip(d_targets, d_sources, strict=True)):
-                into.targets[i] = into.targets[i] + d_target
-                into.sources[i] = into.sources[i] + d_source
+                into.targets[i] = into.targets[i] + self.whole(level, d_target, second=True)
+                into.sources[i] = into.sources[i] + self.whole(level, d_source, second=False)
 
 
 # --------------------------------------------------------------------------------------------
