@@ -253,6 +253,16 @@ def test_other_sizes(channels, key, value, dtype, rel):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("channels", [1, 128])
+def test_chunks_of_128(channels, delta):
+    bound = -5.0 if channels > 1 else None
+    tile = TileConfig(chunk=128, max_packs=1, max_items=2)
+    sizes = {"key": 128, "value": 128, "time": 150}
+    check(spread(-5.0, channels), delta=delta, decay_bound=bound, tile=tile, **sizes)
+
+
 def test_missing_state_is_zeros():
     inputs, _ = make_inputs(spread(-1.0, 1), time=20)
     run = functools.partial(generalized_delta_rule, tile=SMALL, interpret=True)
