@@ -4,16 +4,7 @@ As `recurrence_chunked` for RWKV-7: chunks of C tokens are solved by matrix prod
 passes between chunks, N chunks (a segment) are processed at once, and the backward pass recomputes
 each segment from the state at its start. What differs is how decays enter. There a chunk's rows and
 columns are scaled from its middle, which overflows unless decays are bounded. Here D(i, j), what
-the tokens after j up to i leave of a channel, is a product of two factors of at most 1.
-
-By levels: for every pair j < i there is one h of 1, 2, 4, .. C/2 such that i lies in the second and
-j in the first half of the same 2h tokens. With m the border between the halves,
-
-    D(i, j) = exp(E_h[i]) exp(S_h[j])       E_h[i]: sum of log_w from m to i      at most 0
-                                            S_h[j]: sum of log_w after j up to m  at most 0
-
-A sum over more tokens is a sum of sums over fewer. Nothing is ever subtracted, so nothing cancels
-beside a decay of -1e4, and a reset (log_w = -inf) is exact.
+the tokens after j up to i leave of a channel, is a product of two factors of at most 1 (`decays`).
 
 One decay a head (the last axis of log_w is 1) multiplies the scores, so the C x C matrix of D is
 made by itself. Decays of single channels scale rows and columns, level by level; where a bound is
@@ -31,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rwkvx_jax.ops.decays import as_mask, between, halves, level_of, levels_of
 from rwkvx_jax.ops.recurrence_chunked import (
     MAX_EXPONENT,
     Plan,
@@ -76,10 +68,9 @@ def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form:
       y [B, T, H, V] in v's dtype and the final state.
     """
     length = tokens["v"].shape[1]
-    bounded = plan.fit(length)[0].chunk_size <= form.leaf
-    if bounded and "a" in tokens and tokens["log_w"].shape[-1] > 1 and not form.reads_before:
-        # What RWKV-7 asks for, whose gradient is written by hand.
-        return wkv7_chunked(**tokens, state=state, plan=plan)
+    bounded = tokens["log_w"].shape[-1] == 1 or plan.fit(length)[0].chunk_size <= form.leaf
+    if bounded and "a" in tokens and not form.reads_before:
+        return wkv7_chunked(**tokens, state=state, plan=plan)  # its gradient is written by hand
     plan, padded = plan.fit(length)
     if padded > length:  # tokens of zeros leave the state alone
         pad = ((0, 0), (0, padded - length), (0, 0), (0, 0))
@@ -168,7 +159,7 @@ def _segment(plan, form, segment, start):
 def _prepare(plan, form, segment) -> _Chunks:
     r, log_w, k, v = (segment[name] for name in ("r", "log_w", "k", "v"))
     delta = "a" in segment
-    levels = _levels(log_w)
+    levels = levels_of(log_w)
     before, after, total = levels[-1]  # of the whole chunk
     to_token = jnp.exp(before if form.reads_before else before + log_w)
     to_end = jnp.exp(after)
@@ -242,40 +233,7 @@ def _scan_maps(plan, chunks, start):
     return jnp.concatenate([start[None], ends[:-1]]), ends[-1]
 
 
-# ------------------------------------------------------------------------------------ the decays
-
-
-def _levels(log_w):
-    """For h = 1, 2, 4, .. C: (before, after, total) of log_w [.., C, n] within blocks of h tokens.
-
-    before [.., C, n] sums the block's tokens before each, after [.., C, n] those after each, total
-    [.., C / h, n] all of them.
-    """
-    size = log_w.shape[-2]
-    before = after = jnp.zeros_like(log_w)
-    total = log_w
-    levels = [(before, after, total)]
-    for half in (1 << i for i in range(size.bit_length() - 1)):
-        first, second = (_halves(total, 1)[..., i, :, :] for i in (0, 1))  # [.., C / 2h, 1, n]
-        zero = jnp.zeros_like(first)
-        before = _halves(before, half) + jnp.stack([zero, first], axis=-3)
-        after = _halves(after, half) + jnp.stack([second, zero], axis=-3)
-        before, after = before.reshape(log_w.shape), after.reshape(log_w.shape)
-        total = (first + second)[..., 0, :]
-        levels.append((before, after, total))
-    return levels
-
-
-def _halves(x, half):
-    """Rows [.., C, n] as pairs of neighbouring blocks: [.., C / 2 half, 2, half, n]."""
-    return x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
-
-
-def _level_of(size):
-    """[C, C]: for i > j the h of their level; 0 on the diagonal, -1 above it."""
-    i, j = np.arange(size)[:, None], np.arange(size)[None, :]
-    highest = 1 << np.maximum(0, np.frexp((i ^ j).astype(np.float64))[1] - 1)
-    return np.where(i > j, highest, np.where(i == j, 0, -1))
+# ------------------------------------------------------------------------------------ the scores
 
 
 def _scores_of_heads(plan, form, left, right, log_w, levels, inclusive):
@@ -290,10 +248,7 @@ def _scores_of_heads(plan, form, left, right, log_w, levels, inclusive):
       For each of left a list of [.., C, C], one for each of right: rows are targets.
     """
     size = plan.chunk_size
-    level = _as_mask(_level_of(size), log_w)
-    strict = jnp.full((*log_w.shape[:-1], size), -jnp.inf)
-    for n, (before, after, _) in enumerate(levels[:-1]):
-        strict = jnp.where(level == 1 << n, before + after.swapaxes(-1, -2), strict)
+    level, strict = as_mask(level_of(size), log_w), between(log_w)
     decays = []
     for includes in inclusive:
         decay = jnp.exp(strict + log_w) if includes else jnp.exp(strict)
@@ -310,8 +265,8 @@ def _scores_of_channels(plan, form, left, right, log_w, levels, inclusive):
     scores = make(plan, left, right, log_w, levels, leaf, inclusive)
     for n in range(leaf.bit_length() - 1, size.bit_length() - 1):
         rows, columns = _decayed(left, right, log_w, levels[n], inclusive)
-        lower = [_halves(x, 1 << n)[..., 1, :, :] for x in rows]
-        upper = [_halves(x, 1 << n)[..., 0, :, :] for x in columns]
+        lower = [halves(x, 1 << n)[..., 1, :, :] for x in rows]
+        upper = [halves(x, 1 << n)[..., 0, :, :] for x in columns]
         scores = _each(_merged, scores, _products(plan, lower, upper))
     return [[x[..., 0, :, :] for x in row] for row in scores]
 
@@ -334,10 +289,10 @@ def _merged(scores, corner):
 
 def _leaves(plan, left, right, log_w, levels, leaf, inclusive):
     """Scores within blocks of `leaf` tokens, [.., p, leaf, leaf] each: a masked product a level."""
-    level = _level_of(leaf)
+    level = level_of(leaf)
     blocks = lambda xs: [x.reshape(*x.shape[:-2], -1, leaf, x.shape[-1]) for x in xs]
     products = _products(plan, blocks(left), blocks(right))
-    keep = lambda x, chosen: jnp.where(_as_mask(chosen, x), x, 0)
+    keep = lambda x, chosen: jnp.where(as_mask(chosen, x), x, 0)
     scores = [
         [keep(x, (level == 0) & includes) for x in row]
         for includes, row in zip(inclusive, products, strict=True)
@@ -361,9 +316,9 @@ def _bounded_leaves(plan, left, right, log_w, levels, leaf, inclusive):
         for x, includes in zip(left, inclusive, strict=True)
     ]
     products = _products(plan, rows, [blocks(x) * jnp.exp(from_column) for x in right])
-    level = _level_of(leaf)
+    level = level_of(leaf)
     return [
-        [jnp.where(_as_mask(level >= (0 if includes else 1), x), x, 0) for x in row]
+        [jnp.where(as_mask(level >= (0 if includes else 1), x), x, 0) for x in row]
         for includes, row in zip(inclusive, products, strict=True)
     ]
 
@@ -382,11 +337,6 @@ def _products(plan, left, right, scale=1.0):
 def _each(fn, scores, others):
     """`fn` of the corresponding arrays of two lists of lists."""
     return [list(map(fn, *rows)) for rows in zip(scores, others, strict=True)]
-
-
-def _as_mask(mask, like):
-    """A constant [i, j] in front of which axes of 1 stand, as many as `like` has."""
-    return mask.reshape((1,) * (like.ndim - 2) + mask.shape)
 
 
 # ------------------------------------------------------------------------------------ arithmetic
@@ -412,7 +362,7 @@ def _solve_backward(plan, residuals, d_solved):
     x, solved = residuals
     d_z = _dot(plan, "...ji,...jv->...iv", x, d_solved)
     size = x.shape[-1]
-    below = _as_mask(np.tri(size, k=-1, dtype=bool), x)
+    below = as_mask(np.tri(size, k=-1, dtype=bool), x)
     return jnp.where(below, _dot(plan, "...iv,...jv->...ij", d_z, solved), 0), d_z
 
 

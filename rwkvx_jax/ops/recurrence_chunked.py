@@ -19,6 +19,8 @@ log_w within it (gi including the own token, ge excluding it, gl at the end, g* 
 
 U holds what the removal keys read, one row a token. Taken from the middle of the chunk, exponents
 stay within +-0.6065 C / 2, and scaling by them costs no precision: products keep relative errors.
+With one decay a head, log_w [.., C, 1], L and R are not scaled; A is multiplied by e^(ge_t - gi_s) or
+e^(gi_t - gi_s), which are sums between tokens and need no bound (`decays`).
 """
 
 import dataclasses
@@ -29,6 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
+
+from rwkvx_jax.ops.decays import Decays, decays_of_channels, decays_of_heads, running_sum
 
 # Entries of L R^T above the diagonal reach e^(0.6065 C): e^78 fits float32 at 128, e^155 does not.
 MAX_CHUNK_SIZE = 128
@@ -76,7 +80,7 @@ class Plan:
 @functools.partial(jax.jit, static_argnames="plan")
 def wkv7_chunked(
     r: Float[Array, "B T H K"],
-    log_w: Float[Array, "B T H K"],
+    log_w: Float[Array, "B T H _"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     a: Float[Array, "B T H K"],
@@ -85,7 +89,10 @@ def wkv7_chunked(
     *,
     plan: Plan,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
-    """`recurrence.wkv7` by chunks, arguments already validated; returns y and the final state."""
+    """`recurrence.wkv7` by chunks, arguments already validated; returns y and the final state.
+
+    With one decay a head, log_w [B, T, H, 1], that may have any strength.
+    """
     tokens = r.shape[1]
     plan, padded = plan.fit(tokens)
     inputs: tuple[jax.Array, ...] = (r, log_w, k, v, a, b)
@@ -166,18 +173,13 @@ def put(array, piece, i):
 class _Chunks(NamedTuple):
     """The chunks of a segment, as far as they do not depend on the state."""
 
-    scale_a: jax.Array  # [N, B, H, C, K] e^(ge-g*)
-    scale_r: jax.Array  # [N, B, H, C, K] e^(gi-g*)
-    scale_bk: jax.Array  # [N, B, H, C, K] e^(g*-gi)
-    from_start: jax.Array  # [N, B, H, 1, K] e^g*
-    to_end: jax.Array  # [N, B, H, 1, K] e^(gl-g*)
+    decays: Decays
     left: jax.Array  # [N, B, H, 2C, K] L
     right: jax.Array  # [N, B, H, 2C, K] R
     scores: jax.Array  # [N, B, H, 2C, 2C] A
     inverse: jax.Array  # [N, B, H, C, C] X
     read: jax.Array  # [N, B, H, 2C, K] [W ; r e^gi]: reads the state at the start
     write: jax.Array  # [N, B, H, 2C, K] R e^(gl-g*): writes to the state at the end
-    keep: jax.Array  # [N, B, H, K, 1] e^gl
     u0: jax.Array  # [N, B, H, C, V]
     v: jax.Array  # [N, B, H, C, V]
 
@@ -185,32 +187,22 @@ class _Chunks(NamedTuple):
 def _prepare(plan, segment) -> _Chunks:
     r, log_w, k, v, a, b = segment
     size = plan.chunk_size
-    total = _running_sum(log_w)
-    middle = total[..., max(size // 2 - 1, 0), :][..., None, :]
-    including = total - middle
-    scale_a, scale_r = jnp.exp(including - log_w), jnp.exp(including)
-    scale_bk = jnp.exp(-including)
-    from_start, to_end = jnp.exp(middle), jnp.exp(including[..., -1:, :])
-
-    left = _stack(a * scale_a, r * scale_r)
-    right = _stack(b * scale_bk, k * scale_bk)
-    scores = _causal(_dot(plan, "...ik,...jk->...ij", left, right))
+    decays = (decays_of_heads if log_w.shape[-1] == 1 else decays_of_channels)(log_w)
+    left = _stack(a * decays.scale_a, r * decays.scale_r)
+    right = _stack(b * decays.scale_bk, k * decays.scale_bk)
+    scores = _causal(_dot(plan, "...ik,...jk->...ij", left, right)) * decays.scores
     inverse = unit_inverse(plan, scores[..., :size, :size])
-    w = _dot(plan, "...ij,...jk->...ik", inverse, left[..., :size, :] * from_start)
+    read = left * decays.from_start
+    w = _dot(plan, "...ij,...jk->...ik", inverse, read[..., :size, :])
     u0 = _dot(plan, "...ij,...jv->...iv", scores[..., :size, size:], v)
     return _Chunks(
-        scale_a=scale_a,
-        scale_r=scale_r,
-        scale_bk=scale_bk,
-        from_start=from_start,
-        to_end=to_end,
+        decays=decays,
         left=left,
         right=right,
         scores=scores,
         inverse=inverse,
-        read=_stack(w, left[..., size:, :] * from_start),
-        write=right * to_end,
-        keep=_transpose(from_start * to_end),
+        read=_stack(w, read[..., size:, :]),
+        write=right * decays.to_end,
         u0=_dot(plan, "...ij,...jv->...iv", inverse, u0),
         v=v,
     )
@@ -231,9 +223,10 @@ def _segment_backward(plan, segment, start, end, dy, d_end):
 
     `end` is the state after the segment, known from the forward pass.
     """
-    r, _, k, v, a, b = segment
+    r, log_w, k, v, a, b = segment
     size = plan.chunk_size
     chunks = _prepare(plan, segment)
+    decays = chunks.decays
     states, u, _ = _pass_states(plan, chunks, start)
     d_uv = _dot(plan, "...ji,...jv->...iv", chunks.scores[..., size:, :], dy)  # what y adds
     d_ends, d_u, d_start = _pass_cotangents(plan, chunks, dy, d_uv[..., :size, :], d_end)
@@ -244,13 +237,13 @@ def _segment_backward(plan, segment, start, end, dy, d_end):
     d_v += _dot(plan, "...ji,...jv->...iv", chunks.scores[..., :size, size:], d_z)
 
     d_zy, uv = _stack(d_z, dy), _stack(u, v)
-    d_scores = _causal(_dot(plan, "...iv,...jv->...ij", d_zy, uv))
+    d_scores = _causal(_dot(plan, "...iv,...jv->...ij", d_zy, uv)) * decays.scores
     d_left = _dot(plan, "...ij,...jk->...ik", d_scores, chunks.right)
-    d_left += chunks.from_start * _dot(plan, "...iv,...kv->...ik", d_zy, states)
+    d_left += decays.from_start * _dot(plan, "...iv,...kv->...ik", d_zy, states)
     d_right = _dot(plan, "...ij,...ik->...jk", d_scores, chunks.left)
-    d_right += chunks.to_end * _dot(plan, "...iv,...kv->...ik", uv, d_ends)
-    d_a, d_r = d_left[..., :size, :] * chunks.scale_a, d_left[..., size:, :] * chunks.scale_r
-    d_b, d_k = d_right[..., :size, :] * chunks.scale_bk, d_right[..., size:, :] * chunks.scale_bk
+    d_right += decays.to_end * _dot(plan, "...iv,...kv->...ik", uv, d_ends)
+    d_a, d_r = d_left[..., :size, :] * decays.scale_a, d_left[..., size:, :] * decays.scale_r
+    d_b, d_k = d_right[..., :size, :] * decays.scale_bk, d_right[..., size:, :] * decays.scale_bk
 
     # The decay enters through gi: L grows with it, R falls; the rows of a belong to the token
     # before. All that flows through the end of the chunk adds sum_v P' dP' to each of its tokens.
@@ -259,7 +252,10 @@ def _segment_backward(plan, segment, start, end, dy, d_end):
     ends = jnp.concatenate([states[1:], end[None]])
     # A product with ones, as XLA's fused sums are many times slower on a CPU.
     d_last = _dot(plan, "...kv,v->...k", ends * d_ends, np.ones(end.shape[-1], np.float32))
-    d_log_w = _running_sum(d_total, reverse=True) - a_da + d_last[..., None, :]
+    d_log_w = running_sum(d_total, reverse=True) - a_da + d_last[..., None, :]
+    if log_w.shape[-1] == 1:
+        d_log_w = _dot(plan, "...k,k->...", d_log_w, np.ones(d_log_w.shape[-1], np.float32))
+        d_log_w = jnp.where(jnp.isneginf(log_w), 0, d_log_w[..., None])  # of a reset exactly 0
     return d_start, (d_r, d_log_w, d_k, d_v, d_a, d_b)
 
 
@@ -283,7 +279,7 @@ def _pass_states(plan, chunks, start):
         end = keep * state + _dot(plan, "...ik,...iv->...kv", write, _stack(u, v))
         return end, (state, u)
 
-    xs = (w, chunks.u0, chunks.v, chunks.write, chunks.keep)
+    xs = (w, chunks.u0, chunks.v, chunks.write, chunks.decays.keep)
     end, (states, u) = jax.lax.scan(step, start, xs)
     return states, u, end
 
@@ -311,7 +307,7 @@ def _pass_cotangents(plan, chunks, dy, d_u, d_end):
         d_state = keep * d_end + _dot(plan, "...ik,...iv->...kv", read, _stack(d_u, dy))
         return d_state, (d_end, d_u)
 
-    xs = (write_b, chunks.read, chunks.keep, d_u, dy)
+    xs = (write_b, chunks.read, chunks.decays.keep, d_u, dy)
     d_start, (d_ends, d_u) = jax.lax.scan(step, d_end, xs, reverse=True)
     return d_ends, d_u, d_start
 
@@ -320,7 +316,9 @@ def chunk_maps(plan: Plan, chunks: _Chunks) -> tuple[jax.Array, jax.Array]:
     """The affine maps P' = M P + G of the chunks: M [N, B, H, K, K] and G [N, B, H, K, V]."""
     size = plan.chunk_size
     w, write_b = chunks.read[..., :size, :], chunks.write[..., :size, :]
-    m = chunks.keep * jnp.eye(w.shape[-1], dtype=jnp.float32).reshape(1, 1, 1, *w.shape[-1:] * 2)
+    m = chunks.decays.keep * jnp.eye(w.shape[-1], dtype=jnp.float32).reshape(
+        1, 1, 1, *w.shape[-1:] * 2
+    )
     m += _dot(plan, "...ik,...ij->...kj", write_b, w)
     g = _dot(plan, "...ik,...iv->...kv", chunks.write, _stack(chunks.u0, chunks.v))
     return m, g
@@ -379,17 +377,6 @@ def _causal(x):
 
 def _where(mask, x):
     return jnp.where(mask.reshape((1,) * (x.ndim - 2) + mask.shape), x, 0)
-
-
-def _running_sum(x, reverse=False):
-    """Sum over a chunk's tokens up to each (from each on), [.., C, K], as a triangular product.
-
-    In full precision: rounded exponents would be errors of the decay itself.
-    """
-    size = x.shape[-2]
-    triangle = np.tri(size, dtype=np.float32)
-    triangle = jnp.broadcast_to(triangle.T if reverse else triangle, (*x.shape[:-1], size))
-    return jnp.einsum("...ts,...sk->...tk", triangle, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def _stack(upper, lower):
