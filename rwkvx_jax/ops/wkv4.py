@@ -83,7 +83,7 @@ def _added(first, second):
 
 def _output(before, u, k, v):
     """y of tokens, given the sums before each."""
-    a, d, _ = _added(before, (v, jnp.ones_like(v), u + k))
+    a, d, _ = _added(before, (v, jnp.ones_like(v), jnp.broadcast_to(u, k.shape) + k))
     return a / jnp.where(d == 0, 1, d)  # of tokens that do not count, there may be nothing
 
 
