@@ -7,8 +7,6 @@ RWKV-4 (arXiv 2305.13048), equations 16 to 18. The state is scalar, so this is n
 `generalized_delta_rule`. A and D are kept as multiples of e^m, with m the largest exponent in them.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
@@ -47,9 +45,9 @@ def wkv4(
     """
     batch, _, width = k.shape
     wanted = {"time_decay": (width,), "time_first": (width,), "v": k.shape}
+    found = {"time_decay": time_decay, "time_first": time_first, "v": v}
     if state is not None:
-        wanted["state"] = (batch, 3, width)
-    found = {"time_decay": time_decay, "time_first": time_first, "v": v, "state": state}
+        wanted["state"], found["state"] = (batch, 3, width), state
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise ValueError(
@@ -74,16 +72,16 @@ def wkv4(
 def _added(first, second):
     """Two weighted sums (A, D, m), each times e^m, as one."""
     (a1, d1, m1), (a2, d2, m2) = first, second
-    # Nothing read yet is 0 at m = -inf; any finite m serves there, and has a gradient.
     m = jax.lax.stop_gradient(jnp.maximum(m1, m2))
-    m = jnp.where(jnp.isneginf(m), 0.0, m)
-    e1, e2 = jnp.exp(m1 - m), jnp.exp(m2 - m)
+    # Nothing and nothing are 0 at m = -inf; a finite factor has a gradient there.
+    factor = jnp.where(jnp.isneginf(m), 0.0, m)
+    e1, e2 = jnp.exp(m1 - factor), jnp.exp(m2 - factor)
     return a1 * e1 + a2 * e2, d1 * e1 + d2 * e2, m
 
 
 def _output(before, u, k, v):
     """y of tokens, given the sums before each."""
-    a, d, _ = _added(before, (v, jnp.ones_like(v), jnp.broadcast_to(u, k.shape) + k))
+    a, d, _ = _added(before, (v, jnp.ones_like(v), u + k))
     return a / jnp.where(d == 0, 1, d)  # of tokens that do not count, there may be nothing
 
 
@@ -92,7 +90,7 @@ def _sequential(u, log_w, k, v, start):
         log_w, k, v = token
         a, d, m = before
         after = _added((a, d, m + log_w), (v, jnp.ones_like(v), k))
-        return after, _output(before, u, k, v)
+        return after, _output(before, u[None], k, v)
 
     end, y = jax.lax.scan(step, start, tuple(x.swapaxes(0, 1) for x in (log_w, k, v)))
     return y.swapaxes(0, 1), end
@@ -120,7 +118,7 @@ def _associative(u, log_w, k, v, start):
             jnp.concatenate([x, y], axis=1) for x, y in zip(begin, tokens, strict=True)
         )
         sums = jax.lax.associative_scan(combine, together, axis=1)[:3]
-        y = _output(tuple(x[:, :-1] for x in sums), u, k, v)
+        y = _output(tuple(x[:, :-1] for x in sums), u[None, None], k, v)
         return tuple(x[:, -1] for x in sums), y
 
     end, y = jax.lax.scan(segment, start, (cut(log_w, 0), cut(k, -jnp.inf), cut(v, 0)))

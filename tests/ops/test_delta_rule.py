@@ -233,7 +233,7 @@ def test_bad_input(change, message):
 
 
 def wkv4_loop(inputs):
-    log_w, u = -jnp.exp(inputs["time_decay"]), inputs["time_first"]
+    log_w, u = -jnp.exp(inputs["time_decay"][None]), inputs["time_first"][None]
     num, den, top = (inputs["state"][:, i] for i in range(3))
 
     def step(sums, token):
