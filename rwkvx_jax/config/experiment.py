@@ -23,6 +23,7 @@ Matrix = Literal[
     "attention.value",
     "attention.output",
 ]
+_PROJECTIONS = tuple(f"time_mix.{part}" for part in ("receptance", "key", "value"))
 ADAPTERS = "lora"
 """First part of the names of adapters among the parameters of a stage."""
 INITIAL_STATE = "blocks.time_mix.initial_state"
@@ -320,6 +321,11 @@ class Config(Checked):
     def __post_init__(self):
         super().__post_init__()
         require(len(self.stages) > 0, "stages is empty: name at least one stage")
+        require(
+            self.model.mixer != "rwkv4" or self.mesh.context == 1,
+            f'model.mixer "rwkv4" has no context parallelism, but mesh.context is '
+            f"{self.mesh.context}: set it to 1",
+        )
         names = [stage.name for stage in self.stages]
         repeated = sorted({name for name in names if names.count(name) > 1})
         require(not repeated, f"stage names {repeated} occur twice: give each stage its own")
@@ -359,6 +365,11 @@ class Config(Checked):
         require(
             model.num_attention_blocks > 0 or not absent,
             f"{owner}.targets names {absent}: the model has no attention blocks; leave them out",
+        )
+        absent = [name for name in stage.lora.targets if name in _PROJECTIONS]
+        require(
+            model.mixer != "mamba2" or not absent,
+            f'{owner}.targets names {absent}, which the mixer "mamba2" has not: leave them out',
         )
         require(
             stage.lora.rank < model.width,

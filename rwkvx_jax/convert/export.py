@@ -176,10 +176,10 @@ def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str
 
 
 def _model_type(config: ModelConfig) -> str:
-    """The name for a model of transformers if it is one, which has no attention blocks, no learned
-    states, and heads of 64: there, others are normalised with another epsilon."""
-    plain = config.num_attention_blocks == 0 and config.head_size == 64
-    plain = plain and not config.learned_state
+    """The name for a model of transformers if it is one: an RWKV-7 without attention blocks and
+    learned states, its heads of 64 (there, others are normalised with another epsilon)."""
+    plain = config.mixer == "rwkv7" and not config.learned_state
+    plain = plain and config.num_attention_blocks == 0 and config.head_size == 64
     return "rwkv7" if plain else "rwkvx"
 
 
