@@ -20,7 +20,8 @@ from rwkvx_jax.ops.delta_rule_chunked import Form, chunked, leaf_of
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
 from rwkvx_jax.ops.placement import local, vary_together
-from rwkvx_jax.ops.recurrence_chunked import MAX_CHUNK_SIZE, Plan
+from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
+from rwkvx_jax.ops.recurrence_chunked import Plan
 from rwkvx_jax.ops.recurrence_sequential import sequential
 
 # Tokens of a chunk and chunks of a segment, by what the chunk costs: (linear, delta rule).
@@ -32,7 +33,6 @@ _NO_FORWARD_MODE = (
     "generalized_delta_rule: only implementation='sequential' can be differentiated in forward "
     "mode (jvp, jacfwd, linearize); all others have a reverse mode of their own (grad, vjp)"
 )
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def generalized_delta_rule(
@@ -96,10 +96,10 @@ def generalized_delta_rule(
         )
     if a is not None and b is not None:
         arrays |= {"a": a, "b": b}
-    _check_arrays(arrays, state)
+    check_arrays("generalized_delta_rule", arrays, state, general=True)
     if read not in ("after", "before"):
         raise ValueError(f"generalized_delta_rule: read must be 'after' or 'before', got {read!r}")
-    check_decay("generalized_delta_rule", log_w, decay_bound)
+    _check_decay(log_w, decay_bound)
     delta = a is not None
     candidates = _candidates(r, v, log_w, decay_bound)
     chosen = resolve("generalized_delta_rule", implementation, candidates)
@@ -208,92 +208,14 @@ def _candidates(r, v, log_w, decay_bound) -> tuple[Candidate, ...]:
     )
 
 
-# --------------------------------------------------------------------------------------- checks
-
-
-def _check_arrays(arrays: dict[str, jax.Array], state: jax.Array | None) -> None:
-    """Raises ValueError, naming the array, unless shapes, heads and dtypes agree."""
-    op, r, v = "generalized_delta_rule", arrays["r"], arrays["v"]
-    for name, x in (("r", r), ("v", v)):
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{op}: {name} must be a non-empty [B, T, heads, channels], got the "
-                             f"shape {x.shape}")  # fmt: skip
-    if r.dtype not in _DTYPES:
-        raise ValueError(f"{op}: r must be one of {', '.join(_DTYPES)}, got {r.dtype}")
-    (batch, time, heads, keys), (value_heads, width) = r.shape, v.shape[2:]
-    if value_heads % heads:
-        raise ValueError(
-            f"{op}: v has {value_heads} heads and r has {heads}: the heads of v must be a multiple"
-        )
-    allowed = {
-        "r": ((heads,), (keys,)),
-        "k": ((heads,), (keys,)),
-        "v": ((value_heads,), (width,)),
-        "log_w": ((heads, value_heads), (keys, 1)),
-        "a": ((heads, value_heads), (keys,)),
-        "b": ((heads, value_heads), (keys,)),
-    }
-    for name, x in arrays.items():
-        of_heads, of_channels = allowed[name]
-        fits = x.ndim == 4 and x.shape[:2] == (batch, time)
-        if not fits or x.shape[2] not in of_heads or x.shape[3] not in of_channels:
-            either = lambda sizes: " or ".join(map(str, dict.fromkeys(sizes)))
-            raise ValueError(
-                f"{op}: {name} must be [{batch}, {time}, {either(of_heads)}, {either(of_channels)}]"
-                f" for r {r.shape} and v {v.shape}, got {x.shape}"
-            )
-        if x.dtype != r.dtype and not (name == "log_w" and x.dtype == jnp.float32):
-            alternative = " or float32" if name == "log_w" else ""
-            raise ValueError(
-                f"{op}: {name} must have the dtype of r, {r.dtype}{alternative}, got {x.dtype}"
-            )
-    if state is None:
-        return
-    shape = (batch, value_heads, width, keys)
-    if state.shape != shape:
-        raise ValueError(f"{op}: state must be [B, HV, V, K] = {shape}, got {state.shape}")
-    if state.dtype != jnp.float32:
-        raise ValueError(f"{op}: state must be float32, got {state.dtype}; cast it")
-
-
-def known_range(x: jax.Array) -> tuple[float, float] | None:
-    """Smallest and largest entry, or None where they are not known yet (traced)."""
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-        return None
-    with jax.ensure_compile_time_eval():  # a constant of a program that is being traced
-        return float(jnp.min(x)), float(jnp.max(x))
-
-
-def check_decay(op: str, log_w: jax.Array, decay_bound: float | None) -> None:
+def _check_decay(log_w: jax.Array, decay_bound: float | None) -> None:
     """Raises ValueError where `log_w` is known and positive, not a number, or below the bound."""
+    op = "generalized_delta_rule"
     if decay_bound is not None and not -np.inf < decay_bound <= 0:
         raise ValueError(f"{op}: decay_bound must be finite and at most 0, got {decay_bound}")
-    found = known_range(log_w)
-    if found is None:
-        return
-    lowest, highest = found
-    if not highest <= 0:
-        raise ValueError(
-            f"{op}: log_w is the logarithm of a decay, at most 0, got {highest:g}: pass log(w), "
-            "with w in [0, 1]"
-        )
-    if decay_bound is not None and lowest < decay_bound:
+    lowest = lowest_decay(op, log_w)
+    if lowest is not None and decay_bound is not None and lowest < decay_bound:
         raise ValueError(
             f"{op}: log_w goes down to {lowest:g}, below decay_bound {decay_bound:g}: pass a lower "
             "bound, or None"
-        )
-
-
-def check_chunk_size(op: str, chunk_size: int | None, implementation: str) -> None:
-    """Raises ValueError unless the implementation takes such chunks."""
-    if chunk_size is None:
-        return
-    if implementation not in ("chunked", "associative"):
-        raise ValueError(
-            f"{op}: chunk_size is for 'chunked' and 'associative'; {implementation!r} has none, "
-            "leave it None"
-        )
-    if not 1 <= chunk_size <= MAX_CHUNK_SIZE or chunk_size & (chunk_size - 1):
-        raise ValueError(
-            f"{op}: chunk_size must be a power of two from 1 to {MAX_CHUNK_SIZE}, got {chunk_size}"
         )

@@ -19,8 +19,8 @@ One decay a head (the last axis of log_w is 1) multiplies the scores, so the C x
 made by itself. Decays of single channels scale rows and columns, level by level; where a bound is
 known, leaves of as many tokens as it allows are scaled from their middle in one product.
 
-State and arrays are as in `recurrence_chunked`, P = S^T, with left factors [a ; r] and right
-factors [b ; k] along an axis of their own; linear attention has r and k alone, and no inverse.
+State and arrays are as in `recurrence_chunked`, P = S^T, with lists of left factors, [a, r], and
+of right factors, [b, k]; linear attention has r and k alone, and no inverse.
 """
 
 import dataclasses
@@ -31,9 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.ops.recurrence_chunked import Plan, cut, put, unit_inverse
-
-MAX_EXPONENT = 80  # e^80 leaves float32 a factor of 6000 for the inputs
+from rwkvx_jax.ops.recurrence_chunked import MAX_EXPONENT, Plan, cut, put, unit_inverse
 
 _LEAF = 16  # tokens whose scores are made by masked products, one a level
 
@@ -52,7 +50,7 @@ class Form:
 
 
 def leaf_of(decay_bound: float | None) -> int:
-    """Tokens whose decays of at least `decay_bound` may be scaled from their middle: `Form.leaf`."""
+    """`Form.leaf` for decays of at least `decay_bound`: half of it reaches -MAX_EXPONENT."""
     if decay_bound is None:
         return 1
     half = MAX_EXPONENT / max(-decay_bound, MAX_EXPONENT / 64)
@@ -159,28 +157,28 @@ def _segment(plan, form, segment, start):
 def _prepare(plan, form, segment) -> _Chunks:
     r, log_w, k, v = (segment[name] for name in ("r", "log_w", "k", "v"))
     delta = "a" in segment
-    size = plan.chunk_size
     levels = _levels(log_w)
     before, after, total = levels[-1]  # of the whole chunk
     to_token = jnp.exp(before if form.reads_before else before + log_w)
     to_end = jnp.exp(after)
 
-    left = jnp.stack([segment["a"], r] if delta else [r], axis=-3)
-    right = jnp.stack([segment["b"], k] if delta else [k], axis=-3)
+    left = [segment["a"], r] if delta else [r]
+    right = [segment["b"], k] if delta else [k]
     inclusive = [False] * delta + [not form.reads_before]
     make = _scores_of_heads if log_w.shape[-1] == 1 else _scores_of_channels
-    scores = make(plan, form, left, right, log_w, levels, inclusive)  # [.., kinds, C, kinds, C]
+    scores = make(plan, form, left, right, log_w, levels, inclusive)
     w = u0 = None
     if delta:
-        removed = _dot(plan, "...ij,...jv->...iv", scores[..., 0, :, 1, :], v)
+        (ab, ak), _ = scores
         read = segment["a"] * jnp.exp(before)
-        solved = _solve(plan, scores[..., 0, :, 0, :], jnp.concatenate([read, removed], axis=-1))
+        removed = _dot(plan, "...ij,...jv->...iv", ak, v)
+        solved = _solve(plan, ab, jnp.concatenate([read, removed], axis=-1))
         w, u0 = solved[..., : read.shape[-1]], solved[..., read.shape[-1] :]
     return _Chunks(
         read=r * to_token,
-        write=jnp.concatenate([x * to_end for x in ([segment["b"], k] if delta else [k])], axis=-2),
+        write=jnp.concatenate([x * to_end for x in right], axis=-2),
         keep=jnp.exp(total).swapaxes(-1, -2),
-        scores=scores[..., -1, :, :, :].reshape(*scores.shape[:-4], size, -1),
+        scores=jnp.concatenate(scores[-1], axis=-1),
         v=v,
         w=w,
         u0=u0,
@@ -247,15 +245,19 @@ def _levels(log_w):
     total = log_w
     levels = [(before, after, total)]
     for half in (1 << i for i in range(size.bit_length() - 1)):
-        pairs = lambda x, n: x.reshape(*x.shape[:-2], -1, 2, n, x.shape[-1])
-        first, second = (pairs(total, 1)[..., i, :, :] for i in (0, 1))  # [.., C / 2h, 1, n]
+        first, second = (_halves(total, 1)[..., i, :, :] for i in (0, 1))  # [.., C / 2h, 1, n]
         zero = jnp.zeros_like(first)
-        before = pairs(before, half) + jnp.stack([zero, first], axis=-3)
-        after = pairs(after, half) + jnp.stack([second, zero], axis=-3)
+        before = _halves(before, half) + jnp.stack([zero, first], axis=-3)
+        after = _halves(after, half) + jnp.stack([second, zero], axis=-3)
         before, after = before.reshape(log_w.shape), after.reshape(log_w.shape)
         total = (first + second)[..., 0, :]
         levels.append((before, after, total))
     return levels
+
+
+def _halves(x, half):
+    """Rows [.., C, n] as pairs of neighbouring blocks: [.., C / 2 half, 2, half, n]."""
+    return x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
 
 
 def _level_of(size):
@@ -266,84 +268,113 @@ def _level_of(size):
 
 
 def _scores_of_heads(plan, form, left, right, log_w, levels, inclusive):
-    """Scores [.., kinds, C, kinds, C] where one decay a head multiplies them: log_w [.., C, 1]."""
+    """Scores where one decay a head multiplies them, log_w [.., C, 1].
+
+    Args:
+      left, right: [a, r] and [b, k], or [r] and [k], [.., C, K] each.
+      levels: of log_w.
+      inclusive: for each of left, whether its rows see their own token and decay.
+
+    Returns:
+      For each of left a list of [.., C, C], one for each of right: rows are targets.
+    """
     size = plan.chunk_size
-    level = _level_of(size).reshape((1,) * (log_w.ndim - 2) + (size, size))
+    level = _as_mask(_level_of(size), log_w)
     strict = jnp.full((*log_w.shape[:-1], size), -jnp.inf)
     for n, (before, after, _) in enumerate(levels[:-1]):
         strict = jnp.where(level == 1 << n, before + after.swapaxes(-1, -2), strict)
-    kinds = []
-    for includes in inclusive:
+    scores = []
+    for includes, products in zip(inclusive, _products(plan, left, right), strict=True):
         decay = jnp.exp(strict + log_w) if includes else jnp.exp(strict)
-        kinds.append(jnp.where(level == 0, 1.0, decay) if includes else decay)
-    decay = jnp.stack(kinds, axis=-3)  # [.., kinds, C, C]
-    scores = _dot(plan, "...aik,...cjk->...aicj", left, right)
-    # Column kind by column kind: XLA's CPU runtime (jax 0.10.2) crashes in sums over a middle axis
-    # of so many, which the gradient of a broadcast decay would be.
-    columns = [scores[..., c, :] * decay for c in range(right.shape[-3])]
-    return jnp.stack(columns, axis=-2)
+        decay = jnp.where(level == 0, 1.0, decay) if includes else decay
+        scores.append([product * decay for product in products])
+    return scores
 
 
 def _scores_of_channels(plan, form, left, right, log_w, levels, inclusive):
-    """The same where every channel has its own decay: log_w [.., C, K]."""
+    """The same where every channel has its own decay, log_w [.., C, K]."""
     size = plan.chunk_size
     leaf = min(size, max(form.leaf, _LEAF))
-    own = jnp.stack([log_w if i else jnp.zeros_like(log_w) for i in inclusive], axis=-3)
-    if leaf <= form.leaf:
-        scores = _bounded_leaves(plan, left, right, own, levels[leaf.bit_length() - 1], inclusive)
-    else:
-        scores = _leaves(plan, left, right, own, levels, leaf, inclusive)
+    make = _bounded_leaves if leaf <= form.leaf else _leaves
+    scores = make(plan, left, right, log_w, levels, leaf, inclusive)
     for n in range(leaf.bit_length() - 1, size.bit_length() - 1):
-        half = 1 << n
-        before, after, _ = levels[n]
-        halves = lambda x: x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
-        rows = halves(left * jnp.exp(before[..., None, :, :] + own))[..., 1, :, :]
-        columns = halves(right * jnp.exp(after)[..., None, :, :])[..., 0, :, :]
-        corner = _dot(plan, "...apik,...cpjk->...paicj", rows, columns)
-        scores = _merged(scores, corner)
-    return scores[..., 0, :, :, :, :]
+        rows, columns = _decayed(left, right, log_w, levels[n], inclusive)
+        lower = [_halves(x, 1 << n)[..., 1, :, :] for x in rows]
+        upper = [_halves(x, 1 << n)[..., 0, :, :] for x in columns]
+        scores = _each(_merged, scores, _products(plan, lower, upper))
+    return [[x[..., 0, :, :] for x in row] for row in scores]
+
+
+def _decayed(left, right, log_w, level, inclusive):
+    """Left factors decayed from the border of their halves, right factors decayed to it."""
+    before, after, _ = level
+    rows = [
+        x * jnp.exp(before + log_w if i else before) for x, i in zip(left, inclusive, strict=True)
+    ]
+    return rows, [x * jnp.exp(after) for x in right]
 
 
 def _merged(scores, corner):
-    """Scores of blocks [.., p, a, h, c, h] as those of pairs of blocks, given the lower left ones."""
-    first, second = scores[..., 0::2, :, :, :, :], scores[..., 1::2, :, :, :, :]
+    """Scores of blocks [.., p, h, h] as those of pairs of blocks, given what lies below."""
+    first, second = scores[..., 0::2, :, :], scores[..., 1::2, :, :]
     upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-3)
+    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
 
 
-def _leaves(plan, left, right, own, levels, leaf, inclusive):
-    """Scores of blocks of `leaf` tokens, [.., p, a, leaf, c, leaf]: a masked product a level."""
+def _leaves(plan, left, right, log_w, levels, leaf, inclusive):
+    """Scores within blocks of `leaf` tokens, [.., p, leaf, leaf] each: a masked product a level."""
     level = _level_of(leaf)
-    blocks = lambda x: x.reshape(*x.shape[:-2], -1, leaf, x.shape[-1])
-    kinds = np.array(inclusive)
-    rows, columns, masks = [left], [right], [(level == 0) & kinds[:, None, None]]
+    blocks = lambda xs: [x.reshape(*x.shape[:-2], -1, leaf, x.shape[-1]) for x in xs]
+    products = _products(plan, blocks(left), blocks(right))
+    keep = lambda x, chosen: jnp.where(_as_mask(chosen, x), x, 0)
+    scores = [
+        [keep(x, (level == 0) & includes) for x in row]
+        for includes, row in zip(inclusive, products, strict=True)
+    ]
     for n in range(leaf.bit_length() - 1):
-        before, after, _ = levels[n]
-        rows.append(left * jnp.exp(before[..., None, :, :] + own))
-        columns.append(right * jnp.exp(after)[..., None, :, :])
-        masks.append(np.broadcast_to(level == 1 << n, masks[0].shape))
-    rows, columns = (jnp.stack([blocks(x) for x in side], axis=-5) for side in (rows, columns))
-    products = _dot(plan, "...lapik,...lcpjk->...lpaicj", rows, columns)
-    mask = np.stack(masks)[:, None, :, :, None, :]  # [levels, 1, kinds, leaf, 1, leaf]
-    mask = mask.reshape((1,) * (products.ndim - mask.ndim) + mask.shape)
-    return jnp.sum(jnp.where(mask, products, 0), axis=-6)
+        rows, columns = _decayed(left, right, log_w, levels[n], inclusive)
+        products = _products(plan, blocks(rows), blocks(columns))
+        scores = _each(lambda x, y, h=1 << n: x + keep(y, level == h), scores, products)
+    return scores
 
 
-def _bounded_leaves(plan, left, right, own, level, inclusive):
+def _bounded_leaves(plan, left, right, log_w, levels, leaf, inclusive):
     """The same in one product, scaled from the middle of each block."""
-    before, _, total = level
-    blocks = lambda x: x.reshape(*x.shape[:-2], total.shape[-2], -1, x.shape[-1])
-    before, own, left, right = blocks(before), blocks(own), blocks(left), blocks(right)
-    leaf = before.shape[-2]
+    before, _, total = levels[leaf.bit_length() - 1]
+    blocks = lambda x: x.reshape(*x.shape[:-2], total.shape[-2], leaf, x.shape[-1])
+    before, log_w = blocks(before), blocks(log_w)
     middle = before[..., leaf // 2 : leaf // 2 + 1, :]
-    # What of a column is undone: the decays up to and with its own token.
-    following = jnp.concatenate([before[..., 1:, :], total[..., None, :]], axis=-2)
-    rows = left * jnp.exp((before - middle)[..., None, :, :, :] + own)
-    columns = right * jnp.exp(middle - following)[..., None, :, :, :]
-    products = _dot(plan, "...apik,...cpjk->...paicj", rows, columns)
-    i, j = np.arange(leaf)[:, None], np.arange(leaf)[None, :]
-    mask = np.stack([i >= j if includes else i > j for includes in inclusive])[:, :, None, :]
-    return jnp.where(mask.reshape((1,) * (products.ndim - 4) + mask.shape), products, 0)
+    to_row, from_column = before - middle, middle - (before + log_w)
+    rows = [
+        blocks(x) * jnp.exp(to_row + log_w if includes else to_row)
+        for x, includes in zip(left, inclusive, strict=True)
+    ]
+    products = _products(plan, rows, [blocks(x) * jnp.exp(from_column) for x in right])
+    level = _level_of(leaf)
+    return [
+        [jnp.where(_as_mask(level >= (0 if includes else 1), x), x, 0) for x in row]
+        for includes, row in zip(inclusive, products, strict=True)
+    ]
+
+
+def _products(plan, left, right):
+    """Every left factor times every right one, [.., i, j] each, as one product.
+
+    Lists of arrays, and not arrays with one more axis: XLA's CPU runtime (jax 0.10.2) crashes in
+    sums over a middle axis of seven, which their gradients would have.
+    """
+    both = _dot(plan, "...ik,...jk->...ij", jnp.concatenate(left, -2), jnp.concatenate(right, -2))
+    return [jnp.split(row, len(right), axis=-1) for row in jnp.split(both, len(left), axis=-2)]
+
+
+def _each(fn, scores, others):
+    """`fn` of the corresponding arrays of two lists of lists."""
+    return [list(map(fn, *rows)) for rows in zip(scores, others, strict=True)]
+
+
+def _as_mask(mask, like):
+    """A constant [i, j] in front of which axes of 1 stand, as many as `like` has."""
+    return mask.reshape((1,) * (like.ndim - 2) + mask.shape)
 
 
 # ------------------------------------------------------------------------------------ arithmetic
@@ -369,9 +400,7 @@ def _solve_backward(plan, residuals, d_solved):
     x, solved = residuals
     d_z = _dot(plan, "...ji,...jv->...iv", x, d_solved)
     size = x.shape[-1]
-    below = (np.arange(size)[:, None] > np.arange(size)[None, :]).reshape(
-        (1,) * (x.ndim - 2) + (size, size)
-    )
+    below = _as_mask(np.tri(size, k=-1, dtype=bool), x)
     return jnp.where(below, _dot(plan, "...iv,...jv->...ij", d_z, solved), 0), d_z
 
 

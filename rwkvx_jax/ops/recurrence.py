@@ -16,23 +16,20 @@ from jaxtyping import Array, Float, Float32
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
 from rwkvx_jax.ops.placement import local, vary_together
+from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
 from rwkvx_jax.ops.recurrence_chunked import (
     CHUNK_SIZE,
-    MAX_CHUNK_SIZE,
+    MAX_EXPONENT,
     SEGMENT,
     Plan,
     wkv7_chunked,
 )
-
-# Forms that solve several tokens at once scale by e to the decays summed over half of them: e^80
-# leaves float32 a factor of 6000 for the inputs, and e^-80 one of 1500 before precision is lost.
-MAX_EXPONENT = 80
+from rwkvx_jax.ops.recurrence_sequential import sequential
 
 _NO_FORWARD_MODE = (
     "wkv7: only implementation='sequential' can be differentiated in forward mode (jvp, jacfwd, "
     "linearize); all others have a reverse mode of their own (grad, vjp, and hessian over it)"
 )
-_DTYPES = ("float32", "bfloat16", "float16")
 
 # Each module has `wkv7(r, log_w, k, v, a, b, state)` and `unsupported_reason(K, V, dtype)`.
 _KERNELS = {"tpu": "pallas_kernels.wkv7_tpu", "gpu": "pallas_kernels.wkv7_gpu"}
@@ -90,12 +87,13 @@ def wkv7(
       y, state = wkv7(r, log_w, k, v, -kk, kk * iclr)
       y_next, state = wkv7(r2, log_w2, k2, v2, -kk2, kk2 * iclr2, state)
     """
-    _check_arrays({"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}, state)
+    named = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
+    check_arrays("wkv7", named, state, general=False)
     implementation = resolve("wkv7", implementation, _candidates(r, v))
     if state is None:
         batch, _, heads, width = v.shape
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
-    _check_chunk_size(chunk_size, implementation)
+    check_chunk_size("wkv7", chunk_size, implementation)
     run, size = _form(implementation, chunk_size, r)
     _check_decay(log_w, implementation, size)
     arrays: tuple[jax.Array, ...] = (r, log_w, k, v, a, b, state)
@@ -130,7 +128,6 @@ def _form(implementation: str, chunk_size: int | None, r: jax.Array):
     return functools.partial(wkv7_chunked, plan=plan), plan.fit(r.shape[1])[0].chunk_size
 
 
-@jax.jit
 def wkv7_sequential(
     r: Float[Array, "B T H K"],
     log_w: Float[Array, "B T H K"],
@@ -142,23 +139,9 @@ def wkv7_sequential(
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
     """The recurrence as it is written, a token at a time in float32: the oracle of all other forms.
 
-    Takes the arrays of `wkv7`, the state included; returns the same. Its gradient is automatic
-    differentiation, which keeps several states a token: a reference, not a way to train.
+    Takes the arrays of `wkv7`, the state included; returns the same.
     """
-
-    def dot(equation, x, y):
-        return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)
-
-    def step(state, token):
-        r, log_w, k, v, a, b = (x.astype(jnp.float32) for x in token)  # [B, H, K]
-        removed = dot("bhvk,bhk->bhv", state, a)
-        state = state * jnp.exp(log_w)[:, :, None, :]
-        state += removed[..., None] * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
-        return state, dot("bhvk,bhk->bhv", state, r)
-
-    tokens = tuple(x.swapaxes(0, 1) for x in (r, log_w, k, v, a, b))
-    state, y = jax.lax.scan(step, state, tokens)
-    return y.swapaxes(0, 1).astype(v.dtype), state
+    return sequential({"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}, state)
 
 
 def wkv7_affine(
@@ -237,50 +220,14 @@ def _candidates(r: jax.Array, v: jax.Array) -> tuple[Candidate, ...]:
     )
 
 
-def _check_arrays(arrays: dict[str, jax.Array], state: jax.Array | None) -> None:
-    """Raises ValueError, naming the array, unless shapes and dtypes agree."""
-    r = arrays["r"]
-    if r.ndim != 4 or 0 in r.shape:
-        raise ValueError(f"wkv7: r must be a non-empty [B, T, H, K], got the shape {r.shape}")
-    if r.dtype not in _DTYPES:
-        raise ValueError(f"wkv7: r must be one of {', '.join(_DTYPES)}, got {r.dtype}")
-    for name, x in arrays.items():
-        kept = x.shape[:3] if name == "v" else x.shape
-        if x.ndim != 4 or kept != r.shape[: len(kept)] or 0 in x.shape:
-            wanted = "[B, T, H, V]" if name == "v" else "[B, T, H, K]"
-            raise ValueError(
-                f"wkv7: {name} must be {wanted} with the sizes of r {r.shape}, got {x.shape}"
-            )
-        if x.dtype != r.dtype and not (name == "log_w" and x.dtype == jnp.float32):
-            alternative = " or float32" if name == "log_w" else ""
-            raise ValueError(
-                f"wkv7: {name} must have the dtype of r, {r.dtype}{alternative}, got {x.dtype}"
-            )
-    if state is None:
-        return
-    batch, _, heads, width = arrays["v"].shape
-    shape = (batch, heads, width, r.shape[-1])
-    if state.shape != shape:
-        raise ValueError(f"wkv7: state must be [B, H, V, K] = {shape}, got {state.shape}")
-    if state.dtype != jnp.float32:
-        raise ValueError(f"wkv7: state must be float32, got {state.dtype}; cast it")
-
-
 def _check_decay(log_w: jax.Array, implementation: str, chunk_size: int) -> None:
     """Raises ValueError where `log_w` is known (not traced) and out of the implementation's range.
 
     Over half a chunk of C tokens the decays of a channel may add up to -MAX_EXPONENT; no decay may
     be positive. Every log_w of RWKV-7, at least -exp(-1/2), is within it.
     """
-    if isinstance(log_w, jax.core.Tracer) or not getattr(log_w, "is_fully_addressable", True):
+    if (lowest := lowest_decay("wkv7", log_w)) is None:
         return
-    with jax.ensure_compile_time_eval():  # a constant of a program that is being traced
-        lowest, highest = float(jnp.min(log_w)), float(jnp.max(log_w))
-    if highest > 0:
-        raise ValueError(
-            f"wkv7: log_w is the logarithm of a decay, at most 0, got {highest:g}: pass log(w), "
-            "with w in (0, 1]"
-        )
     half = -(-chunk_size // 2)
     if not half or lowest * half >= -MAX_EXPONENT:
         return
@@ -293,18 +240,4 @@ def _check_decay(log_w: jax.Array, implementation: str, chunk_size: int) -> None
             f"wkv7: log_w goes down to {lowest:g} and sums to {total:g} over {half} tokens; "
             f"{implementation!r} with chunks of {chunk_size} needs sums of at least "
             f"-{MAX_EXPONENT}: use a smaller chunk_size, or implementation='sequential'"
-        )
-
-
-def _check_chunk_size(chunk_size: int | None, implementation: str) -> None:
-    if chunk_size is None:
-        return
-    if implementation not in ("chunked", "associative"):
-        raise ValueError(
-            f"wkv7: chunk_size is for 'chunked' and 'associative'; {implementation!r} has none, "
-            "leave it None"
-        )
-    if not 1 <= chunk_size <= MAX_CHUNK_SIZE or chunk_size & (chunk_size - 1):
-        raise ValueError(
-            f"wkv7: chunk_size must be a power of two from 1 to {MAX_CHUNK_SIZE}, got {chunk_size}"
         )

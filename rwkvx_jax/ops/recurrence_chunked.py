@@ -33,6 +33,10 @@ from jaxtyping import Array, Float, Float32
 # Entries of L R^T above the diagonal reach e^(0.6065 C): e^78 fits float32 at 128, e^155 does not.
 MAX_CHUNK_SIZE = 128
 
+# Forms that solve several tokens at once scale by e to the decays summed over half of them: e^80
+# leaves float32 a factor of 6000 for the inputs, and e^-80 one of 1500 before precision is lost.
+MAX_EXPONENT = 80
+
 # CPU: half the stored states of chunks of 16, and what a chunk of a few heads needs stays in the
 # second-level cache. Elsewhere, not measured: matrices large enough for a matrix unit, and
 # independent chunks to fill it between two steps of the state.

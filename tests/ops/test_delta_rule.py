@@ -207,7 +207,7 @@ def test_bfloat16_inputs_are_read_as_they_are():
         ),
         ({"decay_bound": 1.0}, "decay_bound must be finite and at most 0, got 1"),
         ({"a": None}, "b is given and a is not: pass both, or neither for linear attention"),
-        ({"v": (2, 83, 4, 20)}, "v has 4 heads and r has 3: the heads of v must be a multiple"),
+        ({"v": (2, 83, 4, 20)}, "v has 4 heads and r has 3: those of v must be a multiple"),
         ({"k": (2, 83, 3, 13)}, r"k must be \[2, 83, 3, 12\] .* got \(2, 83, 3, 13\)"),
         ({"a": (2, 83, 2, 12)}, r"a must be \[2, 83, 3, 12\]"),
         ({"state": (2, 3, 12, 20)}, r"state must be \[B, HV, V, K\] = \(2, 3, 20, 12\)"),

@@ -13,7 +13,7 @@ import pytest
 
 from rwkvx_jax.ops import dispatch, recurrence
 from rwkvx_jax.ops.recurrence import segment_map, wkv7, wkv7_sequential
-from rwkvx_jax.ops.recurrence_chunked import CHUNK_SIZE, Plan, wkv7_chunked
+from rwkvx_jax.ops.recurrence_chunked import CHUNK_SIZE, MAX_EXPONENT, Plan, wkv7_chunked
 from tests.helpers import assert_close, assert_within
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
@@ -296,22 +296,26 @@ def bad(name, change):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("r", lambda x: x[0], r"r must be a non-empty \[B, T, H, K\], got the shape \(4, 3, 16\)"),
+        (
+            "r",
+            lambda x: x[0],
+            r"r must be a non-empty \[B, T, heads, channels\], got the shape \(4, 3, 16\)",
+        ),
         ("r", lambda x: x.astype(int), "r must be one of float32, bfloat16, float16, got int32"),
         (
             "k",
             lambda x: x[:, :3],
-            r"k must be \[B, T, H, K\] with the sizes of r .*\(1, 3, 3, 16\)",
+            r"k must be \[1, 4, 3, 16\] for r .*, got \(1, 3, 3, 16\)",
         ),
-        ("v", lambda x: x[:, :, :2], r"v must be \[B, T, H, V\] with the sizes of r"),
-        ("b", lambda x: x[..., :8], r"b must be \[B, T, H, K\]"),
+        ("v", lambda x: x[:, :, :2], "v has 2 heads and r has 3: those of v must be as many"),
+        ("b", lambda x: x[..., :8], r"b must be \[1, 4, 3, 16\]"),
         (
             "a",
             lambda x: x.astype(jnp.bfloat16),
             "a must have the dtype of r, float32, got bfloat16",
         ),
         ("log_w", lambda x: x.astype(jnp.bfloat16), "log_w must have the dtype of r, float32 or"),
-        ("state", lambda x: x[..., :8], r"state must be \[B, H, V, K\] = \(1, 3, 16, 16\), got"),
+        ("state", lambda x: x[..., :8], r"state must be \[B, HV, V, K\] = \(1, 3, 16, 16\), got"),
         ("state", lambda x: x.astype(jnp.bfloat16), "state must be float32, got bfloat16; cast it"),
     ],
 )
@@ -373,7 +377,7 @@ def decaying(log_w, time=300):
 def test_decays_up_to_the_limit_are_exact(implementation, size):
     """Half a chunk's sum is what counts: at the limit all is exact, below it refused."""
     half = -(-size // 2)
-    limit = -recurrence.MAX_EXPONENT / half
+    limit = -MAX_EXPONENT / half
     run = functools.partial(wkv7, implementation=implementation, chunk_size=size)
     inputs = decaying(limit * 0.999)
     wkv7(*inputs, implementation="sequential")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.ops import recurrences
-from rwkvx_jax.ops.wkv4 import wkv4
 from tests.helpers import assert_close, shared_path
 
 FORMS = {

@@ -22,8 +22,9 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 
 from rwkvx_jax.cache import TimeMixState
-from rwkvx_jax.config import RunConfig
+from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
+from rwkvx_jax.modules.parameters import LayerConstants
 from rwkvx_jax.modules.token_shift import last_valid, previous_token
 from rwkvx_jax.ops.delta_rule import affine, generalized_delta_rule
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
@@ -46,6 +47,9 @@ class LinearMixer(nnx.Module):
 
     read: Literal["after", "before"] = "after"
     decay_bound: float | None = None
+
+    def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
+        raise NotImplementedError
 
     def feed(
         self,
@@ -121,7 +125,7 @@ def without_padding(tokens: Tokens, lengths: Int[Array, " B"]) -> Tokens:
 
 def across_devices(
     whole: Callable[..., tuple[jax.Array, jax.Array]],
-    stretch: Callable[..., tuple[jax.Array, ...]],
+    stretch: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
     arrays: tuple[jax.Array, ...],
     start: jax.Array,
     *,
@@ -209,7 +213,9 @@ def short_convolution(
         padded = jnp.pad(x[:, max(0, time - count) :], ((0, 0), (max(0, count - time), 0), (0, 0)))
         return out, padded.reshape(batch, -1)
     rows = jnp.concatenate([before.astype(x.dtype).reshape(batch, count, width), x], axis=1)
-    out = sum(taps[j] * rows[:, count - j : count - j + time] for j in range(count + 1))
+    out = taps[0] * x
+    for j in range(1, count + 1):
+        out += taps[j] * rows[:, count - j : count - j + time]
     ends = jnp.full(batch, time) if lengths is None else lengths
     cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count)
     return out, jax.vmap(cut)(rows, ends).reshape(batch, -1)

@@ -118,10 +118,10 @@ class TimeMix(nnx.Module):
         tokens = {"r": r, "log_w": log_w, "k": k, "v": v, "a": remove, "b": write}
         if lengths is not None:
             tokens = without_padding(tokens, lengths)
-        options = {"implementation": implementation_for(h, run)}
+        implementation = implementation_for(h, run)
         y, wkv = across_devices(
-            partial(wkv7, **options),
-            partial(wkv7_affine, **options),
+            partial(wkv7, implementation=implementation),
+            partial(wkv7_affine, implementation=implementation),
             tuple(tokens.values()),
             self._start(h.shape[0]) if state is None else state.wkv,
             whole_texts=state is None,
