@@ -11,7 +11,14 @@ import pytest
 from rwkvx_jax.cache import init_cache
 from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
+from rwkvx_jax.model import (
+    abstract_model,
+    create_model,
+    get_params,
+    param_axes,
+    select,
+    with_params,
+)
 from rwkvx_jax.modules.mixers import MIXERS
 from tests.helpers import assert_close
 from tests.model_cases import FLOAT32, perturbed
@@ -81,11 +88,20 @@ def test_sizes_are_those_counted(mixer):
     config = config_of(mixer)
     params = get_params(abstract_model(config))
     assert config.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+    matrices = flat(select_matrices(abstract_model(config)))
+    assert config.mixer_sizes.matrices * config.num_blocks == sum(x.size for _, x in matrices)
     model = abstract_model(config, FLOAT32)
     cache = jax.eval_shape(lambda: init_cache(config, model.dtype, BATCH, TIME))
     prefill = lambda params, cache: with_params(model, params).prefill(TOKENS, cache)
     _, after = jax.eval_shape(prefill, params, cache)
     assert jax.tree.map(_described, after) == jax.tree.map(_described, cache)
+
+
+def select_matrices(model):
+    """Those parameters of the mixers that each token is multiplied with, as a tree."""
+    axes = dict(flat(jax.tree.map(set, param_axes(model), is_leaf=lambda x: isinstance(x, tuple))))
+    chosen = lambda name: "time_mix" in name and axes[name] & {"embed", "rank"}
+    return select(get_params(model), chosen)
 
 
 def _described(leaf):
