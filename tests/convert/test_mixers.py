@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -64,8 +63,7 @@ def test_expansion(source, tmp_path, capsys):
     expand_checkpoint([str(source), str(hybrid), "--blocks", "1"])
     assert "2 Mamba-2 blocks" in capsys.readouterr().err
     tokens = np.arange(40, dtype=np.int32)[None]
-    logits = [jax.jit(lambda t, m=load_model(p): m(t))(tokens) for p in (source, hybrid)]
-    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(load_model(source)(tokens), load_model(hybrid)(tokens))
     with pytest.raises(SystemExit):
         expand_checkpoint([str(source), str(hybrid), "--blocks", "1", "--attention-init", "copy"])
     assert 'the mixer "mamba2" has not' in " ".join(capsys.readouterr().err.split())

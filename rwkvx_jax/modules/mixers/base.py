@@ -160,10 +160,10 @@ def join_heads(y: Float[Array, "B T H V"]) -> Float[Array, "B T X"]:
     return y.reshape(*y.shape[:2], -1)
 
 
-def unit_heads(x: Float[Array, "B T H K"], floor: float = 1e-12) -> Float32[Array, "B T H K"]:
-    """x / max(|x|, floor) over the last axis, in float32; finite gradients at zero."""
+def unit_heads(x: Float[Array, "B T H K"]) -> Float32[Array, "B T H K"]:
+    """x / max(|x|, 1e-12) over the last axis, in float32; finite gradients at zero."""
     squared = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return x.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squared, floor**2))
+    return x.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
 def per_channel(weight: nnx.Param | jax.Array, dtype=jnp.float32) -> Float[Array, "1 1 X"]:

@@ -16,7 +16,6 @@ from rwkvx_jax.modules.mixers.base import (
     rms_norm,
     short_convolution,
     split_heads,
-    unit_heads,
 )
 from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project, uniform
 
@@ -68,8 +67,6 @@ class GatedDeltaNet(LinearMixer):
 
     def feed(self, h, shift, lengths) -> Fed:
         q, k, v, last = convolved(self, h, shift, lengths)
-        keys = k.shape[-1]
-        q, k = unit_heads(q, 1e-6) * keys**-0.5, unit_heads(k, 1e-6)
         beta = jax.nn.sigmoid(project(h, self.beta[...]).astype(jnp.float32))[..., None]
         log_w = jnp.zeros(beta.shape, jnp.float32)
         if self.decays:
@@ -80,16 +77,22 @@ class GatedDeltaNet(LinearMixer):
         return Fed({**tokens, "log_w": log_w}, last, project(h, self.gate[...]))
 
     def finish(self, y, rest) -> jax.Array:
-        y = rms_norm(y) * self.norm[...].reshape(1, 1, 1, -1)
+        y = rms_norm(y, 1e-6) * self.norm[...].reshape(1, 1, 1, -1)
         y = join_heads(y).astype(rest.dtype) * jax.nn.silu(rest)
         return project(y, self.output[...])
 
 
 def convolved(mixer, h, shift, lengths) -> tuple[jax.Array, ...]:
-    """Queries, keys and values [B, T, H, K] of a mixer after its convolution and SiLU, and the
-    shift of the next piece."""
+    """Queries and keys of unit length (queries over sqrt(K)) and values [B, T, H, K] of a mixer
+    after its convolution and SiLU, and the shift of the next piece."""
     matrices = mixer.receptance, mixer.key, mixer.value
     together = jnp.concatenate([project(h, matrix[...]) for matrix in matrices], axis=-1)
     together, last = short_convolution(together, mixer.conv[...], shift, lengths)
     q, k, v = (split_heads(x, mixer.heads) for x in jnp.split(jax.nn.silu(together), 3, axis=-1))
-    return q, k, v, last
+    return _unit(q) * q.shape[-1] ** -0.5, _unit(k), v, last
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
