@@ -65,6 +65,7 @@ def test_from_nothing_to_an_evaluation(mixer, tmp_path, monkeypatch, capsys):
     generate(["--checkpoint", str(tmp_path / "run"), "--prompt", "The ", "--max-tokens", "4"])
     assert capsys.readouterr().out.startswith("The ")
     evaluate(
-        ["passkey", "--checkpoints", str(tmp_path / "run"), "--lengths", "48", "--samples", "2",
-         "--depths", "1", "--out", str(tmp_path / "eval")]
+        ["passkey", "--checkpoint", str(tmp_path / "run"), "--lengths", "300", "--depths", "1",
+         "--trials", "2", "--output", str(tmp_path / "eval")]
     )  # fmt: skip
+    assert list((tmp_path / "eval").iterdir())
