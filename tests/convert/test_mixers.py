@@ -1,6 +1,7 @@
 """Models of other mixers: files of ours hold them, the original's layouts do not."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -39,6 +40,9 @@ def test_files_and_directories_of_ours(source, tmp_path, capsys):
     input_matrix = get_params(model)["blocks"]["time_mix"]["input"]
     np.testing.assert_array_equal(input_matrix, params["blocks.time_mix.input"])
     main([str(source), str(tmp_path / "hub"), "--to", "hub"])
+    assert "- rwkv\n- mamba2\n" in (tmp_path / "hub/README.md").read_text()
+    options = json.loads((tmp_path / "hub/config.json").read_text())
+    assert options["model_type"] == "rwkvx" and "decay_low_rank_dim" not in options
     exported = open_checkpoint(tmp_path / "hub")
     assert exported.layout == "ours" and exported.config == CONFIG
     assert_identical(read_all(exported.params), params)
