@@ -138,10 +138,6 @@ def tuned(model, **lora):
             lambda: ModelConfig(mixer="mamba2", attention_init="copy"),
             ['"copy"', '"mamba2"', 'use "zero" or "aligned"'],
         ),
-        (
-            lambda: tuned(dataclasses.replace(CONFIG.model, mixer="mamba2")),
-            ["lora.targets names ['time_mix.receptance'", '"mamba2"', "leave them out"],
-        ),
         (lambda: ModelConfig(mixer="kda", learned_state=True), ["'rwkv7', not 'kda'", "False"]),
         (lambda: Config(ModelConfig.tiny(), ()), ["stages is empty"]),
         (lambda: Config(ModelConfig.tiny(), (STAGE, STAGE)), ["['only'] occur twice"]),

@@ -23,7 +23,6 @@ Matrix = Literal[
     "attention.value",
     "attention.output",
 ]
-_PROJECTIONS = tuple(f"time_mix.{part}" for part in ("receptance", "key", "value"))
 ADAPTERS = "lora"
 """First part of the names of adapters among the parameters of a stage."""
 INITIAL_STATE = "blocks.time_mix.initial_state"
@@ -365,11 +364,6 @@ class Config(Checked):
         require(
             model.num_attention_blocks > 0 or not absent,
             f"{owner}.targets names {absent}: the model has no attention blocks; leave them out",
-        )
-        absent = [name for name in stage.lora.targets if name in _PROJECTIONS]
-        require(
-            model.mixer != "mamba2" or not absent,
-            f'{owner}.targets names {absent}, which the mixer "mamba2" has not: leave them out',
         )
         require(
             stage.lora.rank < model.width,

@@ -121,8 +121,8 @@ class ModelConfig(Checked):
         )
         require(
             self.mixer != "mamba2" or self.attention_init != "copy",
-            'model.attention_init "copy" takes matrices receptance, key, value and output of the '
-            'recurrent blocks, which the mixer "mamba2" has not: use "zero" or "aligned"',
+            'model.attention_init "copy" takes the matrices of the recurrent blocks, which have '
+            'other shapes with the mixer "mamba2": use "zero" or "aligned"',
         )
         blocks, attention = self.num_blocks, self.num_attention_blocks
         if attention:

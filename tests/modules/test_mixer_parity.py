@@ -67,29 +67,33 @@ def compare_to_the_loss(logits_of, weights, ref):
 def mamba2(p):
     """One mixer for each of the two groups of heads, which share nothing but their input."""
     inner, keys, heads, groups = 128, 16, 8, 2
-    half = inner // groups
+    ends = np.cumsum([inner, inner, groups * keys, groups * keys])
+    z, x, b, c, dt = jnp.split(p["in_proj.weight"].T, ends, axis=1)
 
     def group(i):
-        """Rows of group i among those of gate, x, b, c and dt."""
-        at = lambda start, size: np.arange(start + i * size, start + (i + 1) * size)
-        mixed = [at(0, half), at(inner, keys), at(inner + groups * keys, keys)]
-        mixed = np.concatenate(mixed)
-        steps = at(2 * inner + 2 * groups * keys, heads // groups)
-        own = at(0, heads // groups)
+        of = lambda array: jnp.split(array, groups, axis=-1)[i]
+        mixed = (
+            lambda array: jnp.concatenate(  # x, b and c
+                [of(part) for part in jnp.split(array, ends[1:3] - inner, axis=-1)], axis=-1
+            )
+        )
         params = {
-            "input": p["in_proj.weight"][np.concatenate([at(0, half), inner + mixed, steps])].T,
-            "conv": p["conv1d.weight"][mixed, 0, ::-1].T,
-            "conv_bias": p["conv1d.bias"][mixed],
-            "rate": p["A_log"][own],
-            "step": p["dt_bias"][own],
-            "skip": p["D"][own],
-            "norm": p["norm.weight"][at(0, half)],
-            "output": p["out_proj.weight"][:, at(0, half)].T,
+            "value": of(x),
+            "gate": of(z),
+            "receptance": of(c),
+            "key": of(b),
+            "alpha": of(dt),
+            "conv": mixed(p["conv1d.weight"][:, 0, ::-1].T),
+            "conv_bias": mixed(p["conv1d.bias"]),
+            "rate": of(p["A_log"]),
+            "step": of(p["dt_bias"]),
+            "skip": of(p["D"]),
+            "norm": of(p["norm.weight"]),
+            "output": of(p["out_proj.weight"]).T,
         }
-        sizes = {"inner": half, "keys": keys, "heads": heads // groups, "mixed": half + 2 * keys}
-        return mixer("mamba2", params, **sizes)
+        return mixer("mamba2", params, heads=heads // groups)
 
-    return lambda h: sum(group(i)(h) for i in range(1, groups)) + group(0)(h)
+    return lambda h: group(0)(h) + group(1)(h)
 
 
 def scaled(x, weight):

@@ -24,7 +24,7 @@ MESHES = ({"data": 2, "tensor": 2}, {"data": 1, "context": 2, "tensor": 2})
 @pytest.mark.parametrize(
     "mixer",
     [
-        "mamba2",  # one head of b and c, a convolution over borders, a matrix cut across its parts
+        "mamba2",  # one head of b and c for all, convolutions over borders
         pytest.param("gated_deltanet", marks=pytest.mark.thorough),
         pytest.param("kda", marks=pytest.mark.thorough),
         pytest.param("lightning", marks=pytest.mark.thorough),

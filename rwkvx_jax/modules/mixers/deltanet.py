@@ -7,17 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.config.mixers import CONV
 from rwkvx_jax.modules.mixers.base import (
     Fed,
     LinearMixer,
     join_heads,
     per_channel,
     rms_norm,
-    short_convolution,
     split_heads,
 )
-from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project, uniform
+from rwkvx_jax.modules.mixers.convolution import convolutions, first_taps
+from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
 
 
 def first_steps(rngs: nnx.Rngs, count: int) -> jax.Array:
@@ -30,11 +29,6 @@ def first_steps(rngs: nnx.Rngs, count: int) -> jax.Array:
 def first_rates(rngs: nnx.Rngs, count: int) -> jax.Array:
     """log A of heads, A uniform from 1 to 16."""
     return jnp.log(jax.random.uniform(rngs.params(), (count,), minval=1.0, maxval=16.0))
-
-
-def first_taps(rngs: nnx.Rngs, width: int) -> jax.Array:
-    """Taps [CONV, width] of a convolution, within the bound of a linear layer of CONV inputs."""
-    return uniform(rngs.params(), (CONV, width), CONV**-0.5)
 
 
 class GatedDeltaNet(LinearMixer):
@@ -85,10 +79,9 @@ class GatedDeltaNet(LinearMixer):
 def convolved(mixer, h, shift, lengths) -> tuple[jax.Array, ...]:
     """Queries and keys of unit length (queries over sqrt(K)) and values [B, T, H, K] of a mixer
     after its convolution and SiLU, and the shift of the next piece."""
-    matrices = mixer.receptance, mixer.key, mixer.value
-    together = jnp.concatenate([project(h, matrix[...]) for matrix in matrices], axis=-1)
-    together, last = short_convolution(together, mixer.conv[...], shift, lengths)
-    q, k, v = (split_heads(x, mixer.heads) for x in jnp.split(jax.nn.silu(together), 3, axis=-1))
+    projections = [project(h, w[...]) for w in (mixer.receptance, mixer.key, mixer.value)]
+    parts, last = convolutions(projections, mixer.conv[...], shift, lengths)
+    q, k, v = (split_heads(jax.nn.silu(x), mixer.heads) for x in parts)
     return _unit(q) * q.shape[-1] ** -0.5, _unit(k), v, last
 
 
