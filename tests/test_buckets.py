@@ -162,7 +162,7 @@ def test_buckets_that_cannot_be_used_are_errors_before_any_work(config, server):
         server.start()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_trace_is_copied_into_the_bucket(folder):
     recorder = trace.Trace(dataclasses.replace(RUN, profile_steps="0:1"), folder)
     recorder.before(0)

@@ -83,7 +83,7 @@ def test_wrong_numbers_of_a_collective_are_found(monkeypatch):
         machine.collectives()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_command_passes_leaves_nothing_behind_and_writes_json(tmp_path, capsys, monkeypatch):
     from rwkvx_jax.doctor import __main__ as door
 

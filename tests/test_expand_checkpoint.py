@@ -72,6 +72,7 @@ def test_new_blocks_have_the_dtype_of_the_source(tmp_path):
         assert {param.dtype for param in params.values()} == {DTYPES[dtype]}
 
 
+@pytest.mark.slow
 def test_a_step_of_a_run_is_expanded_with_its_settings(base, tmp_path):
     model = dataclasses.replace(load_model(base).config, chunk_size=16, top_k=5)
     params = random_tensors(param_shapes(model))

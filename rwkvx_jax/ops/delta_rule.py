@@ -21,12 +21,8 @@ from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
 from rwkvx_jax.ops.placement import local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
-from rwkvx_jax.ops.recurrence_chunked import Plan
+from rwkvx_jax.ops.recurrence_chunked import CHUNK_SIZE, SEGMENT, Plan
 from rwkvx_jax.ops.recurrence_sequential import sequential
-
-# Tokens of a chunk and chunks of a segment, by what the chunk costs: (linear, delta rule).
-CHUNK_SIZE = {"cpu": (64, 32), "gpu": (64, 64), "tpu": (128, 64)}
-SEGMENT = {"cpu": 1, "gpu": 8, "tpu": 8}
 
 _KERNEL = "pallas_kernels.delta_rule_tpu"
 _NO_FORWARD_MODE = (
@@ -100,29 +96,34 @@ def generalized_delta_rule(
     if read not in ("after", "before"):
         raise ValueError(f"generalized_delta_rule: read must be 'after' or 'before', got {read!r}")
     _check_decay(log_w, decay_bound)
-    delta = a is not None
     candidates = _candidates(r, v, log_w, decay_bound)
     chosen = resolve("generalized_delta_rule", implementation, candidates)
     check_chunk_size("generalized_delta_rule", chunk_size, chosen)
     if state is None:
         batch, _, heads, width = v.shape
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
-    run = _form(chosen, chunk_size, r.dtype, read, decay_bound, delta)
+    run = _form(chosen, chunk_size, r.dtype, read, decay_bound)
     if chosen != "sequential":
         *values, state = reverse_only(_NO_FORWARD_MODE, *arrays.values(), state)
         arrays = dict(zip(arrays, values, strict=True))
 
+    heads = v.shape[2]
+    # One head for all can stay whole on every device; several for several have to be beside theirs.
+    arrays = {
+        name: x if x.shape[2] in (1, heads) else jnp.repeat(x, heads // x.shape[2], 2)
+        for name, x in arrays.items()
+    }
+
     def heads_together(*arrays_and_state):
         *values, state = vary_together(*arrays_and_state)
-        heads = values[3].shape[2]
-        values = [x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], 2)
-                  for x in values]  # fmt: skip
+        local_heads = state.shape[1]
+        values = [x if x.shape[2] > 1 else jnp.repeat(x, local_heads, 2) for x in values]
         return run(dict(zip(arrays, values, strict=True)), state)
 
     return local(
         heads_together,
         (*arrays.values(), state),
-        ("B.H.",) * len(arrays) + ("BH..",),
+        tuple("B.H." if x.shape[2] == heads else "B..." for x in arrays.values()) + ("BH..",),
         ("B.H.", "BH.."),
         check_vma=chosen != "pallas",
     )
@@ -166,7 +167,7 @@ def affine(
     return both[..., keys:], both[..., :keys], end[..., :keys, :], end[..., keys:, :]
 
 
-def _form(implementation, chunk_size, dtype, read, decay_bound, delta):
+def _form(implementation, chunk_size, dtype, read, decay_bound):
     """The function of (tokens by name, state) that runs."""
     if implementation == "sequential":
         return functools.partial(sequential, reads_before=read == "before")
@@ -176,10 +177,9 @@ def _form(implementation, chunk_size, dtype, read, decay_bound, delta):
             **tokens, state=state, read=read, decay_bound=decay_bound
         )
     platform = current_platform()
-    sizes = CHUNK_SIZE.get(platform, CHUNK_SIZE["cpu"])
     associative = implementation == "associative"
     plan = Plan(
-        chunk_size=chunk_size or sizes[delta],
+        chunk_size=chunk_size or CHUNK_SIZE.get(platform, CHUNK_SIZE["cpu"]),
         segment=None if associative else SEGMENT.get(platform, SEGMENT["cpu"]),
         associative=associative,
         precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.HIGH,

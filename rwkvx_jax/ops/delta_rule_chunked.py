@@ -31,7 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.ops.recurrence_chunked import MAX_EXPONENT, Plan, cut, put, unit_inverse
+from rwkvx_jax.ops.recurrence_chunked import (
+    MAX_EXPONENT,
+    Plan,
+    cut,
+    put,
+    unit_inverse,
+    wkv7_chunked,
+)
 
 _LEAF = 16  # tokens whose scores are made by masked products, one a level
 
@@ -69,6 +76,10 @@ def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form:
       y [B, T, H, V] in v's dtype and the final state.
     """
     length = tokens["v"].shape[1]
+    bounded = plan.fit(length)[0].chunk_size <= form.leaf
+    if bounded and "a" in tokens and tokens["log_w"].shape[-1] > 1 and not form.reads_before:
+        # What RWKV-7 asks for, whose gradient is written by hand.
+        return wkv7_chunked(**tokens, state=state, plan=plan)
     plan, padded = plan.fit(length)
     if padded > length:  # tokens of zeros leave the state alone
         pad = ((0, 0), (0, padded - length), (0, 0), (0, 0))
@@ -283,12 +294,12 @@ def _scores_of_heads(plan, form, left, right, log_w, levels, inclusive):
     strict = jnp.full((*log_w.shape[:-1], size), -jnp.inf)
     for n, (before, after, _) in enumerate(levels[:-1]):
         strict = jnp.where(level == 1 << n, before + after.swapaxes(-1, -2), strict)
-    scores = []
-    for includes, products in zip(inclusive, _products(plan, left, right), strict=True):
+    decays = []
+    for includes in inclusive:
         decay = jnp.exp(strict + log_w) if includes else jnp.exp(strict)
-        decay = jnp.where(level == 0, 1.0, decay) if includes else decay
-        scores.append([product * decay for product in products])
-    return scores
+        decays.append(jnp.where(level == 0, 1.0, decay) if includes else decay)
+    decay = jnp.concatenate(decays, axis=-2)
+    return _products(plan, left, right, jnp.concatenate([decay] * len(right), axis=-1))
 
 
 def _scores_of_channels(plan, form, left, right, log_w, levels, inclusive):
@@ -357,14 +368,15 @@ def _bounded_leaves(plan, left, right, log_w, levels, leaf, inclusive):
     ]
 
 
-def _products(plan, left, right):
-    """Every left factor times every right one, [.., i, j] each, as one product.
+def _products(plan, left, right, scale=1.0):
+    """Every left factor times every right one, [.., i, j] each, as one product, times `scale`.
 
     Lists of arrays, and not arrays with one more axis: XLA's CPU runtime (jax 0.10.2) crashes in
     sums over a middle axis of seven, which their gradients would have.
     """
     both = _dot(plan, "...ik,...jk->...ij", jnp.concatenate(left, -2), jnp.concatenate(right, -2))
-    return [jnp.split(row, len(right), axis=-1) for row in jnp.split(both, len(left), axis=-2)]
+    rows = jnp.split(both * scale, len(left), axis=-2)
+    return [jnp.split(row, len(right), axis=-1) for row in rows]
 
 
 def _each(fn, scores, others):

@@ -11,7 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import block_sparse_tpu, routing, selection_tpu, wkv7_tpu
+from pallas_kernels import block_sparse_tpu, delta_rule_tpu, routing, selection_tpu, wkv7_tpu
+from pallas_kernels.recurrence_tpu import TILES
 from rwkvx_jax.perf.stages import CORES
 from rwkvx_jax.perf.topology import smallest
 
@@ -23,7 +24,7 @@ class Case:
     Attributes:
       kernel: name of the pallas_call, as in the dump's file names.
       chip: key of `CORES`.
-      width, time: D and T; the batch is 1.
+      width, time: D (of the values) and T; the batch is 1.
       chunk, top_k: of sparse attention; 0 for other kernels.
     """
 
@@ -53,6 +54,7 @@ def all_cases() -> list[Case]:
         for width in (768, 2560)
         for time in (4096, 65536)
     ]
+    delta_rules = [Case(kernel, chip, 2048, 4096) for kernel in DELTA_RULES for chip in CORES]
     attention = [
         Case(kernel, chip, 768, 131072, chunk, top_k)
         for kernel in BLOCK_SPARSE
@@ -60,7 +62,7 @@ def all_cases() -> list[Case]:
         for chunk, top_k in ((2048, 3), (128, 16))
     ]
     smallest = [Case(kernel, "v5e", 768, 131072, 32, 64) for kernel in BLOCK_SPARSE]
-    return recurrence + attention + smallest
+    return recurrence + delta_rules + attention + smallest
 
 
 def case_named(name: str) -> Case:
@@ -100,6 +102,43 @@ def _wkv7(case: Case, struct):
         contract += [*inputs, state]  # and the gradients
     minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in contract)
     return function, arguments, minimum, case.time * packs
+
+
+def _delta_rule(case: Case, struct):
+    """As for WKV-7. The contract: every argument and result once, and the chunks' states."""
+    key, value, delta, decay_bound = DELTA_RULES[case.kernel]
+    heads, tokens = case.width // value, (1, case.time, case.width // value)
+    keys, values = struct((*tokens, key), jnp.bfloat16), struct((*tokens, value), jnp.bfloat16)
+    log_w = struct((*tokens, 1 if decay_bound is None else key), jnp.float32)
+    inputs = delta_rule_tpu._Tokens(keys, log_w, keys, values, *[keys, keys] * delta)
+    call = delta_rule_tpu._make_call(
+        inputs,
+        before=False,
+        decay_bound=decay_bound,
+        tile=delta_rule_tpu._tile_of(TILES[case.chip], inputs, decay_bound),
+        interpret=False,
+    )
+    plan = delta_rule_tpu._plan_of(call, keys)
+    _, layout = delta_rule_tpu._token_layouts(call, plan, reverse=False)
+    packed = [
+        struct(x.shape, x.dtype)
+        for x in (shape(jnp.float32 if i == 1 else jnp.bfloat16) for i, shape in enumerate(layout))
+    ]
+    state = struct(plan.shapes()["state"].shape, jnp.float32)
+    forward = functools.partial(delta_rule_tpu._forward_call, call, plan, residuals=True)
+    y, end, *saved = jax.eval_shape(forward, packed, state)
+    given = [x for x in inputs if x is not None]
+    states = struct((heads, case.time // call.shape.chunk, value, key), jnp.float32)
+    contract = [*given, state, state, states, values]
+    if case.kernel.endswith("forward"):
+        function, arguments = forward, (packed, state)
+    else:
+        function = functools.partial(delta_rule_tpu._backward_call, call, plan)
+        saved = [struct(x.shape, x.dtype) for x in saved]
+        arguments = (packed, saved, packed[3], state)
+        contract += [*given]  # and the gradients
+    minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in contract)
+    return function, arguments, minimum, case.time * case.width // 128
 
 
 def block_sparse_plan(case: Case, struct):
@@ -171,6 +210,15 @@ def _block_sparse(case: Case, struct):
 
 
 WKV7 = ("wkv7_forward", "wkv7_backward")
+DELTA_RULES = {  # (K, V, with a and b, bound of a decay a channel), as architectures use them
+    f"{name}_{direction}": sizes
+    for name, sizes in {
+        "scalar_delta_rule": (128, 128, True, None),  # Gated DeltaNet
+        "vector_delta_rule": (128, 128, True, -5.0),  # KDA
+        "scalar_linear_attention": (128, 64, False, None),  # Mamba-2
+    }.items()
+    for direction in ("forward", "backward")
+}
 BLOCK_SPARSE = (
     "select_chunks",
     "routing_sort",
@@ -181,4 +229,8 @@ BLOCK_SPARSE = (
     "block_sparse_past_backward",
     "block_sparse_own_backward",
 )
-BUILDERS = {**dict.fromkeys(WKV7, _wkv7), **dict.fromkeys(BLOCK_SPARSE, _block_sparse)}
+BUILDERS = {
+    **dict.fromkeys(WKV7, _wkv7),
+    **dict.fromkeys(DELTA_RULES, _delta_rule),
+    **dict.fromkeys(BLOCK_SPARSE, _block_sparse),
+}

@@ -135,7 +135,7 @@ def test_one_process_at_a_time_has_an_answers_file_open(tmp_path):
         assert answers["a"] == "x"
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_requests_that_fail_lose_no_others(tested, tmp_path):
     """Empty continuations, settings that mean nothing, and logits that are not finite."""
     pairs = [("one", " two"), ("three", ""), ("five", " six")]

@@ -124,7 +124,7 @@ def test_the_own_chunk_alone():
     check(qkv, jnp.zeros((2, 200, 1, 0), jnp.int32), 64)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_bfloat16():
     qkv = random_qkv(3, 1, LENGTH, heads=2, size=64, dtype=jnp.bfloat16)
     check(qkv, random_selection(4, 1, LENGTH, 2, CHUNK, 3), CHUNK)
@@ -249,7 +249,7 @@ def test_default_tile(length, chunk_size, top_k):
     check(qkv, chosen, chunk_size, tile=TileConfig())
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_fewer_tiles_a_step_of_joined_chunks(together):
     """A tile's chunk lies anywhere in the block of keys, however many tiles share the step."""

@@ -67,6 +67,7 @@ def test_lowers_for_cuda(function, struct, kernels, head, dtype):
     assert text.count(TRITON) == kernels
 
 
+@pytest.mark.slow
 def test_many_small_chunks_lower_for_cuda():
     """As many choices as configs/recall_64k.py makes: segments must be smaller for pairs to fit."""
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
@@ -115,7 +116,7 @@ with jax.sharding.use_abstract_mesh(mesh):
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_without_triton_all_but_the_gpu_kernels_works():
     """JAX has announced to remove it: a process in which it cannot be imported."""
     result = subprocess.run(

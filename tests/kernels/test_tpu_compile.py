@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import routing
+from pallas_kernels.delta_rule_tpu import generalized_delta_rule
 from rwkvx_jax.config import Config, LongCEConfig, MeshConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
@@ -59,6 +60,59 @@ def test_schedule(case):
     assert result["compile_seconds"] < 60
     bar = BARS.get(case.kernel, {}).get(case.chip)
     assert bar is None or result["bundles_per_unit"] <= bar
+
+
+# K, V, scalar decays, with a and b, bound of the decays
+DELTA_RULES = {
+    "Gated DeltaNet": (128, 128, True, True, None),
+    "KDA": (128, 128, False, True, -5.0),
+    "Mamba-2": (128, 64, True, False, None),
+    "64": (64, 64, True, True, None),
+    "256": (256, 256, False, True, -5.0),
+    "32": (32, 32, True, True, None),
+    "96 x 160": (96, 160, False, True, -5.0),
+    "no bound": (64, 64, False, True, None),
+}
+
+
+@pytest.mark.parametrize(
+    "chip, rule, dtype",
+    [
+        pytest.param(
+            *(chip, rule, dtype),
+            marks=pytest.mark.thorough if (chip, rule) == ("v5e", "Mamba-2") else pytest.mark.slow,
+        )
+        for chip in ("v5e", "v5p", "v6e")
+        for rule in DELTA_RULES
+        for dtype in ("bfloat16", "float32")
+    ],
+)
+def test_the_delta_rule_compiles(chip, rule, dtype):
+    """The gradient, and so both kernels, of 16 packs of heads (the last one not always full): as
+    much in a grid step as there may be."""
+    key, value, scalar, delta, bound = DELTA_RULES[rule]
+    mesh = topology.topology_mesh(topology.smallest(chip), {"device": 1})
+    everywhere = PartitionSpec()
+
+    def struct(channels, dtype=dtype):
+        shape = 1, 500, {32: 63, 64: 31, 160: 63}.get(value, 16), channels
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
+
+    tokens = [struct(key), struct(1 if scalar else key, "float32"), struct(key), struct(value)]
+    tokens += [struct(key)] * 2 * delta
+
+    def total(*tokens):
+        y, end = generalized_delta_rule(*tokens, decay_bound=bound)
+        return y.astype(jnp.float32).sum() + end.sum()
+
+    gradients = jax.grad(total, argnums=tuple(range(len(tokens))))
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            gradients, in_specs=everywhere, out_specs=everywhere, check_vma=False
+        )
+        text = jax.jit(mapped).lower(*tokens).compile().as_text()
+    for direction in ("forward", "backward"):
+        assert re.search(rf"%\w*_{direction}[\w.]* = .*custom-call\(.*tpu_custom_call", text)
 
 
 @pytest.mark.thorough

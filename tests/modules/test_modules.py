@@ -159,7 +159,7 @@ def test_copied_blocks_can_be_given_away_with_their_sources():
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, -y), given_away(hybrid), expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_aligned_blocks_look_for_what_came_after():
     config = dataclasses.replace(TINY, attention_init="aligned", key_conv=3)
     block = create_model(config).attention_blocks.attention

@@ -41,7 +41,7 @@ def test_bad_flags(flags, message):
         SpeedOptions(output=Path("out"), **flags)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "_READ_BYTES", 1 << 20)
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors")

@@ -150,7 +150,7 @@ def test_longce_is_the_slow_loop(window, stride, time):
         assert np.any(expected == 2.5) and np.any(expected < 1)  # capped above, not below
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_longce_windows_start_from_nothing_and_carry_no_gradient():
     config, tokens = LongCEConfig(4, 4), np.random.default_rng(3).integers(0, 40, (1, 14))
     params = jax.tree.map(jnp.asarray, random_params(CONFIG))

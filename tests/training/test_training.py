@@ -126,7 +126,7 @@ def test_signals_save_and_the_same_command_continues(
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_run_through_the_paths_of_buckets(config, undisturbed, tmp_path, monkeypatch):
     """Crashed and resumed, over files that are only ever written whole."""
     params, metrics, _ = undisturbed
@@ -139,7 +139,7 @@ def test_a_run_through_the_paths_of_buckets(config, undisturbed, tmp_path, monke
     assert not (workdir / "tensorboard").exists()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(config, undisturbed, tmp_path, monkeypatch):
     save = Checkpoints.save
 
