@@ -6,6 +6,7 @@ Models whose every layer is simple enough are followed to their loss, and gradie
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
@@ -244,3 +245,33 @@ def test_rwkv4():
         return layer_norm(x, part_of(weights, "rwkv.ln_out.")) @ weights["head.weight"].T
 
     compare_to_the_loss(logits_of, weights, ref)
+
+
+# ------------------------------------------------------------------------------------- Small inputs
+
+
+@pytest.mark.parametrize("name", ["lightning", "gated_deltanet"])
+def test_epsilons_count_where_inputs_are_small(name):
+    """A single token by the formulas: the models above, of large weights, hardly show epsilons."""
+    config = ModelConfig(width=64, head_size=16, num_blocks=2, num_attention_blocks=0, mixer=name)
+    constants = LayerConstants(config, jnp.float32(0), 2)
+    p = nnx.to_pure_dict(nnx.state(MIXERS[name](config, constants, nnx.Rngs(0))))
+    p["output"] = jnp.eye(64)
+    h = jax.random.normal(jax.random.key(0), (64,)) * (0.1 if name == "lightning" else 0.02)
+    found = mixer(name, p)(h[None, None])[0, 0]
+    silu, sigmoid = jax.nn.silu, jax.nn.sigmoid
+    inputs = [h @ p[x] for x in ("receptance", "key", "value")]
+    if name == "gated_deltanet":
+        inputs = [x * taps for x, taps in zip(inputs, jnp.split(p["conv"][0], 3), strict=True)]
+    q, k, v = (silu(x).reshape(4, 16) for x in inputs)
+    gate = h @ p["gate"]
+    if name == "lightning":
+        o = (jnp.sum(q * k, axis=-1, keepdims=True) * v).reshape(64)
+        expected = o / jnp.sqrt(jnp.square(o).mean() + 1e-6) * sigmoid(gate)
+    else:
+        q, k = (x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+        read = jnp.sum(q / 4 * k, axis=-1, keepdims=True) * sigmoid(h @ p["beta"])[:, None]
+        o = read * v
+        o = o / jnp.sqrt(jnp.square(o).mean(-1, keepdims=True) + 1e-6)
+        expected = o.reshape(64) * silu(gate)
+    assert_close(found, expected, rel=1e-5)
