@@ -41,7 +41,11 @@ SMALL = ModelConfig(
     low_rank_override=(5, 6, 7, 9),
 )
 
-pytestmark = pytest.mark.parametrize("mixer", MIXERS)
+SIMPLER = "deltanet", "rwkv5"  # than another, whose code they share
+pytestmark = pytest.mark.parametrize(
+    "mixer",
+    [pytest.param(m, marks=[pytest.mark.thorough] * (m in SIMPLER)) for m in MIXERS],
+)
 
 
 def config_of(mixer):
