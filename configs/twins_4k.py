@@ -5,7 +5,7 @@
 
 The small recipe of `recall_64k` (3.3 M tokens, lengths up to 4,096) on three recurrent blocks and
 one of sparse attention; `-alone`: on four recurrent blocks. Variants are the values of
-`ModelConfig.mixer`, each with `-alone`; without a variant it is RWKV-7. The channel mixes are as
+`ModelConfig.mixer`, each with `-alone`; without a variant it is the RWKV-7 hybrid. The channel mixes are as
 wide as makes the parameters equal to those of the RWKV-7 hybrid within 2 %. All read the same
 tokens in the same order. Expected: docs/recurrences.md says which of them have been trained.
 """
@@ -18,7 +18,7 @@ from rwkvx_jax.config.mixers import MixerName
 from rwkvx_jax.experiment_files import load_config
 
 MIXERS = get_args(MixerName)
-VARIANTS = (*MIXERS, *(f"{mixer}-alone" for mixer in MIXERS))
+VARIANTS = (*MIXERS[1:], *(f"{mixer}-alone" for mixer in MIXERS))
 
 
 def as_large(model: ModelConfig, parameters: int) -> ModelConfig:

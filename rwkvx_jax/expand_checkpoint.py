@@ -121,7 +121,8 @@ def run(options: Options, console: Console) -> None:
     config = hybrid.config
     say(
         console,
-        f"{options.dst}: {size(options.dst) / 1e6:,.1f} MB; {config.num_blocks} RWKV-7 blocks, "
+        f"{options.dst}: {size(options.dst) / 1e6:,.1f} MB; "
+        f"{config.num_blocks} {config.mixer_title} blocks, "
         f"{config.num_attention_blocks} new attention blocks ({config.attention_init}), "
         f"{config.num_parameters:,} parameters",
     )

@@ -154,3 +154,14 @@ def _attention(p, config, h):
             weights = np.exp(scores - scores.max())
             out[t, at] = weights @ v[rows][:, at] / weights.sum()
     return out @ p["output"], margins
+
+
+def perturbed(params, seed: int = 0):
+    """Initial parameters of any mixer, moved away from where they start; slopes of decays kept."""
+    rng = np.random.default_rng(seed)
+
+    def move(path, leaf):
+        noise = 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)
+        return leaf if path[-1].key == "slope" else leaf + noise
+
+    return jax.tree_util.tree_map_with_path(move, params)

@@ -126,6 +126,19 @@ def tuned(model, **lora):
             lambda: Config(ModelConfig.tiny(), (dataclasses.replace(STAGE, trainable="state"),)),
             ["'only'", '"state"', "set model.learned_state"],
         ),
+        (
+            lambda: dataclasses.replace(
+                CONFIG,
+                model=dataclasses.replace(CONFIG.model, mixer="rwkv4"),
+                mesh=MeshConfig(context=2),
+            ),
+            ['mixer "rwkv4"', "mesh.context is 2", "set it to 1"],
+        ),
+        (
+            lambda: ModelConfig(mixer="mamba2", attention_init="copy"),
+            ['"copy"', '"mamba2"', 'use "zero" or "aligned"'],
+        ),
+        (lambda: ModelConfig(mixer="kda", learned_state=True), ["'rwkv7', not 'kda'", "False"]),
         (lambda: Config(ModelConfig.tiny(), ()), ["stages is empty"]),
         (lambda: Config(ModelConfig.tiny(), (STAGE, STAGE)), ["['only'] occur twice"]),
         (

@@ -320,6 +320,11 @@ class Config(Checked):
     def __post_init__(self):
         super().__post_init__()
         require(len(self.stages) > 0, "stages is empty: name at least one stage")
+        require(
+            self.model.mixer != "rwkv4" or self.mesh.context == 1,
+            f'model.mixer "rwkv4" has no context parallelism, but mesh.context is '
+            f"{self.mesh.context}: set it to 1",
+        )
         names = [stage.name for stage in self.stages]
         repeated = sorted({name for name in names if names.count(name) > 1})
         require(not repeated, f"stage names {repeated} occur twice: give each stage its own")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from rwkvx_jax.config.mixers import MixerName, MixerSizes, mixer_sizes
+from rwkvx_jax.config.mixers import MIXER_TITLES, MixerName, MixerSizes, mixer_sizes
 from rwkvx_jax.config.values import Checked, require, require_positive
 
 LowRankRule = Literal["rwkvx", "rwkv_lm"]
@@ -119,6 +119,11 @@ class ModelConfig(Checked):
             self.mixer == "rwkv7" or not self.learned_state,
             f"model.learned_state is for the mixer 'rwkv7', not {self.mixer!r}: leave it False",
         )
+        require(
+            self.mixer != "mamba2" or self.attention_init != "copy",
+            'model.attention_init "copy" takes the matrices of the recurrent blocks, which have '
+            'other shapes with the mixer "mamba2": use "zero" or "aligned"',
+        )
         blocks, attention = self.num_blocks, self.num_attention_blocks
         if attention:
             divisors = [m for m in range(1, min(blocks, 256) + 1) if blocks % m == 0]
@@ -146,6 +151,11 @@ class ModelConfig(Checked):
     def mixer_sizes(self) -> MixerSizes:
         """Sizes of the mixer of a recurrent block."""
         return mixer_sizes(self.mixer, self.width, self.head_size, self.ranks)
+
+    @property
+    def mixer_title(self) -> str:
+        """Name of the mixer for people."""
+        return MIXER_TITLES[self.mixer]
 
     @property
     def num_parameters(self) -> int:

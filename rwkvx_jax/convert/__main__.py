@@ -212,7 +212,7 @@ def _export(options: Options, source: OwnCheckpoint, results: str, console: Cons
             source.trained,
         )
         name = options.dst.absolute().name
-        card = model_card(name, describe(name, facts), results)
+        card = model_card(name, describe(name, facts), results, source.config.mixer)
         write_directory(options.dst, read, tensors, card, shard_bytes(options.shard_size), accept)
     say(
         console,
@@ -314,7 +314,7 @@ def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
     states = ", learned initial states" if config.learned_state else ""
     return (
         f"{dst}: {'official' if official else 'our'} layout, "
-        f"{size(dst) / 1e6:,.1f} MB; {config.num_blocks} RWKV-7 blocks, "
+        f"{size(dst) / 1e6:,.1f} MB; {config.num_blocks} {config.mixer_title} blocks, "
         f"{config.num_attention_blocks} attention blocks, width {config.width}, "
         f"vocabulary {config.vocab_size}{states}"
     )

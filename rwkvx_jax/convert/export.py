@@ -151,7 +151,12 @@ def _write_json(path: Path, values: Any) -> None:
 
 def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
     """The sizes of a model under the names that transformers' RWKV-7 has for them."""
-    ranks = config.ranks
+    ranks = {
+        "decay_low_rank_dim": config.ranks.w,
+        "a_low_rank_dim": config.ranks.a,
+        "v_low_rank_dim": config.ranks.v,
+        "gate_low_rank_dim": config.ranks.g,
+    }
     dtypes = [tensor.dtype.name for tensor in tensors.values()]
     return {
         "model_type": _model_type(config),
@@ -161,10 +166,7 @@ def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str
         "intermediate_size": config.hidden_width,
         "num_heads": config.num_heads,
         "head_dim": config.head_size,
-        "decay_low_rank_dim": ranks.w,
-        "a_low_rank_dim": ranks.a,
-        "v_low_rank_dim": ranks.v,
-        "gate_low_rank_dim": ranks.g,
+        **(ranks if config.mixer == "rwkv7" else {}),
         "norm_eps": 1e-5,
         "norm_bias": True,
         "tie_word_embeddings": False,
@@ -176,20 +178,21 @@ def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str
 
 
 def _model_type(config: ModelConfig) -> str:
-    """The name for a model of transformers if it is one, which has no attention blocks, no learned
-    states, and heads of 64: there, others are normalised with another epsilon."""
-    plain = config.num_attention_blocks == 0 and config.head_size == 64
-    plain = plain and not config.learned_state
+    """The name for a model of transformers if it is one: an RWKV-7 without attention blocks and
+    learned states, its heads of 64 (there, others are normalised with another epsilon)."""
+    plain = config.mixer == "rwkv7" and not config.learned_state
+    plain = plain and config.num_attention_blocks == 0 and config.head_size == 64
     return "rwkv7" if plain else "rwkvx"
 
 
-def model_card(name: str, facts: Sequence[str], results: str) -> str:
+def model_card(name: str, facts: Sequence[str], results: str, mixer: str) -> str:
     """The text of a model card, Markdown.
 
     Args:
       name: of the directory.
       facts: lines of `inspection.describe`.
       results: Markdown with tables of evaluations, or "".
+      mixer: of its recurrent blocks.
     """
     listed = "\n".join(f"    {line}" for line in facts)
     return f"""---
@@ -197,7 +200,7 @@ library_name: rwkvx-jax
 pipeline_tag: text-generation
 tags:
 - rwkv
-- rwkv7
+- {mixer}
 ---
 
 # {name}

@@ -69,7 +69,7 @@ def describe(name: str, facts: Facts) -> list[str]:
       facts: of it.
     """
     config = facts.config
-    kind = "RWKV-X" if config.num_attention_blocks else "RWKV-7"
+    kind = "RWKV-X" if config.num_attention_blocks else config.mixer_title
     attention = ""
     if config.num_attention_blocks:
         attention = f"{config.num_attention_blocks} attention blocks (one after every "
@@ -78,9 +78,9 @@ def describe(name: str, facts: Facts) -> list[str]:
         "checkpoint": name,
         "form": facts.form,
         "size": f"{facts.bytes / 1e6:,.1f} MB on the disk",
-        "model": f"{kind}: {config.num_blocks} RWKV-7 blocks, {attention}width {config.width}, "
-        f"{config.num_heads} heads of {config.head_size}, channel mix {config.hidden_width}, "
-        f"vocabulary {config.vocab_size}",
+        "model": f"{kind}: {config.num_blocks} {config.mixer_title} blocks, {attention}"
+        f"width {config.width}, {config.num_heads} heads of {config.head_size}, "
+        f"channel mix {config.hidden_width}, vocabulary {config.vocab_size}",
         "parameters": f"{config.num_parameters:,}",
         "dtypes": ", ".join(f"{dtype} ({count} arrays)" for dtype, count in facts.dtypes.items()),
         "tokenizer": _tokenizer(facts),

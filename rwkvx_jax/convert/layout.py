@@ -7,6 +7,7 @@ says all of it; `to_params` and `from_params` follow the table in either directi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.convert.tensors import DTYPES, ConversionError, LazyTensor, cast
+from rwkvx_jax.digest import flat
 
 Form = Literal["plain", "transposed", "wrapped", "vector"]
 """How a tensor is stored elsewhere: as it is; transposed; as [1, 1, D]; as a vector with any
@@ -143,6 +145,8 @@ def _stack_size(parameter: Parameter, config: ModelConfig) -> int | None:
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all our parameters, by name."""
+    if config.mixer != "rwkv7":
+        return _shapes_of_model(config)
     sizes = _dim_sizes(config)
     shapes = {}
     for parameter in PARAMETERS:
@@ -152,6 +156,14 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if 0 not in shape:
             shapes[parameter.name] = shape
     return shapes
+
+
+@functools.cache
+def _shapes_of_model(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """`param_shapes` of a model that the table does not describe: its mixer has no other layout."""
+    from rwkvx_jax.model import abstract_model, get_params  # slow to import, and seldom needed
+
+    return {name: leaf.shape for name, leaf in flat(get_params(abstract_model(config)))}
 
 
 class Naming(NamedTuple):

@@ -164,7 +164,17 @@ def official_to_params(
 
 def has_official_form(config: ModelConfig) -> bool:
     """Whether a model has only parts that the official layout has."""
-    return not (config.key_conv and config.num_attention_blocks)
+    return _unofficial(config) is None
+
+
+def _unofficial(config: ModelConfig) -> str | None:
+    """A part of a model that the official layout has not, and why; None if there is none."""
+    if config.mixer != "rwkv7":
+        return f"mixer={config.mixer!r} has no official form: official files hold RWKV-7 blocks"
+    if config.key_conv and config.num_attention_blocks:
+        knows_none = "the original knows no convolution on keys"
+        return f"key_conv={config.key_conv} has no official form: {knows_none}"
+    return None
 
 
 def params_to_official(
@@ -193,11 +203,8 @@ def params_to_official(
     """
     params = as_lazy(params)
     check_params(param_shapes(config), params)
-    if not has_official_form(config):
-        raise ConversionError(
-            f"a model with key_conv={config.key_conv} has no official form: the original knows no "
-            "convolution on keys; keep it as our own (--to ours)"
-        )
+    if problem := _unofficial(config):
+        raise ConversionError(f"a model with {problem}; keep it as our own (--to ours)")
     hybrid = config.num_attention_blocks > 0
     naming = official_naming(
         info.prefix if info else (_PREFIX if hybrid else ""),

@@ -72,10 +72,10 @@ def wkv4(
 def _added(first, second):
     """Two weighted sums (A, D, m), each times e^m, as one."""
     (a1, d1, m1), (a2, d2, m2) = first, second
-    # Nothing read yet is 0 at m = -inf; any finite m serves there, and has a gradient.
     m = jax.lax.stop_gradient(jnp.maximum(m1, m2))
-    m = jnp.where(jnp.isneginf(m), 0.0, m)
-    e1, e2 = jnp.exp(m1 - m), jnp.exp(m2 - m)
+    # Nothing and nothing are 0 at m = -inf; a finite factor has a gradient there.
+    factor = jnp.where(jnp.isneginf(m), 0.0, m)
+    e1, e2 = jnp.exp(m1 - factor), jnp.exp(m2 - factor)
     return a1 * e1 + a2 * e2, d1 * e1 + d2 * e2, m
 
 

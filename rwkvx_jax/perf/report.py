@@ -17,10 +17,11 @@ def header(config: Config, name: str, topology: str, sizes: Mapping[str, int]) -
         devices *= size
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     model = config.model
+    blocks = "" if model.mixer == "rwkv7" else f"{model.mixer_title} blocks, "
     return (
         f"{name} on {topology}: {devices} devices, mesh {mesh}\n"
-        f"model L {model.num_blocks}, M {model.num_attention_blocks}, D {model.width}, chunk "
-        f"{model.chunk_size}, top-k {model.top_k}, {config.run.compute_dtype}\n"
+        f"model {blocks}L {model.num_blocks}, M {model.num_attention_blocks}, D {model.width}, "
+        f"chunk {model.chunk_size}, top-k {model.top_k}, {config.run.compute_dtype}\n"
         "All times are estimates from the compiled program and the vendor's peaks; nothing ran."
     )
 

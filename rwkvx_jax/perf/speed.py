@@ -242,7 +242,7 @@ def bytes_per_token(config: ModelConfig, run_config: RunConfig, params: Params, 
     """
     item = jnp.dtype(run_config.compute_dtype).itemsize
     weights = sum(p.size * p.dtype.itemsize for name, p in flat_params(params) if name != "embed")
-    states = config.num_blocks * config.num_heads * config.head_size**2 * 4
+    states = config.num_blocks * config.mixer_sizes.state * 4
     chunk = config.chunk_size
     past, filled = length // chunk, length % chunk + 1
     if config.attention == "full":

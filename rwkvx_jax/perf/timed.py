@@ -69,8 +69,8 @@ def facts_of(model: Timed) -> str:
     """What a figure says of the hybrid and the machine."""
     config, machine = model.config, model.description
     return (
-        f"{config.num_blocks} RWKV-7 and {config.num_attention_blocks} attention blocks of width "
-        f"{config.width}, chunk size {config.chunk_size}, top-k {config.top_k}; "
+        f"{config.num_blocks} {config.mixer_title} and {config.num_attention_blocks} attention "
+        f"blocks of width {config.width}, chunk size {config.chunk_size}, top-k {config.top_k}; "
         f"{machine['device']}, {machine['cores']} cores"
     )
 

@@ -126,9 +126,10 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     names = ("vocab_size", "num_blocks", "num_attention_blocks", "width", "head_size")
     fields = {f"model.{name}": getattr(config, name) for name in names}
     return {
+        "model.mixer": config.mixer,
         **fields,
         # A convolution of attention keys, which a model without attention blocks has not.
         "model.key_conv": config.key_conv if config.num_attention_blocks else 0,
         "model.ffn_width": config.hidden_width,
-        "model.low_rank_override": tuple(config.ranks),
+        "model.low_rank_override": tuple(config.ranks) if config.mixer == "rwkv7" else (),
     }

@@ -13,14 +13,15 @@ from rwkvx_jax.training.memory import parameter_counts
 
 
 def recurrence_flops(config: ModelConfig) -> float:
-    """Of one token in one RWKV-7 block: S a, (S a) b^T, v k^T and S r, each 2 K V a head."""
-    return 8.0 * config.width * config.head_size
+    """Of one token in one recurrent block: v k^T and S r, with the delta rule S a and (S a) b^T as
+    well, each 2 K V a head. That of RWKV-4 has no products."""
+    products = 0 if config.mixer == "rwkv4" else 4 if config.mixer_sizes.delta else 2
+    return 2.0 * products * config.mixer_sizes.state
 
 
 def rwkv_block_flops(config: ModelConfig) -> float:
-    """Forward products of one token in one RWKV-7 block."""
-    width, ranks = config.width, sum(config.ranks)
-    matrices = 4 * width**2 + 2 * width * ranks + 2 * width * config.hidden_width
+    """Forward products of one token in one recurrent block."""
+    matrices = config.mixer_sizes.matrices + 2 * config.width * config.hidden_width
     return 2.0 * matrices + recurrence_flops(config)
 
 

@@ -14,7 +14,7 @@ import optax
 from rwkvx_jax.config import ConfigError, OptimizerConfig, Stage
 
 # Last parts of the names of weight matrices in the sense of RWKV-LM ("*.weight", two dimensions).
-_MATRICES = {"embed", "weight", "receptance", "key", "value", "output"}
+_MATRICES = {"embed", "weight", "receptance", "key", "value", "gate", "output"}
 
 
 class Treatment(NamedTuple):

@@ -96,6 +96,23 @@ def test_matrix_products_are_those_of_the_parameters():
     assert model_flops.forward_flops(config, time) == time * (2 * matrices + rest)
 
 
+@pytest.mark.parametrize(
+    "mixer, products",
+    [
+        ("rwkv7", 4 * 64 * 64 * 2),  # 2 heads with keys and values of 64
+        ("kda", 4 * 64 * 64 * 2),
+        ("rwkv6", 2 * 64 * 64 * 2),
+        ("mamba2", 2 * 128 * 64 * 4),  # of 4 heads, keys of 128
+        ("rwkv4", 0),
+    ],
+)
+def test_products_of_a_recurrence(mixer, products):
+    config = ModelConfig(width=128, head_size=64, num_blocks=2, num_attention_blocks=0, mixer=mixer)
+    assert model_flops.recurrence_flops(config) == 2 * products
+    matrices = config.mixer_sizes.matrices + 2 * 128 * 512
+    assert model_flops.rwkv_block_flops(config) == 2 * (matrices + products)
+
+
 @pytest.mark.parametrize("time", [100, 700])
 def test_visible_keys_are_those_that_attention_reads(time):
     """Counted by attention itself: the gradient reaches exactly the values that were read."""

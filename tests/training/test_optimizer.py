@@ -75,6 +75,14 @@ def test_policies_parameter_by_parameter(policy, decayed, doubled):
     assert {t.rate for name, t in plan(policy) if name in doubled} <= {2.0}
 
 
+def test_decay_of_other_mixers_is_on_their_large_matrices():
+    decays = lambda name: (
+        treatment("rwkv_lm", f"blocks.time_mix.{name}", ("layers", "x", "y")).decay
+    )
+    assert all(map(decays, ("gate", "receptance", "key", "value", "output")))
+    assert not any(map(decays, ("beta", "alpha", "conv", "x", "u", "x_1", "w1", "g2")))
+
+
 def test_unknown_policy_is_refused():
     with pytest.raises(ConfigError, match="'adafactor'.*rwkvx or rwkv_lm"):
         treatment("adafactor", "embed", ("vocab", "embed"))

@@ -160,10 +160,10 @@ def join_heads(y: Float[Array, "B T H V"]) -> Float[Array, "B T X"]:
     return y.reshape(*y.shape[:2], -1)
 
 
-def unit_heads(x: Float[Array, "B T H K"], floor: float = 1e-12) -> Float32[Array, "B T H K"]:
-    """x / max(|x|, floor) over the last axis, in float32; finite gradients at zero."""
+def unit_heads(x: Float[Array, "B T H K"]) -> Float32[Array, "B T H K"]:
+    """x / max(|x|, 1e-12) over the last axis, in float32; finite gradients at zero."""
     squared = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return x.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squared, floor**2))
+    return x.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
 def per_channel(weight: nnx.Param | jax.Array, dtype=jnp.float32) -> Float[Array, "1 1 X"]:
@@ -183,42 +183,6 @@ def mixed(
         return h + difference * (share if share.ndim == 3 else share[None, None]).astype(h.dtype)
 
     return mix, last_valid(h, shift, lengths)
-
-
-def short_convolution(
-    x: Float[Array, "B T X"],
-    taps: Float[Array, "n X"],
-    before: Float[Array, "B _"] | None,
-    lengths: Int[Array, " B"] | None,
-) -> tuple[Float[Array, "B T X"], Float[Array, "B _"]]:
-    """Sum over j of taps[j] x[t - j]: a causal convolution of each channel.
-
-    Args:
-      x: inputs.
-      taps: weights, that of the token itself first.
-      before: the n - 1 inputs before x, oldest first, [B, (n - 1) X]; None: zeros.
-      lengths: valid tokens of each row.
-
-    Returns:
-      The result, and the n - 1 inputs before the next piece.
-    """
-    batch, time, width = x.shape
-    taps = taps.astype(x.dtype)[:, None, None]
-    count = len(taps) - 1
-    if before is None:
-        moved, out = x, taps[0] * x
-        for tap in taps[1:]:
-            moved = previous_token(moved, None)
-            out += tap * moved
-        padded = jnp.pad(x[:, max(0, time - count) :], ((0, 0), (max(0, count - time), 0), (0, 0)))
-        return out, padded.reshape(batch, -1)
-    rows = jnp.concatenate([before.astype(x.dtype).reshape(batch, count, width), x], axis=1)
-    out = taps[0] * x
-    for j in range(1, count + 1):
-        out += taps[j] * rows[:, count - j : count - j + time]
-    ends = jnp.full(batch, time) if lengths is None else lengths
-    cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count)
-    return out, jax.vmap(cut)(rows, ends).reshape(batch, -1)
 
 
 class GroupNorm(nnx.Module):

@@ -7,18 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.config.mixers import CONV
 from rwkvx_jax.modules.mixers.base import (
     Fed,
     LinearMixer,
     join_heads,
     per_channel,
     rms_norm,
-    short_convolution,
     split_heads,
-    unit_heads,
 )
-from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project, uniform
+from rwkvx_jax.modules.mixers.convolution import convolutions, first_taps
+from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
 
 
 def first_steps(rngs: nnx.Rngs, count: int) -> jax.Array:
@@ -31,11 +29,6 @@ def first_steps(rngs: nnx.Rngs, count: int) -> jax.Array:
 def first_rates(rngs: nnx.Rngs, count: int) -> jax.Array:
     """log A of heads, A uniform from 1 to 16."""
     return jnp.log(jax.random.uniform(rngs.params(), (count,), minval=1.0, maxval=16.0))
-
-
-def first_taps(rngs: nnx.Rngs, width: int) -> jax.Array:
-    """Taps [CONV, width] of a convolution, within the bound of a linear layer of CONV inputs."""
-    return uniform(rngs.params(), (CONV, width), CONV**-0.5)
 
 
 class GatedDeltaNet(LinearMixer):
@@ -68,8 +61,6 @@ class GatedDeltaNet(LinearMixer):
 
     def feed(self, h, shift, lengths) -> Fed:
         q, k, v, last = convolved(self, h, shift, lengths)
-        keys = k.shape[-1]
-        q, k = unit_heads(q, 1e-6) * keys**-0.5, unit_heads(k, 1e-6)
         beta = jax.nn.sigmoid(project(h, self.beta[...]).astype(jnp.float32))[..., None]
         log_w = jnp.zeros(beta.shape, jnp.float32)
         if self.decays:
@@ -80,16 +71,21 @@ class GatedDeltaNet(LinearMixer):
         return Fed({**tokens, "log_w": log_w}, last, project(h, self.gate[...]))
 
     def finish(self, y, rest) -> jax.Array:
-        y = rms_norm(y) * self.norm[...].reshape(1, 1, 1, -1)
+        y = rms_norm(y, 1e-6) * self.norm[...].reshape(1, 1, 1, -1)
         y = join_heads(y).astype(rest.dtype) * jax.nn.silu(rest)
         return project(y, self.output[...])
 
 
 def convolved(mixer, h, shift, lengths) -> tuple[jax.Array, ...]:
-    """Queries, keys and values [B, T, H, K] of a mixer after its convolution and SiLU, and the
-    shift of the next piece."""
-    matrices = mixer.receptance, mixer.key, mixer.value
-    together = jnp.concatenate([project(h, matrix[...]) for matrix in matrices], axis=-1)
-    together, last = short_convolution(together, mixer.conv[...], shift, lengths)
-    q, k, v = (split_heads(x, mixer.heads) for x in jnp.split(jax.nn.silu(together), 3, axis=-1))
-    return q, k, v, last
+    """Queries and keys of unit length (queries over sqrt(K)) and values [B, T, H, K] of a mixer
+    after its convolution and SiLU, and the shift of the next piece."""
+    projections = [project(h, w[...]) for w in (mixer.receptance, mixer.key, mixer.value)]
+    parts, last = convolutions(projections, mixer.conv[...], shift, lengths)
+    q, k, v = (split_heads(jax.nn.silu(x), mixer.heads) for x in parts)
+    return _unit(q) * q.shape[-1] ** -0.5, _unit(k), v, last
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)

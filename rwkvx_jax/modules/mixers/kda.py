@@ -14,9 +14,9 @@ from rwkvx_jax.modules.mixers.base import (
     per_channel,
     rms_norm,
     split_heads,
-    unit_heads,
 )
-from rwkvx_jax.modules.mixers.deltanet import convolved, first_rates, first_steps, first_taps
+from rwkvx_jax.modules.mixers.convolution import first_taps
+from rwkvx_jax.modules.mixers.deltanet import convolved, first_rates, first_steps
 from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
 
 LOWEST = -5.0
@@ -55,7 +55,6 @@ class KDA(LinearMixer):
 
     def feed(self, h, shift, lengths) -> Fed:
         q, k, v, last = convolved(self, h, shift, lengths)
-        q, k = unit_heads(q, 1e-6) * k.shape[-1] ** -0.5, unit_heads(k, 1e-6)
         beta = jax.nn.sigmoid(project(h, self.beta[...]).astype(jnp.float32))[..., None]
         pair = lambda first, second: project(project(h, first[...]), second[...])
         raw = pair(self.w1, self.w2).astype(jnp.float32) + per_channel(self.step)

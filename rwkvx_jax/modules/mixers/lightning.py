@@ -24,8 +24,8 @@ class Lightning(LinearMixer):
     receptance key value gate output: matrices, stored [in, out].
     norm [D]: scale of the norm over all heads' outputs.
 
-    Head h of H in layer l of L decays by exp(-2^(-8 (h + 1) / H) (1 - l / (L - 1) + 1e-5)), the
-    slope of MiniMax-01.
+    slope [H], fixed: head h of H in layer l of L decays by exp(-slope), which is about
+    2^(-8 (h + 1) / H) (1 - l / (L - 1)), as in MiniMax-01.
     """
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
@@ -38,8 +38,9 @@ class Lightning(LinearMixer):
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         self.norm = parameter(jnp.ones(width), "vector")
         head = jnp.arange(1, self.heads + 1)
-        layers = constants.layers - 1 + 1e-5
-        slope = 2.0 ** (-8.0 * head / self.heads) * (1.0 - constants.layer / layers + 1e-5)
+        last = constants.layers - 1
+        left = (last - constants.layer + 1e-5) / (last + 1e-5)
+        slope = 2.0 ** (-8.0 * head / self.heads) * (left + 1e-5)
         self.slope = parameter(slope, "heads")
 
     def feed(self, h, shift, lengths) -> Fed:

@@ -13,10 +13,10 @@ from rwkvx_jax.modules.mixers.base import (
     join_heads,
     per_channel,
     rms_norm,
-    short_convolution,
     split_heads,
 )
-from rwkvx_jax.modules.mixers.deltanet import first_rates, first_steps, first_taps
+from rwkvx_jax.modules.mixers.convolution import convolutions, first_taps
+from rwkvx_jax.modules.mixers.deltanet import first_rates, first_steps
 from rwkvx_jax.modules.parameters import (
     LayerConstants,
     input_matrix,
@@ -29,7 +29,7 @@ from rwkvx_jax.modules.parameters import (
 class Mamba2(LinearMixer):
     """Parameters, with I = 2 D inner channels in heads of `head_size` and N = 2 `head_size` keys:
 
-    input [D, I + (I + 2 N) + heads]: gate z, then x, b and c, then step sizes.
+    value gate [D, I] receptance key [D, N]: x, its gate z, c and b; alpha [D, heads]: step sizes.
     conv [CONV, I + 2 N] conv_bias: taps over time on x, b and c, the token's own first.
     rate, step [heads]: log decay -exp(rate) dt with dt = softplus(. + step).
     skip [heads]: how much of x reaches the output directly.
@@ -39,31 +39,37 @@ class Mamba2(LinearMixer):
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
         width, size = config.width, config.head_size
-        self.inner, self.keys, self.heads = 2 * width, 2 * size, 2 * width // size
-        self.mixed = self.inner + 2 * self.keys
-        columns = self.inner + self.mixed + self.heads
-        first = input_matrix(config, rngs.params(), (width, columns), gain=1.0, bound=0.5)
-        self.input = parameter(first, "embed", "heads")
-        self.conv = parameter(first_taps(rngs, self.mixed), "taps", "vector")
-        self.conv_bias = parameter(uniform(rngs.params(), (self.mixed,), 0.5), "vector")
+        inner, keys, self.heads = 2 * width, 2 * size, 2 * width // size
+        matrix = lambda columns, axis: parameter(
+            input_matrix(config, rngs.params(), (width, columns), gain=1.0, bound=0.5),
+            "embed", axis,
+        )  # fmt: skip
+        self.value, self.gate = matrix(inner, "heads"), matrix(inner, "heads")
+        # Of one head, which every device needs whole.
+        self.receptance, self.key = matrix(keys, "rank"), matrix(keys, "rank")
+        self.alpha = matrix(self.heads, "heads")
+        self.conv = parameter(first_taps(rngs, inner + 2 * keys), "taps", "vector")
+        bias = uniform(rngs.params(), (inner + 2 * keys,), 0.5)
+        self.conv_bias = parameter(bias, "vector")
         self.rate = parameter(first_rates(rngs, self.heads), "heads")
         self.step = parameter(first_steps(rngs, self.heads), "heads")
         self.skip = parameter(jnp.ones(self.heads), "heads")
-        self.norm = parameter(jnp.ones(self.inner), "vector")
-        self.output = parameter(jnp.zeros((self.inner, width)), "heads", "embed")
+        self.norm = parameter(jnp.ones(inner), "vector")
+        self.output = parameter(jnp.zeros((inner, width)), "heads", "embed")
 
     def feed(self, h, shift, lengths) -> Fed:
-        together = project(h, self.input[...])
-        gate, mixed, dt = jnp.split(together, (self.inner, self.inner + self.mixed), axis=-1)
-        mixed, last = short_convolution(mixed, self.conv[...], shift, lengths)
-        mixed = jax.nn.silu(mixed + per_channel(self.conv_bias, mixed.dtype))
-        x, b, c = jnp.split(mixed, (self.inner, self.inner + self.keys), axis=-1)
+        inputs = [project(h, matrix[...]) for matrix in (self.value, self.key, self.receptance)]
+        parts, last = convolutions(inputs, self.conv[...], shift, lengths)
+        inner, keys = inputs[0].shape[-1], inputs[1].shape[-1]
+        biases = jnp.split(per_channel(self.conv_bias, h.dtype), (inner, inner + keys), axis=-1)
+        x, b, c = (jax.nn.silu(y + bias) for y, bias in zip(parts, biases, strict=True))
         x = split_heads(x, self.heads)
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + per_channel(self.step))[..., None]
+        dt = project(h, self.alpha[...]).astype(jnp.float32) + per_channel(self.step)
+        dt = jax.nn.softplus(dt)[..., None]
         log_w = -jnp.exp(self.rate[...]).reshape(1, 1, -1, 1) * dt
         # One head of b and c serves all.
         tokens = {"r": c[:, :, None], "k": b[:, :, None], "v": (x * dt).astype(h.dtype)}
-        return Fed({**tokens, "log_w": log_w}, last, (x, gate))
+        return Fed({**tokens, "log_w": log_w}, last, (x, project(h, self.gate[...])))
 
     def finish(self, y, rest) -> jax.Array:
         x, gate = rest
