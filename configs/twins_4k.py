@@ -5,8 +5,8 @@
 
 The small recipe of `recall_64k` (3.3 M tokens, lengths up to 4,096) on three recurrent blocks and
 one of sparse attention; `-alone`: on four recurrent blocks. Variants are the values of
-`ModelConfig.mixer`, each with `-alone`; without a variant it is the RWKV-7 hybrid. The channel mixes are as
-wide as makes the parameters equal to those of the RWKV-7 hybrid within 2 %. All read the same
+`ModelConfig.mixer`, each with `-alone` too; the RWKV-7 hybrid has no variant. The channel mixes are
+as wide as makes the parameters equal to those of the RWKV-7 hybrid within 2 %. All read the same
 tokens in the same order. Expected: docs/recurrences.md says which of them have been trained.
 """
 

@@ -19,8 +19,8 @@ log_w within it (gi including the own token, ge excluding it, gl at the end, g* 
 
 U holds what the removal keys read, one row a token. Taken from the middle of the chunk, exponents
 stay within +-0.6065 C / 2, and scaling by them costs no precision: products keep relative errors.
-With one decay a head, log_w [.., C, 1], L and R are not scaled; A is multiplied by e^(ge_t - gi_s) or
-e^(gi_t - gi_s), which are sums between tokens and need no bound (`decays`).
+With one decay a head, log_w [.., C, 1], L and R are not scaled. A is multiplied by e^(ge_t - gi_s)
+or e^(gi_t - gi_s), which are sums between tokens and need no bound (`decays`).
 """
 
 import dataclasses
