@@ -60,7 +60,7 @@ lint: venv
 
 # API reference from docstrings, in build/docs/. Warnings are errors; only annotations of tuples with
 # names, which pdoc can't read under `from __future__ import annotations`, are let pass.
-API = $(addprefix rwkvx_jax.,ops.recurrence ops.block_sparse ops.selection ops.full_attention model \
+API = $(addprefix rwkvx_jax.,ops.recurrence ops.delta_rule ops.recurrences ops.wkv4 ops.block_sparse ops.selection ops.full_attention model \
 	cache config checkpoint training.expand training.loop generate.engine)
 docs: venv
 	JAX_PLATFORMS=cpu $(RUN) -W error::UserWarning \

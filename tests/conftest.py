@@ -49,3 +49,4 @@ def quick_compile(request):
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # a worker that keeps the programs of all modules grows to 7 GB

@@ -297,6 +297,7 @@ def test_every_program_is_run_by_a_test():
         "docs/data.md": 2,
         "docs/evaluation.md": 1,
         "docs/generation.md": 1,
+        "docs/recurrences.md": 1,
         "docs/research.md": 3,
     }
 
@@ -335,6 +336,9 @@ def test_a_task_of_ones_own(tmp_path):
 def test_programs_that_show_calls():
     tokens = jnp.zeros((2, 16), jnp.int32)
     on_shapes("README.md")
+    channels, heads = jnp.zeros((1, 16, 2, 32)), jnp.zeros((1, 16, 2))
+    names = dict.fromkeys(("r", "log_w", "k", "v", "a", "b", "q"), channels)
+    on_shapes("docs/recurrences.md", lambda: names | {"g": heads, "beta": heads})
     on_shapes("docs/attention.md", lambda: dict.fromkeys("qkv", jnp.zeros((1, 1024, 2, 16))))
     on_shapes(
         "docs/generation.md",

@@ -107,17 +107,23 @@ def generalized_delta_rule(
         *values, state = reverse_only(_NO_FORWARD_MODE, *arrays.values(), state)
         arrays = dict(zip(arrays, values, strict=True))
 
+    heads = v.shape[2]
+    # One head for all can stay whole on every device; several for several have to be beside theirs.
+    arrays = {
+        name: x if x.shape[2] in (1, heads) else jnp.repeat(x, heads // x.shape[2], 2)
+        for name, x in arrays.items()
+    }
+
     def heads_together(*arrays_and_state):
         *values, state = vary_together(*arrays_and_state)
-        heads = values[3].shape[2]
-        values = [x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], 2)
-                  for x in values]  # fmt: skip
+        local_heads = state.shape[1]
+        values = [x if x.shape[2] > 1 else jnp.repeat(x, local_heads, 2) for x in values]
         return run(dict(zip(arrays, values, strict=True)), state)
 
     return local(
         heads_together,
         (*arrays.values(), state),
-        ("B.H.",) * len(arrays) + ("BH..",),
+        tuple("B.H." if x.shape[2] == heads else "B..." for x in arrays.values()) + ("BH..",),
         ("B.H.", "BH.."),
         check_vma=chosen != "pallas",
     )

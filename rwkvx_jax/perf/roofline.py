@@ -153,7 +153,7 @@ def estimate(work: Iterable[Work], machine: Machine, costs: KernelCosts) -> Esti
 
 
 def place_of(source: Sequence[tuple[str, str]]) -> str:
-    """The innermost file of this project that made an operation, such as "modules/time_mix.py"."""
+    """The innermost file of this project that made an operation: "modules/mixers/rwkv7.py"."""
     for file, _ in source:
         for package in ("rwkvx_jax", "pallas_kernels"):
             _, found, inside = file.rpartition(f"/{package}/")

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax import generalized_delta_rule
 from rwkvx_jax.ops import dispatch
@@ -36,6 +38,8 @@ FORMS = {
     "chunked-4": {"implementation": "chunked", "chunk_size": 4},
     "associative": {"implementation": "associative", "chunk_size": 32},
 }
+QUICK = ("chunked", "associative")
+CHOSEN = [f if f in QUICK else pytest.param(f, marks=pytest.mark.thorough) for f in FORMS]
 
 
 def make_inputs(decay, *, scalar, delta, time=83, keys=12, values=20, heads=3, groups=1, seed=0):
@@ -123,7 +127,7 @@ def compare(run, inputs, exact, rel):
         assert_close(found[1][name], y, rel=rel, name=f"gradient of {name}")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CHOSEN)
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "linear"])
 @pytest.mark.parametrize("scalar", [True, False], ids=["scalar", "vector"])
 @pytest.mark.parametrize("decay", DECAYS)
@@ -132,7 +136,7 @@ def test_any_decay(decay, scalar, delta, form):
     compare(ours(form), inputs, exact, 2e-5 if decay in ("strong", "random") else 1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CHOSEN)
 @pytest.mark.parametrize("scalar", [True, False], ids=["scalar", "vector"])
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "linear"])
 def test_reads_before_writing_with_grouped_values(delta, scalar, form):
@@ -382,3 +386,23 @@ def test_wkv4_begins_with_nothing_and_bears_large_keys():
     assert jnp.isfinite(jax.grad(lambda k: run(k).sum())(k + 300)).all()
     with pytest.raises(ValueError, match=r"wkv4: v must be \(1, 9, 8\)"):
         wkv4(jnp.zeros(8), jnp.zeros(8), k, v[:, :4])
+
+
+# ------------------------------------------------------------------------------------- meshes
+
+
+@pytest.mark.parametrize("heads", [1, 2], ids=["one for all", "one for two"])
+def test_grouped_values_over_devices(heads):
+    """Heads of v over devices; those of r and k are fewer."""
+    inputs = make_inputs((), scalar=True, delta=False, time=9, heads=heads, groups=4 // heads)
+    state = inputs.pop("state")
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    run = jax.jit(lambda inputs, state: generalized_delta_rule(**inputs, state=state))
+    expected = run(inputs, state)
+    place = lambda x: P("data", None, "tensor" if x.shape[2] == 4 else None)
+    with jax.set_mesh(mesh):
+        placed = {n: jax.device_put(x, NamedSharding(mesh, place(x))) for n, x in inputs.items()}
+        found = run(placed, jax.device_put(state, NamedSharding(mesh, P("data", "tensor"))))
+    assert jax.typeof(found[0]).sharding.spec == P("data", None, "tensor", None)
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y, rel=1e-5)

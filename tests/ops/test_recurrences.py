@@ -50,7 +50,9 @@ def load(name):
     return stored, exact
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [f if f == "chunked" else pytest.param(f, marks=pytest.mark.thorough) for f in FORMS]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_neighbours(case, form):
     function, names, heads_first, tolerance = CASES[case]

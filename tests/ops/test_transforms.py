@@ -16,10 +16,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rwkvx_jax import full_attention, select_chunks, sparse_attention, wkv7
+from rwkvx_jax import (
+    full_attention,
+    generalized_delta_rule,
+    select_chunks,
+    sparse_attention,
+    wkv7,
+)
 from tests.helpers import assert_close
 
 ROWS, TIME, HEADS, KEYS = 4, 8, 2, 4
+RECURRENCES = (wkv7, generalized_delta_rule)
 CHUNKS = {"chunk_size": 2, "top_k": 2}
 AXES = ("none", "explicit", "auto", "manual", "manual, unchecked")
 FEW_AXES = [
@@ -47,10 +54,16 @@ def forms(op, oracle, names, **options):
 
 FORMS = (
     forms(wkv7, "sequential", ("sequential", "chunked", "associative"))
+    | forms(generalized_delta_rule, "sequential", ("sequential", "chunked", "associative"))
     | forms(sparse_attention, "reference", ("reference", "xla", "masked"), **CHUNKS)
     | forms(full_attention, "reference", ("reference", "blocked"))
 )
-ORACLES = ("wkv7 sequential", "sparse_attention reference", "full_attention reference")
+ORACLES = (
+    "wkv7 sequential",
+    "generalized_delta_rule sequential",
+    "sparse_attention reference",
+    "full_attention reference",
+)
 
 
 @functools.cache
@@ -59,7 +72,7 @@ def arguments(op, copies=()):
     rng = np.random.default_rng(len(copies))
     normal = lambda *shape: rng.standard_normal((*copies, *shape)).astype(np.float32)
     tokens = ROWS, TIME, HEADS, KEYS
-    if op is not wkv7:
+    if op not in RECURRENCES:
         return tuple(normal(*tokens) for _ in range(2 if op is select_chunks else 3))
     kk = normal(*tokens)
     kk /= np.linalg.norm(kk, axis=-1, keepdims=True)
@@ -133,7 +146,7 @@ def on_axes(op, axes, args):
         args = [jax.device_put(x, NamedSharding(mesh, place(x))) for x in args]
         return op, args, mesh
     outputs = P("data", None, "tensor")
-    if op.func is wkv7:
+    if op.func in RECURRENCES:
         outputs = outputs, P("data", "tensor")
     specs = tuple(place(x) for x in arguments(op.func))
     check = axes == "manual"
@@ -150,7 +163,11 @@ def cells():
         for transform in COPIES:
             for axes in AXES:
                 often = transform is gradient and axes in ("none", "explicit", "auto")
-                quick = often and name not in (*ORACLES, "wkv7 associative")
+                quick = often and name not in (
+                    *ORACLES,
+                    "wkv7 associative",
+                    "generalized_delta_rule associative",
+                )
                 marks = () if quick else (pytest.mark.slow,)
                 yield pytest.param(
                     name, transform, axes, id=f"{name}-{transform.__name__}-{axes}", marks=marks
@@ -206,7 +223,7 @@ def test_forward_mode(name, axes):
         with in_force(mesh):
             assert np.isfinite(jax.tree.leaves(program(tuple(args), tuple(tangents)))[0]).all()
         return
-    best = "sequential" if op.func is wkv7 else "reference"
+    best = "sequential" if op.func in RECURRENCES else "reference"
     message = f"{op.func.__name__}: only implementation='{best}' .* forward mode"
     with in_force(mesh), pytest.raises(ValueError, match=message):
         program.lower(tuple(args), tuple(tangents))
@@ -230,7 +247,7 @@ def test_reverse_over_reverse(name, axes):
     run, args, mesh = on_axes(op, axes, arguments(op.func))
     once = jax.grad(lambda *args: scalar(run(*args)))
     twice = jax.jit(jax.grad(lambda *args: scalar(once(*args))))
-    loops = op.func is not wkv7 and name not in ORACLES
+    loops = op.func not in RECURRENCES and name not in ORACLES
     refused = pytest.raises(ValueError, match="have one reverse mode.*jax.hessian")
     with in_force(mesh), refused if loops else contextlib.nullcontext():
         twice.trace(*args)
@@ -285,7 +302,7 @@ def test_with_64_bit_types(name):
             assert x.dtype == np.float32
             assert_close(x, y, rel=1e-4)
         wide = [x.astype(np.float64) for x in args]
-        if op.func is wkv7:
+        if op.func in RECURRENCES:
             with pytest.raises(ValueError, match="r must be one of float32.* got float64"):
                 op(*wide)
         else:

@@ -1,0 +1,38 @@
+"""Configs that compare mixers: equal parameters, and the shapes of published hybrids."""
+
+import jax
+import pytest
+
+from configs.twins_4k import VARIANTS
+from rwkvx_jax.config import hybrids
+from rwkvx_jax.experiment_files import load_config
+from rwkvx_jax.model import abstract_model, get_params
+
+
+def test_twins_have_as_many_parameters():
+    """Every mixer, with attention and without, beside the RWKV-7 hybrid."""
+    configs = {name: load_config(f"twins_4k:{name}") for name in VARIANTS}
+    sizes = {name: config.model.num_parameters for name, config in configs.items()}
+    assert len(sizes) == 18 and sizes["rwkv7"] == load_config("twins_4k").model.num_parameters
+    for name, size in sizes.items():
+        assert abs(size / sizes["rwkv7"] - 1) < 0.02, (name, size)
+    alone = configs["kda-alone"]
+    assert (alone.model.num_blocks, alone.model.num_attention_blocks) == (4, 0)
+    assert {stage.trainable for stage in alone.stages} == {"all"}
+    assert configs["kda"].stages == load_config("recall_64k:small").stages
+
+
+@pytest.mark.parametrize(
+    "like, mixer, ratio",
+    [
+        (hybrids.jamba_like, "mamba2", 7),
+        (hybrids.minimax_like, "lightning", 7),
+        (hybrids.qwen3next_like, "gated_deltanet", 3),
+        (hybrids.kimi_like, "kda", 3),
+    ],
+)
+def test_shapes_of_published_hybrids(like, mixer, ratio):
+    config = like(groups=2, width=64, head_size=16)
+    assert (config.mixer, config.blocks_per_group, config.attention) == (mixer, ratio, "full")
+    params = get_params(abstract_model(config))
+    assert sum(x.size for x in jax.tree.leaves(params)) == config.num_parameters
