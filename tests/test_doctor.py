@@ -1,9 +1,11 @@
 """The doctor: it passes here, and it says what is wrong where something is."""
 
+import dataclasses
 import io
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
@@ -12,6 +14,8 @@ from rwkvx_jax.doctor import kernels, machine
 from rwkvx_jax.doctor.__main__ import main
 from rwkvx_jax.doctor.findings import Failed, Findings
 from rwkvx_jax.doctor.kernels import Case, kernel_checks
+from rwkvx_jax.model import create_model
+from rwkvx_jax.modules.mixers import MIXERS
 from rwkvx_jax.perf import kernel_costs
 
 MODEL = ModelConfig(
@@ -26,11 +30,16 @@ MODEL = ModelConfig(
 )
 
 
-def examine(dtype="float32"):
+def examine(dtype="float32", model=MODEL, **options):
     findings = Findings(Console(file=io.StringIO()))
-    for name, check in kernel_checks(Case(MODEL, dtype, length=77, timed=0)):
+    for name, check in kernel_checks(Case(model, dtype, **{"length": 77, "timed": 0} | options)):
         findings.check(name, check)
     return findings
+
+
+def recurrent(mixer, **sizes):
+    """A model of recurrent blocks alone."""
+    return dataclasses.replace(MODEL, mixer=mixer, num_attention_blocks=0, **sizes)
 
 
 @pytest.mark.thorough
@@ -38,6 +47,40 @@ def examine(dtype="float32"):
 def test_the_ops_of_a_model_pass(dtype):
     findings = examine(dtype)
     assert len(findings.all) == 3 and findings.failed == []
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "rwkv7"])
+def test_the_recurrence_of_every_mixer_passes(mixer, dtype):
+    (found,) = examine(dtype, recurrent(mixer)).all
+    assert found.name.startswith("wkv4" if mixer == "rwkv4" else "generalized_delta_rule")
+    assert found.problem == "" and found.values["errors"]["gradient"] > 0
+
+
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name not in ("rwkv7", "rwkv4")])
+def test_the_recurrence_is_given_what_the_mixer_gives_it(mixer, monkeypatch):
+    """What decides on a kernel: K and V, one decay a head or a channel, a and b, reads, a bound."""
+    given = []
+
+    def op(r, log_w, k, v, a=None, b=None, *, state, read, decay_bound, implementation=None):
+        given.append((r.shape[3], log_w.shape[2:], v.shape[2:], a is None, read, decay_bound))
+        return v, state
+
+    monkeypatch.setattr(kernels, "generalized_delta_rule", op)
+    monkeypatch.setattr("rwkvx_jax.modules.mixers.base.generalized_delta_rule", op)
+    model = recurrent(mixer)
+    examine(model=model)
+    jax.eval_shape(create_model(model), jnp.zeros((1, 5), jnp.int32))
+    assert len(given) > 2 and len(set(given)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "kda", "mamba2", "rwkv6"])
+def test_the_interpreted_kernel_of_a_mixer_passes(mixer):
+    model = recurrent(mixer, width=64, head_size=32)
+    (found,) = examine("bfloat16", model, interpret=True).all
+    assert "interpreted" in found.name and found.problem == ""
 
 
 @pytest.mark.thorough

@@ -17,14 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import block_sparse_tpu, wkv7_tpu
+from pallas_kernels import block_sparse_tpu, delta_rule_tpu, wkv7_tpu
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.doctor.findings import Failed, Values
+from rwkvx_jax.modules.mixers import MIXERS, LinearMixer
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.delta_rule import generalized_delta_rule
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.ops.selection import select_chunks, select_chunks_reference, selector_of
+from rwkvx_jax.ops.wkv4 import wkv4
 from rwkvx_jax.perf.kernel_costs import static_estimate
 
 # Largest error of outputs and of gradients: what the tests demand of float32, and what rounding
@@ -42,7 +45,7 @@ class Case:
     """Sizes of the arrays of one check.
 
     Attributes:
-      model: its head count, head size, chunk, top-k and selector are used.
+      model: its mixer, head count, head size, chunk, top-k and selector are used.
       dtype: of the arrays, "float32" or "bfloat16".
       length: tokens compared with the oracle.
       timed: tokens of the timed call; 0 times nothing.
@@ -59,7 +62,10 @@ class Case:
 def kernel_checks(case: Case) -> Iterator[Check]:
     """(name, check) of every op of the model."""
     form = "interpreted kernel" if case.interpret else current_platform()
-    yield f"wkv7 ({case.dtype}, {form})", functools.partial(_check_wkv7, case)
+    recurrence, check = {"rwkv7": ("wkv7", _check_wkv7), "rwkv4": ("wkv4", _check_wkv4)}.get(
+        case.model.mixer, ("generalized_delta_rule", _check_delta_rule)
+    )
+    yield f"{recurrence} ({case.dtype}, {form})", functools.partial(check, case)
     if not case.model.num_attention_blocks:
         return
     if case.model.attention == "full":
@@ -76,6 +82,31 @@ def _check_wkv7(case: Case) -> tuple[str, Values]:
     oracle = functools.partial(wkv7, implementation="sequential")
     make = functools.partial(_wkv7_inputs, case)
     return _compare("wkv7", case, kernel, oracle, make)
+
+
+def _check_wkv4(case: Case) -> tuple[str, Values]:
+    run = lambda *arrays, **options: wkv4(*arrays, **options)[0]
+    oracle = functools.partial(run, implementation="sequential")
+    return _compare("wkv4", case, run, oracle, functools.partial(_wkv4_inputs, case))
+
+
+def _check_delta_rule(case: Case) -> tuple[str, Values]:
+    mixer = MIXERS[case.model.mixer]
+    assert issubclass(mixer, LinearMixer)
+    rule = {"read": mixer.read, "decay_bound": mixer.decay_bound}
+
+    def form(op: Callable, **options) -> Callable:
+        def run(r, log_w, k, v, state, *a_and_b):
+            return op(r, log_w, k, v, *a_and_b, state=state, **rule, **options)
+
+        return run
+
+    kernel = form(generalized_delta_rule)
+    if case.interpret:
+        kernel = form(delta_rule_tpu.generalized_delta_rule, interpret=pltpu.InterpretParams())
+    oracle = form(generalized_delta_rule, implementation="sequential")
+    make = functools.partial(_delta_rule_inputs, case, mixer.decay_bound)
+    return _compare("generalized_delta_rule", case, kernel, oracle, make)
 
 
 def _check_full(case: Case) -> tuple[str, Values]:
@@ -239,3 +270,32 @@ def _wkv7_inputs(case: Case, length: int, seed: int, heads: int | None = None):
     state = 0.1 * rng.standard_normal((1, heads, size, size))
     # A decay rounded in bfloat16 may leave the range: like a model's, it is float32.
     return r, jnp.asarray(arrays[1], jnp.float32), k, v, a, b, jnp.asarray(state, jnp.float32)
+
+
+def _delta_rule_inputs(
+    case: Case, bound: float | None, length: int, seed: int, heads: int | None = None
+):
+    """r, log_w, k, v, a state and, of a delta rule, a and b, of all the mixer's heads. Decays are
+    from -0.001 down to the bound, to -1 where there is none."""
+    rng = np.random.default_rng(seed)
+    sizes = case.model.mixer_sizes
+    tokens = 1, length, heads or sizes.heads
+    r, k, key = rng.standard_normal((3, *tokens, sizes.keys)) * sizes.keys**-0.5
+    v, rate = rng.standard_normal((*tokens, sizes.values)), rng.uniform(size=(*tokens, 1))
+    decays = (*tokens, 1 if sizes.scalar else sizes.keys)
+    log_w = -np.exp(rng.uniform(np.log(1e-3), np.log(-bound if bound else 1.0), decays))
+    state = 0.1 * rng.standard_normal((1, tokens[2], sizes.values, sizes.keys))
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    arrays = (r, k, v, -key * np.exp(log_w), key * rate) if sizes.delta else (r, k, v)
+    r, k, v, *a_and_b = (jnp.asarray(x, case.dtype) for x in arrays)
+    log_w, state = (jnp.asarray(x, jnp.float32) for x in (log_w, state))
+    return r, log_w, k, v, state, *a_and_b
+
+
+def _wkv4_inputs(case: Case, length: int, seed: int, heads: int | None = None):
+    """Speeds of the decays, bonuses, keys and values of all channels."""
+    rng = np.random.default_rng(seed)
+    decay, bonus = rng.uniform(-5, 1, case.model.width), rng.standard_normal(case.model.width)
+    k, v = rng.standard_normal((2, 1, length, case.model.width))
+    decay, bonus, k = (jnp.asarray(x, jnp.float32) for x in (decay, bonus, k))
+    return decay, bonus, k, jnp.asarray(v, case.dtype)

@@ -149,6 +149,7 @@ def affine(
     """`generalized_delta_rule` for a start state that is not known yet, in which it is affine.
 
     As `recurrence.wkv7_affine`: from S_0 it would return y_t = y0_t + S_0 z_t and S_T = S_0 M + G.
+    Its states have V + K rows, which the TPU kernel takes up to 256 of.
 
     Returns:
       y0 [B, T, HV, V], z [B, T, HV, K] in v's dtype; M [B, HV, K, K] and G [B, HV, V, K], float32.

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rwkvx_jax import full_attention, select_chunks, sparse_attention, wkv7
+from rwkvx_jax import (
+    full_attention,
+    generalized_delta_rule,
+    select_chunks,
+    sparse_attention,
+    wkv7,
+)
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import RunConfig
 from rwkvx_jax.model import abstract_model
@@ -34,6 +40,7 @@ FORMS = {
     f"{operation.__name__}-{form}": (partial(operation, implementation=form, **settings), arrays)
     for operation, arrays, settings, forms in (
         (wkv7, 6, {}, ("sequential", "chunked", "associative")),
+        (generalized_delta_rule, 6, {}, ("sequential", "chunked", "associative")),
         (
             sparse_attention,
             3,

@@ -31,6 +31,13 @@ def mesh_of(**sizes):
 # ------------------------------------------------------------------------------------ recurrence
 
 
+def over_parts(implementation, *arrays_and_state):
+    """`context.recurrence` of RWKV-7."""
+    *arrays, state = arrays_and_state
+    affine = functools.partial(wkv7_affine, implementation=implementation)
+    return context.recurrence(affine, tuple(arrays), state)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     "sizes, implementation",
@@ -53,7 +60,7 @@ def test_recurrence_over_parts_is_the_recurrence(sizes, implementation):
         return outputs, pull_back(cotangents)
 
     expected = jax.jit(functools.partial(run, functools.partial(wkv7, implementation="sequential")))
-    form = functools.partial(context.recurrence, implementation=implementation)
+    form = functools.partial(over_parts, implementation)
     with jax.set_mesh(mesh_of(**sizes)):
         actual = jax.jit(functools.partial(run, form))(*inputs)
     expected = expected(*inputs)
@@ -84,12 +91,12 @@ def test_the_affine_form_is_the_recurrence(implementation):
 @pytest.mark.thorough
 def test_bfloat16_over_parts():
     """No worse than twice the rounding of the recurrence on one device."""
-    *inputs, _ = make_inputs("random", 160, batch=1, heads=2)
+    *inputs, state = make_inputs("random", 160, batch=1, heads=2)
     exact, _ = wkv7(*inputs, implementation="sequential")
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in inputs]
     one, _ = wkv7(*rounded, implementation="chunked")
     with jax.set_mesh(mesh_of(context=4)):
-        cut, _ = jax.jit(functools.partial(context.recurrence, implementation="chunked"))(*rounded)
+        cut, _ = jax.jit(functools.partial(over_parts, "chunked"))(*rounded, jnp.zeros_like(state))
     assert cut.dtype == jnp.bfloat16
     errors = [float(jnp.abs(y.astype(jnp.float32) - exact).max()) for y in (one, cut)]
     assert errors[1] <= 2 * errors[0], errors

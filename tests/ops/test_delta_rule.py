@@ -4,15 +4,19 @@ Values, final state and all gradients to 1e-5 of the largest entry, 2e-5 where l
 """
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax import generalized_delta_rule
+from rwkvx_jax.ops import dispatch
+from rwkvx_jax.ops.delta_rule import affine
 from rwkvx_jax.ops.delta_rule_chunked import Form, chunked, leaf_of
 from rwkvx_jax.ops.recurrence_chunked import Plan
 from rwkvx_jax.ops.wkv4 import wkv4
@@ -231,6 +235,108 @@ def test_bad_input(change, message):
         arguments[name] = value
     with pytest.raises(ValueError, match=message):
         generalized_delta_rule(**arguments)
+
+
+# ------------------------------------------------------------------------------------- TPU kernel
+
+
+@pytest.fixture
+def on_a_tpu(monkeypatch, caplog):
+    """Runs with shapes alone, as on a TPU; gives what is logged of the choice."""
+    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    dispatch.forget_choices()
+    caplog.set_level(logging.INFO, "rwkvx_jax.ops")
+
+    def run(op, keys, values, *, scalar, delta, dtype=jnp.bfloat16, bound=None, **options):
+        caplog.clear()
+        inputs = make_inputs((-1.0,), scalar=scalar, delta=delta, time=5, keys=keys, values=values)
+        log_w, _ = inputs.pop("log_w"), inputs.pop("state")
+        inputs = {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
+        op = functools.partial(op, decay_bound=bound, **options)
+        jax.eval_shape(op, **inputs, log_w=log_w)
+        return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+    yield run
+    dispatch.forget_choices()
+
+
+CHOSEN = [("INFO", "generalized_delta_rule: using 'pallas' on tpu")]
+REFUSED = "{} size {} is not a multiple of 32 from 32 to 256"
+
+
+def fall_back(reason):
+    message = "generalized_delta_rule: falling back to 'chunked' on tpu: 'pallas' cannot run: {}"
+    return [("WARNING", message.format(reason))]
+
+
+@pytest.mark.parametrize("delta", [True, False], ids=["delta", "linear"])
+@pytest.mark.parametrize("decays", ["scalar", "bounded", "unbounded"])
+@pytest.mark.parametrize(
+    "keys, values, dtype",
+    [(32, 64, jnp.float32), (128, 64, jnp.bfloat16), (256, 256, jnp.bfloat16)],
+)
+def test_a_tpu_takes_the_kernel(keys, values, dtype, decays, delta, on_a_tpu):
+    bound = -5.0 if decays == "bounded" else None
+    kind = {"scalar": decays == "scalar", "delta": delta, "dtype": dtype, "bound": bound}
+    assert on_a_tpu(generalized_delta_rule, keys, values, **kind) == CHOSEN
+
+
+@pytest.mark.parametrize(
+    "keys, values, dtype, reason",
+    [
+        (16, 64, jnp.bfloat16, REFUSED.format("key", 16)),
+        (64, 48, jnp.bfloat16, REFUSED.format("value", 48)),
+        (288, 64, jnp.float32, REFUSED.format("key", 288)),
+        (64, 64, jnp.float16, "dtype float16 is not bfloat16 or float32"),
+    ],
+)
+def test_other_shapes_fall_back_with_one_warning(keys, values, dtype, reason, on_a_tpu):
+    run = functools.partial(on_a_tpu, generalized_delta_rule, keys, values, scalar=True, delta=True)
+    assert run(dtype=dtype) == fall_back(reason)
+    assert run(dtype=dtype) == []
+    with pytest.raises(ValueError, match=f"'pallas' cannot run here: {reason}; use 'chunked'"):
+        run(dtype=dtype, implementation="pallas")
+
+
+@pytest.mark.parametrize("keys, values", [(64, 64), (128, 64), (128, 128)])
+def test_the_affine_form_takes_the_kernel_for_up_to_256_rows(keys, values, on_a_tpu):
+    assert on_a_tpu(affine, keys, values, scalar=True, delta=True) == CHOSEN
+
+
+@pytest.mark.parametrize("keys, values", [(256, 128), (256, 256)])
+def test_the_affine_form_of_more_rows_falls_back(keys, values, on_a_tpu):
+    reason = REFUSED.format("value", keys + values)
+    run = functools.partial(on_a_tpu, affine, keys, values, scalar=True, delta=True)
+    assert run() == fall_back(reason)
+    with pytest.raises(ValueError, match=reason):
+        run(implementation="pallas")
+
+
+@pytest.mark.parametrize(
+    "scalar, delta",
+    [
+        pytest.param(True, False, id="scalar-linear"),
+        pytest.param(True, True, id="scalar-delta", marks=pytest.mark.thorough),
+        pytest.param(False, False, id="vector-linear", marks=pytest.mark.thorough),
+        pytest.param(False, True, id="vector-delta", marks=pytest.mark.thorough),
+    ],
+)
+def test_the_interpreted_kernel_through_the_op(scalar, delta, monkeypatch):
+    """Grouped values, a state, reads before writing."""
+    shape = {"time": 20, "keys": 32, "values": 32, "heads": 1, "groups": 2}
+    inputs = make_inputs((-5.0, -1e-3), scalar=scalar, delta=delta, **shape)
+    options = {"read": "before", "decay_bound": None if scalar else -5.0}
+
+    def run(form):
+        op = functools.partial(generalized_delta_rule, implementation=form, **options)
+        return jax.tree.leaves(with_gradients(lambda inputs: op(**inputs))(inputs))
+
+    expected = run("chunked")
+    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    with pltpu.force_tpu_interpret_mode():
+        found = run("pallas")
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------- RWKV-4
