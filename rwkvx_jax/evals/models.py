@@ -20,7 +20,7 @@ from rwkvx_jax.model import Params, get_params
 from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
-_ADDED = ("learned_state",)  # fields of ModelConfig since version 0.2.0
+_ADDED = ("learned_state", "mixer")  # fields of ModelConfig since version 0.2.0
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""
 

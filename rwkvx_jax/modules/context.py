@@ -41,9 +41,9 @@ def previous_token(h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 def recurrence(
     affine: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
     arrays: tuple[jax.Array, ...],
-    state: Float32[Array, "B H V K"],
+    state: Float32[Array, "B H V K"] | None,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
-    """A recurrence over sequences cut along time, from `state` at their beginning.
+    """A recurrence over sequences cut along time, from `state` (None: zeros) at their beginning.
 
     Every device runs its stretch once, as an affine function of the state at its start; that state
     follows from the maps (M, G) of the stretches before, collected by doubling. What is sent does
@@ -58,13 +58,13 @@ def recurrence(
       y [B, T, H, V] in y0's dtype, and the final state [B, H, V, K] in float32.
     """
     axis, parts = rule("time"), sequence_parts(arrays[0].shape[1])
-    heads = state.shape[1]
+    count, heads = len(arrays), max(x.shape[2] for x in arrays)
 
     def stretch(*arrays_and_start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *arrays, start = arrays_and_start
-        y, z, m, g = affine(*arrays)
-        added, before = _map_before(m, g, axis, parts)
-        start = added + _product(start, before)
+        y, z, m, g = affine(*arrays_and_start[:count])
+        start, before = _map_before(m, g, axis, parts)
+        for state in arrays_and_start[count:]:  # without one, nobody needs the map `before`
+            start += _product(state, before)
         added = jnp.einsum("bhvk,bthk->bthv", start, z.astype(jnp.float32), precision="highest")
         y = (y.astype(jnp.float32) + added).astype(y.dtype)
         return y, (_product(start, m) + g)[None]
@@ -72,7 +72,9 @@ def recurrence(
     place = lambda x: _TOKENS if x.shape[2] == heads else ("batch", "time", None, None)
     ends = ("time", "batch", "heads", None, None)  # of all stretches: only the last is read
     matrix = ("batch", "heads", None, None)
-    y, states = per_device(stretch, (*map(place, arrays), matrix), (_TOKENS, ends))(*arrays, state)
+    starts = () if state is None else (state,)
+    run = per_device(stretch, (*map(place, arrays), *(matrix for _ in starts)), (_TOKENS, ends))
+    y, states = run(*arrays, *starts)
     return y, states[-1]
 
 

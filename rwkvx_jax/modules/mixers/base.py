@@ -91,14 +91,14 @@ class LinearMixer(nnx.Module):
         named = lambda op: lambda *arrays: op(**dict(zip(tokens, arrays, strict=True)), **options)
 
         def whole(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            *arrays_of_tokens, start = arrays
-            return named(partial(generalized_delta_rule, state=start))(*arrays_of_tokens)
+            start = arrays[len(tokens)] if len(arrays) > len(tokens) else None
+            return named(partial(generalized_delta_rule, state=start))(*arrays[: len(tokens)])
 
         y, wkv = across_devices(
             whole,
             named(affine),
             tuple(tokens.values()),
-            _zeros(tokens) if state is None else state.wkv,
+            None if state is None else state.wkv,
             whole_texts=state is None,
         )
         return self.finish(y, fed.rest), v_first, TimeMixState(fed.shift, wkv)
@@ -107,12 +107,6 @@ class LinearMixer(nnx.Module):
 def implementation_for(h: jax.Array, run: RunConfig) -> str | None:
     """A single token needs no chunks: one step of the recurrence as it is written."""
     return "sequential" if h.shape[1] == 1 else run.recurrence
-
-
-def _zeros(tokens: Tokens) -> Float32[Array, "B H V K"]:
-    batch, _, heads, width = tokens["v"].shape
-    zeros = jnp.zeros((batch, heads, width, tokens["k"].shape[-1]), jnp.float32)
-    return constrain(zeros, "batch", "heads", None, None)
 
 
 def without_padding(tokens: Tokens, lengths: Int[Array, " B"]) -> Tokens:
@@ -127,7 +121,7 @@ def across_devices(
     whole: Callable[..., tuple[jax.Array, jax.Array]],
     stretch: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
     arrays: tuple[jax.Array, ...],
-    start: jax.Array,
+    start: jax.Array | None,
     *,
     whole_texts: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -136,10 +130,10 @@ def across_devices(
     Sequences are sharded over time where they are whole texts; pieces read into a cache are not.
 
     Args:
-      whole: the op, of the arrays and the state.
+      whole: the op, of the arrays and, if there is one, the state.
       stretch: the same as an affine function of the state (see `context.recurrence`).
       arrays: [B, T, H, ..] each; those of one head are for all heads.
-      start: the state before the first token.
+      start: the state before the first token; None: zeros.
       whole_texts: whether nothing came before.
     """
     heads = max(x.shape[2] for x in arrays)
@@ -148,7 +142,9 @@ def across_devices(
         return context.recurrence(stretch, arrays, start)
     matrix = ("batch", "heads", None, None)
     outputs = (("batch", None, "heads", None), matrix)
-    return per_device(whole, (*map(place, arrays), matrix), outputs)(*arrays, start)
+    starts = () if start is None else (start,)
+    inputs = (*map(place, arrays), *(matrix for _ in starts))
+    return per_device(whole, inputs, outputs)(*arrays, *starts)
 
 
 def split_heads(x: Float[Array, "B T X"], heads: int) -> Float[Array, "B T H K"]:

@@ -132,11 +132,11 @@ class TimeMix(nnx.Module):
         out = project(y, self.output[...])
         return out, v_first, TimeMixState(last_valid(h, before, lengths), wkv)
 
-    def _start(self, batch: int) -> Float32[Array, "B H V K"]:
-        """The state before the first token of `batch` texts."""
-        heads, size = self.r_k.shape
-        zeros = jnp.zeros((heads, size, size), jnp.float32)
-        learned = self.initial_state[...] if self.learned_state else zeros
+    def _start(self, batch: int) -> Float32[Array, "B H V K"] | None:
+        """The state before the first token of `batch` texts; None: zeros."""
+        if not self.learned_state:
+            return None
+        learned = self.initial_state[...]
         whole = jnp.broadcast_to(learned[None], (batch, *learned.shape))
         return constrain(whole, "batch", "heads", None, None)
 
