@@ -65,7 +65,8 @@ def test_the_recurrence_is_given_what_the_mixer_gives_it(mixer, monkeypatch):
 
     def op(r, log_w, k, v, a=None, b=None, *, state, read, decay_bound, implementation=None):
         given.append((r.shape[3], log_w.shape[2:], v.shape[2:], a is None, read, decay_bound))
-        return v, state
+        zeros = jnp.zeros((len(v), *v.shape[2:], r.shape[3]))
+        return v, zeros if state is None else state
 
     monkeypatch.setattr(kernels, "generalized_delta_rule", op)
     monkeypatch.setattr("rwkvx_jax.modules.mixers.base.generalized_delta_rule", op)
