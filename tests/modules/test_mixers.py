@@ -41,7 +41,7 @@ SMALL = ModelConfig(
     low_rank_override=(5, 6, 7, 9),
 )
 
-SIMPLER = "deltanet", "rwkv5"  # than another, whose code they share
+SIMPLER = "deltanet", "rwkv5", "rwkv6", "kda", "lightning"  # or much like another
 pytestmark = pytest.mark.parametrize(
     "mixer",
     [pytest.param(m, marks=[pytest.mark.thorough] * (m in SIMPLER)) for m in MIXERS],
