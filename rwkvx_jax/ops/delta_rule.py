@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from rwkvx_jax.ops.delta_rule_chunked import Form, chunked, leaf_of
+from rwkvx_jax.ops.delta_rule_chunked import chunked, leaf_of
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
 from rwkvx_jax.ops.placement import local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
-from rwkvx_jax.ops.recurrence_chunked import CHUNK_SIZE, SEGMENT, Plan
 from rwkvx_jax.ops.recurrence_sequential import sequential
+from rwkvx_jax.ops.segments import CHUNK_SIZE, SEGMENT, Form, Plan
 
 _KERNEL = "pallas_kernels.delta_rule_tpu"
 _NO_FORWARD_MODE = (

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from rwkvx_jax import generalized_delta_rule
 from rwkvx_jax.ops import dispatch
 from rwkvx_jax.ops.delta_rule import affine
-from rwkvx_jax.ops.delta_rule_chunked import Form, chunked, leaf_of
-from rwkvx_jax.ops.recurrence_chunked import Plan
+from rwkvx_jax.ops.delta_rule_chunked import chunked, leaf_of
+from rwkvx_jax.ops.segments import Form, Plan
 from rwkvx_jax.ops.wkv4 import wkv4
 from tests.helpers import assert_close
 
