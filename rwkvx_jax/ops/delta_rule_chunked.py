@@ -8,6 +8,7 @@ Where a bound is known, leaves of as many tokens as it allows are scaled from th
 product. Which entries a segment needs is decided by its decays, while it runs.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -76,19 +77,33 @@ def _levels(plan: Plan, form: Form, segment: Segment) -> Made:
     return made, lambda d: pull_back(d)[0]
 
 
-def _by_strength(weak, any_strength):
-    """`weak` of segments whose half chunks keep within MAX_EXPONENT, `any_strength` of others."""
+def _by_strength(whole, leaves):
+    """A function of a segment: `whole` where the decays allow to scale whole chunks from their
+    middle, else `leaves`, with leaves as long as they allow."""
 
     def run(plan, form, segment, *rest):
-        log_w = segment["log_w"]
-        half = plan.chunk_size // 2
-        halves_of = np.arange(plan.chunk_size) // max(half, 1) == np.arange(2)[:, None]
-        sums = plan.dot("hc,...ck->...hk", halves_of.astype(np.float32), log_w)
-        fits = jnp.all(sums >= -MAX_EXPONENT)  # a reset is none: its sums are no numbers
-        run = lambda body: functools.partial(body, plan, form)
-        return jax.lax.cond(fits, run(weak), run(any_strength), segment, *rest)
+        way = lambda run, leaf: functools.partial(
+            run, plan, dataclasses.replace(form, leaf=max(form.leaf, leaf))
+        )
+        ways = {plan.chunk_size: way(whole, 1)}
+        if form.leaf < _LEAF < plan.chunk_size:
+            ways[_LEAF] = way(leaves, _LEAF)
+        too_strong = [~_fits(plan, segment["log_w"], size) for size in ways]
+        branches = (*ways.values(), way(leaves, 1))
+        return jax.lax.switch(
+            sum(x.astype(jnp.int32) for x in too_strong), branches, segment, *rest
+        )
 
     return run
+
+
+def _fits(plan, log_w, size):
+    """Whether the decays of all half blocks of `size` tokens sum to at least -MAX_EXPONENT."""
+    block = 2 * np.arange(plan.chunk_size) // size if size > 1 else np.zeros(1)
+    sums = plan.dot(
+        "hc,...ck->...hk", np.float32(block == np.arange(block[-1] + 1)[:, None]), log_w
+    )
+    return jnp.all(sums >= -MAX_EXPONENT)  # False for a reset: 0 times it is no number
 
 
 _LEVELS = body_of(_levels)
