@@ -51,7 +51,8 @@ def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form:
     """
     size = plan.fit(tokens["v"].shape[1])[0].chunk_size
     bounded = tokens["log_w"].shape[-1] == 1 or size <= form.leaf
-    return by_segments(plan, form, ONE_PRODUCT if bounded else ANY_DECAY, tokens, state)
+    body = ONE_PRODUCT if bounded else ANY_DECAY if form.looks else LEVELS
+    return by_segments(plan, form, body, tokens, state)
 
 
 def _levels(plan: Plan, form: Form, segment: Segment) -> Made:
@@ -106,8 +107,8 @@ def _fits(plan, log_w, size):
     return jnp.all(sums >= -MAX_EXPONENT)  # False for a reset: 0 times it is no number
 
 
-_LEVELS = body_of(_levels)
-ANY_DECAY = Body(*map(_by_strength, ONE_PRODUCT, _LEVELS))
+LEVELS = body_of(_levels)
+ANY_DECAY = Body(*map(_by_strength, ONE_PRODUCT, LEVELS))
 
 
 # ------------------------------------------------------------------------------------ the scores

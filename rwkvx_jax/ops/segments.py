@@ -66,10 +66,12 @@ class Form:
     Attributes:
       reads_before: y_t reads the state before token t's update, not after it.
       leaf: tokens that a bound on the decays allows to be scaled from their middle; 1 without one.
+      looks: a segment's decays are looked at while it runs, so that weak ones take a faster way.
     """
 
     reads_before: bool = False
     leaf: int = 1
+    looks: bool = True
 
 
 class Body(NamedTuple):
