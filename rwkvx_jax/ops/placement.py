@@ -124,7 +124,7 @@ def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def automatic_axes() -> bool:
-    """Whether the mesh in force has Auto axes of several devices, over which XLA shards by itself."""
+    """Whether the mesh in force has Auto axes of several devices: there XLA shards by itself."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(mesh.shape[name] > 1 for name in _axes_of(AxisType.Auto, mesh))
 
