@@ -122,8 +122,8 @@ def one_product(plan: Plan, form: Form, segment: Segment) -> Made:
             for name, piece in zip(names, jnp.split(x, len(names), axis=-2), strict=True)
         }
         d_scores = causal(d.scores) * decays.scores
-        d_left = plan.dot("...ij,...jk->...ik", d_scores, right) + decays.from_start * d.read
-        d_left = parts(d_left, lefts)
+        through_left = plan.dot("...ij,...jk->...ik", d_scores, right)
+        d_left = parts(through_left + decays.from_start * d.read, lefts)
         d_right = parts(plan.dot("...ij,...ik->...jk", d_scores, left), rights)
         d_write = parts(decays.to_end * d.write, rights)
         # A decay enters wherever a later token reads what an earlier one wrote.
