@@ -90,6 +90,20 @@ def input_matrix(
     return uniform(key, shape, bound * config.width**-0.5)
 
 
+def matrix(
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+    gain: float = 1.0,
+    bound: float = 0.5,
+    *,
+    shape: tuple[int, int] | None = None,
+    axes: tuple[str, str] = ("embed", "heads"),
+) -> nnx.Param:
+    """The parameter of an `input_matrix`, by default [D, D]."""
+    shape = shape or (config.width, config.width)
+    return parameter(input_matrix(config, rngs.params(), shape, gain=gain, bound=bound), *axes)
+
+
 def low_rank_out(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Second matrix [R, D] of a low-rank pair: orthogonal, gain 0.1 (larger for tall shapes)."""
     rows, columns = shape

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_NOTHING_LEFT = -1e30  # e to this is 0, and 128 times it is finite
+
 
 def levels_of(log_w):
     """For h = 1, 2, 4, .. C: (before, after, total) of log_w [.., C, n] within blocks of h tokens.
@@ -47,55 +49,44 @@ def level_of(size):
     return np.where(i > j, highest, np.where(i == j, 0, -1))
 
 
-def between(log_w: jax.Array) -> jax.Array:
-    """Sums of log_w [.., C, 1] over the tokens between j and i, [.., i, j]; -inf where j >= i."""
-    size = log_w.shape[-2]
-    level = as_mask(level_of(size), log_w)
-    sums = jnp.full((*log_w.shape[:-1], size), -jnp.inf)
-    for n, (before, after, _) in enumerate(levels_of(log_w)[:-1]):
-        sums = jnp.where(level == 1 << n, before + after.swapaxes(-1, -2), sums)
-    return sums
-
-
 def as_mask(mask, like):
     """A constant [i, j] in front of which axes of 1 stand, as many as `like` has."""
     return mask.reshape((1,) * (like.ndim - 2) + mask.shape)
 
 
-def running_sum(x, reverse=False):
-    """Sum over a chunk's tokens up to each (from each on), [.., C, K], as a triangular product.
+def _triangle(x, mask):
+    """mask [i, C or 2C] times x [.., C or 2C, n], rows of tokens.
 
     In full precision: rounded exponents would be errors of the decay itself.
     """
-    size = x.shape[-2]
-    triangle = np.tri(size, dtype=np.float32)
-    triangle = jnp.broadcast_to(triangle.T if reverse else triangle, (*x.shape[:-1], size))
-    return jnp.einsum("...ts,...sk->...tk", triangle, x, precision=jax.lax.Precision.HIGHEST)
+    mask = jnp.broadcast_to(mask.astype(np.float32), (*x.shape[:-2], *mask.shape))
+    return jnp.einsum("...ts,...sk->...tk", mask, x, precision=jax.lax.Precision.HIGHEST)
 
 
 class Decays(NamedTuple):
-    """Where the decays of a chunk enter. n is K, or with one decay a head 1."""
+    """Where the decays of a chunk enter. n is K, or with one decay a head 1; m left factors."""
 
-    scale_a: jax.Array | float  # [N, B, H, C, n] e^(ge-g*); 1 with one decay a head
-    scale_r: jax.Array | float  # [N, B, H, C, n] e^(gi-g*)
-    scale_bk: jax.Array | float  # [N, B, H, C, n] e^(g*-gi)
-    from_start: jax.Array  # [N, B, H, 1, K] e^g*, or [N, B, H, 2C, 1] [e^ge ; e^gi]
-    to_end: jax.Array  # [N, B, H, 1, K] e^(gl-g*), or [N, B, H, 2C, 1] e^(gl-gi) twice
+    left: tuple[jax.Array | float, ...]  # m of [N, B, H, C, n] e^(ge-g*) or e^(gi-g*), or 1
+    right: jax.Array | float  # [N, B, H, C, n] e^(g*-gi), or with one decay a head 1
+    from_start: jax.Array  # [N, B, H, 1, K] e^g*, or [N, B, H, mC, 1] e^ge or e^gi
+    to_end: jax.Array  # [N, B, H, 1, K] e^(gl-g*), or [N, B, H, mC, 1] e^(gl-gi) m times
     keep: jax.Array  # [N, B, H, n, 1] e^gl
-    scores: jax.Array | float  # [N, B, H, 2C, 2C] what multiplies A; 1 with decays of channels
+    scores: jax.Array | float  # [N, B, H, mC, mC] what multiplies A; 1 with decays of channels
 
 
-def decays_of_channels(log_w) -> Decays:
-    """From the middle of the chunk, whose decays must not be too strong (`MAX_EXPONENT`)."""
+def decays_of_channels(log_w: jax.Array, inclusive: tuple[bool, ...]) -> Decays:
+    """From the middle of the chunk, whose decays must not be too strong (`MAX_EXPONENT`).
+
+    `inclusive`: for each left factor whether its rows see their own token's decay.
+    """
     size = log_w.shape[-2]
-    total = running_sum(log_w)
+    total = _triangle(log_w, np.tri(size))
     middle = total[..., max(size // 2 - 1, 0), :][..., None, :]
     including = total - middle
     from_start, to_end = jnp.exp(middle), jnp.exp(including[..., -1:, :])
     return Decays(
-        scale_a=jnp.exp(including - log_w),
-        scale_r=jnp.exp(including),
-        scale_bk=jnp.exp(-including),
+        left=tuple(jnp.exp(including if i else including - log_w) for i in inclusive),
+        right=jnp.exp(-including),
         from_start=from_start,
         to_end=to_end,
         keep=(from_start * to_end).swapaxes(-1, -2),
@@ -103,19 +94,58 @@ def decays_of_channels(log_w) -> Decays:
     )
 
 
-def decays_of_heads(log_w) -> Decays:
-    """One decay a head multiplies the scores: it may be as strong as can be, even a reset."""
-    before, after, total = levels_of(log_w)[-1]
-    strict = between(log_w)
-    level = as_mask(level_of(log_w.shape[-2]), log_w)
-    inclusive = jnp.where(level == 0, 1.0, jnp.exp(strict + log_w))
-    scores = jnp.concatenate([jnp.exp(strict), inclusive], axis=-2)
+def decays_of_heads(log_w: jax.Array, inclusive: tuple[bool, ...]) -> Decays:
+    """One decay a head multiplies the scores: it may be as strong as can be, even a reset.
+
+    Column j of one product with a triangle has the sums over the tokens after j up to every i;
+    no sum is a difference of others.
+    """
+    size = log_w.shape[-2]
+    log_w = jnp.maximum(log_w, _NOTHING_LEFT)
+    after = as_mask(np.tri(size, k=-1, dtype=bool), log_w)
+    sums = jnp.concatenate([log_w, jnp.where(after, log_w, 0)], axis=-1)
+    sums = jnp.exp(_triangle(sums, np.tri(size)))  # of column 0 from the start of the chunk
+    below = as_mask(np.tri(size, dtype=bool), log_w)
+    start, between = sums[..., :1], jnp.where(below, sums[..., 1:], 0)
+    # Rows that do not see their own decay are those of the token before.
+    shifted = lambda x, first: jnp.concatenate([first(x[..., :1, :]), x[..., :-1, :]], axis=-2)
+    starts = [start if i else shifted(start, jnp.ones_like) for i in inclusive]
+    scores = [between if i else shifted(between, jnp.zeros_like) for i in inclusive]
+    to_end = between[..., -1:, :].swapaxes(-1, -2)
+    repeated = lambda x, axis: jnp.concatenate([x] * len(inclusive), axis)
     return Decays(
-        scale_a=1.0,
-        scale_r=1.0,
-        scale_bk=1.0,
-        from_start=jnp.exp(jnp.concatenate([before, before + log_w], axis=-2)),
-        to_end=jnp.exp(jnp.concatenate([after, after], axis=-2)),
-        keep=jnp.exp(total),
-        scores=jnp.concatenate([scores, scores], axis=-1),
+        left=(1.0,) * len(inclusive),
+        right=1.0,
+        from_start=jnp.concatenate(starts, axis=-2),
+        to_end=repeated(to_end, -2),
+        keep=start[..., -1:, :],
+        scores=repeated(jnp.concatenate(scores, axis=-2), -1),
     )
+
+
+def gradient_of_decays(log_w, *, pairs, own, written, kept):
+    """The gradient of log_w [.., C, n] within a chunk; what is given has a column per channel.
+
+    Args:
+      pairs: [.., C, K] x dx of the left factors less y dy of the right ones, through the scores and
+        the start state. A decay has part in what reads after it and not in what is written after.
+      own: x dx of the left factors that do not see their own token's decay, or None.
+      written: [.., C, K] y dy of the right factors through the end state.
+      kept: [.., 1, K] the same of the start state.
+    """
+    if log_w.shape[-1] == 1:
+        # A product with ones, as XLA's fused sums are many times slower on a CPU.
+        pairs, own, written, kept = (
+            None if x is None else _over_channels(x) for x in (pairs, own, written, kept)
+        )
+    size = log_w.shape[-2]
+    later_and_earlier = np.concatenate([np.tri(size).T, np.tri(size, k=-1)], axis=1)
+    gradient = _triangle(jnp.concatenate([pairs, written], axis=-2), later_and_earlier) + kept
+    gradient = gradient if own is None else gradient - own
+    return jnp.where(jnp.isneginf(log_w), 0, gradient)  # of a reset exactly 0
+
+
+def _over_channels(x):
+    """[.., C, K] -> [.., C, 1]."""
+    ones = np.ones(x.shape[-1], np.float32)
+    return jnp.einsum("...k,k->...", x, ones, precision=jax.lax.Precision.HIGHEST)[..., None]

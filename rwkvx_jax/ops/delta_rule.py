@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from rwkvx_jax.ops.delta_rule_chunked import Form, chunked, leaf_of
+from rwkvx_jax.ops.delta_rule_chunked import chunked, leaf_of
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
-from rwkvx_jax.ops.placement import local, vary_together
+from rwkvx_jax.ops.placement import automatic_axes, local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
-from rwkvx_jax.ops.recurrence_chunked import CHUNK_SIZE, SEGMENT, Plan
 from rwkvx_jax.ops.recurrence_sequential import sequential
+from rwkvx_jax.ops.segments import CHUNK_SIZE, SEGMENT, Form, Plan
 
 _KERNEL = "pallas_kernels.delta_rule_tpu"
 _NO_FORWARD_MODE = (
@@ -185,7 +185,8 @@ def _form(implementation, chunk_size, dtype, read, decay_bound):
         associative=associative,
         precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.HIGH,
     )
-    form = Form(reads_before=read == "before", leaf=leaf_of(decay_bound))
+    # On Auto axes every look at the decays of a segment would be a message between devices.
+    form = Form(read == "before", leaf_of(decay_bound), looks=not automatic_axes())
     return functools.partial(chunked, plan=plan, form=form)
 
 

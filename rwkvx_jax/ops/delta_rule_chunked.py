@@ -1,51 +1,33 @@
 """Chunk-parallel form of the generalized delta rule, for any decay, in plain JAX.
 
-As `recurrence_chunked` for RWKV-7: chunks of C tokens are solved by matrix products, the state
-passes between chunks, N chunks (a segment) are processed at once, and the backward pass recomputes
-each segment from the state at its start. What differs is how decays enter. There a chunk's rows and
-columns are scaled from its middle, which overflows unless decays are bounded. Here D(i, j), what
-the tokens after j up to i leave of a channel, is a product of two factors of at most 1 (`decays`).
-
-One decay a head (the last axis of log_w is 1) multiplies the scores, so the C x C matrix of D is
-made by itself. Decays of single channels scale rows and columns, level by level; where a bound is
-known, leaves of as many tokens as it allows are scaled from their middle in one product.
-
-State and arrays are as in `recurrence_chunked`, P = S^T, with lists of left factors, [a, r], and
-of right factors, [b, k]; linear attention has r and k alone, and no inverse.
+`recurrence_chunked` has the recurrence and its gradient. With decays of single channels it scales a
+chunk's rows and columns from the middle of the chunk, which overflows where they are too strong.
+Here such chunks get entries in which D(i, j), what the tokens after j up to i leave of a channel,
+is a product of two factors of at most 1 (`decays`): they scale rows and columns level by level.
+Where a bound is known, leaves of as many tokens as it allows are scaled from their middle in one
+product. Which entries a segment needs is decided by its decays, while it runs.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.ops.decays import as_mask, between, halves, level_of, levels_of
+from rwkvx_jax.ops.decays import as_mask, halves, level_of, levels_of
 from rwkvx_jax.ops.recurrence_chunked import (
     MAX_EXPONENT,
-    Plan,
-    cut,
-    put,
-    unit_inverse,
-    wkv7_chunked,
+    ONE_PRODUCT,
+    Entries,
+    Made,
+    body_of,
+    names_of,
+    sees_itself,
 )
+from rwkvx_jax.ops.segments import Body, Form, Plan, Segment, by_segments
 
 _LEAF = 16  # tokens whose scores are made by masked products, one a level
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What of the recurrence is used; hashable, fixed before tracing.
-
-    Attributes:
-      reads_before: y_t reads the state before token t's update, not after it.
-      leaf: tokens that a bound on the decays allows to be scaled from their middle; 1 without one.
-    """
-
-    reads_before: bool
-    leaf: int
 
 
 def leaf_of(decay_bound: float | None) -> int:
@@ -67,177 +49,73 @@ def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form:
     Returns:
       y [B, T, H, V] in v's dtype and the final state.
     """
-    length = tokens["v"].shape[1]
-    bounded = tokens["log_w"].shape[-1] == 1 or plan.fit(length)[0].chunk_size <= form.leaf
-    if bounded and "a" in tokens and not form.reads_before:
-        return wkv7_chunked(**tokens, state=state, plan=plan)  # its gradient is written by hand
-    plan, padded = plan.fit(length)
-    if padded > length:  # tokens of zeros leave the state alone
-        pad = ((0, 0), (0, padded - length), (0, 0), (0, 0))
-        tokens = {name: jnp.pad(x, pad) for name, x in tokens.items()}
-    y, end = _segments(plan, form, tokens, state.swapaxes(-1, -2))
-    return y[:, :length], end.swapaxes(-1, -2)
+    size = plan.fit(tokens["v"].shape[1])[0].chunk_size
+    bounded = tokens["log_w"].shape[-1] == 1 or size <= form.leaf
+    body = ONE_PRODUCT if bounded else ANY_DECAY if form.looks else LEVELS
+    return by_segments(plan, form, body, tokens, state)
 
 
-# ------------------------------------------------------------ all segments, with their own gradient
+def _levels(plan: Plan, form: Form, segment: Segment) -> Made:
+    """Entries for decays of channels that may have any strength; their gradient is JAX's."""
+    lefts, rights = names_of(segment)
+
+    def entries(segment):
+        log_w = segment["log_w"]
+        levels = levels_of(log_w)
+        before, after, total = levels[-1]  # of the whole chunk
+        inclusive = [sees_itself(form, name) for name in lefts]
+        left, right = ([segment[name] for name in names] for names in (lefts, rights))
+        rows, columns = _decayed(left, right, log_w, levels[-1], inclusive)
+        scores = _scores(plan, form, left, right, log_w, levels, inclusive)
+        return Entries(
+            scores=jnp.concatenate([jnp.concatenate(row, axis=-1) for row in scores], axis=-2),
+            read=jnp.concatenate(rows, axis=-2),
+            write=jnp.concatenate(columns, axis=-2),
+            keep=jnp.exp(total).swapaxes(-1, -2),
+        )
+
+    made, pull_back = jax.vjp(entries, {name: x for name, x in segment.items() if name != "v"})
+    return made, lambda d: pull_back(d)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _segments(plan, form, tokens, start):
-    return _forward(plan, form, tokens, start)[0]
+def _by_strength(whole, leaves):
+    """A function of a segment: `whole` where the decays allow to scale whole chunks from their
+    middle, else `leaves`, with leaves as long as they allow."""
+
+    def run(plan, form, segment, *rest):
+        way = lambda run, leaf: functools.partial(
+            run, plan, dataclasses.replace(form, leaf=max(form.leaf, leaf))
+        )
+        ways = {plan.chunk_size: way(whole, 1)}
+        if form.leaf < _LEAF < plan.chunk_size:
+            ways[_LEAF] = way(leaves, _LEAF)
+        too_strong = [~_fits(plan, segment["log_w"], size) for size in ways]
+        branches = (*ways.values(), way(leaves, 1))
+        return jax.lax.switch(
+            sum(x.astype(jnp.int32) for x in too_strong), branches, segment, *rest
+        )
+
+    return run
 
 
-def _forward(plan, form, tokens, start):
-    """Segments in order. Returns (y, end state) and the residuals of `_backward`."""
-
-    def step(carry, i):
-        start, y = carry
-        end, y_segment = _segment(plan, form, _cut(plan, tokens, i), start)
-        return (end, put(y, y_segment, i)), start
-
-    carry = (start, jnp.zeros_like(tokens["v"]))
-    (end, y), starts = jax.lax.scan(step, carry, jnp.arange(_count(plan, tokens)))
-    return (y, end), (tokens, starts)
-
-
-def _backward(plan, form, residuals, cotangents):
-    """Segments in reverse order, each recomputed from the state at its start."""
-    tokens, starts = residuals
-    dy, d_end = cotangents
-
-    def step(carry, xs):
-        d_end, gradients = carry
-        i, start = xs
-        segment = _cut(plan, tokens, i)
-        _, pull_back = jax.vjp(functools.partial(_segment, plan, form), segment, start)
-        pieces, d_start = pull_back((d_end, _cut(plan, {"y": dy}, i)["y"]))
-        gradients = {name: put(gradients[name], piece, i) for name, piece in pieces.items()}
-        return (d_start, gradients), None
-
-    carry = (d_end, jax.tree.map(jnp.zeros_like, tokens))
-    xs = (jnp.arange(starts.shape[0]), starts)
-    (d_start, gradients), _ = jax.lax.scan(step, carry, xs, reverse=True)
-    return gradients, d_start
-
-
-_segments.defvjp(_forward, _backward)
-
-
-def _count(plan, tokens):
-    return tokens["v"].shape[1] // (plan.segment * plan.chunk_size)
-
-
-def _cut(plan, tokens, i):
-    """Segment `i` by chunks: float32 [N, B, H, C, K] each."""
-    return dict(zip(tokens, cut(plan, tokens.values(), i), strict=True))
-
-
-# ---------------------------------------------------------------------------------- one segment
-
-
-class _Chunks(NamedTuple):
-    """The chunks of a segment, as far as they do not depend on the state; no U without a and b."""
-
-    read: jax.Array  # [N, B, H, C, K] r, decayed from the start of the chunk
-    write: jax.Array  # [N, B, H, C or 2C, K] k or [b ; k], decayed to its end
-    keep: jax.Array  # [N, B, H, K or 1, 1] what the chunk leaves of the state
-    scores: jax.Array  # [N, B, H, C, C or 2C] how y reads v, or [u ; v]
-    v: jax.Array  # [N, B, H, C, V]
-    w: jax.Array | None  # [N, B, H, C, K] U = W P + U0
-    u0: jax.Array | None  # [N, B, H, C, V]
-
-
-def _segment(plan, form, segment, start):
-    """Returns the state after the segment, and y [N, B, H, C, V]."""
-    chunks = _prepare(plan, form, segment)
-    states, end = (_scan_maps if plan.associative else _pass_states)(plan, chunks, start)
-    y = _dot(plan, "...ik,...kv->...iv", chunks.read, states)
-    y += _dot(plan, "...ij,...jv->...iv", chunks.scores, _written(plan, chunks, states))
-    return end, y
-
-
-def _prepare(plan, form, segment) -> _Chunks:
-    r, log_w, k, v = (segment[name] for name in ("r", "log_w", "k", "v"))
-    delta = "a" in segment
-    levels = levels_of(log_w)
-    before, after, total = levels[-1]  # of the whole chunk
-    to_token = jnp.exp(before if form.reads_before else before + log_w)
-    to_end = jnp.exp(after)
-
-    left = [segment["a"], r] if delta else [r]
-    right = [segment["b"], k] if delta else [k]
-    inclusive = [False] * delta + [not form.reads_before]
-    make = _scores_of_heads if log_w.shape[-1] == 1 else _scores_of_channels
-    scores = make(plan, form, left, right, log_w, levels, inclusive)
-    w = u0 = None
-    if delta:
-        (ab, ak), _ = scores
-        read = segment["a"] * jnp.exp(before)
-        removed = _dot(plan, "...ij,...jv->...iv", ak, v)
-        solved = _solve(plan, ab, jnp.concatenate([read, removed], axis=-1))
-        w, u0 = solved[..., : read.shape[-1]], solved[..., read.shape[-1] :]
-    return _Chunks(
-        read=r * to_token,
-        write=jnp.concatenate([x * to_end for x in right], axis=-2),
-        keep=jnp.exp(total).swapaxes(-1, -2),
-        scores=jnp.concatenate(scores[-1], axis=-1),
-        v=v,
-        w=w,
-        u0=u0,
+def _fits(plan, log_w, size):
+    """Whether the decays of all half blocks of `size` tokens sum to at least -MAX_EXPONENT."""
+    block = 2 * np.arange(plan.chunk_size) // size if size > 1 else np.zeros(1)
+    sums = plan.dot(
+        "hc,...ck->...hk", np.float32(block == np.arange(block[-1] + 1)[:, None]), log_w
     )
+    return jnp.all(sums >= -MAX_EXPONENT)  # False for a reset: 0 times it is no number
 
 
-def _written(plan, chunks, states):
-    """What a chunk writes: v, or [u ; v] where something is removed, given the states before."""
-    if chunks.w is None:
-        return chunks.v
-    u = _dot(plan, "...ik,...kv->...iv", chunks.w, states) + chunks.u0
-    return jnp.concatenate([u, chunks.v], axis=-2)
-
-
-def _pass_states(plan, chunks, start):
-    """From the start state [B, H, K, V]: the state before every chunk, and the end state."""
-
-    def step(state, chunk):
-        written = _written(plan, chunk, state)
-        end = chunk.keep * state + _dot(plan, "...ik,...iv->...kv", chunk.write, written)
-        return end, state
-
-    end, states = jax.lax.scan(step, start, chunks)
-    return states, end
-
-
-def _scan_maps(plan, chunks, start):
-    """The same by an associative scan over the chunks' affine maps P' = M P + G.
-
-    Without a and b the maps are diagonal: M [N, B, H, K or 1, 1].
-    """
-    diagonal = chunks.w is None
-    if diagonal:
-        m, written = chunks.keep, chunks.v
-        apply = jnp.multiply
-    else:
-        size = chunks.w.shape[-1]
-        m = chunks.keep * jnp.eye(size, dtype=jnp.float32).reshape(1, 1, 1, size, size)
-        m += _dot(plan, "...ik,...ij->...kj", chunks.write[..., : plan.chunk_size, :], chunks.w)
-        written = jnp.concatenate([chunks.u0, chunks.v], axis=-2)
-        apply = functools.partial(_dot, plan, "...ij,...jv->...iv")
-    g = _dot(plan, "...ik,...iv->...kv", chunks.write, written)
-
-    def compose(first, second):
-        (m1, g1), (m2, g2) = first, second
-        return apply(m2, m1), apply(m2, g1) + g2
-
-    m, g = jax.lax.associative_scan(compose, (m, g))
-    ends = (m * start[None] if diagonal else _dot(plan, "n...ij,...jv->n...iv", m, start)) + g
-    return jnp.concatenate([start[None], ends[:-1]]), ends[-1]
+LEVELS = body_of(_levels)
+ANY_DECAY = Body(*map(_by_strength, ONE_PRODUCT, LEVELS))
 
 
 # ------------------------------------------------------------------------------------ the scores
 
 
-def _scores_of_heads(plan, form, left, right, log_w, levels, inclusive):
-    """Scores where one decay a head multiplies them, log_w [.., C, 1].
+def _scores(plan, form, left, right, log_w, levels, inclusive):
+    """Scores where every channel has its own decay, log_w [.., C, K].
 
     Args:
       left, right: [a, r] and [b, k], or [r] and [k], [.., C, K] each.
@@ -247,18 +125,6 @@ def _scores_of_heads(plan, form, left, right, log_w, levels, inclusive):
     Returns:
       For each of left a list of [.., C, C], one for each of right: rows are targets.
     """
-    size = plan.chunk_size
-    level, strict = as_mask(level_of(size), log_w), between(log_w)
-    decays = []
-    for includes in inclusive:
-        decay = jnp.exp(strict + log_w) if includes else jnp.exp(strict)
-        decays.append(jnp.where(level == 0, 1.0, decay) if includes else decay)
-    decay = jnp.concatenate(decays, axis=-2)
-    return _products(plan, left, right, jnp.concatenate([decay] * len(right), axis=-1))
-
-
-def _scores_of_channels(plan, form, left, right, log_w, levels, inclusive):
-    """The same where every channel has its own decay, log_w [.., C, K]."""
     size = plan.chunk_size
     leaf = min(size, max(form.leaf, _LEAF))
     make = _bounded_leaves if leaf <= form.leaf else _leaves
@@ -323,47 +189,17 @@ def _bounded_leaves(plan, left, right, log_w, levels, leaf, inclusive):
     ]
 
 
-def _products(plan, left, right, scale=1.0):
-    """Every left factor times every right one, [.., i, j] each, as one product, times `scale`.
+def _products(plan, left, right):
+    """Every left factor times every right one, [.., i, j] each, as one product.
 
     Lists of arrays, and not arrays with one more axis: XLA's CPU runtime (jax 0.10.2) crashes in
     sums over a middle axis of seven, which their gradients would have.
     """
-    both = _dot(plan, "...ik,...jk->...ij", jnp.concatenate(left, -2), jnp.concatenate(right, -2))
-    rows = jnp.split(both * scale, len(left), axis=-2)
+    both = plan.dot("...ik,...jk->...ij", jnp.concatenate(left, -2), jnp.concatenate(right, -2))
+    rows = jnp.split(both, len(left), axis=-2)
     return [jnp.split(row, len(right), axis=-1) for row in rows]
 
 
 def _each(fn, scores, others):
     """`fn` of the corresponding arrays of two lists of lists."""
     return [list(map(fn, *rows)) for rows in zip(scores, others, strict=True)]
-
-
-# ------------------------------------------------------------------------------------ arithmetic
-
-
-def _dot(plan, equation, x, y):
-    return jnp.einsum(equation, x, y, precision=plan.precision, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(plan, n, z):
-    """(I - n)^-1 z for strictly lower triangular n."""
-    return _solve_forward(plan, n, z)[0]
-
-
-def _solve_forward(plan, n, z):
-    x = unit_inverse(plan, n)
-    solved = _dot(plan, "...ij,...jv->...iv", x, z)
-    return solved, (x, solved)
-
-
-def _solve_backward(plan, residuals, d_solved):
-    x, solved = residuals
-    d_z = _dot(plan, "...ji,...jv->...iv", x, d_solved)
-    size = x.shape[-1]
-    below = as_mask(np.tri(size, k=-1, dtype=bool), x)
-    return jnp.where(below, _dot(plan, "...iv,...jv->...ij", d_z, solved), 0), d_z
-
-
-_solve.defvjp(_solve_forward, _solve_backward)

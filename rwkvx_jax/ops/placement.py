@@ -123,6 +123,12 @@ def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(map(mark, arrays))
 
 
+def automatic_axes() -> bool:
+    """Whether the mesh in force has Auto axes of several devices: there XLA shards by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in _axes_of(AxisType.Auto, mesh))
+
+
 def _varying(x) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 

@@ -17,14 +17,9 @@ from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
 from rwkvx_jax.ops.placement import local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
-from rwkvx_jax.ops.recurrence_chunked import (
-    CHUNK_SIZE,
-    MAX_EXPONENT,
-    SEGMENT,
-    Plan,
-    wkv7_chunked,
-)
+from rwkvx_jax.ops.recurrence_chunked import MAX_EXPONENT, wkv7_chunked
 from rwkvx_jax.ops.recurrence_sequential import sequential
+from rwkvx_jax.ops.segments import CHUNK_SIZE, SEGMENT, Plan
 
 _NO_FORWARD_MODE = (
     "wkv7: only implementation='sequential' can be differentiated in forward mode (jvp, jacfwd, "

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from rwkvx_jax import generalized_delta_rule
 from rwkvx_jax.ops import dispatch
 from rwkvx_jax.ops.delta_rule import affine
-from rwkvx_jax.ops.delta_rule_chunked import Form, chunked, leaf_of
-from rwkvx_jax.ops.recurrence_chunked import Plan
+from rwkvx_jax.ops.delta_rule_chunked import chunked, leaf_of
+from rwkvx_jax.ops.segments import Form, Plan
 from rwkvx_jax.ops.wkv4 import wkv4
 from tests.helpers import assert_close
 
@@ -170,6 +170,51 @@ def test_several_chunks_at_once(scalar, delta):
         return chunked(tokens, inputs["state"], plan=plan, form=Form(False, 1))
 
     compare(with_gradients(run), inputs, exact, 2e-5)
+
+
+STRENGTHS = {  # the most that 16 tokens of 32 may decay, 8 of 16, and the token itself
+    "whole chunks": (-4.9, -1.0),
+    "leaves": (-9.9, -1.0),
+    "levels": (-30.0, -1.0),
+    "all three": (-30.0, -9.9, -1e-3),
+}
+
+
+@pytest.mark.parametrize("delta", [True, False], ids=["delta", "linear"])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_chunks_of_every_strength(strength, delta):
+    """What is seen while running chooses how a chunk is scaled: every way, and all in one text."""
+    inputs, _ = expected("weak", False, delta, time=96)
+    of_chunks = np.repeat(np.resize(STRENGTHS[strength], 3), 32).astype(np.float32)
+    log_w = np.broadcast_to(of_chunks[None, :, None, None], inputs["log_w"].shape).copy()
+    log_w[:, ::5] *= 0.01
+    inputs = inputs | {"log_w": log_w}
+    with jax.enable_x64(True):
+        exact = LOOPS[0]({name: jnp.asarray(x, jnp.float64) for name, x in inputs.items()})
+    compare(ours("chunked"), inputs, exact, 2e-5)
+
+
+@pytest.mark.parametrize("delta", [True, False], ids=["delta", "linear"])
+def test_vmap_over_texts_of_different_strength(delta):
+    """vmap computes every way and selects: what overflows in one row must reach no other."""
+    inputs, _ = expected("weak", False, delta, time=96)
+    strengths = np.asarray([-1.0, -9.9, -1e4, -np.inf], np.float32)
+    several = {name: jnp.stack([x] * 4) for name, x in inputs.items()}
+    several["log_w"] = jnp.asarray(
+        np.where(np.arange(96)[:, None, None] % 7 < 6, strengths[:, None, None, None, None], -1e-3)
+        * np.ones_like(several["log_w"])
+    )
+
+    def both(inputs):
+        outputs, pull_back = jax.vjp(lambda x: generalized_delta_rule(**x), inputs)
+        return outputs, pull_back(outputs)[0]
+
+    found = jax.jit(jax.vmap(both))(several)
+    one = jax.jit(both)
+    for row in range(len(strengths)):
+        expected_row = one({name: x[row] for name, x in several.items()})
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected_row), strict=True):
+            assert_close(x[row], y, rel=2e-5)
 
 
 @pytest.mark.parametrize("time", [1, 2, 7, 64])

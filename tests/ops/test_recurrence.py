@@ -13,7 +13,8 @@ import pytest
 
 from rwkvx_jax.ops import dispatch, recurrence
 from rwkvx_jax.ops.recurrence import segment_map, wkv7, wkv7_sequential
-from rwkvx_jax.ops.recurrence_chunked import CHUNK_SIZE, MAX_EXPONENT, Plan, wkv7_chunked
+from rwkvx_jax.ops.recurrence_chunked import MAX_EXPONENT, wkv7_chunked
+from rwkvx_jax.ops.segments import CHUNK_SIZE, Plan
 from tests.helpers import assert_close, assert_within
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")

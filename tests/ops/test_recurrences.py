@@ -1,7 +1,8 @@
 """The named recurrences against arrays made by other people's code, every implementation.
 
 Outputs, final states and gradients of flash-linear-attention and transformers, with their float64
-corrections, to 1e-5 of the largest entry; 2e-5 where log decays reach -20.
+corrections, to 1e-5 of the largest entry; 2e-5 where log decays reach -20. The TPU kernel is
+interpreted.
 """
 
 import functools
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from rwkvx_jax.ops import recurrences
+from rwkvx_jax.ops import dispatch, recurrences
 from tests.helpers import assert_close, shared_path
 
 FORMS = {
@@ -50,11 +52,30 @@ def load(name):
     return stored, exact
 
 
+# What the TPU kernel takes of them: K and V in steps of 32.
+KERNEL_CASES = ("gated_delta_rule_a", "kda_softplus", "gla", "rwkv6_a")
+
+
 @pytest.mark.parametrize(
     "form", [f if f == "chunked" else pytest.param(f, marks=pytest.mark.thorough) for f in FORMS]
 )
 @pytest.mark.parametrize("case", CASES)
 def test_neighbours(case, form):
+    compare(case, **FORMS[form])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c if c == "gla" else pytest.param(c, marks=pytest.mark.thorough) for c in KERNEL_CASES],
+)
+def test_neighbours_by_the_interpreted_kernel(case, monkeypatch):
+    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    with pltpu.force_tpu_interpret_mode():
+        compare(case, implementation="pallas")
+
+
+def compare(case, **options):
+    """Output, final state and all gradients of a recurrence by its name with those of the file."""
     function, names, heads_first, tolerance = CASES[case]
     stored, exact = load(case)
 
@@ -64,7 +85,6 @@ def test_neighbours(case, form):
             return x.swapaxes(-1, -2)
         return x.swapaxes(1, 2) if heads_first and x.ndim > 2 else x
 
-    options = dict(FORMS[form])
     options["scale"] = float(stored["scale"])
     if case == "kda_lowerbound_grouped":
         options["decay_bound"] = float(stored["lower_bound"])

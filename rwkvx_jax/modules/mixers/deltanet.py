@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +18,7 @@ from rwkvx_jax.modules.mixers.base import (
     split_heads,
 )
 from rwkvx_jax.modules.mixers.convolution import convolutions, first_taps
-from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
+from rwkvx_jax.modules.parameters import LayerConstants, matrix, parameter, project
 
 
 def first_steps(rngs: nnx.Rngs, count: int) -> jax.Array:
@@ -44,17 +46,13 @@ class GatedDeltaNet(LinearMixer):
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
         width, self.heads = config.width, config.num_heads
         self.decays = config.mixer == "gated_deltanet"
-        matrix = lambda columns: parameter(
-            input_matrix(config, rngs.params(), (width, columns), gain=1.0, bound=0.5),
-            "embed", "heads",
-        )  # fmt: skip
-        self.receptance, self.key = matrix(width), matrix(width)
-        self.value, self.gate = matrix(width), matrix(width)
+        self.receptance, self.key, self.value, self.gate = (matrix(config, rngs) for _ in range(4))
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         self.conv = parameter(first_taps(rngs, 3 * width), "taps", "vector")
-        self.beta = matrix(self.heads)
+        by_head = partial(matrix, config, rngs, shape=(width, self.heads))
+        self.beta = by_head()
         if self.decays:
-            self.alpha = matrix(self.heads)
+            self.alpha = by_head()
             self.rate = parameter(first_rates(rngs, self.heads), "heads")
             self.step = parameter(first_steps(rngs, self.heads), "heads")
         self.norm = parameter(jnp.ones(config.head_size), "head_size")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,7 @@ from rwkvx_jax.modules.mixers.base import (
 )
 from rwkvx_jax.modules.mixers.convolution import first_taps
 from rwkvx_jax.modules.mixers.deltanet import convolved, first_rates, first_steps
-from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
+from rwkvx_jax.modules.parameters import LayerConstants, matrix, parameter, project
 
 LOWEST = -5.0
 """Log decays lie above this."""
@@ -38,16 +40,12 @@ class KDA(LinearMixer):
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
         width, size, self.heads = config.width, config.head_size, config.num_heads
-        matrix = lambda rows, columns, *axes: parameter(
-            input_matrix(config, rngs.params(), (rows, columns), gain=1.0, bound=0.5), *axes
-        )
-        square = lambda: matrix(width, width, "embed", "heads")
-        inner = lambda: matrix(width, size, "embed", "rank")
-        outer = lambda: matrix(size, width, "rank", "heads")
-        self.receptance, self.key, self.value = square(), square(), square()
+        inner = partial(matrix, config, rngs, shape=(width, size), axes=("embed", "rank"))
+        outer = partial(matrix, config, rngs, shape=(size, width), axes=("rank", "heads"))
+        self.receptance, self.key, self.value = (matrix(config, rngs) for _ in range(3))
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         self.conv = parameter(first_taps(rngs, 3 * width), "taps", "vector")
-        self.beta = matrix(width, self.heads, "embed", "heads")
+        self.beta = matrix(config, rngs, shape=(width, self.heads))
         self.w1, self.w2, self.g1, self.g2 = inner(), outer(), inner(), outer()
         self.step = parameter(first_steps(rngs, width), "vector")
         self.rate = parameter(first_rates(rngs, self.heads), "heads")

@@ -15,7 +15,7 @@ from rwkvx_jax.modules.mixers.base import (
     rms_norm,
     split_heads,
 )
-from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
+from rwkvx_jax.modules.parameters import LayerConstants, matrix, parameter, project
 
 
 class Lightning(LinearMixer):
@@ -30,11 +30,7 @@ class Lightning(LinearMixer):
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
         width, self.heads = config.width, config.num_heads
-        matrix = lambda: parameter(
-            input_matrix(config, rngs.params(), (width, width), gain=1.0, bound=0.5),
-            "embed", "heads",
-        )  # fmt: skip
-        self.receptance, self.key, self.value, self.gate = matrix(), matrix(), matrix(), matrix()
+        self.receptance, self.key, self.value, self.gate = (matrix(config, rngs) for _ in range(4))
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         self.norm = parameter(jnp.ones(width), "vector")
         head = jnp.arange(1, self.heads + 1)

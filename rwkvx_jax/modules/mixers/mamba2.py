@@ -19,7 +19,7 @@ from rwkvx_jax.modules.mixers.convolution import convolutions, first_taps
 from rwkvx_jax.modules.mixers.deltanet import first_rates, first_steps
 from rwkvx_jax.modules.parameters import (
     LayerConstants,
-    input_matrix,
+    matrix,
     parameter,
     project,
     uniform,
@@ -40,14 +40,13 @@ class Mamba2(LinearMixer):
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
         width, size = config.width, config.head_size
         inner, keys, self.heads = 2 * width, 2 * size, 2 * width // size
-        matrix = lambda columns, axis: parameter(
-            input_matrix(config, rngs.params(), (width, columns), gain=1.0, bound=0.5),
-            "embed", axis,
-        )  # fmt: skip
-        self.value, self.gate = matrix(inner, "heads"), matrix(inner, "heads")
+        columns = lambda count, axis="heads": matrix(
+            config, rngs, shape=(width, count), axes=("embed", axis)
+        )
+        self.value, self.gate = columns(inner), columns(inner)
         # Of one head, which every device needs whole.
-        self.receptance, self.key = matrix(keys, "rank"), matrix(keys, "rank")
-        self.alpha = matrix(self.heads, "heads")
+        self.receptance, self.key = columns(keys, "rank"), columns(keys, "rank")
+        self.alpha = columns(self.heads)
         self.conv = parameter(first_taps(rngs, inner + 2 * keys), "taps", "vector")
         bias = uniform(rngs.params(), (inner + 2 * keys,), 0.5)
         self.conv_bias = parameter(bias, "vector")

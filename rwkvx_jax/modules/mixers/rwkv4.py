@@ -11,7 +11,7 @@ from flax import nnx
 from rwkvx_jax.cache import TimeMixState
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.modules.mixers.base import mixed
-from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
+from rwkvx_jax.modules.parameters import LayerConstants, matrix, parameter, project
 from rwkvx_jax.ops.wkv4 import wkv4
 from rwkvx_jax.sharding import per_device, sequence_parts
 
@@ -28,10 +28,7 @@ class RWKV4(nnx.Module):
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
         width = config.width
-        square = lambda gain, bound: parameter(
-            input_matrix(config, rngs.params(), (width, width), gain=gain, bound=bound),
-            "embed", "heads",
-        )  # fmt: skip
+        square = partial(matrix, config, rngs)
         vector = lambda value: parameter(value, "vector")
         share = 1.0 - constants.ramp**constants.r10
         self.x_k, self.x_v = vector(share), vector(share - 0.3 * constants.r01)
@@ -39,11 +36,7 @@ class RWKV4(nnx.Module):
         self.w0 = vector(-5.0 + 8.0 * constants.position ** (0.7 + 1.3 * constants.r01))
         zigzag = ((jnp.arange(width) + 1) % 3 - 1) * 0.5
         self.u = vector(zigzag + jnp.log(0.3))
-        self.receptance, self.key, self.value = (
-            square(1.0, 0.5),
-            square(0.1, 0.05),
-            square(1.0, 0.5),
-        )
+        self.receptance, self.key, self.value = square(), square(0.1, 0.05), square()
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
 
     def begun(self, state: TimeMixState, fresh: jax.Array) -> TimeMixState:

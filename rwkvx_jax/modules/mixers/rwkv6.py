@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,7 @@ from rwkvx_jax.modules.mixers.base import (
     per_channel,
     split_heads,
 )
-from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project, uniform
+from rwkvx_jax.modules.parameters import LayerConstants, matrix, parameter, project, uniform
 
 
 def decay_speed(constants: LayerConstants) -> jax.Array:
@@ -45,10 +47,7 @@ class RWKV6(LinearMixer):
 
     def __init__(self, config: ModelConfig, constants: LayerConstants, rngs: nnx.Rngs):
         width, self.heads = config.width, config.num_heads
-        square = lambda gain, bound: parameter(
-            input_matrix(config, rngs.params(), (width, width), gain=gain, bound=bound),
-            "embed", "heads",
-        )  # fmt: skip
+        square = partial(matrix, config, rngs)
         powers = (1.0, 1.0, 1.0, 1.0, 0.5, 0.5)  # of the mix, w, k, v, r, g
         shares = jnp.stack([1.0 - constants.ramp ** (p * constants.r10) for p in powers])
         shares = shares.at[3].add(-0.3 * constants.r01)
@@ -61,8 +60,8 @@ class RWKV6(LinearMixer):
         self.w2 = parameter(random(DECAY_RANK, width), "rank", "heads")
         bonus = first_bonus(constants).reshape(self.heads, -1)
         self.u = parameter(bonus, "heads", "head_size")
-        self.receptance, self.key = square(1.0, 0.5), square(0.1, 0.05)
-        self.value, self.gate = square(1.0, 0.5), square(0.1, 0.05)
+        self.receptance, self.key = square(), square(0.1, 0.05)
+        self.value, self.gate = square(), square(0.1, 0.05)
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         vector = lambda fill: parameter(jnp.full(width, fill), "vector")
         self.ln_x = GroupNorm(vector(1.0), vector(0.0), 64e-5)
@@ -72,13 +71,17 @@ class RWKV6(LinearMixer):
         for_w, for_k, for_v, for_r, for_g = map(mix, self._shares(h, mix))
         low_rank = project(jnp.tanh(project(for_w, self.w1[...])), self.w2[...])
         log_w = -jnp.exp(per_channel(self.w0) + low_rank.astype(jnp.float32))
-        split = lambda x: split_heads(x, self.heads)
+        return self.fed(for_r, log_w, for_k, for_v, for_g, last)
+
+    def fed(self, for_r, log_w, for_k, for_v, for_g, last) -> Fed:
+        """From the inputs of the matrices, [B, T, D], and the shift of the next piece."""
         tokens = {
-            "r": split(project(for_r, self.receptance[...])),
-            "log_w": split(log_w),
-            "k": split(project(for_k, self.key[...])),
-            "v": split(project(for_v, self.value[...])),
+            "r": project(for_r, self.receptance[...]),
+            "log_w": log_w,
+            "k": project(for_k, self.key[...]),
+            "v": project(for_v, self.value[...]),
         }
+        tokens = {name: split_heads(x, self.heads) for name, x in tokens.items()}
         return Fed(tokens, last, (tokens, project(for_g, self.gate[...])))
 
     def _shares(self, h, mix) -> list[jax.Array]:

@@ -22,8 +22,8 @@ from rwkvx_jax.modules.mixers.base import (
 )
 from rwkvx_jax.modules.parameters import (
     LayerConstants,
-    input_matrix,
     low_rank_out,
+    matrix,
     parameter,
     project,
 )
@@ -53,17 +53,9 @@ class TimeMix(nnx.Module):
         vector = lambda value: parameter(value, "vector")
         inner = lambda rank: parameter(jnp.zeros((width, rank)), "embed", "rank")
         outer = lambda rank: parameter(low_rank_out(rngs.params(), (rank, width)), "rank", "heads")
-        square = lambda gain, bound: parameter(
-            input_matrix(config, rngs.params(), (width, width), gain=gain, bound=bound),
-            "embed",
-            "heads",
-        )
-        self.x_r = vector(constants.token_shift("r"))
-        self.x_w = vector(constants.token_shift("w"))
-        self.x_k = vector(constants.token_shift("k"))
-        self.x_v = vector(constants.token_shift("v"))
-        self.x_a = vector(constants.token_shift("a"))
-        self.x_g = vector(constants.token_shift("g"))
+        square = partial(matrix, config, rngs)
+        self.x_r, self.x_w, self.x_k = (vector(constants.token_shift(name)) for name in "rwk")
+        self.x_v, self.x_a, self.x_g = (vector(constants.token_shift(name)) for name in "vag")
         self.w0 = vector(constants.decay())
         self.w1, self.w2 = inner(ranks.w), outer(ranks.w)
         self.a0 = vector(constants.learning_rate())
@@ -74,9 +66,7 @@ class TimeMix(nnx.Module):
         self.k_k = vector(constants.removal_key())
         self.k_a = vector(constants.key_scale())
         self.r_k = parameter(constants.bonus().reshape(heads, size), "heads", "head_size")
-        self.receptance = square(gain=1.0, bound=0.5)
-        self.key = square(gain=0.1, bound=0.05)
-        self.value = square(gain=1.0, bound=0.5)
+        self.receptance, self.key, self.value = square(), square(0.1, 0.05), square()
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         scale = parameter(constants.group_norm_scale(), "vector")
         self.ln_x = GroupNorm(scale, parameter(jnp.zeros(width), "vector"), GROUP_NORM_EPS)
