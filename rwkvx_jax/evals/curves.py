@@ -49,7 +49,7 @@ def draw_curves(
       title: of the figure.
       x_label: what is counted in tokens; the tokenizer is added.
       y_label: what the curves show.
-      ticks: tokens to be written at the axis.
+      ticks: tokens to be written at the axis. A longest training sequence is marked up to there.
       curve: see there.
       level: a model's summary -> where its dashed line is, if it has one.
     """
@@ -70,7 +70,11 @@ def draw_curves(
         if (height := level(model["summary"])) is not None:
             axes.axhline(height, color=color, linestyle="--", linewidth=1.0)
     log_ticks(axes, ticks, _WIDTH - 1.0)
-    mark_trained(axes, [model["trained_length"] for model in models])
+    places = [*ticks, *(x for model in models for x, _ in curve(model["summary"]))]
+    factor = (max(places) / min(places)) ** 0.03
+    axes.set_xlim(min(places) / factor, max(places) * factor)
+    trained = {model["trained_length"] for model in models} - {None}
+    mark_trained(axes, [length for length in trained if length <= max(places)])
     unit = f"{document['models'][0]['tokenizer']} tokens"
     axes.set(xlabel=f"{x_label} ({unit})", ylabel=y_label)
     axes.grid()
