@@ -273,12 +273,13 @@ _SHOWN = {
     "speed": Shown("Decoding speed", speed.summarize, speed.table),
     "prefill": Shown("Reading a prompt", prefill.summarize, prefill.table),
 }
+_GRIDS = {"passkey": "Passkey retrieval", "lookup": "Facts in other wordings"}
 _RIGHT = Measure(grid.score, "right answers (%)", "questions")
 
 
 def _shown(task: str) -> Shown:
     """All other tasks are grids."""
-    title = "Passkey retrieval" if task == "passkey" else TITLES.get(task.removeprefix("niah_"))
+    title = _GRIDS.get(task) or TITLES.get(task.removeprefix("niah_"))
     return _SHOWN.get(task) or Shown(title or task, grid.summarize, grid.table, _RIGHT)
 
 
