@@ -12,7 +12,16 @@ from rwkvx_jax.cli import UsageError, command_line, settle_platform
 from rwkvx_jax.cli_help import nearest
 from rwkvx_jax.evals import report
 from rwkvx_jax.evals.short import task as short
-from rwkvx_jax.evals.tasks import long_loss, niah, passkey, selection
+from rwkvx_jax.evals.tasks import (
+    ar_hits,
+    copying,
+    long_loss,
+    long_ppl,
+    lookup,
+    niah,
+    passkey,
+    selection,
+)
 from rwkvx_jax.perf import prefill, speed
 
 TASKS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -20,6 +29,10 @@ TASKS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "niah": (niah.NiahOptions, niah.run),
     "short": (short.ShortOptions, short.run),
     "long-loss": (long_loss.LongLossOptions, long_loss.run),
+    "lookup": (lookup.LookupOptions, lookup.run),
+    "ar-hits": (ar_hits.ArHitsOptions, ar_hits.run),
+    "copy": (copying.CopyOptions, copying.run),
+    "longppl": (long_ppl.LongPplOptions, long_ppl.run),
     "report": (report.ReportOptions, report.run),
     "selection": (selection.SelectionOptions, selection.run),
     "prefill": (prefill.PrefillOptions, prefill.run),

@@ -322,15 +322,15 @@ def test_a_task_of_ones_own(tmp_path):
     assert source.count("\n") < 120
     names = run("docs/evaluation.md")
     flags = {"checkpoint": (Path("m"),), "output": tmp_path, "depths": 3, "trials": 2}
-    options = cli.parse(names["CopyOptions"], ["--checkpoint", "m", "--output", "x"], "copy")
+    options = cli.parse(names["WordOptions"], ["--checkpoint", "m", "--output", "x"], "word")
     assert options.lengths == (256, 1024) and options.letters == 8
     solve = lambda text: " " + re.search(r"The word is (\w+)\.", text)[1]
     for output, reader, share in (("right", solve, 1.0), ("wrong", lambda text: " no", 0.0)):
-        options = names["CopyOptions"](**(flags | {"output": tmp_path / output}))
+        options = names["WordOptions"](**(flags | {"output": tmp_path / output}))
         results = names["evaluate"](options, [make_model()], QUIET, FakeReader(reader))
         assert results.summary("model")["all"]["accuracy"] == share
     (part,) = report.sections(report.find_runs([tmp_path / "right"]))
-    assert part.title == "copy" and part.table.rows[0][1:3] == ["100.0 (61 to 100)"] * 2
+    assert part.title == "word" and part.table.rows[0][1:3] == ["100.0 (61 to 100)"] * 2
 
 
 def test_programs_that_show_calls():

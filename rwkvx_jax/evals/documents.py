@@ -44,8 +44,19 @@ class Document(NamedTuple):
     start: int
 
 
-def read_documents(options: TextOptions, tokenizer: Tokenizer) -> dict[Document, np.ndarray]:
+def read_documents(
+    options: TextOptions,
+    tokenizer: Tokenizer,
+    length: int | None = None,
+    shorten: str = "--length or --skip",
+) -> dict[Document, np.ndarray]:
     """The documents, each with length + 1 tokens (the last one is only predicted).
+
+    Args:
+      options: which texts, and how many parts of them.
+      tokenizer: of the models.
+      length: of a document; None: as the options say.
+      shorten: flags to lower where no text is long enough.
 
     Raises:
       ConfigError: no text there, or no file with enough tokens for a single document.
@@ -53,20 +64,21 @@ def read_documents(options: TextOptions, tokenizer: Tokenizer) -> dict[Document,
     files = [options.text] if options.text.is_file() else files_below(options.text, ".txt")
     if not files:
         raise ConfigError(f"--text {options.text}: no such .txt file, nor a folder with any")
+    length = length or options.length
     parts: list[list[tuple[Document, np.ndarray]]] = []
     sizes = {}
     for file in files:
         name = file.name if options.text.is_file() else str(file.relative_to(options.text))
         tokens = tokenizer.encode_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
         sizes[name] = len(tokens)
-        starts = range(options.skip, len(tokens) - options.length, options.length)
-        parts.append([(Document(name, s), tokens[s : s + options.length + 1]) for s in starts])
+        starts = range(options.skip, len(tokens) - length, length)
+        parts.append([(Document(name, s), tokens[s : s + length + 1]) for s in starts])
     longest = max(map(len, parts))
     in_turn = [own[i] for i in range(longest) for own in parts if i < len(own)]
     if not in_turn:
         largest = max(sizes, key=sizes.get)
         raise ConfigError(
-            f"no file has {options.skip} + {options.length} + 1 tokens of the {tokenizer.name} "
-            f"tokenizer: the longest, {largest}, has {sizes[largest]}; lower --length or --skip"
+            f"no file has {options.skip} + {length} + 1 tokens of the {tokenizer.name} "
+            f"tokenizer: the longest, {largest}, has {sizes[largest]}; lower {shorten}"
         )
     return dict(in_turn[: options.documents])

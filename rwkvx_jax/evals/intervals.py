@@ -22,6 +22,25 @@ class Estimate(NamedTuple):
             return cls(value, None, None)
         return cls(value, value - 1.96 * error, value + 1.96 * error)
 
+    @classmethod
+    def of_ratio(cls, sums: Sequence[float], weights: Sequence[float]) -> Estimate:
+        """Of sum(sums) / sum(weights) over documents that differ in both.
+
+        Its standard error is the ratio estimator's (Cochran, Sampling Techniques, section 6.4).
+        """
+        total, count = float(np.sum(weights)), len(sums)
+        value = float(np.sum(sums)) / total
+        if count < 2:
+            return cls(value, None, None)
+        rest = np.asarray(sums) - value * np.asarray(weights)
+        error = float(np.sqrt(count / (count - 1) * np.sum(rest**2)) / total)
+        return cls.of_mean(value, error)
+
+    def text(self, digits: int = 3) -> str:
+        """Such as "1.234 ± 0.012"."""
+        half = "" if self.high is None else f" ± {self.high - self.value:.{digits}f}"
+        return f"{self.value:.{digits}f}{half}"
+
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean of these values; None where there is only one."""

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rwkvx_jax.config.mixers import MIXER_TITLES
 from rwkvx_jax.evals.intervals import wilson
 from rwkvx_jax.evals.models import ATTENTION_OFF
 from rwkvx_jax.generate.terminal import one_line
@@ -86,10 +87,12 @@ def name_of(model: Record) -> str:
       model: its description (see `EvalModel.description`).
     """
     config, label = model["model"], model["label"].replace(".safetensors", "")
-    kind = "RWKV-X" if config["attention"] == "sparse" else "RWKV-X with full attention"
-    if not config["num_attention_blocks"] and not label.endswith(ATTENTION_OFF):
-        kind = "RWKV-7"
-    return f"{kind}: {label}"
+    mixer = MIXER_TITLES[config.get("mixer", "rwkv7")]
+    hybrid = "RWKV-X" if mixer == "RWKV-7" else f"{mixer} with sparse attention"
+    if config["attention"] == "full":
+        hybrid = hybrid.removesuffix(" with sparse attention") + " with full attention"
+    alone = not config["num_attention_blocks"] and not label.endswith(ATTENTION_OFF)
+    return f"{mixer if alone else hybrid}: {label}"
 
 
 def part_of(done: int, planned: int, what: str) -> str:

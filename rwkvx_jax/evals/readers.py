@@ -8,6 +8,7 @@ anew costs more than reading many short prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,8 +193,20 @@ def score_places(
     return logs[:number], hits[:number]
 
 
+class TokenScores(NamedTuple):
+    """How a text's predictions went, one after the other.
+
+    Attributes:
+      losses: float32 [T], nats.
+      hits: bool [T], whether the token was the most likely one.
+    """
+
+    losses: np.ndarray
+    hits: np.ndarray
+
+
 class TextScorer:
-    """Losses of long texts, read through the cache: one compilation for any length."""
+    """Scores of long texts, read through the cache: one compilation for any length."""
 
     def __init__(self, model: EvalModel, *, prefill_chunk: int, batch: int, longest: int):
         """
@@ -211,35 +224,36 @@ class TextScorer:
 
     def __call__(
         self, texts: Sequence[np.ndarray], advance: Callable[[int], None] = lambda count: None
-    ) -> list[np.ndarray]:
-        """Losses of predicting texts[i][1:] one by one.
+    ) -> list[TokenScores]:
+        """Scores of predicting texts[i][1:] one by one.
 
         Args:
           texts: at most `batch` int32 arrays of T + 1 tokens, each T from 1 to `longest`.
           advance: told how many tokens have been read, as they are.
 
         Returns:
-          float32 [T] for each text.
+          T predictions for each text.
         """
         padding = [np.zeros(0, np.int32)] * (self._batch - len(texts))
         inputs = prefill_chunks([*(text[:-1] for text in texts), *padding], self._chunk)
         targets = prefill_chunks([*(text[1:] for text in texts), *padding], self._chunk)
         cache = self._model.init_cache(self._batch, self._rows)
-        losses = []
+        read = []
         for (tokens, counts), (wanted, _) in zip(inputs, targets, strict=True):
-            loss, cache = self._score(self._params, (tokens, wanted), cache, counts)
-            losses.append(np.asarray(loss))
+            scores, cache = self._score(self._params, (tokens, wanted), cache, counts)
+            read.append(jax.device_get(scores))
             advance(int(counts.sum()))
-        whole = np.concatenate(losses, axis=1)
-        return [row[: len(text) - 1] for row, text in zip(whole, texts, strict=False)]
+        losses, hits = (np.concatenate(parts, axis=1) for parts in zip(*read, strict=True))
+        cut = lambda row, count: TokenScores(losses[row, :count], hits[row, :count])
+        return [cut(row, len(text) - 1) for row, text in enumerate(texts)]
 
     def _score_chunk(self, params, tokens, cache, counts):
         model = with_params(self._model, params)
         features, cache = model.read(tokens[0], cache, counts)
         batch, time, width = features.shape
         every, targets = jnp.arange(batch * time), tokens[1].reshape(-1, 1)
-        logs, _ = score_places(model, features.reshape(-1, width), every, targets, every.size)
-        return -logs.reshape(batch, time), cache
+        logs, hits = score_places(model, features.reshape(-1, width), every, targets, every.size)
+        return (-logs.reshape(batch, time), hits.reshape(batch, time)), cache
 
 
 def affordable_batch(

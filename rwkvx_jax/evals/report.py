@@ -24,7 +24,7 @@ from rwkvx_jax.evals.results import Summarize, read_contents
 from rwkvx_jax.evals.runner import open_console
 from rwkvx_jax.evals.short import table as short_table
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.evals.tasks import long_loss, selection
+from rwkvx_jax.evals.tasks import ar_hits, copying, long_loss, long_ppl, selection
 from rwkvx_jax.evals.tasks.niah import TITLES
 from rwkvx_jax.generate.terminal import one_line
 from rwkvx_jax.perf import prefill, speed
@@ -246,6 +246,24 @@ _SHOWN = {
         long_loss.table,
         Measure(long_loss.score, "nats per token, less is better", "documents", 3, min),
     ),
+    "ar-hits": Shown(
+        "Recall in plain text",
+        ar_hits.summarize,
+        ar_hits.table,
+        Measure(ar_hits.score, "nats per repeated token, less is better", "documents", 3, min),
+    ),
+    "copy": Shown(
+        "What is left of a passage",
+        copying.summarize,
+        copying.table,
+        Measure(copying.score, "gain at the longest distance, nats per token", "passages", 3),
+    ),
+    "longppl": Shown(
+        "Use of long context",
+        long_ppl.summarize,
+        long_ppl.table,
+        Measure(long_ppl.score, "gain over a window, nats per token", "documents", 3),
+    ),
     "selection": Shown(
         "Selection of chunks",
         selection.summarize,
@@ -255,12 +273,13 @@ _SHOWN = {
     "speed": Shown("Decoding speed", speed.summarize, speed.table),
     "prefill": Shown("Reading a prompt", prefill.summarize, prefill.table),
 }
+_GRIDS = {"passkey": "Passkey retrieval", "lookup": "Facts in other wordings"}
 _RIGHT = Measure(grid.score, "right answers (%)", "questions")
 
 
 def _shown(task: str) -> Shown:
     """All other tasks are grids."""
-    title = "Passkey retrieval" if task == "passkey" else TITLES.get(task.removeprefix("niah_"))
+    title = _GRIDS.get(task) or TITLES.get(task.removeprefix("niah_"))
     return _SHOWN.get(task) or Shown(title or task, grid.summarize, grid.table, _RIGHT)
 
 

@@ -11,7 +11,7 @@ from rwkvx_jax.config import ConfigError, RunConfig
 from rwkvx_jax.evals import readers
 from rwkvx_jax.evals.documents import read_documents
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.readers import TextScorer
+from rwkvx_jax.evals.readers import TextScorer, TokenScores
 from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.evals.tasks.long_loss import (
     LongLossOptions,
@@ -62,7 +62,8 @@ class FakeScorer:
             self.read += len(texts)
             advance(longest * len(texts))
             offsets = np.asarray([text[0] % 7 for text in texts], np.float32)
-            return np.arange(longest, dtype=np.float32)[None] + offsets[:, None]
+            losses = np.arange(longest, dtype=np.float32)[None] + offsets[:, None]
+            return [TokenScores(own, own < 1) for own in losses]
 
         return score
 
@@ -75,15 +76,18 @@ def test_piecewise_losses_equal_a_whole_pass(monkeypatch):
     texts = np.random.default_rng(0).integers(1, 257, (2, 62)).astype(np.int32)
     read = []
     ragged = [texts[0], texts[1, :40]]
-    losses = TextScorer(tested, prefill_chunk=16, batch=3, longest=61)(ragged, read.append)
+    scores = TextScorer(tested, prefill_chunk=16, batch=3, longest=61)(ragged, read.append)
     model = with_params(abstract_model(TINY, tested.run), params)
     logits = np.asarray(jax.jit(lambda t: model(t))(texts[:, :-1]), np.float64)
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
     log_p -= logits.max(-1, keepdims=True)
     expected = -np.take_along_axis(log_p, texts[:, 1:, None], axis=-1)[..., 0]
-    assert [len(loss) for loss in losses] == [61, 39] and sum(read) == 61 + 39
-    assert_close(losses[0], expected[0], rel=2e-5)
-    assert_close(losses[1], expected[1, :39], rel=2e-5)
+    assert [len(own.losses) for own in scores] == [61, 39] and sum(read) == 61 + 39
+    assert_close(scores[0].losses, expected[0], rel=2e-5)
+    assert_close(scores[1].losses, expected[1, :39], rel=2e-5)
+    likeliest = logits.argmax(-1) == texts[:, 1:]
+    np.testing.assert_array_equal(scores[0].hits, likeliest[0])
+    np.testing.assert_array_equal(scores[1].hits, likeliest[1, :39])
 
 
 def test_bins_do_not_depend_on_the_length():

@@ -8,10 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rwkvx_jax.config import to_dict
-from rwkvx_jax.evals import plots
+from rwkvx_jax.evals import curves, plots
 from rwkvx_jax.evals.plots import HeatMap, name_of, part_of
 from rwkvx_jax.evals.short import table as short_table
-from rwkvx_jax.evals.tasks import long_loss, selection
+from rwkvx_jax.evals.tasks import ar_hits, copying, long_loss, long_ppl, selection
 from rwkvx_jax.perf import prefill, speed
 from tests.evals.eval_models import TINY
 
@@ -54,6 +54,41 @@ def draw_long_loss(path):
     models = [model(trials=trials, summarize=long_loss.summarize), model("b" * 90, 4096)]
     models[1] |= {"trials": trials[:1], "summary": long_loss.summarize(trials[:1])}
     long_loss.draw(results(models, {"documents": 2}, length=65536), path)
+
+
+def draw_ar_hits(path):
+    part = {"tokens": 5, "loss": 8.0}
+    trial = {"others": part, "distance": [part] * 16, "times": [part]}
+    empty = trial | {"distance": [{"tokens": 0, "loss": 0.0}]}  # nothing came twice
+    trials = [trial, trial | {"others": {"tokens": 9, "loss": 8.0}}]
+    models = [
+        model(trials=trials, summarize=ar_hits.summarize),
+        model("b" * 90, 4096, trials=trials[:1], summarize=ar_hits.summarize),
+        model("c", None, trials=[empty], summarize=ar_hits.summarize),
+    ]
+    ar_hits.draw(results(models, {"documents": 2}, length=65536, ngram=8), path)
+
+
+def draw_copy(path):
+    losses = {"loss": 1.0, "loss_without": 1.5, "right": 0.5, "right_without": 0.25}
+    trials = [losses | {"distance": distance} for distance in (0, 256, 256, 16384)]
+    models = [
+        model(trials=trials, summarize=copying.summarize),
+        model("b" * 90, 4096, trials=trials[:1], summarize=copying.summarize),
+    ]
+    copying.draw(results(models, {"documents": 4}, length=256), path)
+
+
+def draw_long_ppl(path):
+    sums = {"losses": [4.0, 5.0], "losses_short": [5.0, 4.0]}
+    keys = {"key_tokens": 3, "key_loss": 1.0, "key_loss_short": 9.0}
+    trials = [{"edges": [2048, 4096, 8192]} | sums | keys] * 2
+    models = [
+        model(trials=trials, summarize=long_ppl.summarize),
+        model("b" * 90, 4096, trials=trials[:1], summarize=long_ppl.summarize),
+    ]
+    settings = {"length": 8192, "window": 1024, "stride": 512}
+    long_ppl.draw(results(models, {"documents": 2}, **settings), path)
 
 
 def draw_short(path):
@@ -104,7 +139,7 @@ def draw_one_length(path):
 def drawn(monkeypatch, tmp_path):
     """Draws, and returns the figure instead of writing it."""
     figures = []
-    for module in (plots, long_loss, short_table, selection, prefill, speed):
+    for module in (plots, curves, short_table, selection, prefill, speed):
         monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
 
     def draw(function, **flags) -> Figure:
@@ -135,6 +170,9 @@ KINDS = [
     draw_many_lengths,
     draw_one_length,
     draw_long_loss,
+    draw_ar_hits,
+    draw_copy,
+    draw_long_ppl,
     draw_short,
     draw_selection,
     draw_prefill,
@@ -186,6 +224,9 @@ def test_models_are_called_what_they_are():
     assert name_of(model()) == "RWKV-X: m"
     assert name_of(model(attention="full")) == "RWKV-X with full attention: m"
     assert name_of(model(num_attention_blocks=0)) == "RWKV-7: m"
+    assert name_of(model(mixer="kda")) == "KDA with sparse attention: m"
+    assert name_of(model(mixer="kda", attention="full")) == "KDA with full attention: m"
+    assert name_of(model(mixer="mamba2", num_attention_blocks=0)) == "Mamba-2: m"
     off = model("m.safetensors, attention blocks off", num_attention_blocks=0)
     assert name_of(off) == "RWKV-X: m, attention blocks off"
 

@@ -225,8 +225,8 @@ class HarnessModel(TemplateLM):
             scorer = TextScorer(self._tested, prefill_chunk=chunk, batch=height, longest=longest)
             for i in range(0, len(order), height):
                 chosen = order[i : i + height]
-                losses = scorer([rows[key] for key in chosen], advance)
-                sums = (-float(loss.astype(np.float64).sum()) for loss in losses)
+                scores = scorer([rows[key] for key in chosen], advance)
+                sums = (-float(own.losses.astype(np.float64).sum()) for own in scores)
                 for key in self._answers.add(dict(zip(chosen, sums, strict=True))):
                     refused.add_not_finite((pending[key],))
                 self.requests += len(chosen)

@@ -7,37 +7,22 @@ repository's long loss (spec section 6), which has the mean alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from rwkvx_jax.evals import runner
+from rwkvx_jax.evals import runner, texts
+from rwkvx_jax.evals.curves import draw_curves
 from rwkvx_jax.evals.documents import Document, TextOptions, read_documents
 from rwkvx_jax.evals.intervals import Estimate, standard_error
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.plots import (
-    drawn,
-    legend_below,
-    log_ticks,
-    mark_trained,
-    name_of,
-    new_figure,
-    part_of,
-    plain,
-    save,
-    style,
-)
-from rwkvx_jax.evals.readers import TextScorer, affordable_batch, check_memory
-from rwkvx_jax.evals.results import Results, Task
-from rwkvx_jax.evals.runner import even_batches
+from rwkvx_jax.evals.readers import TextScorer, TokenScores
+from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.generate.memory import memory_left
-from rwkvx_jax.progress import Progress
+from rwkvx_jax.evals.texts import MakeScorer, mean_loss
 from rwkvx_jax.records import Record
 
 _FIRST_BIN = 64
@@ -83,95 +68,51 @@ def evaluate(
     options: LongLossOptions,
     models: Sequence[EvalModel],
     console: Console,
-    make_scorer: Callable[..., Any] = TextScorer,
+    make_scorer: MakeScorer = TextScorer,
 ) -> Results:
     """Runs the documents that are not finished yet, and keeps them in long_loss.jsonl.
-
-    Args:
-      options: the flags.
-      models: with the same tokenizer.
-      console: shows the progress.
-      make_scorer: (model, prefill_chunk=, batch=, longest=) -> a function as `TextScorer` is one.
 
     Raises:
       ConfigError: no document, no memory for one, or a results file of another evaluation.
     """
-    chunk, free = min(options.prefill_chunk, options.length), memory_left()
-    batch = options.batch and min(options.batch, options.documents)
-    for model in models:
-        check_memory(model, options.length, chunk, None, free, batch)
+    edges = bin_edges(options.length)
+
+    def judge(model: EvalModel, document: Document, scores: Sequence[TokenScores]) -> Record:
+        (own,) = scores
+        means = [mean_loss(own, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return {"loss": mean_loss(own), "edges": edges, "losses": means}
+
     documents = read_documents(options, models[0].tokenizer)
-    task = Task(
+    return texts.evaluate(
+        options,
+        models,
+        console,
         name="long-loss",
         settings={"length": options.length, "skip": options.skip},
-        plan={"text": str(options.text), "documents": len(documents), "limit": options.limit},
-        trials=list(documents),
-        chosen=list(documents)[: options.limit],
-        answer=partial(_score, options, documents, make_scorer),
+        texts={document: [tokens] for document, tokens in documents.items()},
+        judge=judge,
         summarize=summarize,
-        size=lambda document: options.length,
+        make_scorer=make_scorer,
     )
-    return runner.evaluate(task, options.output, models, console)
 
 
-def _score(
-    options: LongLossOptions,
-    documents: dict[Document, np.ndarray],
-    make_scorer: Callable[..., Any],
-    model: EvalModel,
-    chosen: Sequence[Document],
-    progress: Progress,
-) -> Iterator[list[Record]]:
-    """Losses of one model, batch by batch."""
-    chunk, edges = min(options.prefill_chunk, options.length), bin_edges(options.length)
-    batch = options.batch or affordable_batch(model, options.length, chunk)
-    batch = min(batch, len(chosen))
-    scorer = make_scorer(model, prefill_chunk=chunk, batch=batch, longest=options.length)
-    for part in even_batches(chosen, batch):
-        progress.describe(f"{model.label}, {part[0].file} from token {part[0].start:,}")
-        losses = scorer([documents[document] for document in part], progress.advance)
-        yield [_record(document, own, edges) for document, own in zip(part, losses, strict=True)]
-
-
-def _record(document: Document, losses: np.ndarray, edges: list[int]) -> Record:
-    losses = losses.astype(np.float64)
-    means = [losses[a:b].mean() for a, b in zip(edges, edges[1:], strict=False)]
-    return document._asdict() | {"loss": float(losses.mean()), "edges": edges, "losses": means}
-
-
-@drawn
 def draw(results: Results, path: Path) -> None:
     """One line a model over positions, with 95 % bands over documents."""
     document = results.document
     length, planned = document["settings"]["length"], document["plan"]["documents"]
-    width = 7.2
-    figure = new_figure(
-        width,
-        4.8,
-        f"Loss by position, {planned} documents of {length:,} tokens; "
-        "bands: 95 % intervals over documents",
-    )
-    axes = figure.add_subplot()
-    models = [m for m in document["models"] if m["trials"]]
-    for i, model in enumerate(models):
-        bins = model["summary"]["by_position"]
-        x = [max(1.0, (b["begin"] * b["end"]) ** 0.5) if b["begin"] else b["end"] / 2 for b in bins]
-        loss = np.array([b["loss"] for b in bins])
-        part = part_of(len(model["trials"]), planned, "documents")
-        label = ", ".join(filter(None, [plain(name_of(model)), part]))
-        axes.plot(x, loss, label=label, linewidth=1.3, **style(i))
-        if bins[0]["error"] is not None:
-            half = 1.96 * np.array([b["error"] for b in bins])
-            color = style(i)["color"]
-            axes.fill_between(x, loss - half, loss + half, color=color, alpha=0.15, linewidth=0)
+    place = lambda b: max(1.0, (b["begin"] * b["end"]) ** 0.5) if b["begin"] else b["end"] / 2
     octaves = [edge for edge in bin_edges(length) if edge.bit_count() == 1]
-    log_ticks(axes, [*octaves, length], width - 1.0)
-    mark_trained(axes, [model["trained_length"] for model in models])
-    unit = f"{document['models'][0]['tokenizer']} tokens"
-    axes.set(xlabel=f"position in the document ({unit})", ylabel="loss (nats per token)")
-    axes.grid()
-    legend_below(figure, axes)
-    save(figure, path)
+    draw_curves(
+        results,
+        path,
+        title=f"Loss by position, {planned} documents of {length:,} tokens",
+        x_label="position in the document",
+        y_label="loss (nats per token)",
+        ticks=[*octaves, length],
+        curve=lambda summary: [
+            (place(b), Estimate.of_mean(b["loss"], b["error"])) for b in summary["by_position"]
+        ],
+    )
 
 
 def print_table(results: Results, console: Console) -> None:
@@ -215,8 +156,8 @@ def table(models: list[Record]) -> Table:
     rows = []
     for model, own in zip(models, means, strict=True):
         whole = model["summary"]["all"]
-        texts = [f"{own[o]:.3f}" if o in own else "–" for o in sorted(octaves)]
-        rows.append([model["label"], *texts, f"{whole['loss']:.4f}" if whole else "–"])
+        cells = [f"{own[o]:.3f}" if o in own else "–" for o in sorted(octaves)]
+        rows.append([model["label"], *cells, f"{whole['loss']:.4f}" if whole else "–"])
     columns = [f"{begin:,}–{end:,}" for begin, end in sorted(octaves)]
     return Table(["model (nats per token at positions)", *columns, "all"], rows)
 
