@@ -43,7 +43,8 @@ def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form:
     """`delta_rule.generalized_delta_rule` by chunks, arguments already validated.
 
     Args:
-      tokens: r, log_w, k, v and, with the delta term, a, b; all of the value's heads.
+      tokens: r, log_w, k, v and, with the delta term, a, b; all of the value's heads; where
+        documents are packed, fresh [B, T, 1, 1].
       state: [B, H, V, K], float32.
 
     Returns:
@@ -74,7 +75,8 @@ def _levels(plan: Plan, form: Form, segment: Segment) -> Made:
             keep=jnp.exp(total).swapaxes(-1, -2),
         )
 
-    made, pull_back = jax.vjp(entries, {name: x for name, x in segment.items() if name != "v"})
+    differentiated = {n: x for n, x in segment.items() if n not in ("v", "fresh")}
+    made, pull_back = jax.vjp(entries, differentiated)
     return made, lambda d: pull_back(d)[0]
 
 
