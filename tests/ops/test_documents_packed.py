@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvx_jax import generalized_delta_rule, wkv7
+from rwkvx_jax.ops import recurrences
 from rwkvx_jax.ops.delta_rule import affine
 from rwkvx_jax.ops.documents import beginnings, check_segment_ids
 from rwkvx_jax.ops.recurrence import wkv7_affine
@@ -169,6 +170,41 @@ def test_stretches_compose_across_borders(kind):
     assert_close(y0 + jnp.einsum("bhvk,bthk->bthv", state, z), y, rel=1e-5)
     assert_close(jnp.einsum("bhvk,bhkj->bhvj", state, m) + g, end, rel=1e-5)
     assert not np.asarray(m).any() and not np.asarray(z)[:, 1:].any() and np.asarray(z[:, 0]).any()
+
+
+def named_arguments(name, start, stop):
+    """Arguments of a named recurrence for the tokens of a stretch."""
+    rng = np.random.default_rng(3)
+    time = sum(LENGTHS)
+    normal = lambda n, *shape: rng.standard_normal((1, n * time, HEADS, *shape)).astype(np.float32)
+    several = 2 if name == "gated_delta_product" else 1
+    cut = lambda x, n=1: x[:, n * start : n * stop]
+    q, k, v = normal(1, KEYS), normal(several, KEYS), normal(several, VALUES)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    g, gk = -np.exp(normal(1)), -np.exp(normal(1, KEYS))
+    beta = 1 / (1 + np.exp(-normal(several)))
+    u = rng.standard_normal((HEADS, KEYS)).astype(np.float32)
+    rest = {
+        "gated_delta_rule": (cut(g), cut(beta)),
+        "kda": (cut(gk), cut(beta)),
+        "rwkv6": (cut(gk), u),
+        "gated_delta_product": (cut(g), cut(beta, 2)),
+        "simple_gla": (cut(g),),
+    }[name]
+    return cut(q), cut(k, several), cut(v, several), *rest
+
+
+@pytest.mark.parametrize(
+    "name", ["gated_delta_rule", "kda", "simple_gla", "rwkv6", "gated_delta_product"]
+)
+def test_named_recurrences(name):
+    """Those that do something of their own with tokens: each document as if alone."""
+    run = getattr(recurrences, name)
+    y, end = run(*named_arguments(name, 0, sum(LENGTHS)), segment_ids=ids_of(LENGTHS))
+    borders = np.cumsum((0, *LENGTHS))
+    parts = [run(*named_arguments(name, a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    assert_close(y, jnp.concatenate([own for own, _ in parts], axis=1), rel=1e-5)
+    assert_close(end, parts[-1][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["sequential", "associative"])
