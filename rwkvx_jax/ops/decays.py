@@ -55,11 +55,11 @@ def as_mask(mask, like):
 
 
 def _triangle(x, mask):
-    """mask [i, C or 2C] times x [.., C or 2C, n], rows of tokens.
+    """mask [.., i, C or 2C] times x [.., C or 2C, n], rows of tokens.
 
     In full precision: rounded exponents would be errors of the decay itself.
     """
-    mask = jnp.broadcast_to(mask.astype(np.float32), (*x.shape[:-2], *mask.shape))
+    mask = jnp.broadcast_to(mask.astype(np.float32), (*x.shape[:-2], *mask.shape[-2:]))
     return jnp.einsum("...ts,...sk->...tk", mask, x, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -123,7 +123,12 @@ def decays_of_heads(log_w: jax.Array, inclusive: tuple[bool, ...]) -> Decays:
     )
 
 
-def gradient_of_decays(log_w, *, pairs, own, written, kept):
+def running_sum(x):
+    """Sums of [.., C, n] over the tokens up to each."""
+    return _triangle(x, np.tri(x.shape[-2]))
+
+
+def gradient_of_decays(log_w, *, pairs, own, written, kept, document):
     """The gradient of log_w [.., C, n] within a chunk; what is given has a column per channel.
 
     Args:
@@ -132,6 +137,7 @@ def gradient_of_decays(log_w, *, pairs, own, written, kept):
       own: x dx of the left factors that do not see their own token's decay, or None.
       written: [.., C, K] y dy of the right factors through the end state.
       kept: [.., 1, K] the same of the start state.
+      document: [.., C, 1] number of each token's document, of which alone it is told, or None.
     """
     if log_w.shape[-1] == 1:
         # A product with ones, as XLA's fused sums are many times slower on a CPU.
@@ -140,9 +146,15 @@ def gradient_of_decays(log_w, *, pairs, own, written, kept):
         )
     size = log_w.shape[-2]
     later_and_earlier = np.concatenate([np.tri(size).T, np.tri(size, k=-1)], axis=1)
+    nothing = jnp.isneginf(log_w)  # is left by a reset, whose gradient is exactly 0
+    if document is not None:
+        numbers = jnp.concatenate([document, document], axis=-2).swapaxes(-1, -2)
+        later_and_earlier = jnp.where(document == numbers, later_and_earlier, 0)
+        begins = jnp.diff(document, axis=-2, prepend=0)
+        nothing |= begins > 0
     gradient = _triangle(jnp.concatenate([pairs, written], axis=-2), later_and_earlier) + kept
     gradient = gradient if own is None else gradient - own
-    return jnp.where(jnp.isneginf(log_w), 0, gradient)  # of a reset exactly 0
+    return jnp.where(nothing, 0, gradient)
 
 
 def _over_channels(x):

@@ -14,11 +14,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.ops.delta_rule_chunked import chunked, leaf_of
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
+from rwkvx_jax.ops.documents import NO_DOCUMENTS, beginnings, check_segment_ids
 from rwkvx_jax.ops.placement import automatic_axes, local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
 from rwkvx_jax.ops.recurrence_sequential import sequential
@@ -40,6 +41,7 @@ def generalized_delta_rule(
     b: Float[Array, "B T _ K"] | None = None,
     state: Float32[Array, "B HV V K"] | None = None,
     *,
+    segment_ids: Int[Array, "B T"] | None = None,
     read: Literal["after", "before"] = "after",
     decay_bound: float | None = None,
     implementation: str | None = None,
@@ -66,6 +68,8 @@ def generalized_delta_rule(
       a: what is removed, [B, T, H or HV, K]; dtype of r. None with b None: linear attention.
       b: where it is removed from, as a.
       state: state before the first token, rows = value channels; float32. None means zeros.
+      segment_ids: numbers of packed documents (`documents`): S_{t-1} is zeros where one begins.
+        The start state is of the document of the first token. None: all tokens are of one.
       read: whether y_t sees token t's own update.
       decay_bound: a promise that every log_w is at least this, such as -5.0; decays of channels are
         then cheaper. Checked where values are known, outside `jax.jit`.
@@ -80,8 +84,9 @@ def generalized_delta_rule(
 
     Raises:
       ValueError: shapes, heads or dtypes do not agree, only one of a and b is given, log_w is
-        positive or below decay_bound, chunk_size is not allowed, or the implementation is unknown,
-        cannot run here or lacks a forward mode; the message names the argument and the remedy.
+        positive or below decay_bound, segment_ids number no documents, chunk_size is not allowed,
+        or the implementation is unknown, cannot run here or lacks a forward mode; the message names
+        the argument and the remedy.
     """
     arrays = {"r": r, "log_w": log_w, "k": k, "v": v}
     if (a is None) != (b is None):
@@ -96,13 +101,16 @@ def generalized_delta_rule(
     if read not in ("after", "before"):
         raise ValueError(f"generalized_delta_rule: read must be 'after' or 'before', got {read!r}")
     _check_decay(log_w, decay_bound)
-    candidates = _candidates(r, v, log_w, decay_bound)
+    candidates = _candidates(r, v, log_w, decay_bound, segment_ids)
     chosen = resolve("generalized_delta_rule", implementation, candidates)
     check_chunk_size("generalized_delta_rule", chunk_size, chosen)
     if state is None:
         batch, _, heads, width = v.shape
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
     run = _form(chosen, chunk_size, r.dtype, read, decay_bound)
+    if segment_ids is not None:
+        check_segment_ids("generalized_delta_rule", segment_ids, *r.shape[:2])
+        arrays["fresh"] = beginnings(segment_ids)
     if chosen != "sequential":
         *values, state = reverse_only(_NO_FORWARD_MODE, *arrays.values(), state)
         arrays = dict(zip(arrays, values, strict=True))
@@ -113,12 +121,16 @@ def generalized_delta_rule(
         name: x if x.shape[2] in (1, heads) else jnp.repeat(x, heads // x.shape[2], 2)
         for name, x in arrays.items()
     }
+    of_all_heads = ("fresh",)
 
     def heads_together(*arrays_and_state):
         *values, state = vary_together(*arrays_and_state)
         local_heads = state.shape[1]
-        values = [x if x.shape[2] > 1 else jnp.repeat(x, local_heads, 2) for x in values]
-        return run(dict(zip(arrays, values, strict=True)), state)
+        tokens = {
+            name: x if x.shape[2] > 1 or name in of_all_heads else jnp.repeat(x, local_heads, 2)
+            for name, x in zip(arrays, values, strict=True)
+        }
+        return run(tokens, state)
 
     return local(
         heads_together,
@@ -137,6 +149,7 @@ def affine(
     a: Float[Array, "B T _ K"] | None = None,
     b: Float[Array, "B T _ K"] | None = None,
     *,
+    segment_ids: Int[Array, "B T"] | None = None,
     read: Literal["after", "before"] = "after",
     decay_bound: float | None = None,
     implementation: str | None = None,
@@ -156,7 +169,8 @@ def affine(
     """
     run = functools.partial(
         generalized_delta_rule, r, log_w, k,
-        a=a, b=b, read=read, decay_bound=decay_bound, implementation=implementation,
+        a=a, b=b, segment_ids=segment_ids, read=read, decay_bound=decay_bound,
+        implementation=implementation,
     )  # fmt: skip
     (batch, time, heads, width), keys = v.shape, k.shape[-1]
     # The rows of the state do not mix: rows that start as the identity and are written nothing end
@@ -190,10 +204,12 @@ def _form(implementation, chunk_size, dtype, read, decay_bound):
     return functools.partial(chunked, plan=plan, form=form)
 
 
-def _candidates(r, v, log_w, decay_bound) -> tuple[Candidate, ...]:
+def _candidates(r, v, log_w, decay_bound, segment_ids) -> tuple[Candidate, ...]:
     """Implementations, fastest first."""
 
     def kernel_problem(platform: str) -> str | None:
+        if segment_ids is not None:
+            return NO_DOCUMENTS
         return missing_module(_KERNEL) or importlib.import_module(_KERNEL).unsupported_reason(
             r.shape[-1],
             v.shape[-1],

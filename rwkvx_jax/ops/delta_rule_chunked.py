@@ -43,7 +43,8 @@ def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form:
     """`delta_rule.generalized_delta_rule` by chunks, arguments already validated.
 
     Args:
-      tokens: r, log_w, k, v and, with the delta term, a, b; all of the value's heads.
+      tokens: r, log_w, k, v and, with the delta term, a, b; all of the value's heads; where
+        documents are packed, fresh [B, T, 1, 1].
       state: [B, H, V, K], float32.
 
     Returns:
@@ -58,6 +59,10 @@ def chunked(tokens: dict[str, jax.Array], state: jax.Array, *, plan: Plan, form:
 def _levels(plan: Plan, form: Form, segment: Segment) -> Made:
     """Entries for decays of channels that may have any strength; their gradient is JAX's."""
     lefts, rights = names_of(segment)
+    if "fresh" in segment:
+        # From the middle of a leaf, gradients of its decays cancel but for rounding where they are
+        # of another document; level by level they are 0.
+        form = dataclasses.replace(form, leaf=1)
 
     def entries(segment):
         log_w = segment["log_w"]
@@ -74,7 +79,8 @@ def _levels(plan: Plan, form: Form, segment: Segment) -> Made:
             keep=jnp.exp(total).swapaxes(-1, -2),
         )
 
-    made, pull_back = jax.vjp(entries, {name: x for name, x in segment.items() if name != "v"})
+    differentiated = {n: x for n, x in segment.items() if n not in ("v", "fresh")}
+    made, pull_back = jax.vjp(entries, differentiated)
     return made, lambda d: pull_back(d)[0]
 
 
@@ -87,7 +93,7 @@ def _by_strength(whole, leaves):
             run, plan, dataclasses.replace(form, leaf=max(form.leaf, leaf))
         )
         ways = {plan.chunk_size: way(whole, 1)}
-        if form.leaf < _LEAF < plan.chunk_size:
+        if form.leaf < _LEAF < plan.chunk_size and "fresh" not in segment:
             ways[_LEAF] = way(leaves, _LEAF)
         too_strong = [~_fits(plan, segment["log_w"], size) for size in ways]
         branches = (*ways.values(), way(leaves, 1))

@@ -11,10 +11,11 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
+from rwkvx_jax.ops.documents import NO_DOCUMENTS, beginnings, check_segment_ids
 from rwkvx_jax.ops.placement import local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
 from rwkvx_jax.ops.recurrence_chunked import MAX_EXPONENT, wkv7_chunked
@@ -39,6 +40,7 @@ def wkv7(
     b: Float[Array, "B T H K"],
     state: Float32[Array, "B H V K"] | None = None,
     *,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
@@ -49,9 +51,9 @@ def wkv7(
         S_t = S_{t-1} diag(exp(log_w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T
         y_t = S_t r_t
 
-    Differentiable in all seven arrays, in reverse mode ("sequential" in both modes). The state is
-    never reset inside a sequence. Feeding a sequence in pieces, each from the final state of the
-    one before, gives the same result as feeding it whole.
+    Differentiable in all seven arrays, in reverse mode ("sequential" in both modes). Feeding a
+    sequence in pieces, each from the final state of the one before, gives the same result as
+    feeding it whole.
 
     Args:
       r: receptance, reads the state; float32, bfloat16 or float16.
@@ -64,6 +66,8 @@ def wkv7(
       a: what is removed, -kk in RWKV-7, where kk is a normalised key; dtype of r.
       b: where it is removed from, kk * iclr in RWKV-7; dtype of r.
       state: state before the first token, rows = value channels; float32. None means zeros.
+      segment_ids: numbers of packed documents (`documents`): S_{t-1} is zeros where one begins.
+        The start state is of the document of the first token. None: all tokens are of one.
       implementation: "sequential" (oracle: one token at a time), "associative" (chunks, their
         states by an associative scan), "chunked" (chunks, one after the other), "pallas" (TPU and
         GPU kernels), or None for the fastest that can run on the platform of the mesh in force.
@@ -75,8 +79,8 @@ def wkv7(
 
     Raises:
       ValueError: shapes or dtypes do not agree, chunk_size is not allowed, log_w is positive or too
-        low, or the implementation is unknown, cannot run here or lacks a forward mode; the message
-        names the argument and the remedy.
+        low, segment_ids number no documents, or the implementation is unknown, cannot run here or
+        lacks a forward mode; the message names the argument and the remedy.
 
     Example:
       y, state = wkv7(r, log_w, k, v, -kk, kk * iclr)
@@ -84,7 +88,7 @@ def wkv7(
     """
     named = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
     check_arrays("wkv7", named, state, general=False)
-    implementation = resolve("wkv7", implementation, _candidates(r, v))
+    implementation = resolve("wkv7", implementation, _candidates(r, v, segment_ids))
     if state is None:
         batch, _, heads, width = v.shape
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
@@ -92,12 +96,15 @@ def wkv7(
     run, size = _form(implementation, chunk_size, r)
     _check_decay(log_w, implementation, size)
     arrays: tuple[jax.Array, ...] = (r, log_w, k, v, a, b, state)
+    if segment_ids is not None:
+        check_segment_ids("wkv7", segment_ids, *r.shape[:2])
+        arrays += (beginnings(segment_ids),)
     if implementation != "sequential":
         arrays = reverse_only(_NO_FORWARD_MODE, *arrays)
     return local(
         lambda *arrays: run(*vary_together(*arrays)),
         arrays,
-        ("B.H.",) * 6 + ("BH..",),
+        (("B.H.",) * 6 + ("BH..", "B..."))[: len(arrays)],
         ("B.H.", "BH.."),
         check_vma=implementation != "pallas",
     )
@@ -131,12 +138,14 @@ def wkv7_sequential(
     a: Float[Array, "B T H K"],
     b: Float[Array, "B T H K"],
     state: Float32[Array, "B H V K"],
+    fresh: Float32[Array, "B T 1 1"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
     """The recurrence as it is written, a token at a time in float32: the oracle of all other forms.
 
-    Takes the arrays of `wkv7`, the state included; returns the same.
+    Takes the arrays of `wkv7`, the state included, and where documents begin; returns the same.
     """
-    return sequential({"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}, state)
+    tokens = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
+    return sequential(tokens if fresh is None else tokens | {"fresh": fresh}, state)
 
 
 def wkv7_affine(
@@ -147,6 +156,7 @@ def wkv7_affine(
     a: Float[Array, "B T H K"],
     b: Float[Array, "B T H K"],
     *,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[
@@ -169,8 +179,10 @@ def wkv7_affine(
     # end as M and read z, and rows that start as zeros end as G and read y0.
     batch, _, heads, width = k.shape
     identity = jnp.broadcast_to(jnp.eye(width, dtype=jnp.float32), (batch, heads, width, width))
-    chosen = resolve("wkv7", implementation, _candidates(r, v))
-    run = functools.partial(wkv7, implementation=chosen, chunk_size=chunk_size)
+    chosen = resolve("wkv7", implementation, _candidates(r, v, segment_ids))
+    run = functools.partial(
+        wkv7, segment_ids=segment_ids, implementation=chosen, chunk_size=chunk_size
+    )
     if chosen == "pallas":  # kernels take square states only
         y0, g = run(r, log_w, k, v, a, b)
         z, m = run(r, log_w, k, jnp.zeros_like(k), a, b, identity)
@@ -188,20 +200,24 @@ def segment_map(
     a: Float[Array, "B T H K"],
     b: Float[Array, "B T H K"],
     *,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float32[Array, "B H K K"], Float32[Array, "B H V K"]]:
     """What a stretch of tokens does to the state: M and G of `wkv7_affine`."""
     unread = jnp.zeros_like(k)
     return wkv7_affine(
-        unread, log_w, k, v, a, b, implementation=implementation, chunk_size=chunk_size
-    )[2:]
+        unread, log_w, k, v, a, b,
+        segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
+    )[2:]  # fmt: skip
 
 
-def _candidates(r: jax.Array, v: jax.Array) -> tuple[Candidate, ...]:
+def _candidates(r: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> tuple[Candidate, ...]:
     """Implementations of `wkv7`, fastest first."""
 
     def kernel_problem(platform: str) -> str | None:
+        if segment_ids is not None:
+            return NO_DOCUMENTS
         module = _KERNELS[platform]
         return missing_module(module) or importlib.import_module(module).unsupported_reason(
             r.shape[-1], v.shape[-1], r.dtype

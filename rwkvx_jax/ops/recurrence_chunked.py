@@ -21,6 +21,7 @@ update, rows of r are as those of a. Linear attention has neither a nor b, nor X
 What depends on the decays is in `Entries`: A, [a e^ge ; r e^gi], [b e^(gl-gi) ; k e^(gl-gi)] and
 e^gl. Everything else, and its gradient, is the same for all decays. `one_product` makes the entries
 for decays that are bounded or of whole heads, and their gradient; `delta_rule_chunked` for others.
+Where documents are packed, entries from one to another are 0 (`_within_documents`).
 
 Taken from the middle of the chunk, exponents stay within +-0.6065 C / 2 for RWKV-7, and scaling by
 them costs no precision: products keep relative errors. With one decay a head, log_w [.., C, 1],
@@ -42,6 +43,7 @@ from rwkvx_jax.ops.decays import (
     decays_of_channels,
     decays_of_heads,
     gradient_of_decays,
+    running_sum,
 )
 from rwkvx_jax.ops.segments import Body, Form, Plan, Segment, by_segments
 
@@ -64,11 +66,14 @@ def wkv7_chunked(
     a: Float[Array, "B T H K"],
     b: Float[Array, "B T H K"],
     state: Float32[Array, "B H V K"],
+    fresh: Float32[Array, "B T 1 1"] | None = None,
     *,
     plan: Plan,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
     """`recurrence.wkv7` by chunks, arguments already validated; returns y and the final state."""
     tokens = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
+    if fresh is not None:
+        tokens["fresh"] = fresh
     return by_segments(plan, Form(), ONE_PRODUCT, tokens, state)
 
 
@@ -135,11 +140,31 @@ def one_product(plan: Plan, form: Form, segment: Segment) -> Made:
             own=product(d_left, own) if own else None,
             written=product(d_write, rights),
             kept=(decays.keep * d.keep).swapaxes(-1, -2),
+            document=_document_of(segment),
         )
         d_right = {name: d_right[name] + d_write[name] for name in rights}
         return {"log_w": d_log_w, **d_left, **d_right}
 
     return entries, pull_back
+
+
+def _document_of(segment: Segment) -> jax.Array | None:
+    """[N, B, 1, C, 1]: how many documents have begun in the chunk up to each token; None where
+    none are packed."""
+    return running_sum(segment["fresh"]) if "fresh" in segment else None
+
+
+def _within_documents(make, plan: Plan, form: Form, segment: Segment) -> Made:
+    """Entries as `make` makes them, without those that lead from one document to another."""
+    entries, pull_back = make(plan, form, segment)
+    if (document := _document_of(segment)) is None:
+        return entries, pull_back
+    factors = entries.scores.shape[-1] // plan.chunk_size
+    rows = _stack(*[document] * factors)
+    last = document[..., -1:, :]
+    masks = Entries(rows == rows.swapaxes(-1, -2), rows == 0, rows == last, last == 0)
+    only = lambda d: Entries(*(jnp.where(m, x, 0) for m, x in zip(masks, d, strict=True)))
+    return only(entries), lambda d: pull_back(only(d))
 
 
 # ---------------------------------------------------------------------------------- one segment
@@ -172,7 +197,7 @@ def _solved(plan, entries, v) -> _Chunks:
 
 def _segment_forward(make, plan, form, segment, start):
     """Returns the state after the segment, and y [N, B, H, C, V]."""
-    entries, _ = make(plan, form, segment)
+    entries, _ = _within_documents(make, plan, form, segment)
     states, written, end = _pass_states(plan, _solved(plan, entries, segment["v"]), start)
     own = -plan.chunk_size  # rows of r from here on
     y = plan.dot("...ik,...kv->...iv", entries.read[..., own:, :], states)
@@ -183,7 +208,7 @@ def _segment_forward(make, plan, form, segment, start):
 def _segment_backward(make, plan, form, segment, start, dy, d_end):
     """Returns the gradients of the start state and, by name, of the segment."""
     size = plan.chunk_size
-    entries, pull_back = make(plan, form, segment)
+    entries, pull_back = _within_documents(make, plan, form, segment)
     chunks = _solved(plan, entries, segment["v"])
     states, written, _ = _pass_states(plan, chunks, start)
     d_written = plan.dot("...ji,...jv->...iv", entries.scores[..., -size:, :], dy)  # what y adds

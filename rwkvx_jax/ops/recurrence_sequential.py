@@ -17,7 +17,8 @@ def sequential(
 
     Args:
       tokens: r, k [B, T, H, K], v [B, T, H, V], log_w [B, T, H, K or 1] and, if anything is
-        removed, a and b [B, T, H, K].
+        removed, a and b [B, T, H, K]; fresh [B, T, 1, 1], not 0 where the state before the token
+        is forgotten.
       state: S_0 [B, H, V, K], float32.
       reads_before: y_t = S_{t-1} r_t instead of S_t r_t.
 
@@ -30,6 +31,8 @@ def sequential(
 
     def step(state, token):
         token = {name: x.astype(jnp.float32) for name, x in token.items()}  # [B, H, K]
+        if "fresh" in token:
+            state = jnp.where(token["fresh"][..., None] > 0, 0, state)
         before = state
         state = state * jnp.exp(token["log_w"])[:, :, None, :]
         if "a" in token:

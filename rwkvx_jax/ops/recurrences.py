@@ -3,13 +3,14 @@
 Arguments are named and laid out as in fla (flash-linear-attention), time before heads; states are
 [B, H, V, K], the transpose of fla's. `g` is the logarithm of a decay. Where a `scale` multiplies
 the reads, None means K**-0.5. Other keyword arguments are those of `generalized_delta_rule`:
-`implementation` and `chunk_size`. Every function returns (output, final state), takes any number
-of tokens, and is differentiable in all its arrays. Equations and costs: docs/recurrences.md.
+`segment_ids`, `implementation` and `chunk_size`. Every function returns (output, final state),
+takes any number of tokens, and is differentiable in all its arrays. Equations and costs:
+docs/recurrences.md.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.ops.delta_rule import generalized_delta_rule
 
@@ -25,6 +26,7 @@ def gated_delta_rule(
     state: Float32[Array, "B HV V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
@@ -36,7 +38,7 @@ def gated_delta_rule(
     return generalized_delta_rule(
         _scaled(q, scale), _column(g), k, _times(v, beta),
         -removed, _times(removed, beta * decay), state,
-        implementation=implementation, chunk_size=chunk_size,
+        segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -48,6 +50,7 @@ def delta_rule(
     state: Float32[Array, "B HV V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
@@ -55,7 +58,7 @@ def delta_rule(
     g = jnp.zeros(beta.shape, jnp.float32)
     return gated_delta_rule(
         q, k, v, g, beta, state,
-        scale=scale, implementation=implementation, chunk_size=chunk_size,
+        scale=scale, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -68,6 +71,7 @@ def gated_delta_product(
     state: Float32[Array, "B H V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
@@ -84,9 +88,10 @@ def gated_delta_product(
     spread = lambda x, at: (
         jnp.zeros((*k.shape[:2], *x.shape[2:]), x.dtype).at[:, at::updates].set(x)
     )
+    ids = None if segment_ids is None else jnp.repeat(segment_ids, updates, axis=1)
     y, state = gated_delta_rule(
         spread(q, updates - 1), k, v, spread(g, 0), beta, state,
-        scale=scale, implementation=implementation, chunk_size=chunk_size,
+        scale=scale, segment_ids=ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
     return y[:, updates - 1 :: updates], state
 
@@ -101,6 +106,7 @@ def kda(
     *,
     scale: float | None = None,
     decay_bound: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
@@ -113,7 +119,8 @@ def kda(
     return generalized_delta_rule(
         _scaled(q, scale), g, k, _times(v, beta),
         -_times(removed, jnp.exp(g)), _times(removed, beta), state,
-        decay_bound=decay_bound, implementation=implementation, chunk_size=chunk_size,
+        decay_bound=decay_bound, segment_ids=segment_ids, implementation=implementation,
+        chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -127,6 +134,7 @@ def comba(
     state: Float32[Array, "B HV V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
@@ -138,7 +146,7 @@ def comba(
     return generalized_delta_rule(
         _scaled(q, scale), _column(g), k, _times(v, beta),
         -_times(_to_heads(p, v), decay), _times(_to_heads(k, v), beta), state,
-        implementation=implementation, chunk_size=chunk_size,
+        segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -150,13 +158,14 @@ def gla(
     state: Float32[Array, "B H V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
     """Gated linear attention (arXiv 2312.06635): S_t = S diag(e^g) + v k^T, y_t = S_t q."""
     return generalized_delta_rule(
         _scaled(q, scale), g, k, v, state=state,
-        implementation=implementation, chunk_size=chunk_size,
+        segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -168,13 +177,14 @@ def simple_gla(
     state: Float32[Array, "B HV V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
     """Linear attention with one decay a head and token: S_t = e^g S + v k^T, y_t = S_t q."""
     return generalized_delta_rule(
         _scaled(q, scale), _column(g), k, v, state=state,
-        implementation=implementation, chunk_size=chunk_size,
+        segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -185,6 +195,7 @@ def retention(
     state: Float32[Array, "B H V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
@@ -192,7 +203,7 @@ def retention(
     g = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(q.shape[2]))))
     return simple_gla(
         q, k, v, _constant(g, q), state,
-        scale=scale, implementation=implementation, chunk_size=chunk_size,
+        scale=scale, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -204,13 +215,14 @@ def lightning_attention(
     state: Float32[Array, "B H V K"] | None = None,
     *,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
     """Lightning attention (arXiv 2401.04658, MiniMax-01): head h decays by exp(-slope_h)."""
     return simple_gla(
         q, k, v, _constant(-slope, q), state,
-        scale=scale, implementation=implementation, chunk_size=chunk_size,
+        scale=scale, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -222,6 +234,7 @@ def mamba2(
     c: Float[Array, "B T H K"],
     state: Float32[Array, "B HV V K"] | None = None,
     *,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
@@ -233,7 +246,7 @@ def mamba2(
     g = dt.astype(jnp.float32) * a.astype(jnp.float32)
     return generalized_delta_rule(
         c, _column(g), b, _times(x, _column(dt)), state=state,
-        implementation=implementation, chunk_size=chunk_size,
+        segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -246,6 +259,7 @@ def rwkv6(
     state: Float32[Array, "B H V K"] | None = None,
     *,
     scale: float | None = 1.0,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
@@ -256,7 +270,7 @@ def rwkv6(
     r = _scaled(r, scale)
     y, state = generalized_delta_rule(
         r, w, k, v, state=state, read="before",
-        implementation=implementation, chunk_size=chunk_size,
+        segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
     bonus = jnp.einsum("bthk,hk,bthk->bth", *(x.astype(jnp.float32) for x in (r, u, k)))
     return (y + bonus[..., None] * v.astype(jnp.float32)).astype(v.dtype), state
@@ -271,13 +285,14 @@ def rwkv5(
     state: Float32[Array, "B H V K"] | None = None,
     *,
     scale: float | None = 1.0,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> Output:
     """RWKV-5 (arXiv 2404.05892): `rwkv6` with decays that do not depend on the token."""
     return rwkv6(
         r, k, v, jnp.broadcast_to(w.astype(jnp.float32), r.shape), u, state,
-        scale=scale, implementation=implementation, chunk_size=chunk_size,
+        scale=scale, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 Segment = dict[str, jax.Array]
-"""r, log_w, k, v and, where something is removed, a, b: [N, B, H, C, .] in float32."""
+"""r, log_w, k, v and, where something is removed, a, b: [N, B, H, C, .] in float32; where documents
+are packed, fresh [N, B, 1, C, 1]: 1 where one begins (`documents.beginnings`)."""
 
 # CPU: half the stored states of chunks of 16, and what a chunk of a few heads needs stays in the
 # second-level cache. Elsewhere, not measured: matrices large enough for a matrix unit, and
@@ -90,7 +91,8 @@ def by_segments(
 
     Args:
       plan, form, body: how; not differentiated.
-      tokens: r, log_w, k, v and, where something is removed, a, b: [B, T, H, .] each.
+      tokens: r, log_w, k, v and, where something is removed, a, b: [B, T, H, .] each; where
+        documents are packed, fresh [B, T, 1, 1].
       state: [B, H, V, K], float32.
 
     Returns:
@@ -135,8 +137,8 @@ def _backward(plan, form, body, residuals, cotangents):
         i, start = xs
         segment, dy_segment = _cut(plan, tokens, i), _cut(plan, {"y": dy}, i)["y"]
         d_start, pieces = body.backward(plan, form, segment, start, dy_segment, d_end)
-        gradients = {name: _put(gradients[name], pieces[name], i) for name in gradients}
-        return (d_start, gradients), None
+        pieces = {name: _put(gradients[name], piece, i) for name, piece in pieces.items()}
+        return (d_start, gradients | pieces), None
 
     carry = (d_end, jax.tree.map(jnp.zeros_like, tokens))
     xs = (jnp.arange(starts.shape[0]), starts)

@@ -1,0 +1,53 @@
+"""Documents packed into one sequence: where they begin, and what that forbids.
+
+`segment_ids` [B, T] number the documents of a row 1, 2, ... in their order; 0 is padding, before,
+between or behind them. It is the convention of flax. A token sees nothing of another document.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int
+
+NO_DOCUMENTS = "it takes no segment_ids yet: documents are packed by the forms in XLA alone"
+"""Why a kernel does not run."""
+
+
+def check_segment_ids(op: str, segment_ids: jax.Array, batch: int, time: int) -> None:
+    """Refuses ids that number no documents; values only where they are known, outside `jax.jit`.
+
+    Raises:
+      ValueError: another shape or dtype, a negative id, or ids that decrease, skip or come again.
+    """
+    if segment_ids.shape != (batch, time) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{op}: segment_ids must be int32 [{batch}, {time}], got {segment_ids.dtype}"
+            f"{list(segment_ids.shape)}"
+        )
+    if isinstance(segment_ids, jax.core.Tracer):
+        return
+    if not getattr(segment_ids, "is_fully_addressable", True):
+        return
+    ids = np.asarray(segment_ids)
+    last = np.maximum.accumulate(ids, axis=1)  # of the newest document, over padding
+    steps = np.diff(last, axis=1)
+    resumed = (ids[:, 1:] != 0) & (ids[:, :-1] == 0) & (steps == 0)
+    wrong = (ids[:, 1:] < last[:, 1:]) & (ids[:, 1:] != 0) | (steps > 1) | resumed
+    wrong &= last[:, :-1] > 0  # a row may begin with any document
+    wrong |= ids[:, 1:] < 0
+    if wrong.any():
+        row, place = np.argwhere(wrong)[0]
+        before, after = ids[row, place : place + 2]
+        raise ValueError(
+            f"{op}: segment_ids go from {before} to {after} at token {place + 1} of row {row}: "
+            "number the documents of a row 1, 2, 3, ... in their order, and padding 0"
+        )
+
+
+def beginnings(segment_ids: Int[Array, "B T"]) -> Float32[Array, "B T 1 1"]:
+    """1 where a document begins, else 0. A row's first token goes on with the document that the
+    state before it, if there is one, belongs to."""
+    fresh = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(fresh, ((0, 0), (1, 0)))[..., None, None].astype(jnp.float32)
