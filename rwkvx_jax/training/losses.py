@@ -130,7 +130,7 @@ def longce_weights(
     span = config.window + config.stride
     starts = longce_starts(time, config)
     beyond = max(0, starts[-1] + span - time)
-    rows = (tokens,) if segment_ids is None else (tokens, segment_ids)
+    rows = [tokens] if segment_ids is None else [tokens, segment_ids]
     rows = [jnp.pad(row, ((0, 0), (0, beyond))) for row in rows]
     # Devices that share a sequence take windows of it each; the last round may run some twice.
     batch, at_once = len(tokens), sequence_parts(time)
