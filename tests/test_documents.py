@@ -356,9 +356,10 @@ def test_programs_of_conversion_and_data(tmp_path, monkeypatch):
     write_pth(Path("RWKV-X.pth"), official_tensors())
     run("docs/convert.md")
     assert Path("again.pth").exists()
-    run("docs/data.md", 0, **vars(config))
+    for block in (0, 1):
+        run("docs/data.md", block, **vars(config))
     stage = SimpleNamespace(seq_len=32, global_batch=2, name="s", source_weights=())
     Path("text.txt").write_text("What is read here is short. " * 100)
     given = SimpleNamespace(data=config.DataConfig(path="text.txt"), model=ModelConfig.tiny())
-    names = run("docs/data.md", 1, config=given, workdir=tmp_path, stage=stage, step=1)
+    names = run("docs/data.md", 2, config=given, workdir=tmp_path, stage=stage, step=1)
     assert next(iter(names["iterator"]))["tokens"].shape == (2, 33)

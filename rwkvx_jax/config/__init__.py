@@ -6,17 +6,15 @@ training stages. Everything here is plain Python; no jax arrays, no imports from
 Invalid values raise `ConfigError`, which names the value and the remedy.
 """
 
+from rwkvx_jax.config.data import DataConfig, SourceConfig, Targets
 from rwkvx_jax.config.experiment import (
     ADAPTERS,
     INITIAL_STATE,
     Config,
-    DataConfig,
     LongCEConfig,
     LoRAConfig,
     OptimizerConfig,
-    SourceConfig,
     Stage,
-    Targets,
 )
 from rwkvx_jax.config.model import LowRankRule, LowRankWidths, ModelConfig, low_rank_widths
 from rwkvx_jax.config.run import MeshConfig, Recurrence, RunConfig, SparseAttention

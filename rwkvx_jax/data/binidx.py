@@ -80,13 +80,13 @@ class Binidx:
     def __reduce__(self):  # open files can't be pickled
         return Binidx, (str(self.prefix),)
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start .. start + count` of the stream, int32 [count].
+    def read(self, start: int, count: int, dtype: type = np.int32) -> np.ndarray:
+        """Tokens `start .. start + count` of the stream, [count] of `dtype`.
 
         Raises:
           ConfigError: the file became shorter since it was opened; so for all methods that read.
         """
-        return self._tokens.read(start, count).astype(np.int32)
+        return self._tokens.read(start, count).astype(dtype)
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
         """Their weights in the loss, float32 [count]: 1 or 0."""

@@ -25,7 +25,16 @@ from rwkvx_jax.config import ConfigError, DataConfig, SourceConfig, Stage
 from rwkvx_jax.data.binidx import Binidx, binidx_file
 from rwkvx_jax.data.chat import TEMPLATE
 from rwkvx_jax.data.hashes import check_hashes
-from rwkvx_jax.data.samples import Documents, MagicOrder, Pieces, Synthetic, Windows
+from rwkvx_jax.data.packing import PACKING, Cache, open_packing
+from rwkvx_jax.data.samples import (
+    Documents,
+    MagicOrder,
+    OneSegment,
+    Packed,
+    Pieces,
+    Synthetic,
+    Windows,
+)
 from rwkvx_jax.data.sources import open_corpus
 from rwkvx_jax.data.token_cache import cached
 from rwkvx_jax.data.workers import follow_parent
@@ -73,12 +82,16 @@ class OpenData:
       tokenizer: shared by all sources.
       sources: in the order of the config.
       fingerprint: JSON-able identity of tokenizer and text; a run resumes only on the same.
+      cache_dir: where packings are kept.
+      writer: whether this process writes them.
     """
 
     config: DataConfig
     tokenizer: Tokenizer
     sources: tuple[OpenSource, ...]
     fingerprint: dict[str, Any]
+    cache_dir: str
+    writer: bool
 
     def dataset(self, stage: Stage, split: Split = "train") -> grain.MapDataset:
         """The endless samples of a stage.
@@ -90,7 +103,8 @@ class OpenData:
         Returns:
           A dataset whose item i is {"tokens": int32 [seq_len + 1], "mask": float32 [seq_len]};
           mask is what the target token weighs in the loss: 1 or 0, but in documents made on the
-          fly with targets="balanced".
+          fly with targets="balanced". If a source is packed, all samples also have "segment_ids",
+          int32 [seq_len]: 1, 2, ... for the documents of a window, 0 for padding.
 
         Raises:
           ConfigError: a source that holds less than one sample, or none with anything to learn.
@@ -102,17 +116,30 @@ class OpenData:
         smallest = min(weights[i] for i in used)
         return grain.MapDataset.mix(parts, [round(100 * weights[i] / smallest) for i in used])
 
+    def describe_packing(self, stage: Stage) -> list[str]:
+        """A line for each source of a stage whose documents are packed: how well they fit."""
+        weights = stage.source_weights or (1.0,) * len(self.sources)
+        used = [s for s, weight in zip(self.sources, weights, strict=True) if weight > 0]
+        packed = [s for s in used if s.config.samples == "packed"]
+        return [f"{s.name}: {self._stream_samples(s, stage, 'train')}" for s in packed]
+
     def _source_dataset(self, index: int, stage: Stage, split: Split) -> grain.MapDataset:
         source, seed = self.sources[index], _seed(self.config.seed, stage.name, index, split)
         if source.config.kind in _SYNTHETIC:
             make = self._synthetic(source, stage, split)
             samples = Synthetic(make, stage.seq_len, seed, source.config.targets)
-            return grain.MapDataset.source(samples)
+            return grain.MapDataset.source(self._with_segments(samples))
         samples = self._stream_samples(source, stage, split)
         if split == "train" and self.config.order != "shuffle":
             samples = MagicOrder(samples, self.config.order)
             return grain.MapDataset.source(samples).repeat(None)
+        samples = self._with_segments(samples)
         return grain.MapDataset.source(samples).shuffle(seed=seed).repeat(None)
+
+    def _with_segments(self, samples: Windows | Documents | Packed | Synthetic):
+        """Samples as those of all sources have to be that go into one batch."""
+        alone = isinstance(samples, Packed) or not self.config.packed
+        return samples if alone else OneSegment(samples)
 
     def _synthetic(self, source: OpenSource, stage: Stage, split: Split):
         """The maker of documents of a source, a function of a generator."""
@@ -133,8 +160,12 @@ class OpenData:
 
     def _stream_samples(self, source: OpenSource, stage: Stage, split: Split):
         begin, end = self._bounds(source, split)
-        kind = Documents if source.config.samples == "document" else Windows
-        samples = kind(source.stream, begin, end, stage.seq_len)
+        make, noun = {
+            "window": (Windows, "window"),
+            "document": (Documents, "document"),
+            "packed": (self._packed, "packed window"),
+        }[source.config.samples]
+        samples = make(source.stream, begin, end, stage.seq_len)
         if len(samples) == 0:
             what = "training" if split == "train" else "held-out"
             remedy = "give it more text or shorten the stage"
@@ -142,11 +173,23 @@ class OpenData:
                 remedy = "raise data.held_out or set run.eval_batches to 0"
             raise ConfigError(
                 f"stage {stage.name!r}: {source.name} has {end - begin} {what} tokens, not one "
-                f"{source.config.samples} of {stage.seq_len} + 1 tokens; {remedy}"
+                f"{noun} of {stage.seq_len} + 1 tokens; {remedy}"
             )
-        if source.stream.masked or source.config.samples == "document":
-            _check_targets(samples, f"stage {stage.name!r}: {source.name}", source.config.samples)
+        if source.stream.masked or make is not Windows:
+            _check_targets(samples, f"stage {stage.name!r}: {source.name}", noun)
         return samples
+
+    def _packed(self, stream: Binidx, begin: int, end: int, seq_len: int) -> Packed | tuple[()]:
+        if begin == end:
+            return ()
+        cache = Cache(
+            _local(self.cache_dir, "data.cache_dir"),
+            self.writer,
+            self.config.verify == "full" and self.writer,
+        )
+        align = self.config.align_documents
+        windows = open_packing(stream, begin, end, seq_len, align, self.config.seed, cache)
+        return Packed(stream, windows, begin, end, seq_len, align)
 
 
 def open_data(
@@ -179,28 +222,28 @@ def open_data(
     for config in data.sources:
         source, identity = _open_source(config, data, tokenizer, vocab_size, workdir, writer)
         sources.append(source)
-        identities.append({"kind": config.kind, **identity})
+        packing = {"packing": PACKING} if config.samples == "packed" else {}
+        identities.append({"kind": config.kind, **identity, **packing})
     fingerprint = {"tokenizer": tokenizer.fingerprint, "sources": identities}
-    return OpenData(data, tokenizer, tuple(sources), fingerprint)
+    return OpenData(data, tokenizer, tuple(sources), fingerprint, _cache_dir(data, workdir), writer)
 
 
 @functools.lru_cache(maxsize=64)  # a run opens the samples of a stage more than once
-def _check_targets(samples: Windows | Documents, where: str, kind: str) -> None:
+def _check_targets(samples: Windows | Documents | Packed, where: str, kind: str) -> None:
     """Warns of samples in which no token counts in the loss.
 
     Raises:
       ConfigError: there are no others.
     """
-    begins, ends = samples.targets()
-    empty = np.flatnonzero(~samples.stream.has_targets(begins, ends))
+    empty = np.flatnonzero(~samples.has_targets())
     if empty.size == 0:
         return
     message = (
-        f"{where}: in {empty.size} of {len(begins)} {kind}s no token counts in the loss within "
+        f"{where}: in {empty.size} of {len(samples)} {kind}s no token counts in the loss within "
         f"{samples.seq_len} + 1 tokens (an answer may lie further on); the first is {kind} "
-        f"{empty[0]}, from token {begins[empty[0]] - 1} of {samples.stream.prefix}.bin on"
+        f"{empty[0]}, from token {samples.first_token(empty[0])} of {samples.stream.prefix}.bin on"
     )
-    if empty.size == len(begins):
+    if empty.size == len(samples):
         raise ConfigError(f"{message}; raise the stage's seq_len or give it other text")
     _log.warning("%s", message)
 

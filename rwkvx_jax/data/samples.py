@@ -18,7 +18,8 @@ from rwkvx_jax.data.binidx import Binidx
 from rwkvx_jax.tasks.documents import Document
 from rwkvx_jax.tokenizer import Tokenizer
 
-Sample = dict[str, np.ndarray]  # {"tokens": int32 [S + 1], "mask": float32 [S]}
+# {"tokens": int32 [S + 1], "mask": float32 [S]}, and "segment_ids": int32 [S] where some are packed
+Sample = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,24 @@ class Windows:
         return max(0, self.end - self.begin - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> Sample:
-        start = self.begin + index * self.seq_len
+        start = self.first_token(index)
         return {
             "tokens": self.stream.read(start, self.seq_len + 1),
             "mask": self.stream.read_mask(start + 1, self.seq_len),
         }
 
-    def targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each sample's targets begin and end in the stream: int64 [N] twice."""
+    def has_targets(self) -> np.ndarray:
+        """Whether any token of each sample counts in the loss, bool [N]."""
         begins = self.begin + 1 + self.seq_len * np.arange(len(self), dtype=np.int64)
-        return begins, begins + self.seq_len
+        return self.stream.has_targets(begins, begins + self.seq_len)
+
+    def first_token(self, index: int) -> int:
+        """Place of a sample's first token in the stream."""
+        return self.begin + index * self.seq_len
+
+    def filled(self, index: int) -> int:
+        """Positions of a sample before its padding begins."""
+        return self.seq_len
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,106 @@ class Documents:
             mask[: size - 1] = self.stream.read_mask(start + 1, size - 1)
         return {"tokens": tokens, "mask": mask}
 
-    def targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each sample's targets begin and end in the stream: int64 [N] twice."""
+    def has_targets(self) -> np.ndarray:
+        """Whether any token of each sample counts in the loss, bool [N]."""
         which = slice(self._first, self._first + self._count)
         starts, sizes = self.stream.starts[which], self.stream.sizes[which]
-        return starts + 1, starts + np.clip(sizes, 1, self.seq_len + 1)
+        return self.stream.has_targets(starts + 1, starts + np.clip(sizes, 1, self.seq_len + 1))
+
+    def first_token(self, index: int) -> int:
+        """Place of a sample's first token in the stream."""
+        return int(self.stream.starts[self._first + index])
+
+    def filled(self, index: int) -> int:
+        """Positions of a sample before its padding begins."""
+        return min(int(self.stream.sizes[self._first + index]), self.seq_len)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Windows of whole documents side by side, as a packing says; no token is left out.
+
+    The inputs of a window are its documents, which start at multiples of `align` and have the
+    segment ids 1, 2, ...; the rest is token 0, of segment 0. A position counts in the loss if the
+    next token is one of the same document. Behind a piece of a longer document comes that
+    document's next token, which is only a target here, and the first input of the next piece. So in
+    an epoch each token is an input once, and each but the first of a document a target once.
+    """
+
+    stream: Binidx
+    windows: Binidx  # see packing.py
+    begin: int
+    end: int  # documents that go on behind it are cut there
+    seq_len: int
+    align: int
+
+    def __len__(self) -> int:
+        return len(self.windows.sizes)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.windows):,} documents, or pieces of longer ones, packed into {len(self):,} "
+            f"windows of {self.seq_len:,} tokens, {100 * self.padding:.2f} % padding"
+        )
+
+    @property
+    def padding(self) -> float:
+        """Share of the positions of all windows that hold no document."""
+        return 1 - (self.end - self.begin) / (len(self) * self.seq_len)
+
+    def __getitem__(self, index: int) -> Sample:
+        tokens = np.full(self.seq_len + 1, Tokenizer.end_of_document, np.int32)
+        mask = np.zeros(self.seq_len, np.float32)
+        segment_ids = np.zeros(self.seq_len, np.int32)
+        starts = self._starts(int(self.windows.starts[index]), int(self.windows.sizes[index]))
+        place = 0
+        for number, (start, left) in enumerate(zip(starts, self._left(starts), strict=True), 1):
+            size, count = min(left, self.seq_len), min(left, self.seq_len + 1)
+            tokens[place : place + count] = self.stream.read(start, count)
+            if count > 1:
+                mask[place : place + count - 1] = self.stream.read_mask(start + 1, count - 1)
+            segment_ids[place : place + size] = number
+            place += -(-size // self.align) * self.align
+        return {"tokens": tokens, "mask": mask, "segment_ids": segment_ids}
+
+    def _starts(self, first: int, count: int) -> np.ndarray:
+        """Places of some pieces in the stream, in the order of the packing."""
+        return self.windows.read(first, count, np.int64)
+
+    def _left(self, starts: np.ndarray) -> np.ndarray:
+        """Tokens from each place to the end of its document."""
+        document = np.searchsorted(self.stream.starts, starts, side="right") - 1
+        ends = self.stream.starts[document] + self.stream.sizes[document]
+        return np.minimum(ends, self.end) - starts
+
+    def has_targets(self) -> np.ndarray:
+        """Whether any token of each sample counts in the loss, bool [N]."""
+        starts = self._starts(0, len(self.windows))
+        order = np.argsort(starts)
+        starts, window = starts[order], np.repeat(np.arange(len(self)), self.windows.sizes)[order]
+        ends = starts + np.minimum(self._left(starts), self.seq_len + 1)
+        found = np.zeros(len(self), bool)
+        found[window[self.stream.has_targets(starts + 1, ends)]] = True
+        return found
+
+    def first_token(self, index: int) -> int:
+        """Place of a sample's first token in the stream."""
+        return int(self._starts(int(self.windows.starts[index]), 1)[0])
+
+
+@dataclass(frozen=True)
+class OneSegment:
+    """Other samples among packed ones: all of a text is segment 1, its padding segment 0."""
+
+    samples: Windows | Documents | Synthetic
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        places = np.arange(len(sample["mask"]))
+        return {**sample, "segment_ids": (places < self.samples.filled(index)).astype(np.int32)}
 
 
 @dataclass(frozen=True)
@@ -113,6 +217,10 @@ class Synthetic:
     def __getitem__(self, index: int) -> Sample:
         tokens, answers = self.make(np.random.default_rng([self.seed, index]))
         return {"tokens": tokens, "mask": _weights(answers[1:], self.targets)}
+
+    def filled(self, index: int) -> int:
+        """Positions of a sample before its padding begins."""
+        return self.seq_len
 
 
 def _weights(answers: np.ndarray, targets: Targets) -> np.ndarray:

@@ -15,9 +15,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import shutil
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -25,17 +23,15 @@ import numpy as np
 
 from rwkvx_jax import progress
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.data.binidx import Binidx, binidx_file, write_index
-from rwkvx_jax.data.hashes import check_hashes, hash_files, write_hashes
+from rwkvx_jax.data.binidx import Binidx, binidx_file
 from rwkvx_jax.data.sources import EmbeddedCorpus, FileCorpus, Part, encode_part
+from rwkvx_jax.data.stored import STALLED, finish, is_complete, open_stored, remove_old
 from rwkvx_jax.data.workers import follow_parent
 from rwkvx_jax.storage import exclusive, new_file
 from rwkvx_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2  # raised when the same text would give other files
-_POLL = 0.5  # seconds between looks at what another process writes
-_STALLED = 600.0  # seconds without any progress of it that are an error
 
 
 def cached(
@@ -45,7 +41,7 @@ def cached(
     *,
     writer: bool = True,
     full_check: bool = False,
-    stalled: float = _STALLED,
+    stalled: float = STALLED,
 ) -> tuple[Binidx, str]:
     """The tokens of a corpus, from the cache or put into it now.
 
@@ -67,14 +63,14 @@ def cached(
     fingerprint = corpus.fingerprint()
     key = hashlib.sha256(f"{_FORMAT} {fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()
     prefix = Path(cache_dir) / f"{corpus.kind}-{tokenizer.name}-{key[:16]}"
-    if writer:
-        build(corpus, tokenizer, prefix)
-    else:
-        _wait(prefix, stalled)
-    stream = Binidx(prefix)
-    hashes = binidx_file(prefix, "hash")
-    remedy = f"remove {prefix}.* and the text is tokenized again"
-    check_hashes(prefix, hashes, full=full_check, write=False, remedy=remedy)
+    stream = open_stored(
+        prefix,
+        lambda: build(corpus, tokenizer, prefix),
+        writer=writer,
+        full_check=full_check,
+        stalled=stalled,
+        remedy=f"remove {prefix}.* and the text is tokenized again",
+    )
     return stream, fingerprint
 
 
@@ -94,12 +90,12 @@ def build(
         written; finished parts are kept.
     """
     index = binidx_file(prefix, "idx")
-    if _is_complete(index):
+    if is_complete(index):
         return
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(index.with_suffix(".lock")):
-            if _is_complete(index):  # another process was first
+            if is_complete(index):  # another process was first
                 return
             _build(corpus, tokenizer, prefix, workers)
     except BrokenProcessPool as error:
@@ -112,11 +108,6 @@ def build(
             f"tokenizing {corpus.name} into {prefix} failed: {error}; finished parts are kept: "
             "once the cause is mended, the same command goes on from them"
         ) from error
-
-
-def _is_complete(index: Path) -> bool:
-    """A cache without hashes can't be trusted, and is made again."""
-    return index.exists() and index.with_suffix(".hash").exists()
 
 
 def _build(
@@ -193,30 +184,22 @@ def _is_whole(path: Path) -> bool:
 
 def _join(paths: list[Path], prefix: Path, tokenizer: Tokenizer) -> None:
     """Joins the parts' files in their order; hashes and index appear last."""
-    files = {part: binidx_file(prefix, part) for part in ("bin", "mask", "idx", "hash")}
-    for part in ("idx", "hash", "mask"):  # nobody may take the new files for the old ones
-        files[part].unlink(missing_ok=True)
-    sizes = _join_tokens(paths, files)
+    remove_old(prefix)
+    sizes = _join_tokens(paths, prefix)
     if not sizes:
         raise ConfigError(f"{prefix.name}: the corpus holds no text")
     if max(sizes) > np.iinfo(np.int32).max:
         raise ConfigError(f"{prefix.name}: a document of {max(sizes)} tokens is too long")
-    with new_file(files["idx"]) as index:
-        write_index(index, np.asarray(sizes, np.int64), _dtype(tokenizer))
-        index.flush()
-        written = {"bin": files["bin"], "idx": Path(index.name)}
-        if files["mask"].exists():
-            written["mask"] = files["mask"]
-        write_hashes(files["hash"], hash_files(written, full=True, label=str(prefix)))
+    finish(prefix, np.asarray(sizes, np.int64), _dtype(tokenizer))
 
 
-def _join_tokens(paths: list[Path], files: dict[str, Path]) -> list[int]:
+def _join_tokens(paths: list[Path], prefix: Path) -> list[int]:
     """Writes tokens and mask; returns the size of each document."""
     masked = any(_has_mask(path) for path in paths)
     sizes, closed = [], True
     with contextlib.ExitStack() as stack:
-        tokens = stack.enter_context(new_file(files["bin"]))
-        mask = stack.enter_context(new_file(files["mask"])) if masked else None
+        tokens = stack.enter_context(new_file(binidx_file(prefix, "bin")))
+        mask = stack.enter_context(new_file(binidx_file(prefix, "mask"))) if masked else None
         for path in paths:
             with np.load(path) as part:
                 found = part["sizes"].tolist()
@@ -261,31 +244,3 @@ def _read_note(path: Path) -> object:
     except (ValueError, RecursionError) as error:
         _log.warning("%s is damaged (%s): the parts beside it are made again", path, error)
         return None
-
-
-def _wait(prefix: Path, stalled: float) -> None:
-    """Waits until another process has written the index."""
-    index = binidx_file(prefix, "idx")
-    folder, seen, since = index.with_suffix(".parts"), None, time.monotonic()
-    while not _is_complete(index):
-        state = _state(folder, index)
-        if state != seen:
-            seen, since = state, time.monotonic()
-        if time.monotonic() - since > stalled:
-            raise ConfigError(
-                f"waited {stalled:.0f} s for process 0 to write {index}: data.cache_dir must lie "
-                "on storage that all hosts share; otherwise set data.cache_per_host"
-            )
-        time.sleep(_POLL)
-
-
-def _state(folder: Path, index: Path) -> list[tuple[str, int]]:
-    """Names and sizes of the files that are being written: of the parts, and where they join."""
-    found = []
-    for directory, beginning in ((folder, ""), (index.parent, f"{index.stem}.")):
-        with contextlib.suppress(FileNotFoundError):
-            for entry in os.scandir(directory):
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.name.startswith(beginning):
-                        found.append((entry.name, entry.stat().st_size))
-    return sorted(found)

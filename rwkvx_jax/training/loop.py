@@ -229,6 +229,8 @@ def _run_stage(
         f"stage {stage.name}: {stage.steps} steps of {stage.global_batch} x {stage.seq_len} "
         f"tokens, {describe_trainable(config, stage)}, loss {stage.loss}"
     )
+    for line in run.data.describe_packing(stage):
+        run.console.print(line)
     iterator = batches(
         run.data.dataset(stage, "train"),
         stage.global_batch,

@@ -27,27 +27,53 @@ class TokenLosses(NamedTuple):
     squared_max: jax.Array  # square of the largest logit (L2Wrap)
 
 
-def token_weights(mask: jax.Array, average: str) -> jax.Array:
-    """Weights [B, T] that sum to 1 over the whole batch.
+def target_mask(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """What each target weighs, [B, T] float32, without those that are of another document.
 
     Args:
       mask: [B, T] float32, what each target weighs: 1 where it counts, or any share of it.
+      segment_ids: [B, T] int32, the document of each input (from 1; 0 is padding), or None: a row
+        is one text. The target of a row's last input has no segment: `mask` decides on it.
+    """
+    if segment_ids is None:
+        return mask
+    following = jnp.concatenate([segment_ids[:, 1:], segment_ids[:, -1:]], axis=1)
+    return jnp.where((segment_ids == following) & (segment_ids > 0), mask, 0.0)
+
+
+def token_weights(mask: jax.Array, average: str, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Weights [B, T] that sum to 1 over the whole batch.
+
+    Args:
+      mask: [B, T] float32, of `target_mask`.
       average: "token": all valid tokens alike; "sample": samples alike, each the mean of its own.
+      segment_ids: [B, T] int32; with them every document of a row is a sample. None: the row is.
     """
     if average == "token":
         return mask / jnp.maximum(mask.sum(), 1.0)
-    rows = mask.sum(axis=1, keepdims=True)
-    return mask / jnp.maximum(rows, 1.0) / jnp.maximum((rows > 0).sum(), 1)
+    if segment_ids is None:
+        own = samples = mask.sum(axis=1, keepdims=True)
+    else:  # documents are numbered from 1, so a row has at most as many as tokens
+        add = lambda ids, row: jnp.zeros(row.size + 1, row.dtype).at[ids].add(row)
+        samples = jax.vmap(add)(segment_ids, mask)
+        own = jnp.take_along_axis(samples, segment_ids, axis=1)
+    return mask / jnp.maximum(own, 1.0) / jnp.maximum((samples > 0).sum(), 1)
 
 
-def token_losses(model: RWKVX, tokens: jax.Array, block_tokens: int) -> TokenLosses:
+def token_losses(
+    model: RWKVX, tokens: jax.Array, block_tokens: int, segment_ids: jax.Array | None = None
+) -> TokenLosses:
     """Cross-entropy of predicting tokens[:, 1:] from tokens[:, :-1].
 
     Args:
       model: any model of this project.
       tokens: [B, T + 1] int32.
       block_tokens: tokens whose logits exist at once (rounded to whole time steps).
+      segment_ids: [B, T] int32, the document of each input, or None: a row is one text.
     """
+    # The one place where a loss calls the model. `RWKVX.features` takes no segment ids yet: states
+    # and attention still reach across the documents of a row, as they do in samples="window".
+    del segment_ids
     features, targets = model.features(tokens[:, :-1]), tokens[:, 1:]
     # Parts of a sequence that lie on several devices become rows, so that none has to move.
     shape, parts = targets.shape, sequence_parts(targets.shape[1])
@@ -85,30 +111,39 @@ def longce_starts(length: int, config: LongCEConfig) -> list[int]:
 
 
 def longce_weights(
-    short_losses: Callable[[jax.Array], jax.Array],  # tokens [B, n + 1] -> losses [B, n]
+    # tokens [B, n + 1], and segment ids [B, n] if there are some -> losses [B, n]
+    short_losses: Callable[..., jax.Array],
     tokens: jax.Array,  # [B, T + 1]
     full_losses: jax.Array,  # [B, T]
     config: LongCEConfig,
+    segment_ids: jax.Array | None = None,  # [B, T]
 ) -> jax.Array:
     """LongCE weights [B, T]: how much worse a token is predicted from a short context.
 
     For each start s the tokens from s on are run alone, from an empty state and with chunks
     counted from s; the predictions in [s + window, s + window + stride) get the weight
     min(exp(short loss - full loss), cap), all others 1. The last window ends with the sequence,
-    however short that makes it. No gradient flows through the weights.
+    however short that makes it. No gradient flows through the weights. `short_losses` gets the part
+    of `segment_ids` that belongs to a window: numbers of documents that need not start at 1.
     """
     time = full_losses.shape[1]
     span = config.window + config.stride
     starts = longce_starts(time, config)
-    padded = jnp.pad(tokens, ((0, 0), (0, max(0, starts[-1] + span - time))))
+    beyond = max(0, starts[-1] + span - time)
+    rows = [tokens] if segment_ids is None else [tokens, segment_ids]
+    rows = [jnp.pad(row, ((0, 0), (0, beyond))) for row in rows]
     # Devices that share a sequence take windows of it each; the last round may run some twice.
     batch, at_once = len(tokens), sequence_parts(time)
     rounds = np.resize(starts, (-(-len(starts) // at_once), at_once))
 
     def windows(starts: jax.Array) -> jax.Array:  # [at_once] -> [B, at_once * stride]
-        cut = lambda start: jax.lax.dynamic_slice_in_dim(padded, start, span + 1, axis=1)
-        parts = jax.vmap(cut, out_axes=1)(starts).reshape(batch * at_once, span + 1)
-        short = short_losses(constrain(parts, "batch", None))
+        def parts(row: jax.Array) -> jax.Array:  # [B, T + n] -> [B * at_once, span + n]
+            length = row.shape[1] - time - beyond + span
+            cut = lambda start: jax.lax.dynamic_slice_in_dim(row, start, length, axis=1)
+            together = jax.vmap(cut, out_axes=1)(starts).reshape(batch * at_once, length)
+            return constrain(together, "batch", None)
+
+        short = short_losses(*map(parts, rows))
         return short[:, config.window :].reshape(batch, -1)
 
     with whole_sequences():

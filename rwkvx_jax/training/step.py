@@ -32,7 +32,7 @@ from rwkvx_jax.model import (
     with_params,
 )
 from rwkvx_jax.sharding import batch_sharding, named_sharding, replicated
-from rwkvx_jax.training.losses import longce_weights, token_losses, token_weights
+from rwkvx_jax.training.losses import longce_weights, target_mask, token_losses, token_weights
 from rwkvx_jax.training.optimizer import (
     learning_rate,
     make_optimizer,
@@ -233,20 +233,23 @@ def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
 
 
 def _objective(config: Config, stage: Stage, model: RWKVX) -> Callable:
-    """loss(trainable, frozen, tokens, weights) -> (loss, cross-entropy), weighted sums."""
+    """loss(trainable, frozen, tokens, weights, segment_ids) -> (loss, cross-entropy), both
+    weighted sums; segment_ids may be None."""
     block = config.run.loss_block
 
-    def loss(trainable: Params, frozen: Params, tokens: jax.Array, weights: jax.Array):
+    def loss(trainable: Params, frozen: Params, tokens, weights, segment_ids):
         params = joined(frozen, trainable)
         bound = bind(model, params, stage)
-        losses = token_losses(bound, tokens, block)
+        losses = token_losses(bound, tokens, block, segment_ids)
         factors = weights
         if stage.loss == "longce":
             fixed = bind(model, jax.lax.stop_gradient(params), stage)
-            short = lambda part: token_losses(fixed, part, block).cross_entropy
-            factors = weights * longce_weights(
-                short, tokens, jax.lax.stop_gradient(losses.cross_entropy), stage.longce
-            )
+
+            def short(tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+                return token_losses(fixed, tokens, block, segment_ids).cross_entropy
+
+            full = jax.lax.stop_gradient(losses.cross_entropy)
+            factors = weights * longce_weights(short, tokens, full, stage.longce, segment_ids)
         total = jnp.sum(factors * losses.cross_entropy)
         if stage.l2wrap:
             total += stage.l2wrap * jnp.sum(weights * losses.squared_max)
@@ -260,9 +263,11 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
     schedule = learning_rate(stage)
 
     def gradients(trainable: Params, frozen: Params, batch: Batch):
-        weights = token_weights(batch["mask"], stage.loss_average)
+        segment_ids = batch.get("segment_ids")
+        weights = token_weights(batch["mask"], stage.loss_average, segment_ids)
+        rows = batch["tokens"], weights, segment_ids
         if stage.accumulation == 1:
-            return value_and_grad(trainable, frozen, batch["tokens"], weights)
+            return value_and_grad(trainable, frozen, *rows)
 
         def part(total, xs):
             return jax.tree.map(jnp.add, total, value_and_grad(trainable, frozen, *xs)), None
@@ -270,9 +275,10 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
         # Part i takes every accumulation-th row, so that each part stays spread over the devices.
         parts = lambda x: x.reshape(-1, stage.accumulation, *x.shape[1:]).swapaxes(0, 1)
         zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trainable))
-        return jax.lax.scan(part, zeros, (parts(batch["tokens"]), parts(weights)))[0]
+        return jax.lax.scan(part, zeros, jax.tree.map(parts, rows))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = _without_borders(batch)
         trainable, frozen = split_trainable(state.params, stage)
         (loss, cross_entropy), grads = gradients(trainable, frozen, batch)
         norm = optax.tree.norm(grads)
@@ -301,9 +307,16 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
             "consecutive_skips": guard.consecutive_skips,
             "finite_update": finite_update,
         }
+        if "segment_ids" in batch:
+            metrics["padding"] = jnp.mean(batch["segment_ids"] == 0)
         return state, metrics
 
     return step
+
+
+def _without_borders(batch: Batch) -> Batch:
+    """A batch in whose mask no token predicts one of another document."""
+    return {**batch, "mask": target_mask(batch["mask"], batch.get("segment_ids"))}
 
 
 def _all_finite(params: Params, opt_state: Any) -> jax.Array:
@@ -325,8 +338,10 @@ def _all_finite(params: Params, opt_state: Any) -> jax.Array:
 def _eval_step(config: Config, stage: Stage, model: RWKVX) -> Callable:
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of the losses of valid targets, and their number."""
+        batch = _without_borders(batch)
         bound = bind(model, params, stage)
-        losses = token_losses(bound, batch["tokens"], config.run.loss_block)
+        segment_ids = batch.get("segment_ids")
+        losses = token_losses(bound, batch["tokens"], config.run.loss_block, segment_ids)
         return jnp.sum(losses.cross_entropy * batch["mask"]), jnp.sum(batch["mask"])
 
     return step

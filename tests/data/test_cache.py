@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.data import sources, token_cache
+from rwkvx_jax.data import sources, stored, token_cache
 from rwkvx_jax.data.binidx import Binidx
 from rwkvx_jax.data.sources import FileCorpus, open_corpus
 from rwkvx_jax.data.token_cache import build, cached
@@ -299,7 +299,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_cache, "write_index", full)
+    monkeypatch.setattr(stored, "write_index", full)
     with pytest.raises(ConfigError, match="No space left on device.*finished parts are kept"):
         build(corpus_of(tmp_path, PROSE), BYTES, tmp_path / "out")
     assert not (tmp_path / "out.idx").exists() and not list(tmp_path.glob("*.tmp"))

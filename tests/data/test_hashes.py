@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError, DataConfig, SourceConfig
-from rwkvx_jax.data import hashes, token_cache
+from rwkvx_jax.data import hashes, stored
 from rwkvx_jax.data.hashes import check_hashes, hash_files
 from rwkvx_jax.data.pipeline import open_data
 from tests.data.token_files import write_binidx
@@ -168,6 +168,6 @@ def test_hashes_appear_before_the_index(chats, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(token_cache, "write_hashes", stop)
+        patch.setattr(stored, "write_hashes", stop)
         chats()
     assert chats().sources[0].stream.masked

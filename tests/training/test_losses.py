@@ -9,7 +9,12 @@ import pytest
 
 from rwkvx_jax.config import LongCEConfig
 from rwkvx_jax.model import abstract_model, with_params
-from rwkvx_jax.training.losses import longce_weights, token_losses, token_weights
+from rwkvx_jax.training.losses import (
+    longce_weights,
+    target_mask,
+    token_losses,
+    token_weights,
+)
 from tests.helpers import assert_close
 from tests.model_cases import FLOAT32, TINY, random_params  # noqa: F401
 
@@ -112,13 +117,75 @@ def test_weights_average_over_tokens_or_samples():
         assert not np.any(token_weights(jnp.zeros((2, 3)), average))
 
 
-def slow_longce(short, tokens, full, config):
+SEGMENTS = np.asarray([[1] * 6 + [2] + [3] * 9 + [0] * 5, [1] * 4 + [0] * 3 + [2] * 14])
+
+
+def random_mask(seed=4):
+    mask = np.random.default_rng(seed).integers(0, 2, (BATCH, TIME)).astype(np.float32)
+    mask[0, 7:16] = 0  # a document without targets
+    return mask
+
+
+def slow_weights(mask, segment_ids, average):
+    """Weights of a batch: position by position, then document by document."""
+    weights, documents = np.zeros_like(mask), set()
+    for b, t in np.ndindex(mask.shape):
+        own = segment_ids[b, t]
+        if own > 0 and (t + 1 == mask.shape[1] or segment_ids[b, t + 1] == own):
+            weights[b, t] = mask[b, t]
+            documents |= {(b, own)} if mask[b, t] else set()
+    if average == "token":
+        return weights / weights.sum()
+    for b, own in documents:
+        here = segment_ids[b] == own
+        weights[b, here] /= weights[b, here].sum() * len(documents)
+    return weights
+
+
+@pytest.mark.parametrize("average", ["token", "sample"])
+def test_no_document_predicts_the_next_one(average):
+    mask = random_mask()
+    valid = target_mask(jnp.asarray(mask), jnp.asarray(SEGMENTS))
+    found = np.asarray(token_weights(valid, average, jnp.asarray(SEGMENTS)))
+    assert_close(found, slow_weights(mask, SEGMENTS, average), rel=1e-6)
+    assert found.sum() == pytest.approx(1, abs=1e-6)
+    assert not found[0, [5, 6, 15]].any() and not found[1, 3:7].any()
+    assert np.array_equal(target_mask(jnp.asarray(mask)), mask)
+    assert found[1, -1] == 0 or mask[1, -1] == 1  # the mask decides on the last target
+
+
+@pytest.mark.parametrize("average", ["token", "sample"])
+def test_packed_documents_have_the_loss_of_single_ones(linear, tokens, average):
+    """In values and gradients, for a model without memory: documents in rows of their own."""
+    mask, ids = jnp.ones((BATCH, TIME)), jnp.asarray(SEGMENTS)
+    # Row and first input of each document, and its number of targets; that of one token has none,
+    # and the last one is a piece of a longer document.
+    documents = [(0, 0, 5), (0, 7, 8), (1, 0, 3), (1, 7, 14)]
+
+    def packed(table, weight):
+        weights = token_weights(target_mask(mask, ids), average, ids)
+        return jnp.sum(weights * token_losses(Linear(table, weight), tokens, 5, ids)[0])
+
+    def single(table, weight):
+        rows = [tokens[b, start : start + count + 1] for b, start, count in documents]
+        if average == "token":
+            return jnp.concatenate([plain_loss(table, weight, r[None])[0] for r in rows]).mean()
+        return jnp.stack([plain_loss(table, weight, row[None]).mean() for row in rows]).mean()
+
+    found = jax.jit(jax.value_and_grad(packed, argnums=(0, 1)))(*linear)
+    expected = jax.jit(jax.value_and_grad(single, argnums=(0, 1)))(*linear)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(a, b, rel=1e-5)
+
+
+def slow_longce(short, tokens, full, config, segment_ids=None):
     """Weights as the loop of RWKV-X's `compute_longce_loss` makes them."""
     time, weights = full.shape[1], np.ones_like(full)
     window, stride = config.window, config.stride
     for start in range(window, time - window, stride):
         end = min(start + window + stride, time)
-        alone = np.asarray(short(tokens[:, start : end + 1]))
+        rows = () if segment_ids is None else (segment_ids[:, start:end],)
+        alone = np.asarray(short(tokens[:, start : end + 1], *rows))
         for position in range(start + window, end):
             gap = alone[:, position - start] - full[:, position]
             weights[:, position] = np.minimum(np.exp(gap), config.cap)
@@ -148,6 +215,26 @@ def test_longce_is_the_slow_loop(window, stride, time):
     assert np.all(expected[:, :first] == 1) and np.any(expected[:, first:] != 1)
     if time > 15:
         assert np.any(expected == 2.5) and np.any(expected < 1)  # capped above, not below
+
+
+@pytest.mark.parametrize("window, stride, time", [(4, 4, 21), (5, 3, 20)])
+def test_longce_of_documents_is_the_slow_loop(window, stride, time):
+    """Short contexts get the segments that belong to them."""
+    rng = np.random.default_rng(window)
+    tokens, segment_ids = rng.integers(0, 40, (BATCH, time + 1)), SEGMENTS[:, :time]
+    scale = rng.uniform(0.2, 2.0, 40).astype(np.float32)
+
+    def short(part, ids):  # depends on the tokens of the own document from the window's start on
+        context = jnp.asarray(scale)[part[:, :-1], None] * (ids[:, :, None] == ids[:, None])
+        return jnp.sin(jnp.cumsum(context, axis=1).diagonal(axis1=1, axis2=2)) * 2 + ids
+
+    full = rng.uniform(0, 3, (BATCH, time)).astype(np.float32)
+    config = LongCEConfig(window=window, stride=stride, cap=2.5)
+    given = jnp.asarray(tokens), jnp.asarray(full), jnp.asarray(segment_ids)
+    found = jax.jit(lambda t, f, ids: longce_weights(short, t, f, config, ids))(*given)
+    expected = slow_longce(short, tokens, full, config, segment_ids)
+    assert_close(found, expected, rel=1e-5)
+    assert np.any(expected == 2.5) and np.any(expected < 1)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from tests.training.training_cases import (
     STAGES,
     one_device_mesh,
     random_batch,
+    random_segments,
     same_bits,
 )
 
@@ -65,6 +66,50 @@ def test_accumulation_is_the_big_batch(whole, batch, average):
         flat(gradients(parts_state)), flat(gradients(state)), strict=True
     ):
         assert_close(found, expected, rel=1e-5, name=name)
+
+
+def test_borders_of_documents_are_no_targets(whole, batch):
+    """The loss, the counts and the parameters are those of a mask that leaves them out."""
+    ids = random_segments(8, TIME)
+    following = np.concatenate([ids[:, 1:], ids[:, -1:]], axis=1)
+    masked = {**batch, "mask": batch["mask"] * ((ids == following) & (ids > 0))}
+    expected, wanted = run(whole, masked)
+    found, metrics = run(make(ALL), {**batch, "segment_ids": ids})
+    assert float(metrics.pop("padding")) == pytest.approx(np.mean(ids == 0))
+    for name, value in wanted.items():
+        assert_close(metrics[name], value, rel=1e-6, name=name)
+    for a, b in zip(*map(jax.tree.leaves, (gradients(found), gradients(expected))), strict=True):
+        assert_close(a, b, rel=1e-6)
+
+
+@pytest.mark.thorough
+def test_held_out_losses_leave_borders_out(whole, batch):
+    ids = random_segments(8, TIME)
+    params = whole.start(random_params(MODEL), None).params
+    loss, count = whole.eval_step(params, {**batch, "segment_ids": jnp.asarray(ids)})
+    following = np.concatenate([ids[:, 1:], ids[:, -1:]], axis=1)
+    masked = {**batch, "mask": batch["mask"] * ((ids == following) & (ids > 0))}
+    expected, wanted = whole.eval_step(params, jax.tree.map(jnp.asarray, masked))
+    assert float(count) == float(wanted) == masked["mask"].sum()
+    assert_close(loss, expected, rel=1e-6)
+
+
+@pytest.mark.thorough
+def test_documents_of_parts_are_those_of_the_batch(batch):
+    """Accumulation of packed rows, LongCE and averages of documents included."""
+    packed = {**batch, "segment_ids": random_segments(8, TIME)}
+    stage = dataclasses.replace(
+        ALL, loss="longce", longce=LongCEConfig(5, 4), loss_average="sample"
+    )
+    state, metrics = run(make(stage), packed)
+    parts_state, parts_metrics = run(make(dataclasses.replace(stage, accumulation=4)), packed)
+    assert metrics["objective"] != metrics["loss"]
+    for name in ("loss", "objective", "grad_norm"):
+        assert_close(parts_metrics[name], metrics[name], rel=2e-5, name=name)
+    for found, expected in zip(
+        *map(jax.tree.leaves, (gradients(parts_state), gradients(state))), strict=True
+    ):
+        assert_close(found, expected, rel=2e-5)
 
 
 @pytest.mark.slow

@@ -47,6 +47,14 @@ def random_batch(rows, time, seed=0):
     return {"tokens": rng.integers(0, 257, (rows, time + 1)).astype(np.int32), "mask": mask}
 
 
+def random_segments(rows, time, seed=0):
+    """Ids of documents of a few tokens each; rows end in padding of different lengths."""
+    rng = np.random.default_rng(seed)
+    ids = 1 + np.cumsum(rng.uniform(size=(rows, time)) < 0.2, axis=1)
+    padded = np.arange(time) >= time - rng.integers(0, time // 2, (rows, 1))
+    return np.where(padded, 0, ids - ids[:, :1] + 1).astype(np.int32)
+
+
 def same_bits(first, second) -> bool:
     """Whether two parameter trees are equal to the last bit."""
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
