@@ -28,12 +28,15 @@ class SourceConfig(Checked):
     """One ingredient of the training mixture."""
 
     kind: Literal[
-        "text", "jsonl", "binidx", "passkey", "book-passkey", "recall", "book-recall", "pairs"
-    ] = "text"
+        "text", "jsonl", "binidx",
+        "passkey", "book-passkey", "recall", "book-recall", "pairs",
+        "lookup", "book-lookup", "book-copy",
+    ] = "text"  # fmt: skip
     """"text": text files; "jsonl": a document or conversation a line; "binidx": token ids in the
     RWKV/Megatron format; made on the fly: "passkey" (a number hidden in filler), "book-passkey" (in
     pieces of text files), "recall" and "book-recall" (many names with numbers, likewise), "pairs"
-    (names with numbers, stated again and again). See docs/data.md."""
+    (names with numbers, stated again and again), "lookup" and "book-lookup" (facts in many
+    wordings), "book-copy" (text in which passages come again). See docs/data.md."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources."""
     path: str = ""
@@ -47,9 +50,11 @@ class SourceConfig(Checked):
     around them, so that a long document's few answers are not lost in it; "balanced" gives the
     answers together the weight of all the text around them (where a window has any)."""
     pairs: int = 64
-    """"recall", "book-recall": names with numbers in a document; "pairs": at most so many."""
+    """"recall", "book-recall": names with numbers in a document; "pairs", "lookup", "book-lookup":
+    at most so many."""
     questions: int = 1
-    """"recall", "book-recall": how many of them are asked for at its end."""
+    """"recall", "book-recall": how many of them are asked for at its end; "lookup", "book-lookup":
+    at most so many."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -38,6 +38,8 @@ from rwkvx_jax.data.samples import (
 from rwkvx_jax.data.sources import open_corpus
 from rwkvx_jax.data.token_cache import cached
 from rwkvx_jax.data.workers import follow_parent
+from rwkvx_jax.tasks.copying import copy_sample
+from rwkvx_jax.tasks.lookup import lookup_sample
 from rwkvx_jax.tasks.passkey import training_sample
 from rwkvx_jax.tasks.recall import pairs_sample, recall_sample
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
@@ -46,8 +48,8 @@ Split = Literal["train", "valid"]
 Batch = dict[str, np.ndarray]
 
 # Kinds of sources that are made on the fly, and those of them that put their lines into books.
-_IN_BOOKS = {"book-passkey", "book-recall"}
-_SYNTHETIC = {"passkey", "recall", "pairs"} | _IN_BOOKS
+_IN_BOOKS = {"book-passkey", "book-recall", "book-lookup", "book-copy"}
+_SYNTHETIC = {"passkey", "recall", "pairs", "lookup"} | _IN_BOOKS
 
 _log = logging.getLogger(__name__)
 _READ_THREADS = 2
@@ -149,10 +151,13 @@ class OpenData:
             return functools.partial(pairs_sample, *window, pairs=config.pairs, **shared)
         if config.kind in _IN_BOOKS:
             shared["text"] = Pieces(source.stream, *self._bounds(source, split))
+        if config.kind == "book-copy":
+            return functools.partial(copy_sample, stage.seq_len, text=shared["text"])
         if config.kind in ("passkey", "book-passkey"):
             return functools.partial(training_sample, *window, **shared)
         asked = {"pairs": config.pairs, "questions": config.questions}
-        return functools.partial(recall_sample, *window, **asked, **shared)
+        sample = lookup_sample if config.kind in ("lookup", "book-lookup") else recall_sample
+        return functools.partial(sample, *window, **asked, **shared)
 
     def _bounds(self, source: OpenSource, split: Split) -> tuple[int, int]:
         border = source.split(self.config.held_out)

@@ -20,6 +20,8 @@ from rwkvx_jax.tokenizer import Tokenizer
 
 _LINES_SHARE = 0.4  # documents whose facts are lines of one notation
 _FIRST_SHARE = 0.2  # documents that ask before the text already
+SHORTEST = 192
+"""Tokens of the shortest window: four in ten documents of one fact have room there, in bytes."""
 _SAME_OWNER = 0.2  # facts about the owner of the one before, another attribute
 
 Text = Callable[[int, np.random.Generator], np.ndarray]
@@ -88,16 +90,34 @@ def lookup_sample(
       tokenizer: the model's own.
       seq_len: tokens of a window, the last target not counted.
       rng: source of everything random.
-      pairs: most facts; their number is drawn from 1 on, small ones as often as large.
+      pairs: most facts; their number is drawn from 1 on, small ones as often as large, and halved
+        until all fit. A single one that does not fit is drawn anew.
       questions: most questions, each about another fact.
       held_out: take the evaluation's phrases instead of those of training.
       text: (count, rng) -> so many tokens of running text; None: the repeated filler.
 
     Raises:
-      ConfigError: a window that can't hold so many facts and questions.
+      ConfigError: a window below SHORTEST.
     """
     part: Part = "evaluation" if held_out else "training"
+    if seq_len < SHORTEST:
+        raise ConfigError(
+            f"a window of {seq_len} tokens is too short for facts and questions: lookup documents "
+            f"need {SHORTEST}; lengthen the stage, or leave the source out of it"
+        )
     count = int(round(pairs ** rng.random()))
+    while True:
+        try:
+            return _sample(tokenizer, seq_len, rng, count, questions, part, text)
+        except _TooLong:
+            count = max(1, count // 2)
+
+
+class _TooLong(ConfigError):
+    """Facts and questions that a document has no room for."""
+
+
+def _sample(tokenizer, seq_len, rng, count, questions, part, text) -> Document:
     document = _Facts(tokenizer, count, part, rng)
     asked = rng.permutation(count)[: int(rng.integers(1, min(questions, count) + 1))]
     first = rng.random() < _FIRST_SHARE
@@ -174,7 +194,7 @@ class _Facts:
         stated = [self.statement(fact) for fact in self.facts]
         room = length - len(task) - sum(map(len, stated))
         if room < 0:
-            raise ConfigError(
+            raise _TooLong(
                 f"a lookup document of {whole} tokens is too short for {len(stated)} facts: they "
                 f"and the questions take {whole - room} tokens of the {self._tokenizer.name} "
                 "tokenizer; use fewer pairs or a longer document"

@@ -234,6 +234,28 @@ def test_answers_can_weigh_as_much_as_their_text(numbers, tmp_path):
         SourceConfig("text", targets="balanced")
 
 
+def test_facts_and_copies_in_books(numbers, tmp_path):
+    """Training has training's phrases and its own part of the text, held-out samples the others."""
+    long = dataclasses.replace(LONG_STAGE, seq_len=900)
+    for kind in ("lookup", "book-lookup", "book-copy"):
+        source = SourceConfig(kind, pairs=3, questions=2)
+        opened = open_numbers(numbers, tmp_path, sources=(source,), held_out=0.4)
+        datasets = {split: opened.dataset(long, split) for split in ("train", "valid")}
+        decode = opened.tokenizer.decode
+        texts = {
+            split: [decode(data[i]["tokens"]) for i in range(40)]
+            for split, data in datasets.items()
+        }
+        assert not set(texts["train"]) & set(texts["valid"]) and len(set(texts["train"])) == 40
+        np.testing.assert_array_equal(
+            datasets["train"][7]["tokens"], datasets["train"][7]["tokens"]
+        )
+        if kind != "book-copy":
+            tasks = ["\n".join(t) for t in texts.values()]
+            assert ["I forgot the" in t for t in tasks] == [True, False]
+            assert ["next to" in t for t in tasks] == [False, True]
+
+
 def test_recall_in_books_keeps_the_text(numbers, tmp_path):
     source = SourceConfig("book-recall", pairs=3, questions=2)
     opened = open_numbers(numbers, tmp_path, sources=(source,), held_out=0.3)

@@ -8,7 +8,7 @@ import pytest
 
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.tasks.copying import copy_sample
-from rwkvx_jax.tasks.lookup import lookup_prompt, lookup_sample
+from rwkvx_jax.tasks.lookup import SHORTEST, lookup_prompt, lookup_sample
 from rwkvx_jax.tasks.niah import NEEDLE_TASKS, needle_question
 from rwkvx_jax.tasks.passkey import OFFICIAL_WORDING
 from rwkvx_jax.tasks.phrases import PHRASES, words
@@ -89,6 +89,16 @@ def test_every_answer_of_a_training_document_is_stated_before():
 def test_too_short():
     with pytest.raises(ConfigError, match="too short for 40 facts"):
         lookup_prompt(BYTE, 700, 0.5, rng(), facts=40)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_documents_have_fewer_facts_where_not_all_fit(held_out):
+    """No draw of a long run may fail: windows hold what fits, or are refused at once."""
+    for seed in range(400):
+        tokens, answers = sample(seed, SHORTEST, pairs=40, held_out=held_out)
+        assert len(tokens) == SHORTEST + 1 and answers.any()
+    with pytest.raises(ConfigError, match=f"documents need {SHORTEST}"):
+        sample(0, SHORTEST - 1, held_out=held_out)
 
 
 def test_copied_passages_have_been_there():
