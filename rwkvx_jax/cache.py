@@ -39,14 +39,14 @@ class BlockState(NamedTuple):
     """What one recurrent block carries from one token to the next."""
 
     time_mix: TimeMixState
-    ffn_shift: Float[Array, "B D"]
+    ffn_shift: Float[Array, "B X"]  # of the channel mix; X is 0 where it looks at no other token
 
 
 class AttentionState(NamedTuple):
     """What one attention block carries from one token to the next, beside its pages."""
 
-    ffn_shift: Float[Array, "B D"]
-    key_tail: Float[Array, "B taps D"]  # keys that the convolution still needs: key_conv - 1
+    ffn_shift: Float[Array, "B X"]
+    key_tail: Float[Array, "B X"]  # keys that the convolution still needs: key_conv - 1
 
 
 class Pages(NamedTuple):
@@ -86,7 +86,7 @@ class CachePolicy:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("length", "blocks", "attention", "pages"),
+    data_fields=("length", "position", "blocks", "attention", "pages"),
     meta_fields=("gate", "policy"),
 )
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Cache:
     """State after reading `length` rows; made by `init_cache`, advanced by prefill and decode."""
 
     length: Int32[Array, " B"]  # rows in the pages: tokens read, less what a policy dropped
+    position: Int32[Array, " B"]  # of the next token in its text: tokens read
     blocks: BlockState  # stacked [L, ...]
     attention: AttentionState | None  # stacked [M, ...]; None without attention blocks
     pages: Pages
@@ -110,6 +111,7 @@ class Snapshot(NamedTuple):
     """A cache without its keys and values."""
 
     length: jax.Array
+    position: jax.Array
     blocks: BlockState
     attention: AttentionState | None
     key_sums: jax.Array
@@ -166,7 +168,7 @@ def init_cache(
             f'{config.selector!r}: use gate="per_head"'
         )
     layers, attention = config.num_blocks, config.num_attention_blocks
-    heads, size, width = config.num_heads, config.head_size, config.width
+    heads, size, shift = config.num_heads, config.head_size, config.channel_mix_shift
     mixer = config.mixer_sizes
     rows = _rows(config, max_length, policy)
     if rows > MOST_ROWS:
@@ -178,16 +180,17 @@ def init_cache(
     pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
+        position=jnp.zeros(batch, jnp.int32),
         blocks=BlockState(
             TimeMixState(
                 jnp.zeros((layers, batch, mixer.shift), dtype),
                 jnp.zeros((layers, batch, mixer.heads, mixer.values, mixer.keys), jnp.float32),
             ),
-            jnp.zeros((layers, batch, width), dtype),
+            jnp.zeros((layers, batch, shift), dtype),
         ),
         attention=AttentionState(
-            jnp.zeros((attention, batch, width), dtype),
-            jnp.zeros((attention, batch, max(0, config.key_conv - 1), width), dtype),
+            jnp.zeros((attention, batch, shift), dtype),
+            jnp.zeros((attention, batch, max(0, config.key_conv - 1) * config.kv_width), dtype),
         )
         if attention
         else None,
@@ -224,7 +227,9 @@ def cache_bytes(
 
 def snapshot(cache: Cache) -> Snapshot:
     """What `rewind` needs to come back here after further reading."""
-    return Snapshot(cache.length, cache.blocks, cache.attention, cache.pages.key_sums)
+    return Snapshot(
+        cache.length, cache.position, cache.blocks, cache.attention, cache.pages.key_sums
+    )
 
 
 def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
@@ -236,6 +241,7 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
     return replace(
         cache,
         length=snapshot.length,
+        position=snapshot.position,
         blocks=snapshot.blocks,
         attention=snapshot.attention,
         pages=cache.pages._replace(key_sums=snapshot.key_sums),
@@ -246,7 +252,7 @@ def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
     """`ours` of the texts where chosen [B], `others` elsewhere."""
 
     def pick(x: jax.Array, y: jax.Array) -> jax.Array:
-        axis = min(1, x.ndim - 1)  # of the texts: all but the length are stacked by layer
+        axis = min(1, x.ndim - 1)  # of the texts: all but length and position are stacked by layer
         shape = [1] * x.ndim
         shape[axis] = -1
         return jnp.where(chosen.reshape(shape), x, y)

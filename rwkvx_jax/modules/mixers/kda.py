@@ -15,7 +15,7 @@ from rwkvx_jax.modules.mixers.base import (
     rms_norm,
     split_heads,
 )
-from rwkvx_jax.modules.mixers.convolution import first_taps
+from rwkvx_jax.modules.convolution import first_taps
 from rwkvx_jax.modules.mixers.deltanet import convolved, first_rates, first_steps
 from rwkvx_jax.modules.parameters import LayerConstants, input_matrix, parameter, project
 
