@@ -167,6 +167,11 @@ def init_cache(
             f'gate "shared" is the original package\'s, whose selector is "mean", not '
             f'{config.selector!r}: use gate="per_head"'
         )
+    if gate == "shared" and config.kv_heads != config.num_heads:
+        raise ConfigError(
+            f'gate "shared" scores a chunk by all channels of queries and keys, of which there are '
+            f'{config.width} and {config.kv_width}: use gate="per_head"'
+        )
     layers, attention = config.num_blocks, config.num_attention_blocks
     heads, size, shift = config.num_heads, config.head_size, config.channel_mix_shift
     mixer = config.mixer_sizes

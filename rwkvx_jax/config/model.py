@@ -270,6 +270,12 @@ class ModelConfig(Checked):
         return "RWKV-X" if self.num_attention_blocks else self.mixer_title
 
     @property
+    def blocks_title(self) -> str:
+        """Numbers and kinds of the blocks for people."""
+        kinds = (self.num_blocks, self.mixer_title), (self.num_attention_blocks, "attention")
+        return " and ".join(f"{count} {kind}" for count, kind in kinds if count) + " blocks"
+
+    @property
     def attention_layers(self) -> int:
         """Attention blocks that have parameters of their own."""
         return min(1, self.num_attention_blocks) if self.shared_attention else self.num_attention_blocks

@@ -314,8 +314,7 @@ def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
     states = ", learned initial states" if config.learned_state else ""
     return (
         f"{dst}: {'official' if official else 'our'} layout, "
-        f"{size(dst) / 1e6:,.1f} MB; {config.num_blocks} {config.mixer_title} blocks, "
-        f"{config.num_attention_blocks} attention blocks, width {config.width}, "
+        f"{size(dst) / 1e6:,.1f} MB; {config.blocks_title}, width {config.width}, "
         f"vocabulary {config.vocab_size}{states}"
     )
 

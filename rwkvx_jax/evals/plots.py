@@ -86,7 +86,9 @@ def name_of(model: Record) -> str:
       model: its description (see `EvalModel.description`).
     """
     config, label = model["model"], model["label"].replace(".safetensors", "")
-    kind = "RWKV-X" if config["attention"] == "sparse" else "RWKV-X with full attention"
+    kind = "RWKV-X" if config["num_blocks"] else "Transformer"
+    if (config["attention"] == "full") == (kind == "RWKV-X"):  # what is not usual for it
+        kind += f" with {config['attention']} attention"
     if not config["num_attention_blocks"] and not label.endswith(ATTENTION_OFF):
         kind = "RWKV-7"
     return f"{kind}: {label}"

@@ -11,13 +11,13 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.config import ModelConfig
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
-    """f [K / 2], float64: radians a token, with `config.rope_scaling` as Llama 3.1 has it.
+def frequencies(config: ModelConfig) -> Float32[Array, " half"]:
+    """f [K / 2], rounded from float64: radians a token, with `config.rope_scaling` as Llama 3.1 has it.
 
     Waves longer than original / low_freq_factor tokens become slower by `factor`, those shorter
     than original / high_freq_factor stay, and those between go from one to the other, linearly in
@@ -26,11 +26,11 @@ def frequencies(config: ModelConfig) -> np.ndarray:
     size = config.head_size
     plain = config.rope_theta ** -(np.arange(0, size, 2) / size)
     if config.rope_scaling is None:
-        return plain
+        return jnp.asarray(plain, jnp.float32)
     factor, low, high, original = config.rope_scaling
     waves = original * plain / (2 * math.pi)  # in the original length
     kept = np.clip((waves - low) / (high - low), 0, 1)
-    return plain * (kept + (1 - kept) / factor)
+    return jnp.asarray(plain * (kept + (1 - kept) / factor), jnp.float32)
 
 
 def rotate(
@@ -38,7 +38,7 @@ def rotate(
 ) -> Float[Array, "B T H K"]:
     """x turned by the positions of its tokens, in x's dtype; angles and products in float32."""
     angles = positions[..., None, None].astype(jnp.float32)
-    angles = angles * jnp.asarray(frequencies(config), jnp.float32)[None, None, None]
+    angles = angles * frequencies(config)[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
