@@ -127,6 +127,8 @@ def unsupported_reason(
     Returns:
       A clause that says why, or None if they can.
     """
+    if q.shape[2] != k.shape[2]:
+        return f"{q.shape[2]} query heads share {k.shape[2]} key heads, the kernels' have their own"
     reason = alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
     return reason or _plan_of(q, k, slots, chunk_size, 1.0, q_offset, tile).problem
 

@@ -20,6 +20,7 @@ from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.ops.attention_inputs import (
     Offset,
     check_chunking,
+    check_groups,
     check_offset,
     query_positions,
     run_attention,
@@ -154,7 +155,7 @@ def chunk_key_sums(k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array
 
 def select_from_rows(
     q: Float[Array, "B Tq H K"],
-    rows: Float[Array, "B NR H K"],
+    rows: Float[Array, "B NR G K"],
     positions: Int[Array, "B Tq"],
     *,
     chunk_size: int,
@@ -167,8 +168,9 @@ def select_from_rows(
 
     Args:
       q: [B, Tq, H, K] queries.
-      rows: [B, N * selector.rows, H, K] float32, what the selector keeps of chunks 0..N-1; those
-        of chunks that are not past for a query (not complete, in a cache) may hold anything.
+      rows: [B, N * selector.rows, G, K] float32, what the selector keeps of chunks 0..N-1; those
+        of chunks that are not past for a query (not complete, in a cache) may hold anything. G
+        divides H.
       positions: int32 [B, Tq] absolute positions of the queries.
       chunk_size: tokens in a chunk.
       count: how many chunks to choose.
@@ -221,11 +223,14 @@ def _map_blocks(select_block, q, own, block):
 def _select_among(first, q, keys, own, *, count, selector, key_size):
     """Choices [B, H, T, count] from the `first` chunks alone.
 
-    q: [B, H, T, K]; keys: [B, H, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
+    q: [B, H, T, K]; keys: [B, G, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
     """
+    batch, heads, length, _ = q.shape
     some = keys[:, :, : first * selector.keys_per_chunk]
     q = selector.queries(q.astype(jnp.float32))
-    products = jnp.einsum("bhtf,bhnf->bhtn", q, some, precision=jax.lax.Precision.HIGHEST)
+    q = q.reshape(batch, keys.shape[1], -1, q.shape[3])  # the queries of a key head
+    products = jnp.einsum("bgmf,bgnf->bgmn", q, some, precision=jax.lax.Precision.HIGHEST)
+    products = products.reshape(batch, heads, length, -1)
     return choose_past(products, own, count=count, selector=selector, key_size=key_size)
 
 
@@ -269,7 +274,7 @@ def _best(scores, count):
 
 def select_chunks(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
+    k: Float[Array, "B Tk G K"],
     *,
     chunk_size: int,
     top_k: int,
@@ -281,7 +286,8 @@ def select_chunks(
 
     Args:
       q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
-      k: [B, Tk, H, K] keys from position 0.
+      k: [B, Tk, G, K] keys from position 0. G divides H, and query head h scores the keys of head
+        h // (H / G).
       chunk_size: tokens in a chunk, counted from position 0.
       top_k: chunks a query attends to, its own included.
       q_offset: int, integer scalar or integer [B] (may be traced).
@@ -302,6 +308,8 @@ def select_chunks(
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
+        if q.shape[2] != k.shape[2]:
+            return f"{q.shape[2]} query heads share {k.shape[2]} key heads, the kernel's have their own"
         if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
         reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
@@ -339,7 +347,7 @@ def kernel_factors(q, k, chunk_size, selector):
 
 def select_chunks_reference(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
+    k: Float[Array, "B Tk G K"],
     *,
     chunk_size: int,
     top_k: int,
@@ -350,7 +358,7 @@ def select_chunks_reference(
     _check(q, k, chunk_size, top_k, q_offset, selector)
     batch, length, heads, _ = q.shape
     chunks = k.shape[1] // chunk_size
-    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    q, k = q.astype(jnp.float32), jnp.repeat(k.astype(jnp.float32), heads // k.shape[2], axis=2)
     chunk = lambda c: k[:, c * chunk_size : (c + 1) * chunk_size]
     score = [_score_reference(q, chunk(c), selector) for c in range(chunks)]
     columns = chunks + top_k - 1
@@ -395,9 +403,9 @@ def check_selector(selector: Selector, chunk_size: int) -> None:
 def _check(q, k, chunk_size, top_k, q_offset, selector) -> None:
     check_chunking(chunk_size, top_k)
     check_selector(selector, chunk_size)
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch, heads and "
-            "key size"
+            f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch and key size"
         )
+    check_groups(q.shape[2], k.shape[2])
     check_offset(q_offset, q.shape[0])
