@@ -1,7 +1,7 @@
 """Decode state: recurrent states, token shifts, and the pages of the attention blocks.
 
 Everything has a static shape, so one compilation serves a whole generation. Keys and values of an
-attention block lie in pages of one chunk each, [M, B, H, N, C, K], so that reading a chosen chunk
+attention block lie in pages of one chunk each, [M, B, G, N, C, K], so that reading a chosen chunk
 reads contiguous memory; R running rows of each page (its sum of keys, or what else the selector
 keeps) serve the gate. Rows are written in place: pages travel through the layer scan as a carry.
 
@@ -50,18 +50,19 @@ class AttentionState(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Keys and values of all attention blocks; N pages of C rows for each head."""
+    """Keys and values of all attention blocks; N pages of C rows for each of their G heads."""
 
-    keys: Float[Array, "M B H N C K"]
-    values: Float[Array, "M B H N C K"]
-    key_sums: Float32[Array, "M B H NR K"]  # what the selector keeps of each page's keys
+    keys: Float[Array, "M B G N C K"]
+    values: Float[Array, "M B G N C K"]
+    key_sums: Float32[Array, "M B G NR K"]  # what the selector keeps of each page's keys
 
 
 @dataclass(frozen=True)
 class CachePolicy:
     """Bounds the rows of an attention block: when a token finds more than `trigger` rows, only
     `keep` stay: the last `window`, and those of the older ones which this token's query weighs
-    most, each head choosing for itself. Chosen rows are ordered by weight, as in the original.
+    most, each head choosing for itself (heads that share keys by the sum of their scores). Chosen
+    rows are ordered by weight, as in the original.
     """
 
     trigger: int
@@ -173,7 +174,7 @@ def init_cache(
             f'{config.width} and {config.kv_width}: use gate="per_head"'
         )
     layers, attention = config.num_blocks, config.num_attention_blocks
-    heads, size, shift = config.num_heads, config.head_size, config.channel_mix_shift
+    heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
     mixer = config.mixer_sizes
     rows = _rows(config, max_length, policy)
     if rows > MOST_ROWS:
@@ -268,8 +269,8 @@ def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
 def write_rows(
     pages: Pages,
     layer: Int[Array, ""],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
@@ -313,6 +314,7 @@ def compress(
     keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
     row = jnp.arange(keys.shape[2])
     past = row[None] < (length - policy.window)[:, None]  # [B, S]
+    q = q.reshape(batch, heads, -1, size).sum(2)  # so that the scores are summed
     options = {"precision": precision_of(q.dtype), "preferred_element_type": jnp.float32}
     scores = jnp.einsum("bhk,bhsk->bhs", q, keys, **options)
     scores = jnp.where(past[:, None], scores * size**-0.5, -jnp.inf)

@@ -141,41 +141,44 @@ class Attention(nnx.Module):
 
     def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
         """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
-        blocks, batch, heads, count, chunk, size = pages.keys.shape
+        _, batch, groups, count, chunk, size = pages.keys.shape
         own = (start // chunk)[:, None, None]  # [B, 1, 1]
+        # Queries of one key head are read together where they see the same pages.
+        readers = groups if chosen is None else chosen.shape[2]
         if chosen is None:
-            chosen = jnp.broadcast_to(jnp.arange(count), (batch, heads, count))
+            chosen = jnp.broadcast_to(jnp.arange(count), (batch, readers, count))
             visible = jnp.clip(start[:, None, None] + 1 - chosen * chunk, 0, chunk)
         else:
-            own = jnp.broadcast_to(own, (batch, heads, 1))
+            own = jnp.broadcast_to(own, (batch, readers, 1))
             visible = jnp.where(chosen[:, 0] >= 0, chunk, 0)
             chosen = jnp.concatenate([jnp.maximum(chosen[:, 0], 0), own], axis=-1)
             filled = jnp.broadcast_to((start % chunk + 1)[:, None, None], own.shape)
             visible = jnp.concatenate([visible, filled], axis=-1)
-        row = jnp.arange(batch * heads).reshape(batch, heads, 1)
-        flat = (layer * batch * heads + row) * count + chosen
+        row = jnp.arange(batch * readers).reshape(batch, readers, 1) // (readers // groups)
+        flat = (layer * batch * groups + row) * count + chosen
         out = attend_pages(
-            q.reshape(batch * heads, size),
+            q.reshape(batch * readers, -1, size),
             pages.keys.reshape(-1, chunk, size),
             pages.values.reshape(-1, chunk, size),
-            flat.reshape(batch * heads, -1),
-            visible.reshape(batch * heads, -1),
+            flat.reshape(batch * readers, -1),
+            visible.reshape(batch * readers, -1),
             scale=size**-0.5,
         )
-        return out.reshape(batch, 1, heads, size)
+        return out.reshape(batch, 1, -1, size)
 
     def _read_piece(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
         """Many tokens at once, [B, T, H, K]."""
-        _, batch, heads, count, chunk, size = pages.keys.shape
+        _, batch, groups, count, chunk, size = pages.keys.shape
         return attend_piece(
             q,
             pages.keys.reshape(-1, count * chunk, size),
             pages.values.reshape(-1, count * chunk, size),
-            layer * batch * heads,
+            layer * batch * groups,
             chosen,
             start,
             chunk_size=chunk,
             scale=size**-0.5,
+            key_heads=groups,
         )
 
     def project(
@@ -186,8 +189,8 @@ class Attention(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[
         Float[Array, "B T H K"],
-        Float[Array, "B T H K"],
-        Float[Array, "B T H K"],
+        Float[Array, "B T G K"],
+        Float[Array, "B T G K"],
         Float[Array, "B X"] | None,
     ]:
         """Queries, keys and values in h's dtype, and the new tail (None without a convolution).
@@ -211,9 +214,6 @@ class Attention(nnx.Module):
             positions = jnp.arange(h.shape[1], dtype=jnp.int32)[None]
             positions = positions if position is None else position[:, None] + positions
             q, k = rotate(q, positions, config), rotate(k, positions, config)
-        each = config.num_heads // config.kv_heads
-        if each > 1:
-            k, v = jnp.repeat(k, each, axis=2), jnp.repeat(v, each, axis=2)
         return q, k, v, tail
 
     def _projected(self, h: Float[Array, "B T D"], name: str) -> Float[Array, "B T X"]:
