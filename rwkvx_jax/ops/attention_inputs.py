@@ -78,13 +78,13 @@ def check_groups(heads: int, key_heads: int, choices: int | None = None) -> None
     """
     if key_heads < 1 or heads % key_heads:
         raise ValueError(
-            f"{heads} query heads can't share {key_heads} key and value heads evenly: the number of "
-            "key heads must divide that of query heads"
+            f"{heads} query heads can't share {key_heads} key and value heads evenly: the number "
+            "of key heads must divide that of query heads"
         )
     if choices is not None and (choices < 1 or heads % choices or choices % key_heads):
         raise ValueError(
             f"{heads} query heads and {key_heads} key heads with {choices} choices of chunks: the "
-            "number of choices must divide that of query heads, and that of key heads must divide it"
+            "number of choices must divide that of query heads, that of key heads must divide it"
         )
 
 

@@ -68,7 +68,8 @@ def sparse_attention(
         "masked" (scores everything, for texts that are not long and chunks up to 512), "full" (full
         attention, where no selection is given and every chunk is read), "pallas", or None to
         choose by platform and shapes.
-      selector: how `select_chunks` scores a chunk, where no selection is given.
+      selector: how `select_chunks` scores a chunk, and which heads choose together, where no
+        selection is given.
 
     Returns:
       [B, Tq, H, V] in q's dtype. Scores and sums are float32. Differentiable in q, k, v in reverse
@@ -80,8 +81,8 @@ def sparse_attention(
         differentiation of another than "reference".
     """
     check_chunking(chunk_size, top_k)
-    check_selector(selector, chunk_size)
     check_attention_inputs(q, k, v, q_offset)
+    check_selector(selector, chunk_size, q.shape[2], k.shape[2])
     scale = check_scale(scale, q.shape[-1])
     everything = selection is None and k.shape[1] <= chunk_size * top_k
     candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset, everything)

@@ -1,4 +1,4 @@
-"""Flash-style causal attention of one key head in plain XLA: over everything, within chunks, or masked.
+"""Flash-style causal attention to one key head in plain XLA: to everything, within chunks, masked.
 
 The dense baseline attends to all earlier keys, the sparse op needs the same thing restricted to
 each query's own chunk or, in texts that are not long, to the chunks it chose. All are loops over
@@ -286,7 +286,7 @@ class _Mask:
             self.seen = split_rows(padded, rows)  # [blocks, rows, P, N]
 
     def __call__(self, position, row_block, col_block):
-        """Which keys of a block each of the queries at position.. sees, bool [rows * heads, cols]."""
+        """Which keys of a block the queries at position.. see, bool [rows * heads, cols]."""
         queries = position + jnp.arange(self.rows, dtype=jnp.int32)[:, None]
         keys = col_block * self.cols + jnp.arange(self.cols, dtype=jnp.int32)[None, :]
         visible = keys <= queries

@@ -4,7 +4,7 @@ Pages hold one chunk of keys or values each, for one attention block, batch row 
 buffer is large (gigabytes, for all blocks of a model) and only a few pages of it count for a token,
 so nothing here ever copies, transposes or slices the buffer as a whole: `attend_pages` serves one
 token a row (decoding), `attend_piece` a piece of text (prefill); `select_pages` chooses for both,
-each head for itself. The loops on a CPU are meant for one device.
+the heads of a choice together. The loops on a CPU are meant for one device.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def select_pages(
     count: int,
     selector: Selector = MEAN,
     implementation: str | None = None,
-) -> Int32[Array, "B T H {count}"]:
+) -> Int32[Array, "B T S {count}"]:
     """The `count` past pages that each token and head reads in one attention block.
 
     Args:
@@ -57,14 +57,14 @@ def select_pages(
       positions: absolute positions of the queries.
       chunk_size: tokens in a page.
       count: how many pages to choose.
-      selector: how a page is scored.
+      selector: how a page is scored, and which heads choose together.
       implementation: "in_place" (CPU, one token: reads the rows where they lie, block by block, as
         far as the longest text goes), "slice" (cuts the attention block's rows out and calls
         `select_from_rows`; also the oracle), or None to choose by platform.
 
     Returns:
-      int32 [B, T, H, count], by descending score, ties to the lower index, padded with -1. No
-      gradient flows through it.
+      int32 [B, T, S, count], with S = H / selector.together, by descending score, ties to the
+      lower index, padded with -1. No gradient flows through it.
 
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
@@ -95,7 +95,7 @@ def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
     turns = -(-own.max() // once)
     flat = rows.reshape(-1, stored * size)
     q, flat = jax.lax.stop_gradient((q, flat))
-    q = selector.queries(q.astype(jnp.float32))
+    q = selector.queries(q.astype(jnp.float32), 1)
     q = q.reshape(batch * groups, -1, q.shape[-1])  # the queries that read one row of keys
 
     def score(i, products):

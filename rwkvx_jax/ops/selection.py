@@ -57,10 +57,15 @@ class Selector(NamedTuple):
       "bounds": sum over channels of the larger of q * smallest key and q * largest key, an upper
         bound of q . k over the chunk (Quest, arXiv 2406.10774).
     blocks: parts of a chunk, for "max" and "pooled".
+    together: neighbouring query heads that share a choice, by the sum of their scores or the
+      largest. They read one key head.
+    joined: "sum" or "max".
     """
 
     kind: Literal["mean", "max", "pooled", "bounds"] = "mean"
     blocks: int = 1
+    together: int = 1
+    joined: Literal["sum", "max"] = "sum"
 
     @property
     def rows(self) -> int:
@@ -105,22 +110,39 @@ class Selector(NamedTuple):
             return rows / (chunk_size // self.rows)
         return rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
 
-    def queries(self, q: Float[Array, "*any K"]) -> Float[Array, "*any F"]:
-        """What is multiplied with those keys: [..., K] -> [..., F] of the same dtype."""
-        if self.kind != "bounds":
+    @property
+    def sums_queries(self) -> bool:
+        """Whether heads that choose together do so by the sum of their queries, as `queries` makes
+        it: the sum of their scores where these are products."""
+        return self.together == 1 or (self.is_product and self.joined == "sum")
+
+    def queries(self, q: Float[Array, "*any K"], axis: int) -> Float[Array, "*some F"]:
+        """What is multiplied with those keys: [..., K] -> [..., F]. Heads, along `axis`, that
+        choose together become one where it `sums_queries`, in float32; else the dtype stays."""
+        if self.kind == "bounds":
+            q = jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1)
+        if self.together == 1 or not self.sums_queries:
             return q
-        return jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1)
+        return self._of_heads(q.astype(jnp.float32), axis).sum(axis + 1)
 
     def combine(
-        self, products: Float32[Array, "*any keys"], key_size: int
-    ) -> Float32[Array, "*any N"]:
-        """Scores [..., N] from the products of a query with all keys [..., N * keys_per_chunk]."""
-        if self.is_product:
-            return products
-        products = products.reshape(*products.shape[:-1], -1, self.rows)
-        if self.kind == "max":
-            return products.max(-1)
-        return jax.nn.logsumexp(products * key_size**-0.5, axis=-1)
+        self, products: Float32[Array, "B H T keys"], key_size: int
+    ) -> Float32[Array, "B S T N"]:
+        """Scores [B, S, T, N] from the products of `queries` with all keys: [B, H, T, N *
+        keys_per_chunk], or [B, S, ...] where it `sums_queries`."""
+        scores = products
+        if not self.is_product:
+            products = products.reshape(*products.shape[:-1], -1, self.rows)
+            pooled = lambda x: jax.nn.logsumexp(x * key_size**-0.5, axis=-1)
+            scores = products.max(-1) if self.kind == "max" else pooled(products)
+        if self.sums_queries:
+            return scores
+        scores = self._of_heads(scores, 1)
+        return scores.sum(2) if self.joined == "sum" else scores.max(2)
+
+    def _of_heads(self, x, axis: int):
+        """[..., H, ...] -> [..., S, together, ...]."""
+        return x.reshape(*x.shape[:axis], -1, self.together, *x.shape[axis + 1 :])
 
     def start(self, shape: tuple[int, ...]) -> Float32[Array, "..."]:
         """Rows of chunks without any key, float32."""
@@ -161,7 +183,7 @@ def select_from_rows(
     chunk_size: int,
     count: int,
     selector: Selector = MEAN,
-) -> Int32[Array, "B Tq H {count}"]:
+) -> Int32[Array, "B Tq S {count}"]:
     """The `count` past chunks with the highest scores, for queries at given positions.
 
     A chunk is past for a query when it ends at or before the start of the query's own chunk.
@@ -177,14 +199,15 @@ def select_from_rows(
       selector: how a chunk is scored.
 
     Returns:
-      int32 [B, Tq, H, count], by descending score, ties to the lower index, padded with -1.
+      int32 [B, Tq, S, count], by descending score, ties to the lower index, padded with -1; S is
+      H / selector.together.
       No gradient flows through it.
     """
     batch, length, heads, size = q.shape
     chunks = rows.shape[1] // selector.rows
     taken = min(count, chunks)
     if taken == 0:
-        return jnp.full((batch, length, heads, count), -1, jnp.int32)
+        return jnp.full((batch, length, heads // selector.together, count), -1, jnp.int32)
     q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
     # Heads before time, once: the keys of a head lie together, as products want them.
     q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size)
@@ -206,7 +229,7 @@ def select_from_rows(
 
 
 def _map_blocks(select_block, q, own, block):
-    """(q [B, H, block, K], own [B, block]) -> [B, H, block, J], for every block: [B, H, T, J]."""
+    """(q [B, H, block, K], own [B, block]) -> [B, S, block, J], for every block: [B, S, T, J]."""
     batch, heads, length, size = q.shape
     blocks = -(-length // block)
     if blocks == 1:
@@ -217,20 +240,19 @@ def _map_blocks(select_block, q, own, block):
     own = jnp.pad(own, ((0, 0), (0, pad)))
     own = jnp.moveaxis(own.reshape(batch, blocks, block), 1, 0)
     chosen = jnp.moveaxis(jax.lax.map(select_block, (q, own)), 0, 2)
-    return chosen.reshape(batch, heads, blocks * block, -1)[:, :, :length]
+    return chosen.reshape(*chosen.shape[:2], blocks * block, -1)[:, :, :length]
 
 
 def _select_among(first, q, keys, own, *, count, selector, key_size):
-    """Choices [B, H, T, count] from the `first` chunks alone.
+    """Choices [B, S, T, count] from the `first` chunks alone.
 
     q: [B, H, T, K]; keys: [B, G, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
     """
-    batch, heads, length, _ = q.shape
     some = keys[:, :, : first * selector.keys_per_chunk]
-    q = selector.queries(q.astype(jnp.float32))
-    q = q.reshape(batch, keys.shape[1], -1, q.shape[3])  # the queries of a key head
-    products = jnp.einsum("bgmf,bgnf->bgmn", q, some, precision=jax.lax.Precision.HIGHEST)
-    products = products.reshape(batch, heads, length, -1)
+    q = selector.queries(q.astype(jnp.float32), 1)
+    rows = q.reshape(*keys.shape[:2], -1, q.shape[3])  # the queries of a key head
+    products = jnp.einsum("bgmf,bgnf->bgmn", rows, some, precision=jax.lax.Precision.HIGHEST)
+    products = products.reshape(*q.shape[:3], -1)
     return choose_past(products, own, count=count, selector=selector, key_size=key_size)
 
 
@@ -241,9 +263,9 @@ def choose_past(
     count: int,
     selector: Selector,
     key_size: int,
-) -> Int32[Array, "B H T J"]:
+) -> Int32[Array, "B S T J"]:
     """The best `count` of the chunks before the own one, by the products of queries and keys that
-    `Selector.queries` and `Selector.keys` make: int32 [B, H, T, count], -1 for none."""
+    `Selector.queries` and `Selector.keys` make: int32 [B, S, T, count], -1 for none."""
     scores = selector.combine(products, key_size)
     chunks = scores.shape[-1]
     past = jnp.arange(chunks)[None, None, None] < own[:, None, :, None]
@@ -281,7 +303,7 @@ def select_chunks(
     q_offset: Offset = 0,
     implementation: str | None = None,
     selector: Selector = MEAN,
-) -> Int32[Array, "B Tq H {top_k}-1"]:
+) -> Int32[Array, "B Tq S {top_k}-1"]:
     """Chooses the past chunks that each query and head attends to beside its own chunk.
 
     Args:
@@ -293,25 +315,26 @@ def select_chunks(
       q_offset: int, integer scalar or integer [B] (may be traced).
       implementation: "pallas" (TPU, selector "mean" or "bounds"), "xla", or None to choose by
         platform.
-      selector: how a query scores a chunk.
+      selector: how a query scores a chunk, and which heads choose together.
 
     Returns:
-      int32 [B, Tq, H, top_k - 1], by descending score, ties to the lower index, padded with -1.
+      int32 [B, Tq, S, top_k - 1], by descending score, ties to the lower index, padded with -1; S
+      is H / selector.together, and query head h uses choice h // selector.together.
       The own chunk, later chunks and a trailing partial chunk are never chosen. No gradient.
 
     Raises:
       ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1, a negative q_offset, or a
-        chunk that can't be cut into the selector's blocks, or a named implementation that cannot
-        run here.
+        chunk that can't be cut into the selector's blocks, heads that can't be grouped, or a named
+        implementation that cannot run here.
     """
     _check(q, k, chunk_size, top_k, q_offset, selector)
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
-        if q.shape[2] != k.shape[2]:
-            return f"{q.shape[2]} query heads share {k.shape[2]} key heads, the kernel's have their own"
         if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
+        if not selector.sums_queries:
+            return "heads that choose together take the largest score and the kernel sums queries"
         reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
         if reason and selector.kind == "bounds":
             reason += ' (the selector "bounds" doubles it)'
@@ -339,10 +362,11 @@ def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset):
 
 
 def kernel_factors(q, k, chunk_size, selector):
-    """Queries [B, Tq, H, F] and keys [B, N, H, F] of the complete chunks, for the TPU kernel."""
+    """Queries [B, Tq, S, F] and keys [B, N, S, F] of the complete chunks, for the TPU kernel."""
     complete = k.shape[1] // chunk_size * chunk_size
     rows = selector.rows_of(k[:, :complete], chunk_size).swapaxes(1, 2)
-    return selector.queries(q), selector.keys(rows, chunk_size).swapaxes(1, 2)
+    queries, keys = selector.queries(q, 2), selector.keys(rows, chunk_size).swapaxes(1, 2)
+    return queries, jnp.repeat(keys, queries.shape[2] // keys.shape[2], axis=2)
 
 
 def select_chunks_reference(
@@ -353,7 +377,7 @@ def select_chunks_reference(
     top_k: int,
     q_offset: Offset = 0,
     selector: Selector = MEAN,
-) -> Int32[Array, "B Tq H {top_k}-1"]:
+) -> Int32[Array, "B Tq S {top_k}-1"]:
     """Oracle of `select_chunks`: the whole score matrix, sorted stably. Same arguments, result."""
     _check(q, k, chunk_size, top_k, q_offset, selector)
     batch, length, heads, _ = q.shape
@@ -364,6 +388,9 @@ def select_chunks_reference(
     columns = chunks + top_k - 1
     absent = [jnp.full((batch, length, heads), -jnp.inf)] * (top_k - 1)
     scores = jnp.stack(score + absent, axis=-1) if columns else jnp.zeros((batch, length, heads, 0))
+    together = selector.together
+    scores = scores.reshape(batch, length, heads // together, together, columns)
+    scores = scores.sum(3) if selector.joined == "sum" else scores.max(3)
     own = query_positions(q_offset, batch, length) // chunk_size
     past = jnp.arange(columns)[None, None, :] < own[:, :, None]
     scores = jnp.where(past[:, :, None, :], scores, -jnp.inf)
@@ -387,8 +414,9 @@ def _score_reference(q, chunk, selector: Selector) -> jax.Array:
     return jnp.log(jnp.sum(jnp.exp(scores * q.shape[-1] ** -0.5), axis=0))
 
 
-def check_selector(selector: Selector, chunk_size: int) -> None:
-    """Raises ValueError on an unknown kind, or blocks that do not divide the chunk."""
+def check_selector(selector: Selector, chunk_size: int, heads: int, key_heads: int) -> None:
+    """Raises ValueError on an unknown kind, blocks that do not divide the chunk, or heads that
+    can't choose together."""
     if selector.kind not in ("mean", "max", "pooled", "bounds"):
         raise ValueError(
             f"selector {selector.kind!r} is unknown: choose mean, max, pooled or bounds"
@@ -398,14 +426,21 @@ def check_selector(selector: Selector, chunk_size: int) -> None:
             f"a chunk of {chunk_size} tokens can't be cut into {selector.blocks} equal blocks: "
             "choose a divisor"
         )
+    if selector.joined not in ("sum", "max"):
+        raise ValueError(f"joined={selector.joined!r} of a selector is unknown: choose sum or max")
+    if selector.together < 1 or heads % selector.together:
+        raise ValueError(
+            f"{heads} query heads can't choose together in groups of {selector.together}: choose a "
+            "divisor"
+        )
+    check_groups(heads, key_heads, heads // selector.together)
 
 
 def _check(q, k, chunk_size, top_k, q_offset, selector) -> None:
     check_chunking(chunk_size, top_k)
-    check_selector(selector, chunk_size)
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch and key size"
         )
-    check_groups(q.shape[2], k.shape[2])
+    check_selector(selector, chunk_size, q.shape[2], k.shape[2])
     check_offset(q_offset, q.shape[0])
