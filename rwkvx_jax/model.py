@@ -118,7 +118,9 @@ class RWKVX(nnx.Module):
             return (x, v_first), seen
 
         carry = (x, jnp.zeros_like(x))
-        (x, _), seen = jax.lax.scan(group, carry, (self.grouped(self.recurrent()), attention_blocks))
+        (x, _), seen = jax.lax.scan(
+            group, carry, (self.grouped(self.recurrent()), attention_blocks)
+        )
         return self.ln_out(x), seen
 
     def init_cache(
@@ -266,9 +268,9 @@ class RWKVX(nnx.Module):
 
     def attentions(self) -> tuple[Any, Any]:
         """The attention blocks of the groups [M], or the one that all of them share; else None."""
-        blocks = getattr(self, "attention_blocks", None)
         if not self.config.shared_attention:
-            return blocks, None
+            return getattr(self, "attention_blocks", None), None
+        blocks = self.attention_blocks
         return None, blocks[0] if _is_list(blocks) else jax.tree.map(lambda p: p[0], blocks)
 
     def grouped(self, stacked: Any) -> Any:

@@ -55,8 +55,9 @@ def zamba_like(groups: int = 4, width: int = 2048, head_size: int = 64) -> Model
     As there: the ratio, one set of parameters for all uses of attention and its MLP, each use with
     its own keys and values, rotary positions (Zamba2). Not as there: the shared block reads the
     residual stream alone, not beside the embedding in twice the width, and its output goes back
-    into the stream without a matrix for each use; no low-rank adapters of each use, one shared block
-    instead of Zamba2's two; an RWKV channel mix in the Mamba-2 blocks, which have none there.
+    into the stream without a matrix for each use; there are no low-rank adapters of each use, and
+    one shared block, not two as in Zamba2; the Mamba-2 blocks have an RWKV channel mix, which they
+    have not there.
     """
     hybrid = _hybrid("mamba2", 6, groups, width, head_size)
     return dataclasses.replace(hybrid, shared_attention=True, rope_theta=10_000.0)

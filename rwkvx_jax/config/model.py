@@ -219,13 +219,14 @@ class ModelConfig(Checked):
         require(
             self.attention_init != "copy"
             or (self.num_blocks > 0 and self.backbone == "rwkv" and not self.shared_attention),
-            'model.attention_init "copy" takes the matrices of the RWKV block before each attention '
-            'block: without such blocks, with backbone="llama" or shared_attention use "zero"',
+            'model.attention_init "copy" takes the matrices of the RWKV block before each '
+            'attention block: without such blocks, with backbone="llama" or shared_attention use '
+            '"zero"',
         )
         require(
             not grouped or self.attention_init == "zero",
             f"model.attention_init {self.attention_init!r} sets keys from queries or from blocks "
-            f"with as many heads, but model.num_kv_heads is {self.num_kv_heads}: use \"zero\"",
+            f'with as many heads, but model.num_kv_heads is {self.num_kv_heads}: use "zero"',
         )
 
     @property
@@ -278,11 +279,15 @@ class ModelConfig(Checked):
     @property
     def attention_layers(self) -> int:
         """Attention blocks that have parameters of their own."""
-        return min(1, self.num_attention_blocks) if self.shared_attention else self.num_attention_blocks
+        return (
+            min(1, self.num_attention_blocks)
+            if self.shared_attention
+            else self.num_attention_blocks
+        )
 
     @property
     def channel_mix_matrices(self) -> int:
-        """Numbers in the matrices of one channel mix, all of which each token is multiplied with."""
+        """Numbers in the matrices of one channel mix."""
         return (3 if self.backbone == "llama" else 2) * self.width * self.hidden_width
 
     @property

@@ -237,9 +237,7 @@ def with_attention_off(models: Sequence[EvalModel]) -> list[EvalModel]:
         raise ConfigError(
             "--compare-without-attention: no checkpoint here has attention blocks beside others"
         )
-    pairs = [
-        [model, model.without_attention()] if hybrid(model) else [model] for model in models
-    ]
+    pairs = [[model, model.without_attention()] if hybrid(model) else [model] for model in models]
     return [model for pair in pairs for model in pair]
 
 

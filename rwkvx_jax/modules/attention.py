@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         gate: Gate,
         policy: CachePolicy | None,
         tail: Float[Array, "B X"],  # last keys before the convolution
-    ) -> tuple[Float[Array, "B T D"], tuple[Pages, Float[Array, "B X"]]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Pages, Float[Array, "B X"] | None]]:
         """Attention of a piece to itself and to everything in the pages.
 
         With a policy, rows that are due are compressed first, by the query of the first token.
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         Returns:
           The output [B, T, D]; pages with the piece appended, and the new tail.
         """
-        q, k, v, tail = self.project(h, position, tail, lengths)
+        q, k, v, new_tail = self.project(h, position, tail, lengths)
         selector = selector_of(self.config)
         if policy is not None:
             due = policy.due(start) & (lengths > 0)
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         chosen = self._choose(q, pages, layer, start, gate)
         read = self._read_one if h.shape[1] == 1 else self._read_piece
         out = self.combine(read(q, pages, layer, start, chosen).astype(h.dtype))
-        return out, (pages, tail)
+        return out, (pages, new_tail)
 
     def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
         """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
@@ -193,7 +193,7 @@ class Attention(nnx.Module):
         Float[Array, "B T G K"],
         Float[Array, "B X"] | None,
     ]:
-        """Queries, keys and values in h's dtype, and the new tail (None without a convolution).
+        """Queries, keys and values in h's dtype, and the new tail (the given one without a convolution).
 
         Args:
           h: input.

@@ -70,9 +70,7 @@ class SwiGLU(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B 0"]]:
         """Returns the output [B, T, D] in h's dtype; there is no shift, so its row is empty."""
-        inner = lambda matrix: keep(
-            constrain(project(h, matrix[...]), "batch", "time", "ffn")
-        )
+        inner = lambda matrix: keep(constrain(project(h, matrix[...]), "batch", "time", "ffn"))
         hidden = jax.nn.silu(inner(self.gate)) * inner(self.key)
         return project(hidden, self.value[...]), h[:, 0, :0]
 

@@ -122,7 +122,9 @@ def _copies(heads: int, groups: int, parts: int) -> int:
     """How often each key head is repeated so that `parts` devices, each with as many neighbouring
     query heads, find theirs: the least number, or one for each query head."""
     shared = heads // groups
-    return next((n for n in range(1, shared) if shared % n == 0 and groups * n % parts == 0), shared)
+    return next(
+        (n for n in range(1, shared) if shared % n == 0 and groups * n % parts == 0), shared
+    )
 
 
 @cache

@@ -17,11 +17,11 @@ from rwkvx_jax.config import ModelConfig
 
 
 def frequencies(config: ModelConfig) -> Float32[Array, " half"]:
-    """f [K / 2], rounded from float64: radians a token, with `config.rope_scaling` as Llama 3.1 has it.
+    """f [K / 2], radians a token, rounded from float64.
 
-    Waves longer than original / low_freq_factor tokens become slower by `factor`, those shorter
-    than original / high_freq_factor stay, and those between go from one to the other, linearly in
-    the number of waves in the original length.
+    With `config.rope_scaling` as Llama 3.1 has them: waves longer than original / low_freq_factor
+    tokens become slower by `factor`, those shorter than original / high_freq_factor stay, and those
+    between go from one to the other, linearly in the number of waves in the original length.
     """
     size = config.head_size
     plain = config.rope_theta ** -(np.arange(0, size, 2) / size)

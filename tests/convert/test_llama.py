@@ -1,4 +1,4 @@
-"""Transformers in the layouts of Llama and Qwen2: against values of transformers, and what is refused.
+"""Transformers in the layouts of Llama and Qwen2: what they compute, and what is refused.
 
 The reference arrays were made by transformers' own models of random weights.
 """
@@ -128,9 +128,9 @@ def test_reading_in_pieces_is_the_whole_pass(reference):
         logits, cache = prefill(params, tokens[:, at : at + size], cache)
         at += size
         assert_close(logits, whole[:, at - 1], rel=1e-5, name=f"up to {at}")
-    for at in range(at, tokens.shape[1]):
-        logits, cache = decode(params, tokens[:, at], cache)
-        assert_close(logits, whole[:, at], rel=1e-5, name=f"decoded {at}")
+    for t in range(at, tokens.shape[1]):
+        logits, cache = decode(params, tokens[:, t], cache)
+        assert_close(logits, whole[:, t], rel=1e-5, name=f"decoded {t}")
 
 
 def cross_entropy(logits, tokens):
@@ -257,4 +257,8 @@ def test_converted_files_and_directories_are_the_same_model(tmp_path, capsys):
         assert again.config == first.config and again.layout == "ours"
         for name, tensor in first.params.items():
             assert np.array_equal(again.params[name].read(), tensor.read()), name
-    assert nested({name: 0 for name in first.params}).keys() == {"attention_blocks", "head", "ln_out"}
+    assert nested({name: 0 for name in first.params}).keys() == {
+        "attention_blocks",
+        "head",
+        "ln_out",
+    }

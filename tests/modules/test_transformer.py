@@ -1,4 +1,4 @@
-"""A Transformer: against an oracle from the formulas alone, its ways through a text, its gradients."""
+"""A Transformer: against an oracle from the formulas alone, ways through a text, gradients."""
 
 import dataclasses
 import functools
@@ -61,7 +61,10 @@ MODELS = {
 }
 every_model = pytest.mark.parametrize(
     "name",
-    [pytest.param(m, marks=[pytest.mark.thorough] * (m not in ("scaled", "shared"))) for m in MODELS],
+    [
+        pytest.param(m, marks=[pytest.mark.thorough] * (m not in ("scaled", "shared")))
+        for m in MODELS
+    ],
 )
 
 
@@ -337,11 +340,11 @@ def test_attention_without_positions_does_not_know_the_order():
     params = params_of("full")
     blocks = jax.tree.map(lambda p: p[:1], params["attention_blocks"])
     for theta, same in ((0.0, True), (100.0, False)):
-        config = dataclasses.replace(FULL, num_attention_blocks=1, rope_theta=theta)
-        last = jax.jit(lambda p, t: with_params(abstract_model(config, FLOAT32), p)(t)[:, -1])
+        last = run(dataclasses.replace(FULL, num_attention_blocks=1, rope_theta=theta), "__call__")
         swapped = TOKENS.copy()
         swapped[:, [2, 5]] = swapped[:, [5, 2]]
-        one, other = (last(params | {"attention_blocks": blocks}, t) for t in (TOKENS, swapped))
+        given = params | {"attention_blocks": blocks}
+        one, other = (last(given, tokens)[:, -1] for tokens in (TOKENS, swapped))
         assert np.allclose(one, other, atol=1e-4) == same
 
 
@@ -349,4 +352,3 @@ def test_bfloat16_stays_near_float32():
     model = abstract_model(FULL, dataclasses.replace(FLOAT32, compute_dtype="bfloat16"))
     rounded = jax.jit(lambda params: with_params(model, params)(TOKENS))(params_of("full"))
     assert np.abs(rounded - logits_of("full")).mean() < 0.02 * np.abs(logits_of("full")).max()
-

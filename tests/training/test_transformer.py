@@ -64,7 +64,17 @@ def test_a_transformer_from_nothing_to_an_answer(tmp_path, capsys):
     capsys.readouterr()
     generate(["--checkpoint", file, "--prompt", "The ", "--max-tokens", "4"])
     assert capsys.readouterr().out.startswith("The ")
-    passkey = ["passkey", "--checkpoint", file, "--lengths", "300", "--depths", "1", "--trials", "2"]
+    passkey = [
+        "passkey",
+        "--checkpoint",
+        file,
+        "--lengths",
+        "300",
+        "--depths",
+        "1",
+        "--trials",
+        "2",
+    ]
     with pytest.raises(SystemExit):
         evaluate([*passkey, "--compare-without-attention", "--output", str(tmp_path / "no")])
     assert "no checkpoint here has attention blocks beside others" in capsys.readouterr().err
