@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from configs.twins_4k import VARIANTS
-from rwkvx_jax.config import hybrids
+from rwkvx_jax.config import hybrids, transformers
 from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.model import abstract_model, get_params
 
@@ -42,3 +42,12 @@ def test_shapes_of_published_hybrids(like, mixer, ratio):
     assert (config.mixer, config.blocks_per_group, config.attention) == (mixer, ratio, "full")
     params = get_params(abstract_model(config))
     assert sum(x.size for x in jax.tree.leaves(params)) == config.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(transformers.llama32_3b(), 3_212_749_824), (transformers.qwen25_3b(), 3_085_938_688)],
+)
+def test_published_transformers_have_their_parameters(config, parameters):
+    leaves = jax.tree.leaves(get_params(abstract_model(config)))
+    assert config.num_parameters == sum(x.size for x in leaves) == parameters
