@@ -83,9 +83,12 @@ def sparse_attention(
     check_chunking(chunk_size, top_k)
     check_attention_inputs(q, k, v, q_offset)
     check_selector(selector, chunk_size, q.shape[2], k.shape[2])
+    if selection is not None:
+        _check_selection(selection, q, k, top_k)
     scale = check_scale(scale, q.shape[-1])
     everything = selection is None and k.shape[1] <= chunk_size * top_k
-    candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset, everything)
+    choices = q.shape[2] // selector.together if selection is None else selection.shape[2]
+    candidates = _candidates(q, k, v, choices, top_k - 1, chunk_size, q_offset, everything)
     chosen = resolve("sparse_attention", implementation, candidates)
     if chosen == "full":
         return full_attention(q, k, v, q_offset=q_offset, scale=scale, implementation="blocked")
@@ -93,7 +96,6 @@ def sparse_attention(
         selection = select_chunks(
             q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset, selector=selector
         )
-    _check_selection(selection, q, k, top_k)
     selection = selection.astype(jnp.int32)  # numbers of chunks may not fit where entries do
     if chosen != "reference":
         q, k, v = reverse_only(NO_FORWARD_MODE.format("sparse_attention"), q, k, v)
@@ -113,8 +115,10 @@ def _check_selection(selection, q, k, top_k) -> None:
     check_groups(q.shape[2], k.shape[2], selection.shape[2])
 
 
-def _candidates(q, k, v, slots, chunk_size, q_offset, everything) -> list[Candidate]:
+def _candidates(q, k, v, choices, slots, chunk_size, q_offset, everything) -> list[Candidate]:
     def problem(platform: str) -> str | None:
+        if choices != k.shape[2]:
+            return f"{k.shape[2]} key heads have {choices} choices of chunks, not one each"
         offset = known_or_rows(q_offset, q.shape[0])
         return _kernels(platform).unsupported_reason(q, k, v, slots, chunk_size, offset)
 
