@@ -212,7 +212,7 @@ def _export(options: Options, source: OwnCheckpoint, results: str, console: Cons
             source.trained,
         )
         name = options.dst.absolute().name
-        card = model_card(name, describe(name, facts), results, source.config.mixer)
+        card = model_card(name, describe(name, facts), results, source.config)
         write_directory(options.dst, read, tensors, card, shard_bytes(options.shard_size), accept)
     say(
         console,

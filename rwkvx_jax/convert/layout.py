@@ -162,7 +162,7 @@ def outside_table(config: ModelConfig) -> str | None:
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all our parameters, by name."""
     if outside_table(config):
-        return _shapes_of_model(config)
+        return dict(_shapes_of_model(config))
     sizes = _dim_sizes(config)
     shapes = {}
     for parameter in PARAMETERS:

@@ -40,6 +40,7 @@ def config_of(model, tmp_path, *stages):
     )
 
 
+@pytest.mark.thorough
 def test_a_transformer_from_nothing_to_an_answer(tmp_path, capsys):
     """Trained, tuned by adapters, resumed, converted, continued, evaluated."""
     stages = (
