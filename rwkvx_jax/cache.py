@@ -161,18 +161,7 @@ def init_cache(
     """
     if batch < 1 or max_length < 1:
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
-    if gate not in ("per_head", "shared"):
-        raise ConfigError(f'gate is {gate!r}: choose "per_head" or "shared"')
-    if gate == "shared" and config.selector != "mean":
-        raise ConfigError(
-            f'gate "shared" is the original package\'s, whose selector is "mean", not '
-            f'{config.selector!r}: use gate="per_head"'
-        )
-    if gate == "shared" and config.kv_heads != config.num_heads:
-        raise ConfigError(
-            f'gate "shared" scores a chunk by all channels of queries and keys, of which there are '
-            f'{config.width} and {config.kv_width}: use gate="per_head"'
-        )
+    _check_gate(gate, config)
     layers, attention = config.num_blocks, config.num_attention_blocks
     heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
     mixer = config.mixer_sizes
@@ -208,6 +197,22 @@ def init_cache(
         gate=gate,
         policy=policy,
     )
+
+
+def _check_gate(gate: Gate, config: ModelConfig) -> None:
+    """Raises ConfigError for a gate that is not known, or that the model can't have."""
+    if gate not in ("per_head", "shared"):
+        raise ConfigError(f'gate is {gate!r}: choose "per_head" or "shared"')
+    if gate == "shared" and config.selector != "mean":
+        raise ConfigError(
+            f'gate "shared" is the original package\'s, whose selector is "mean", not '
+            f'{config.selector!r}: use gate="per_head"'
+        )
+    if gate == "shared" and config.kv_heads != config.num_heads:
+        raise ConfigError(
+            f'gate "shared" scores a chunk by all channels of queries and keys, of which there are '
+            f'{config.width} and {config.kv_width}: use gate="per_head"'
+        )
 
 
 def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:

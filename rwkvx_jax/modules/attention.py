@@ -193,7 +193,7 @@ class Attention(nnx.Module):
         Float[Array, "B T G K"],
         Float[Array, "B X"] | None,
     ]:
-        """Queries, keys and values in h's dtype, and the new tail (the given one without a convolution).
+        """Queries, keys and values in h's dtype, and the new tail: without a convolution the old.
 
         Args:
           h: input.

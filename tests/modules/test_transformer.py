@@ -10,7 +10,7 @@ import pytest
 
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import flat
-from rwkvx_jax.config import MeshConfig, ModelConfig
+from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig
 from rwkvx_jax.model import (
     abstract_model,
     create_model,
@@ -346,6 +346,11 @@ def test_attention_without_positions_does_not_know_the_order():
         given = params | {"attention_blocks": blocks}
         one, other = (last(given, tokens)[:, -1] for tokens in (TOKENS, swapped))
         assert np.allclose(one, other, atol=1e-4) == same
+
+
+def test_one_score_over_all_channels_needs_as_many_keys_as_queries():
+    with pytest.raises(ConfigError, match=r"all channels.* 48 and 16: use gate=.per_head"):
+        abstract_model(SPARSE, FLOAT32).init_cache(1, 8, gate="shared")
 
 
 def test_bfloat16_stays_near_float32():
