@@ -57,7 +57,7 @@ def short_convolution(
       taps: weights, that of the token itself first.
       before: the n - 1 inputs before x, oldest first, [B, (n - 1) X]; None: zeros.
       lengths: valid tokens of each row.
-      added_to: what the sum begins with; None: zeros.
+      added_to: what the sum is added to; None: zeros.
 
     Returns:
       The result, and the n - 1 inputs before the next piece.
@@ -65,17 +65,19 @@ def short_convolution(
     batch, time, width = x.shape
     taps = taps.astype(x.dtype)[:, None, None]
     count = len(taps) - 1
-    out = taps[0] * x if added_to is None else added_to + taps[0] * x
     if before is None:
-        moved = x
+        moved, out = x, taps[0] * x if added_to is None else added_to + taps[0] * x
         for tap in taps[1:]:
             moved = previous_token(moved, None)
             out += tap * moved
         padded = jnp.pad(x[:, max(0, time - count) :], ((0, 0), (max(0, count - time), 0), (0, 0)))
         return out, padded.reshape(batch, -1)
     rows = jnp.concatenate([before.astype(x.dtype).reshape(batch, count, width), x], axis=1)
+    out = taps[0] * x
     for j in range(1, count + 1):
         out += taps[j] * rows[:, count - j : count - j + time]
+    if added_to is not None:  # last, as ever: results of older versions were rounded so
+        out = added_to + out
     ends = jnp.full(batch, time) if lengths is None else lengths
     cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count)
     return out, jax.vmap(cut)(rows, ends).reshape(batch, -1)
