@@ -89,8 +89,8 @@ def attention(
     Devices trade tokens for heads: each gets some heads of whole sequences, and gives their outputs
     back. Each device then sends (2 H + 2 G) / parts heads of its tokens (those of keys are repeated
     where parts does not divide G; heads of zeros fill up where it does not divide H). Where that is
-    more than 2 G, as with very few heads of keys, each collects the keys and values of all tokens
-    instead.
+    more than 2 H, as with very few heads, each collects the keys and values of all tokens instead:
+    then the last device has the most to do.
 
     Args:
       op: attention of queries that begin at position `q_offset` (a keyword) to keys from 0 on.
@@ -104,7 +104,7 @@ def attention(
         heads, groups = q.shape[2], k.shape[2]
         copies = _copies(heads, groups, parts)
         each, each_key = -(-heads // parts), -(-groups * copies // parts)
-        if each + each_key > groups:
+        if each + each_key > heads:
             _log_choice(f"{parts} devices collect the keys and values of all tokens")
             k, v = (keep(jax.lax.all_gather(x, axis, axis=1, tiled=True)) for x in (k, v))
             return op(q, k, v, q_offset=jax.lax.axis_index(axis) * q.shape[1])

@@ -312,7 +312,9 @@ def test_gradients_over_devices_are_those_of_one(name, sizes):
         assert_close(leaf, wanted, rel=2e-5, name=path)
 
 
-@pytest.mark.parametrize(("heads", "groups", "parts"), [(12, 3, 2), (12, 3, 4), (6, 2, 4)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "parts"), [(12, 3, 2), (12, 3, 4), (6, 2, 4), (3, 1, 2)]
+)
 def test_grouped_heads_over_parts_of_a_sequence(heads, groups, parts):
     """Traded as they are, repeated, filled up or collected: values and all gradients."""
     rng = np.random.default_rng(3)
