@@ -32,7 +32,7 @@ from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import Selector
 from rwkvx_jax.perf import hlo, topology, work
-from rwkvx_jax.perf.dumps import compiled_apart, read_dump
+from rwkvx_jax.perf.dumps import compiled_apart, read_dumps
 from rwkvx_jax.perf.schedule import read_schedule
 from rwkvx_jax.perf.stages import CORES, Core, Stage, total_seconds
 
@@ -202,12 +202,19 @@ def run(point: Point) -> dict:
     """
     argument = json.dumps(dataclasses.asdict(point))
     with compiled_apart("benchmarks.tpu_static", argument, _TIME_LIMIT) as (found, dumps):
+        kernels: dict[str, list[dict]] = {}
         for stage in found["stages"]:
-            if not stage.pop("kernel"):
-                continue
-            program = read_schedule(read_dump(dumps, stage["name"], "final_bundles.txt"))
-            stage["bundles"] = found["calls"][stage["name"]] * program.total("bundles")
-            stage["copies"] = found["calls"][stage["name"]] * program.total("copies")
+            if stage.pop("kernel"):
+                kernels.setdefault(stage["name"], []).append(stage)
+        for name, stages in kernels.items():
+            programs = [read_schedule(x) for x in read_dumps(dumps, name, "final_bundles.txt")]
+            if len(programs) == 1:
+                programs *= len(stages)
+            for stage, program in zip(stages, programs, strict=True):
+                stage["bundles"] = stage["calls"] * program.total("bundles")
+                stage["copies"] = stage["calls"] * program.total("copies")
+    for stage in found["stages"]:
+        del stage["calls"]
     return found
 
 
@@ -244,39 +251,37 @@ def _compile(point: Point) -> dict:
         mapped = jax.shard_map(function, in_specs=everywhere, out_specs=everywhere, check_vma=False)
         compiled = jax.jit(mapped).lower(*arguments).compile()
     spent = time.process_time() - start
-    stages, calls = _stages_of(compiled.as_text())
     return {
-        "stages": stages,
-        "calls": calls,
+        "stages": _stages_of(compiled.as_text()),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": spent,
         "grid": (SPLASH_LENGTH // 512) * (SPLASH_LENGTH // 1024),
     }
 
 
-def _stages_of(text: str) -> tuple[list[dict], dict[str, int]]:
-    """Stages of a program, kernels without their schedules, and how often each kernel runs."""
+def _stages_of(text: str) -> list[dict]:
+    """Stages of a program, kernels without their schedules but with how often each runs."""
     # Splash's metadata, which holds braces and line breaks, is no part of the program.
     metadata = r", frontend_attributes=\{kernel_metadata=\{.*?\n\}\}"
     text = re.sub(metadata, "", text, flags=re.DOTALL)
     works, _ = work.read_work(hlo.parse(text), 1)
-    stages, calls = [], {}
+    stages = []
     for one in works:
         name = one.kernel or one.name
         stages.append(
             dict(
                 name=name,
                 kernel=bool(one.kernel),
+                calls=int(one.times),
                 bytes=int(one.times * one.bytes),
                 flops=0 if one.kernel else int(one.times * one.passes),
             )
         )
-        calls[name] = int(one.times)
     stages = [x for x in stages if x["kernel"] or x["bytes"] or x["flops"]]
     for stage in stages:
         stage.setdefault("bundles", 0)
         stage.setdefault("copies", 0)
-    return stages, calls
+    return stages
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ Sizes beside those of `common`:
 
 * segment: the tokens whose rows lie in VMEM at once; its rows stand at 8 and after, as `_gather`
   reads up to 7 rows before one.
-* tile (past part): pairs of one chunk, as many as make `rows` rows. A step takes one tile, or
-  `together` tiles of chunks that are `joined`.
+* tile (past part): pairs of one chunk, as many as make `rows` or `shared_rows`. A step takes one
+  tile, or `together` tiles of chunks that are `joined`.
 * block (past part): the keys of a step, of `joined` chunks.
 * square (own part): queries and keys of whole chunks up to `diagonal`, or of one chunk. Its cells
   of `side` rows and columns, those on and below the diagonal, are steps.
@@ -75,6 +75,7 @@ class TileConfig:
 
     Attributes:
       rows: rows of a tile of the past part, a multiple of 128.
+      shared_rows: the same where query heads share a key head; gathering these takes less.
       keys: keys met at once, in the past part; divides no chunk in particular.
       joined: keys of a block of small chunks whose tiles share grid steps.
       together: tiles a grid step takes where chunks are joined; divides 8.
@@ -85,6 +86,7 @@ class TileConfig:
     """
 
     rows: int = 256
+    shared_rows: int = 512
     keys: int = 512
     joined: int = 2048
     together: int = 4
@@ -94,7 +96,7 @@ class TileConfig:
     cores: int = 1
 
     def __post_init__(self):
-        for name in ("rows", "keys", "joined", "diagonal"):
+        for name in ("rows", "shared_rows", "keys", "joined", "diagonal"):
             value = getattr(self, name)
             if value < LANES or value % LANES:
                 raise ValueError(f"{name} must be a positive multiple of {LANES}, got {value}")
@@ -144,7 +146,7 @@ def unsupported_reason(
 
 def _group_problem(group: int, chunk_size: int, tile: TileConfig) -> str | None:
     """Why query heads cannot share a key head in groups of that size; None if they can."""
-    largest = tile.rows // SUBLANES
+    largest = tile.shared_rows // SUBLANES
     if group.bit_count() != 1 or group > largest:
         return f"{group} query heads share a key head and {largest} and smaller powers of two can"
     square = chunk_size * max(1, tile.diagonal // chunk_size)
@@ -1400,7 +1402,7 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
         routed = routing.make_plan(
             queries=queries,
             segment=segment,
-            rows=tile.rows // shape.group,
+            rows=tile.rows if shape.group == 1 else tile.shared_rows // shape.group,
             chunks=chunks,
             slots=slots,
             chunk_size=shape.chunk,

@@ -195,7 +195,8 @@ class KeyBlocks(NamedTuple):
 
 def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, seen=None):
     """`causal_forward` with keys and values that are read where they lie."""
-    length, heads, cols = *q.shape[:2], blocks.cols
+    length, heads = q.shape[:2]
+    cols = blocks.cols
     rows = tokens_at_once(block_size(chunk_size, seen is not None), length, heads)
     q = split_rows(q, rows)
     mask = _Mask(rows, cols, heads, chunk_size, seen)
@@ -234,7 +235,8 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
     Returns:
       (dq [Tq, M, K], dk [Tk, K], dv [Tk, V]), float32.
     """
-    shape, length, heads, keys = q.shape, *q.shape[:2], k.shape[0]
+    shape, keys = q.shape, k.shape[0]
+    length, heads = shape[:2]
     side = block_size(chunk_size, seen is not None)
     rows, cols = tokens_at_once(side, length, heads), min(side, keys)
     mask = _Mask(rows, cols, heads, chunk_size, seen)

@@ -173,7 +173,8 @@ def attend_pages_reference(
 def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
     """`attend_pages` by two loops over the tiles that hold visible rows, and no others."""
     rows, per_row = page.shape
-    shared, chunk, value_size = q.shape[1], *values.shape[1:]
+    shared = q.shape[1]
+    chunk, value_size = values.shape[1:]
     tile = next(t for t in range(min(TILE, chunk), 0, -1) if chunk % t == 0)
     parts = chunk // tile
     filled = jnp.arange(parts)[None, None] * tile < visible[..., None]  # [R, J, parts]

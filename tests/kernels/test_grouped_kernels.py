@@ -1,6 +1,7 @@
 """The block-sparse kernels for TPU with query heads that share a key head and a choice of chunks,
 interpreted on a CPU, against the reference; what they refuse; and compiled for TPUs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,8 +20,11 @@ from rwkvx_jax.ops.selection import (
     select_chunks_reference,
 )
 from rwkvx_jax.perf import topology
-from tests.kernels.test_block_sparse_kernels import SMALL, assert_no_races, interpreted_by_cores
+from tests.kernels.test_block_sparse_kernels import SMALL as UNGROUPED
+from tests.kernels.test_block_sparse_kernels import assert_no_races, interpreted_by_cores
 from tests.ops.attention_cases import compare, random_qkv, random_selection, value_and_gradients
+
+SMALL = dataclasses.replace(UNGROUPED, shared_rows=128)
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +116,10 @@ def structs(heads, key_heads, length=1024, dtype=jnp.bfloat16):
     "heads, key_heads, chunk_size, message",
     [
         (8, 2, 2048, None),
-        (32, 1, 64, None),
-        (6, 2, 64, "3 query heads share a key head and 32 and smaller powers of two can"),
-        (64, 1, 64, "64 query heads share a key head"),
+        (16, 1, 64, None),
+        (6, 2, 64, "3 query heads share a key head and 64 and smaller powers of two can"),
+        (128, 1, 64, "128 query heads share a key head"),
+        (32, 1, 64, "512 tokens at once may have 8192 queries"),
         (16, 1, 2048, "2048 tokens at once may have 8192 queries"),
     ],
 )

@@ -9,11 +9,11 @@ from rwkvx_jax.ops import selection
 from rwkvx_jax.ops.attention_inputs import query_positions
 from rwkvx_jax.ops.selection import (
     Selector,
-    chunk_key_sums,
     select_chunks,
     select_chunks_reference,
     select_from_rows,
 )
+from rwkvx_jax.ops.selectors import chunk_key_sums
 from tests.helpers import assert_close
 from tests.ops.attention_cases import jaxpr_shapes
 
