@@ -1,7 +1,7 @@
 """Command line: `python -m rwkvx_jax.convert SRC DST`, and `--inspect SRC`.
 
-Turns official RWKV-X and RWKV-7 checkpoints and flash-linear-attention's RWKV-7 directories into
-ours, and ours (files and training runs) into official ones. Tensors are copied one at a time, and
+Turns official RWKV-X and RWKV-7 checkpoints, and directories of flash-linear-attention's RWKV-7, of
+Llama and of Qwen2, into ours, and ours (files and training runs) into official ones. Tensors are copied one at a time, and
 the destination appears only when it is complete.
 """
 
@@ -62,8 +62,8 @@ class Options:
 
     src: tyro.conf.Positional[WorkPath]
     """Official .pth or .safetensors (or its *.index.json), a directory with one of them as the
-    Hugging Face Hub has it (also flash-linear-attention's RWKV-7), a .safetensors of ours, or the
-    directory of a training run; in a bucket (gs://), or on the Hub
+    Hugging Face Hub has it (also flash-linear-attention's RWKV-7, Llama, Qwen2), a .safetensors of
+    ours, or the directory of a training run; in a bucket (gs://), or on the Hub
     (hf://org/name[@revision][/file])."""
     dst: tyro.conf.Positional[WorkPath | None] = None
     """File to write, on a disk or in a bucket (gs://): .safetensors or .pth."""
