@@ -1,8 +1,8 @@
 """Command line: `python -m rwkvx_jax.convert SRC DST`, and `--inspect SRC`.
 
 Turns official RWKV-X and RWKV-7 checkpoints, and directories of flash-linear-attention's RWKV-7, of
-Llama and of Qwen2, into ours, and ours (files and training runs) into official ones. Tensors are copied one at a time, and
-the destination appears only when it is complete.
+Llama and of Qwen2, into ours, and ours (files and training runs) into official ones. Tensors are
+copied one at a time, and the destination appears only when it is complete.
 """
 
 from __future__ import annotations
