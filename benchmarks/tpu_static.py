@@ -11,6 +11,7 @@ was timed**: waiting for memory within a kernel is not in a schedule.
 Sparse attention, "worst": every tile that the static plan makes room for is full. "uniform": tiles
 in use when every query chooses its chunks at random, empty ones free. Splash attention is charged
 for the blocks that its causal mask leaves, none for the rest; heads of 64, tiles 512 x 1024.
+With --group N, N query heads share a key head in both, and a choice of chunks.
 """
 
 import argparse
@@ -26,13 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels import block_sparse_tpu
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
+from rwkvx_jax.ops.selection import Selector
 from rwkvx_jax.perf import hlo, topology, work
-from rwkvx_jax.perf.dumps import compiled_apart, read_dump
+from rwkvx_jax.perf.dumps import compiled_apart, read_dumps
 from rwkvx_jax.perf.schedule import read_schedule
 from rwkvx_jax.perf.stages import CORES, Core, Stage, total_seconds
-from rwkvx_jax.perf.static_cases import Case, block_sparse_plan
 
 HEAD = 64
 SPLASH_LENGTH = 8192  # splash's body does not depend on the length: it is compiled at this one
@@ -50,6 +52,7 @@ class Point:
     heads: int
     chunk: int = 0
     top_k: int = 0
+    group: int = 1
 
     @property
     def topology(self) -> str:
@@ -64,11 +67,12 @@ def main() -> None:
     for chip in options.chips:
         for backward in (False, True):
             point = Point("splash", backward, chip, SPLASH_LENGTH, options.heads)
-            splash[chip, backward] = run(point)
+            splash[chip, backward] = run(dataclasses.replace(point, group=options.group))
         for length in options.lengths:
             for chunk, top_k in options.sparse:
                 for backward in (False, True):
-                    point = Point("sparse", backward, chip, length, options.heads, chunk, top_k)
+                    sizes = options.heads, chunk, top_k, options.group
+                    point = Point("sparse", backward, chip, length, *sizes)
                     rows.append(compare(point, splash[chip, backward]))
                     print(line(rows[-1]), flush=True)
                     if options.output:
@@ -85,6 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--chips", type=lambda text: text.split(","), default="v5e,v5p")
     parser.add_argument("--sparse", type=pairs, default="2048:3,128:16", help="chunk:top-k, ...")
     parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--group", type=int, default=1, help="query heads of a key head")
     parser.add_argument("--output", type=Path, help="JSON file, with every stage")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -109,7 +114,7 @@ def compare(point: Point, splash: dict) -> dict:
         "uniform": total_seconds(uniform, core),
         "tiles_in_use": used,
         "temporary_bytes": found["temporary_bytes"],
-        "qkv_bytes": 3 * 2 * point.length * point.heads * HEAD,
+        "qkv_bytes": 2 * point.length * (point.heads + 2 * point.heads // point.group) * HEAD,
         "compile_seconds": found["compile_seconds"],
         "stages": _stages(worst, core),
         "splash_stages": _stages(dense, core),
@@ -162,9 +167,10 @@ def _causal_blocks(length: int, rows: int = 512, columns: int = 1024) -> int:
 
 def tiles_in_use(point: Point) -> float:
     """Share of the plan's tiles that hold pairs when chunks are chosen at random."""
-    width = point.heads * HEAD
-    case = Case("block_sparse", point.chip, width, point.length, point.chunk, point.top_k)
-    plan = block_sparse_plan(case, jax.ShapeDtypeStruct).routing
+    tokens = lambda heads: jax.ShapeDtypeStruct((1, point.length, heads, HEAD), jnp.bfloat16)
+    q, k = tokens(point.heads), tokens(point.heads // point.group)
+    slots, tile = point.top_k - 1, block_sparse_tpu.TILES[point.chip]
+    plan = block_sparse_tpu._plan_of(q, k, slots, point.chunk, 1.0, 0, tile).routing
     if plan is None:
         return 1.0
     rng, used = np.random.default_rng(0), 0
@@ -196,12 +202,19 @@ def run(point: Point) -> dict:
     """
     argument = json.dumps(dataclasses.asdict(point))
     with compiled_apart("benchmarks.tpu_static", argument, _TIME_LIMIT) as (found, dumps):
+        kernels: dict[str, list[dict]] = {}
         for stage in found["stages"]:
-            if not stage.pop("kernel"):
-                continue
-            program = read_schedule(read_dump(dumps, stage["name"], "final_bundles.txt"))
-            stage["bundles"] = found["calls"][stage["name"]] * program.total("bundles")
-            stage["copies"] = found["calls"][stage["name"]] * program.total("copies")
+            if stage.pop("kernel"):
+                kernels.setdefault(stage["name"], []).append(stage)
+        for name, stages in kernels.items():
+            programs = [read_schedule(x) for x in read_dumps(dumps, name, "final_bundles.txt")]
+            if len(programs) == 1:
+                programs *= len(stages)
+            for stage, program in zip(stages, programs, strict=True):
+                stage["bundles"] = stage["calls"] * program.total("bundles")
+                stage["copies"] = stage["calls"] * program.total("copies")
+    for stage in found["stages"]:
+        del stage["calls"]
     return found
 
 
@@ -209,63 +222,66 @@ def _compile(point: Point) -> dict:
     topology.on_cpu()
     mesh = topology.topology_mesh(point.topology, {"device": 1})
     everywhere = PartitionSpec()
-    # As projections lay them out; a model's reshape into heads costs nothing.
-    shape = 1, point.length, point.heads * HEAD
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, everywhere))
+
+    def tokens(heads):  # as projections lay them out; a model's reshape into heads costs nothing
+        shape = 1, point.length, heads * HEAD
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, everywhere))
+
+    x, keys = tokens(point.heads), tokens(point.heads // point.group)
 
     def attend(q, k, v):
-        q, k, v = (x.reshape(*x.shape[:2], point.heads, HEAD) for x in (q, k, v))
+        q, k, v = (x.reshape(*x.shape[:2], -1, HEAD) for x in (q, k, v))
         return heads(q, k, v).reshape(*x.shape[:2], -1)
 
     def heads(q, k, v):
         if point.op == "splash":
             return full_attention(q, k, v, implementation="splash")
-        chunking = dict(chunk_size=point.chunk, top_k=point.top_k)
+        selector = Selector(together=point.group)
+        chunking = dict(chunk_size=point.chunk, top_k=point.top_k, selector=selector)
         return sparse_attention(q, k, v, implementation="pallas", **chunking)
 
     def gradients(q, k, v, cotangent):
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(cotangent)
 
-    function, arguments = (gradients, (x,) * 4) if point.backward else (attend, (x,) * 3)
+    qkv = x, keys, keys
+    function, arguments = (gradients, (*qkv, x)) if point.backward else (attend, qkv)
     start = time.process_time()
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(function, in_specs=everywhere, out_specs=everywhere, check_vma=False)
         compiled = jax.jit(mapped).lower(*arguments).compile()
     spent = time.process_time() - start
-    stages, calls = _stages_of(compiled.as_text())
     return {
-        "stages": stages,
-        "calls": calls,
+        "stages": _stages_of(compiled.as_text()),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": spent,
         "grid": (SPLASH_LENGTH // 512) * (SPLASH_LENGTH // 1024),
     }
 
 
-def _stages_of(text: str) -> tuple[list[dict], dict[str, int]]:
-    """Stages of a program, kernels without their schedules, and how often each kernel runs."""
+def _stages_of(text: str) -> list[dict]:
+    """Stages of a program, kernels without their schedules but with how often each runs."""
     # Splash's metadata, which holds braces and line breaks, is no part of the program.
     metadata = r", frontend_attributes=\{kernel_metadata=\{.*?\n\}\}"
     text = re.sub(metadata, "", text, flags=re.DOTALL)
     works, _ = work.read_work(hlo.parse(text), 1)
-    stages, calls = [], {}
+    stages = []
     for one in works:
         name = one.kernel or one.name
         stages.append(
             dict(
                 name=name,
                 kernel=bool(one.kernel),
+                calls=int(one.times),
                 bytes=int(one.times * one.bytes),
                 flops=0 if one.kernel else int(one.times * one.passes),
             )
         )
-        calls[name] = int(one.times)
     stages = [x for x in stages if x["kernel"] or x["bytes"] or x["flops"]]
     for stage in stages:
         stage.setdefault("bundles", 0)
         stage.setdefault("copies", 0)
-    return stages, calls
+    return stages
 
 
 if __name__ == "__main__":

@@ -24,14 +24,19 @@ def check(q, k, v, selection) -> None:
     """Raises ValueError unless shapes and dtypes of attention's arguments fit together."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"q, k, v must be [B, T, H, K], got {q.shape}, {k.shape}, {v.shape}")
-    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"q {q.shape} and k {k.shape} differ in batch, heads or key size")
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q {q.shape} and k {k.shape} differ in batch or key size, or their heads do not divide"
+        )
     if q.shape[1] < 1 or k.shape[1] < 1:
         raise ValueError(f"q {q.shape} and k {k.shape} need at least one token each")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if selection.ndim != 4 or selection.shape[:3] != q.shape[:3]:
-        raise ValueError(f"selection {selection.shape} must be [B, Tq, H, J] for q {q.shape}")
+    if selection.ndim != 4 or selection.shape[:3] != (*q.shape[:2], k.shape[2]):
+        raise ValueError(
+            f"selection {selection.shape} must be [B, Tq, G, J] for q {q.shape} and k {k.shape}: "
+            "one choice a key head"
+        )
 
 
 def align(x: jax.Array, q_offset, block: int, fill=0) -> tuple[jax.Array, int | jax.Array]:

@@ -67,7 +67,9 @@ def unsupported_reason(
     q_offset=0,
 ) -> str | None:
     """Why these kernels cannot take such inputs; None if they can. As in block_sparse_tpu.py."""
-    del k, slots, q_offset  # any length, position and number of chunks will do
+    del slots, q_offset  # any length, position and number of chunks will do
+    if q.shape[2] != k.shape[2]:
+        return f"{q.shape[2]} query heads share {k.shape[2]} key heads, the kernels' have their own"
     reason = alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
     return reason or missing_triton()
 

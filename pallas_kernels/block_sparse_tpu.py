@@ -16,14 +16,20 @@ and writes the final results. Arrays keep the layout of the projections, [B, T, 
 size 64 share the 128 lanes of a "pack". A product over all 128 lanes costs the matrix unit no more
 than one over 64; masking the lanes of the other head out of the queries separates the two.
 
+Query heads that share a key head also share a choice of chunks: a group. The queries of a token and
+group are neighbouring rows, [B, T * M, G * K], so that one number finds all of them, a vector load
+brings up to 8, and the rows of a tile meet one block of keys. Everything else sees more rows.
+
 Sizes beside those of `common`:
 
-* segment: the queries whose rows lie in VMEM at once; its rows stand at 8 and after, as `_gather`
+* group: M query heads of a key head; a token has M rows.
+
+* segment: the tokens whose rows lie in VMEM at once; its rows stand at 8 and after, as `_gather`
   reads up to 7 rows before one.
-* tile (past part): `rows` pairs of one chunk. A step takes one tile, or `together` tiles of chunks
-  that are `joined`.
+* tile (past part): pairs of one chunk, as many as make `rows` or `shared_rows`. A step takes one
+  tile, or `together` tiles of chunks that are `joined`.
 * block (past part): the keys of a step, of `joined` chunks.
-* square (own part): rows and columns of whole chunks up to `diagonal`, or of one chunk. Its cells
+* square (own part): queries and keys of whole chunks up to `diagonal`, or of one chunk. Its cells
   of `side` rows and columns, those on and below the diagonal, are steps.
 * piece: `keys` keys of a chunk, met at once.
 * part: 128 lanes of a query's row of results; with heads of 64 there is one, else two.
@@ -58,6 +64,9 @@ from pallas_kernels.common import (
 )
 
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
+_SQUARE_ROWS = (
+    8192  # rows of a square of the own part whose results and gradients VMEM has room for
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +74,8 @@ class TileConfig:
     """How much a grid step takes on.
 
     Attributes:
-      rows: queries of a tile of the past part, a multiple of 128.
+      rows: rows of a tile of the past part, a multiple of 128.
+      shared_rows: the same where query heads share a key head; gathering these takes less.
       keys: keys met at once, in the past part; divides no chunk in particular.
       joined: keys of a block of small chunks whose tiles share grid steps.
       together: tiles a grid step takes where chunks are joined; divides 8.
@@ -76,6 +86,7 @@ class TileConfig:
     """
 
     rows: int = 256
+    shared_rows: int = 512
     keys: int = 512
     joined: int = 2048
     together: int = 4
@@ -85,7 +96,7 @@ class TileConfig:
     cores: int = 1
 
     def __post_init__(self):
-        for name in ("rows", "keys", "joined", "diagonal"):
+        for name in ("rows", "shared_rows", "keys", "joined", "diagonal"):
             value = getattr(self, name)
             if value < LANES or value % LANES:
                 raise ValueError(f"{name} must be a positive multiple of {LANES}, got {value}")
@@ -111,8 +122,8 @@ def default_tile() -> TileConfig:
 
 def unsupported_reason(
     q: jax.Array,  # [B, Tq, H, K]
-    k: jax.Array,  # [B, Tk, H, K]
-    v: jax.Array,  # [B, Tk, H, V]
+    k: jax.Array,  # [B, Tk, G, K]
+    v: jax.Array,  # [B, Tk, G, V]
     slots: int,
     chunk_size: int,
     q_offset=0,
@@ -127,8 +138,24 @@ def unsupported_reason(
     Returns:
       A clause that says why, or None if they can.
     """
+    tile = default_tile() if tile is None else tile
     reason = alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    reason = reason or _group_problem(q.shape[2] // k.shape[2], chunk_size, tile)
     return reason or _plan_of(q, k, slots, chunk_size, 1.0, q_offset, tile).problem
+
+
+def _group_problem(group: int, chunk_size: int, tile: TileConfig) -> str | None:
+    """Why query heads cannot share a key head in groups of that size; None if they can."""
+    largest = tile.shared_rows // SUBLANES
+    if group.bit_count() != 1 or group > largest:
+        return f"{group} query heads share a key head and {largest} and smaller powers of two can"
+    square = chunk_size * max(1, tile.diagonal // chunk_size)
+    if group > 1 and group * square > _SQUARE_ROWS:
+        return (
+            f"{group} query heads share a key head in chunks of {chunk_size}, and {square} tokens "
+            f"at once may have {_SQUARE_ROWS} queries"
+        )
+    return None
 
 
 # --------------------------------------------------------------------------------------------
@@ -154,12 +181,14 @@ class _Shape:
       dtype: of q, k, v; decides the precision of products.
       chunk: tokens in a chunk.
       scale: factor on q . k.
+      group: rows of a token, the query heads of a key head.
     """
 
     head: int
     dtype: jnp.dtype
     chunk: int
     scale: float
+    group: int = 1
 
     @property
     def heads(self) -> int:
@@ -180,6 +209,11 @@ class _Shape:
     def gathered(self) -> int:
         """Arrays of queries that the forward gathers beside the rows of results."""
         return 0 if self.packed else 1
+
+    @property
+    def after(self) -> int:
+        """Rows of VMEM behind those of a segment, which rows without a query point to."""
+        return max(SUBLANES, self.group)
 
     @property
     def log2_scale(self) -> float:
@@ -245,44 +279,67 @@ def _numbers(rows_ref, tile, first: int, rows: int, zero=0) -> list:
     return [view[r] for r in range(SUBLANES)]
 
 
-def _gather(rows_ref, tile, rows: int, sources) -> list[jax.Array]:
-    """Rows of VMEM: for each source [8 + S + 8, 128] a tile's rows [rows, 128], float32.
+def _windows(numbers: list, group: int) -> list[list]:
+    """Where the rows of 8 tokens stand: for each register of rows, 8-row windows that bring its
+    tokens to their sublanes, one after the other.
 
-    Row number n stands at 8 + n. A load of 8 rows that begins r rows earlier brings row n to
-    sublane r, where a select puts it in place: one load and one select a row, no store.
+    Token n's rows stand at 8 + n * group. A window that begins r rows earlier has them at sublane
+    r; groups of 8 and more fill registers by themselves.
     """
-    sublane = iota((SUBLANES, LANES), 0)
+    tokens, registers = max(1, SUBLANES // group), max(1, group // SUBLANES)
+    first = lambda n: n if group == 1 else n * group
+    windows = []
+    for start in range(0, SUBLANES, tokens):
+        for part in range(registers):
+            places = [
+                first(numbers[start + i]) + SUBLANES * (1 + part) - i * group for i in range(tokens)
+            ]
+            if group >= SUBLANES:
+                places = [pl.multiple_of(x, SUBLANES) for x in places]
+            windows.append([pl.ds(x, SUBLANES) for x in places])
+    return windows
+
+
+def _gather(rows_ref, tile, rows: int, sources, group: int) -> list[jax.Array]:
+    """Rows of VMEM: for each source [8 + S * group + 8, 128] a tile's rows [rows * group, 128],
+    float32.
+
+    A load of 8 rows that begins r rows earlier brings a row to sublane r, where a select puts it in
+    place: one load and one select a token and up to 8 rows, no store.
+    """
+    place = iota((SUBLANES, LANES), 0) // group
     found = [[] for _ in sources]
     for first in range(0, rows, SUBLANES):
-        numbers = _numbers(rows_ref, tile, first, rows)
+        windows = _windows(_numbers(rows_ref, tile, first, rows), group)
         for source, pieces in zip(sources, found, strict=True):
-            x = source[pl.ds(numbers[0] + SUBLANES, SUBLANES), :]
-            for r in range(1, SUBLANES):
-                row = source[pl.ds(numbers[r] + SUBLANES - r, SUBLANES), :]
-                x = jnp.where(sublane == r, row, x)
-            pieces.append(x)
+            for register in windows:
+                x = source[register[0], :]
+                for r, window in enumerate(register[1:], 1):
+                    x = jnp.where(place == r, source[window, :], x)
+                pieces.append(x)
     return [jnp.concatenate(pieces, axis=0) for pieces in found]
 
 
-def _scatter(rows_ref, tile, pairs, zero, lanes=True) -> None:
+def _scatter(rows_ref, tile, pairs, group: int, zero, lanes=True) -> None:
     """The reverse of `_gather`.
 
     Args:
-      pairs: for each array of results (rows [rows, 128], target [8 + S + 8, 128]).
+      pairs: for each array of results (rows [rows * group, 128], target [8 + S * group + 8, 128]).
       zero: a scalar that is 0 but not to the compiler. Without it, the compiler would keep all the
         numbers it read to gather, for which there are not enough registers.
       lanes: bool [8, 128], the lanes to write.
     """
-    sublane = iota((SUBLANES, LANES), 0)
-    masks = [(sublane == r) & lanes for r in range(SUBLANES)]
-    rows = pairs[0][0].shape[0]
+    place = iota((SUBLANES, LANES), 0) // group
+    masks = [(place == r) & lanes for r in range(max(1, SUBLANES // group))]
+    rows = pairs[0][0].shape[0] // group
     for first in range(0, rows, SUBLANES):
-        numbers = _numbers(rows_ref, tile, first, rows, zero)
+        windows = _windows(_numbers(rows_ref, tile, first, rows, zero), group)
         for source, target in pairs:
-            x = source[first : first + SUBLANES]
-            for r in range(SUBLANES):
-                window = target.at[pl.ds(numbers[r] + SUBLANES - r, SUBLANES), :]
-                pltpu.store(window, x, mask=masks[r])
+            for i, register in enumerate(windows):
+                start = first * group + i * SUBLANES
+                x = source[start : start + SUBLANES]
+                for window, mask in zip(register, masks, strict=True):
+                    pltpu.store(target.at[window, :], x, mask=mask)
 
 
 def _copy(*pairs_and_sems) -> None:
@@ -464,7 +521,7 @@ def _take(refs: tuple, *counts: int) -> list[tuple]:
 
 
 class _ForwardRefs(NamedTuple):
-    """References of the past forward kernel, behind its tables; S queries a segment."""
+    """References of the past forward kernel, behind its tables; S rows a segment, and `after`."""
 
     q: tuple  # HBM [B, T, packs * 128] float32, where queries are `gathered`
     k: Any  # [1, block, 128]
@@ -484,7 +541,7 @@ class _ForwardRefs(NamedTuple):
 
 
 class _BackwardRefs(NamedTuple):
-    """References of the past backward kernel, behind its tables; S queries a segment."""
+    """References of the past backward kernel, behind its tables; S rows a segment, and `after`."""
 
     sources: tuple  # HBM [B, T, packs * 128]: q and dO in words they share, or each of them
     k: Any  # [1, block, 128]
@@ -518,7 +575,7 @@ def _past_forward_kernel(
     step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
     q_ref, k_ref, v_ref, results_ref, queries, running, sems = _ForwardRefs.of(refs, shape)
     parts, head = shape.parts, step.head
-    size = running[0].shape[0] - 2 * SUBLANES
+    size = running[0].shape[0] - SUBLANES - shape.after
     body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
     lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
 
@@ -540,7 +597,7 @@ def _past_forward_kernel(
         lanes = ~shape.in_query(_lane((SUBLANES, LANES)), head)
 
     def attend(number, start):
-        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running])
+        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running], shape.group)
         acc, stats, stat = gathered[shape.gathered], gathered[-1], shape.stat_lane(head)
         if shape.packed:
             q = _query(acc, shape, head)
@@ -561,7 +618,8 @@ def _past_forward_kernel(
         stats = jnp.where(_lane(stats.shape) == stat, total, stats) if parts > 1 else acc
         stats = jnp.where(_lane(stats.shape) == stat + 1, largest, stats)
         results = [acc, stats] if parts > 1 else [stats]
-        _scatter(rows_ref, number, list(zip(results, running, strict=True)), step.zero, lanes)
+        pairs = list(zip(results, running, strict=True))
+        _scatter(rows_ref, number, pairs, shape.group, step.zero, lanes)
 
     @pl.when(step.used)
     def _():
@@ -585,6 +643,8 @@ def _past_forward_kernel(
 def _visible(row, column, shape: _Shape, side: int) -> jax.Array:
     """Which columns of cell (row, column) of a square its rows may see, [side, side]."""
     query = row * side + iota((side, side), 0)
+    if shape.group > 1:
+        query = lax.div(query, shape.group)
     key = column * side + iota((side, side), 1)
     seen = key <= query
     if shape.chunk < side:  # a cell of several chunks
@@ -633,7 +693,7 @@ def _own_forward_kernel(
             stats = acc
         running[-1][h] = jnp.where(_lane(stats.shape) == stat + 1, new, stats)
 
-    @pl.when(column == row)
+    @pl.when(column == lax.div(row, shape.group))
     def _():
         out = jnp.zeros(out_ref.shape[1:], F32)
         logs = jnp.zeros(out.shape, F32)
@@ -690,7 +750,7 @@ def _past_backward_kernel(
     parts = shape.parts
     step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
     head, stat = step.head, shape.stat_lane(step.head)
-    size = queries[0].shape[0] - 2 * SUBLANES
+    size = queries[0].shape[0] - SUBLANES - shape.after
     body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
     batch = step.pack // packs
     lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
@@ -698,10 +758,10 @@ def _past_backward_kernel(
 
     @pl.when(step.first_of_segment)
     def _():
-        end = pl.ds(SUBLANES + size, SUBLANES)  # where rows without a query point
+        end = pl.ds(SUBLANES + size, shape.after)  # where rows without a query point
         for x in (*queries, *running):
-            x[end, :] = jnp.zeros((SUBLANES, LANES), F32)
-        lanes = _lane((SUBLANES, LANES))
+            x[end, :] = jnp.zeros((shape.after, LANES), F32)
+        lanes = _lane((shape.after, LANES))
         running[-1][end, :] = jnp.where(lanes == stat, -_NO_SCORE, 0.0)
         _copy(
             *(
@@ -722,7 +782,7 @@ def _past_backward_kernel(
         )
 
     def attend(number, start):
-        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running])
+        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running], shape.group)
         q, do = _unpack(gathered[:sources], shape, head)
         dq, stats = gathered[sources], gathered[-1]
         lse, delta = _column(stats, stat), _column(stats, stat + 1)
@@ -735,7 +795,7 @@ def _past_backward_kernel(
             dk[at, :] += dot(dscores, q, TN)
             dv[at, :] += dot(weights, do, TN)
         dq = dq + shape.own(more, head)
-        _scatter(rows_ref, number, [(dq, running[0])], step.zero)
+        _scatter(rows_ref, number, [(dq, running[0])], shape.group, step.zero)
 
     @pl.when(step.used)
     def _():
@@ -761,11 +821,11 @@ def _past_backward_kernel(
 
 def _own_backward_kernel(
     rows_ref, columns_ref, first_ref,  # SMEM, as in the forward
-    q_ref, k_ref, v_ref, do_ref,  # [1, square, 128]
-    results_ref,  # [1, heads, parts, square, 128] float32: dQ of the past chunks, statistics
+    q_ref, k_ref, v_ref, do_ref,  # [1, square, 128]; q and dO, as everything of theirs, * M
+    results_ref,  # [1, heads, parts, square * M, 128] float32: dQ of the past chunks, statistics
     dk_past_ref, dv_past_ref,  # [1, square, 128] float32, of queries in later chunks
-    dq_ref, dk_ref, dv_ref,  # [1, square, 128]
-    dq, dk, dv,  # VMEM [square, 128] float32
+    dq_ref, dk_ref, dv_ref,  # [1, square, 128], dQ * M
+    dq, dk, dv,  # VMEM [square, 128] float32, dQ * M
     *,
     shape: _Shape,
     side: int,
@@ -812,11 +872,11 @@ def _own_backward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Static sizes of a call. Arrays are packed: q [B, T, P * 128], k and v [B, Tk, P * 128].
+    """Static sizes of a call. Arrays are packed: q [B, T * M, P * 128], k and v [B, Tk, P * 128].
 
     Attributes:
       batch, packs: B and P.
-      queries: T, whole segments and whole squares.
+      queries: T, tokens in whole segments and whole squares.
       keys: Tk, whole squares and blocks.
       shape, tile: see there.
       routing: of the past part; None where no query can choose anything.
@@ -843,9 +903,14 @@ class _Plan:
         return self.shape.side(self.tile.diagonal)
 
     @property
+    def rows(self) -> int:
+        """Rows of q."""
+        return self.queries * self.shape.group
+
+    @property
     def results(self) -> tuple[int, ...]:
-        """Shape of the rows of results: [packs, heads, parts, T, 128]."""
-        return self.all_packs, self.shape.heads, self.shape.parts, self.queries, LANES
+        """Shape of the rows of results: [packs, heads, parts, T * M, 128]."""
+        return self.all_packs, self.shape.heads, self.shape.parts, self.rows, LANES
 
     @property
     def sources(self) -> int:
@@ -877,7 +942,7 @@ class _Plan:
         segment of every step, the first pack, and the rows of two steps."""
         together = self.routing.together
         steps = tiles // together
-        return packs * self.shape.heads * tiles + steps + 1 + 2 * together * self.tile.rows
+        return packs * self.shape.heads * tiles + steps + 1 + 2 * together * self.routing.rows
 
     def parts(self, packs: int) -> list[slice]:
         """The tiles of each call that takes `packs` packs, whole segments, as few calls as scalar
@@ -906,19 +971,21 @@ class _Plan:
 
     def triangle(self) -> tuple[jax.Array, jax.Array]:
         """Row and column of each cell of a square."""
-        pairs = [(i, j) for i in range(self.square // self.side) for j in range(i + 1)]
+        group = self.shape.group
+        cells = range(self.square * group // self.side)
+        pairs = [(i, j) for i in cells for j in range(i // group + 1)]
         rows, columns = zip(*pairs, strict=True)
         return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
 
     def past_cost(self, products: int, arrays, part: slice) -> pl.CostEstimate:
         """Useful work of a call: `products` products [pairs, K] x [K, chunk], every slot taken."""
-        pairs = self.all_packs * self.shape.heads * self.queries * self.routing.slots
+        pairs = self.all_packs * self.shape.heads * self.rows * self.routing.slots
         share = self.packs_together * (part.stop - part.start)
         whole = self.all_packs * self.routing.all_tiles
         return self._cost(pairs * self.shape.chunk, products, arrays, share, whole)
 
     def own_cost(self, products: int, arrays) -> pl.CostEstimate:
-        rows = self.all_packs * self.shape.heads * self.queries
+        rows = self.all_packs * self.shape.heads * self.rows
         return self._cost(rows * (self.shape.chunk + 1) // 2, products, arrays)
 
     def _cost(self, scores: int, products: int, arrays, share=1, whole=1) -> pl.CostEstimate:
@@ -935,7 +1002,7 @@ def _segment(
     """Queries a segment and segments: whole squares, as few segments as VMEM and integers allow."""
     sources = 2 if shape.dtype == F32 else 1
     limit = min(
-        tile.segment_bytes // ((sources + shape.parts) * LANES * 4),
+        tile.segment_bytes // ((sources + shape.parts) * LANES * 4 * shape.group),
         routing.SORTED_IN_VMEM // max(1, slots),
         routing.largest_segment(chunks, slots),
     )
@@ -980,13 +1047,14 @@ def _past_call(
     )
     together = plan.packs_together
     any_memory = pl.BlockSpec(memory_space=pltpu.HBM)
-    rows = rows.reshape(plan.all_packs * heads, tiles // each, 1, each * plan.tile.rows)
+    at_once = each * plan.routing.rows
+    rows = rows.reshape(plan.all_packs * heads, tiles // each, 1, at_once)
     rows, *inputs = routing.in_main_memory(interpret, rows, *inputs)
 
     def call(part: slice):
         grid = together, heads, (part.stop - part.start) // each
         row_block = pl.BlockSpec(
-            (1, 1, 1, each * plan.tile.rows),
+            (1, 1, 1, at_once),
             lambda g, h, t, table, segments, first: (
                 (first[0] + g) * heads + h,
                 part.start // each + t,
@@ -1042,16 +1110,17 @@ def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
 
 
 def _segment_rows(plan: _Plan):
-    return pltpu.VMEM((plan.routing.segment + 2 * SUBLANES, LANES), F32)
+    rows = plan.routing.segment * plan.shape.group
+    return pltpu.VMEM((SUBLANES + rows + plan.shape.after, LANES), F32)
 
 
 def _start(plan: _Plan, q, interpret):
-    """Rows of results before any chunk, float32 [packs, heads, parts, T, 128]."""
+    """Rows of results before any chunk, float32 [packs, heads, parts, T * M, 128]."""
     shape, packs, rows = plan.shape, plan.packs, plan.square
     if not shape.packed or plan.routing is None:
         start = jnp.where(_stat_lanes(shape, 1), _NO_SCORE, 0.0)
         return jnp.broadcast_to(start, plan.results)
-    grid = plan.all_packs, plan.queries // rows
+    grid = plan.all_packs, plan.rows // rows
     return pl.pallas_call(
         functools.partial(_start_kernel, shape=shape),
         grid=grid,
@@ -1135,22 +1204,23 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
 
 
 def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
-    """Returns out [B, T, P * 128] and the log-sum-exp in base 2, float32 [packs, heads, T]."""
+    """Returns out [B, T * M, P * 128], and in base 2 the log-sum-exp [packs, heads, T * M]."""
     shape, side, packs = plan.shape, plan.side, plan.packs
-    per_square = plan.square // side
+    columns_of_square = plan.square // side
+    per_square = columns_of_square * shape.group
 
     def row(b, p, n, t, rows, columns, first):
         return b, n * per_square + rows[t], p
 
     def column(b, p, n, t, rows, columns, first):
-        return b, (first[b] + n) * per_square + columns[t], p
+        return b, (first[b] + n) * columns_of_square + columns[t], p
 
     tokens = lambda index: pl.BlockSpec((1, side, LANES), index)
     rows, columns = plan.triangle()
     grid = plan.batch, packs, plan.queries // plan.square, rows.size
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.queries), F32),
+        jax.ShapeDtypeStruct((plan.all_packs, shape.heads, plan.rows), F32),
     ]
     return pl.pallas_call(
         functools.partial(_own_forward_kernel, shape=shape),
@@ -1195,9 +1265,11 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
 
 def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
     shape, square, packs = plan.shape, plan.square, plan.packs
+    each = square * shape.group  # rows of a square
     query = lambda b, p, n, t, rows, columns, first: (b, n, p)
     key = lambda b, p, n, t, rows, columns, first: (b, first[b] + n, p)
-    tokens = lambda index: pl.BlockSpec((1, square, LANES), index)
+    block = lambda index, size: pl.BlockSpec((1, size, LANES), index)
+    queries, keys = block(query, each), block(key, square)
     rows, columns = plan.triangle()
     grid = plan.batch, packs, plan.queries // square, rows.size
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
@@ -1207,19 +1279,19 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
             num_scalar_prefetch=3,
             grid=grid,
             in_specs=[
-                tokens(query),
-                tokens(key),
-                tokens(key),
-                tokens(query),
+                queries,
+                keys,
+                keys,
+                queries,
                 pl.BlockSpec(
-                    (1, shape.heads, shape.parts, square, LANES),
+                    (1, shape.heads, shape.parts, each, LANES),
                     lambda b, p, n, t, *tables: (b * packs + p, 0, 0, n, 0),
                 ),
-                tokens(key),
-                tokens(key),
+                keys,
+                keys,
             ],
-            out_specs=[tokens(query), tokens(key), tokens(key)],
-            scratch_shapes=[pltpu.VMEM((square, LANES), F32)] * 3,
+            out_specs=[queries, keys, keys],
+            scratch_shapes=[pltpu.VMEM((size, LANES), F32) for size in (each, square, square)],
         ),
         out_shape=out_shape,
         **plan.grid_options(grid, 3),
@@ -1295,19 +1367,28 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # --------------------------------------------------------------------------------------------
 
 
-def _pack(x: jax.Array, time: int, heads: int) -> jax.Array:
-    """[B, T, H, K] -> [B, time, heads * K], filled up with zeros."""
-    more = ((0, 0), (0, time - x.shape[1]), (0, heads - x.shape[2]), (0, 0))
+def _pack(x: jax.Array, time: int, heads: int, group: int = 1) -> jax.Array:
+    """[B, T, G * M, K] -> [B, time * M, heads * K], filled up with zeros."""
+    more = ((0, 0), (0, time - x.shape[1]), (0, heads * group - x.shape[2]), (0, 0))
     x = jnp.pad(x, more) if any(m for _, m in more) else x
-    return x.reshape(*x.shape[:2], -1)
+    if group > 1:
+        x = x.reshape(*x.shape[:2], heads, group, x.shape[3]).swapaxes(2, 3)
+    return x.reshape(x.shape[0], time * group, -1)
+
+
+def _unpack_heads(x: jax.Array, head: int, group: int) -> jax.Array:
+    """The reverse: [B, T * M, G * K] -> [B, T, G * M, K]."""
+    batch, rows, width = x.shape
+    x = x.reshape(batch, rows // group, group, width // head, head)
+    return x.swapaxes(2, 3).reshape(batch, rows // group, -1, head)
 
 
 def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | None) -> _Plan:
     """Sizes for queries that begin at square `first` of the keys (None: known when running)."""
-    batch, length, heads, _ = q.shape
+    batch, length = q.shape[:2]
     slots, square = selection.shape[3], shape.square(tile.diagonal)
     block = shape.block(tile)
-    packs = -(-heads // shape.heads)
+    packs = -(-k.shape[2] // shape.heads)
     chunks = k.shape[1] // shape.chunk
     segment, segments = _segment(length, square, tile, shape, chunks, slots)
     queries = segment * segments
@@ -1321,7 +1402,7 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
         routed = routing.make_plan(
             queries=queries,
             segment=segment,
-            rows=tile.rows,
+            rows=tile.rows if shape.group == 1 else tile.shared_rows // shape.group,
             chunks=chunks,
             slots=slots,
             chunk_size=shape.chunk,
@@ -1335,7 +1416,8 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
 def _plan_of(q, k, slots: int, chunk_size: int, scale: float, q_offset, tile) -> _Plan:
     """The plan for arguments of the op, from their shapes, before queries are aligned."""
     tile = default_tile() if tile is None else tile
-    shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, float(scale))
+    group = q.shape[2] // k.shape[2]
+    shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, float(scale), group)
     known, square = isinstance(q_offset, int), shape.square(tile.diagonal)
     batch, length, heads, head = q.shape
     aligned = length + (q_offset % square if known else square)
@@ -1346,9 +1428,9 @@ def _plan_of(q, k, slots: int, chunk_size: int, scale: float, q_offset, tile) ->
 
 def block_sparse_attention(
     q: jax.Array,  # [B, Tq, H, K]
-    k: jax.Array,  # [B, Tk, H, K]
-    v: jax.Array,  # [B, Tk, H, K]
-    selection: jax.Array,  # [B, Tq, H, J]
+    k: jax.Array,  # [B, Tk, G, K]
+    v: jax.Array,  # [B, Tk, G, K]
+    selection: jax.Array,  # [B, Tq, G, J]
     *,
     chunk_size: int,
     scale: float,
@@ -1362,7 +1444,8 @@ def block_sparse_attention(
 
     Args:
       q, k, v: bfloat16 or float32, all of one dtype, head size 64 or 128. The dtype decides the
-        products' precision: one bfloat16 pass or full float32; sums are float32 either way.
+        products' precision: one bfloat16 pass or full float32; sums are float32 either way. H / G
+        is a power of two; query head h reads key head, and uses choice, h // (H / G).
       selection: int32, distinct chunks of each query; entries that are not complete chunks before
         the query's own are ignored.
       chunk_size: 32 or a multiple of 64 up to 2048.
@@ -1383,6 +1466,7 @@ def block_sparse_attention(
     if reason:
         raise ValueError(f"block_sparse on TPU: {reason}")
     batch, length, heads, head = q.shape
+    key_heads = k.shape[2]
     plan = _plan_of(q, k, selection.shape[3], chunk_size, scale, q_offset, tile)
     shape, square = plan.shape, plan.square
     q, shift = alignment.align(q, q_offset, square)
@@ -1391,16 +1475,16 @@ def block_sparse_attention(
     wide = plan.packs * shape.heads
     selection = jnp.pad(
         selection,
-        ((0, 0), (0, plan.queries - q.shape[1]), (0, wide - heads), (0, 0)),
+        ((0, 0), (0, plan.queries - q.shape[1]), (0, wide - key_heads), (0, 0)),
         constant_values=-1,
     )
     out = _attention(
-        _pack(q, plan.queries, wide),
+        _pack(q, plan.queries, wide, shape.group),
         *(_pack(x, plan.keys, wide) for x in (k, v)),
         selection,
         first,
         plan,
         interpret,
     )
-    out = out.reshape(batch, plan.queries, wide, head)
+    out = _unpack_heads(out, head, shape.group)
     return alignment.cut(out, shift, length)[:, :, :heads]

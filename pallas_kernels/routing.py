@@ -12,7 +12,8 @@ A pair is one integer, chunk << bits | query, so that sorting integers is all th
 a bitonic network sorts them in VMEM: log^2 steps, but no scatter and no table look-up, which cost
 a memory access an element there. Counts of pairs a chunk come from products of one-hot matrices.
 
-Sizes: see `common`; a group is the 8 tiles that one step of the emitting kernel writes.
+Sizes: see `common`; a group is the tiles that one step of the emitting kernel writes, 8 registers'
+rows of 128 or more.
 """
 
 import dataclasses
@@ -28,7 +29,6 @@ from pallas_kernels.common import LANES, SUBLANES, grid_options, iota
 
 _REGISTER = LANES * SUBLANES
 _UNROLL = 2  # groups of up to 8 registers compared side by side, to fill one another's waits
-_GROUP = 8  # tiles that one step of the emitting kernel writes
 _NO_PAIR = jnp.iinfo(jnp.int32).max
 _MOST = 2**31 - 2  # a pair's integer
 
@@ -43,10 +43,10 @@ class Plan:
     Attributes:
       segment: queries a segment, S.
       segments: number of segments; segment * segments queries in all.
-      rows: rows of a tile; for `route`, a multiple of 128.
+      rows: rows of a tile; for `route`, a multiple of 128, or 8, 16, 32 or 64.
       chunks: number of chunks that can be chosen, N.
       slots: choices a query, J.
-      tiles: number of tiles of each segment, each a multiple of 8.
+      tiles: number of tiles of each segment, each a multiple of `group`.
       numbered: whether a pair's integer holds its slot too (slot * S + query), so that a kernel can
         write a result of its own for each pair.
       joined: neighbouring chunks that make a block of keys.
@@ -82,7 +82,12 @@ class Plan:
     def emit_words(self) -> int:
         """Words of scalar memory that cutting into tiles takes: the segment of every step, and the
         starts and counts of the tiles of two steps."""
-        return self.all_tiles // _GROUP + 2 * 2 * _GROUP
+        return self.all_tiles // self.group + 2 * 2 * self.group
+
+    @property
+    def group(self) -> int:
+        """Tiles that one step of the emitting kernel writes: 8 rows of 128 lanes, or whole ones."""
+        return _group(self.rows)
 
     def segment_of_tile(self) -> list[int]:
         return [s for s, count in enumerate(self.tiles) for _ in range(count)]
@@ -114,9 +119,9 @@ def make_plan(
     """
     if queries % segment:
         raise ValueError(f"{queries} queries are not whole segments of {segment}")
-    if rows < 1 or (rows % LANES and not numbered):
-        raise ValueError(f"a tile's rows must be a multiple of {LANES}, got {rows}")
-    tiles = []
+    if rows < 1 or (rows % LANES and rows not in (8, 16, 32, 64) and not numbered):
+        raise ValueError(f"a tile's rows must be a multiple of {LANES}, or 8 to 64, got {rows}")
+    tiles, group = [], _group(rows)
     for start in range(0, queries, segment):
         pairs, groups = segment * slots, chunks
         if first is not None:
@@ -130,7 +135,7 @@ def make_plan(
         # Every chunk's last tile may hold a single row; no chunk gets a query twice.
         worst = min((pairs + groups * (rows - 1)) // rows, groups * -(-segment // rows))
         worst += -(-groups // joined) * (together - 1)  # and so may every block's last step
-        tiles.append(max(_GROUP, -(-worst // _GROUP) * _GROUP))
+        tiles.append(max(group, -(-worst // group) * group))
     plan = Plan(
         segment, queries // segment, rows, chunks, slots, tuple(tiles), numbered, joined, together
     )
@@ -139,6 +144,10 @@ def make_plan(
             f"{chunks} chunks and {plan.bits} bits of a pair do not fit 31 bits: smaller segments"
         )
     return plan
+
+
+def _group(rows: int) -> int:
+    return SUBLANES * max(1, LANES // rows)
 
 
 def largest_segment(chunks: int, slots: int, *, numbered: bool = False) -> int:
@@ -473,16 +482,19 @@ def _emit_kernel(
     segment_ref,  # SMEM [steps]: segment of each step, for the block specs
     info_ref,  # SMEM [1, 1, 1, 2 * 8]: start and count of each tile
     sorted_ref,  # [1, 1, R + 8, 128]
-    rows_ref,  # [1, 8 * rows / 128, 128]
+    rows_ref,  # [1, 8 * max(rows / 128, 1), 128]
     *,
     rows: int,
     bits: int,
     nothing: int,
 ):
     del segment_ref
+    if rows < LANES:
+        _emit_small_tiles(info_ref, sorted_ref, rows_ref, rows, bits, nothing)
+        return
     height = rows // LANES
     lane = iota((1, LANES), 1)
-    for tile in range(_GROUP):
+    for tile in range(SUBLANES):
         start, count = _start_and_count(info_ref, tile)
         row, shift = start // LANES, start % LANES
         # Rotated left by `shift`; a lane beyond the end of its row comes from the next one.
@@ -497,6 +509,26 @@ def _emit_kernel(
             rows_ref[0, tile * height + i : tile * height + i + 1] = query
 
 
+def _emit_small_tiles(info_ref, sorted_ref, rows_ref, rows: int, bits: int, nothing: int):
+    """`_emit_kernel` where several tiles share a row of 128 lanes."""
+    lane = iota((1, LANES), 1)
+    for row in range(SUBLANES):
+        queries = jnp.full((1, LANES), nothing, jnp.int32)
+        for part in range(LANES // rows):
+            start, count = _start_and_count(info_ref, row * (LANES // rows) + part)
+            place = lane - part * rows  # within the tile
+            # Lane 0 of the row that holds the tile's first pair at lane part * rows.
+            begin = start + LANES - part * rows
+            at, shift = begin // LANES - 1, begin % LANES
+            turn = (LANES - shift) % LANES
+            here = pltpu.roll(sorted_ref[0, 0, pl.ds(jnp.maximum(at, 0), 1)], turn, 1)
+            after = pltpu.roll(sorted_ref[0, 0, pl.ds(at + 1, 1)], turn, 1)
+            pair = jnp.where(lane < LANES - shift, here, after)
+            used = (place >= 0) & (place < count)
+            queries = jnp.where(used, pair & ((1 << bits) - 1), queries)
+        rows_ref[0, row : row + 1] = queries
+
+
 def _start_and_count(info_ref, tile: int):
     """Of a tile's rows among the sorted pairs; the two stand side by side."""
     return info_ref[0, 0, 0, 2 * tile], info_ref[0, 0, 0, 2 * tile + 1]
@@ -505,24 +537,25 @@ def _start_and_count(info_ref, tile: int):
 def _emit_call(ordered, start, count, plan: Plan, interpret) -> jax.Array:
     """Rows of all tiles, int32 [G, tiles, rows]."""
     groups = ordered.shape[0]
-    steps, height = plan.all_tiles // _GROUP, plan.rows // LANES
-    info = jnp.stack([start, count], axis=-1).reshape(groups, steps, 1, 2 * _GROUP)
-    segments = jnp.asarray(plan.segment_of_tile()[::_GROUP], jnp.int32)
+    each, height = plan.group, SUBLANES * max(1, plan.rows // LANES)
+    steps = plan.all_tiles // each
+    info = jnp.stack([start, count], axis=-1).reshape(groups, steps, 1, 2 * each)
+    segments = jnp.asarray(plan.segment_of_tile()[::each], jnp.int32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(groups, steps),
         in_specs=[
             pl.BlockSpec(
-                (1, 1, 1, 2 * _GROUP), lambda g, i, seg: (g, i, 0, 0), memory_space=pltpu.SMEM
+                (1, 1, 1, 2 * each), lambda g, i, seg: (g, i, 0, 0), memory_space=pltpu.SMEM
             ),
             pl.BlockSpec((1, 1, *ordered.shape[2:]), lambda g, i, seg: (g, seg[i], 0, 0)),
         ],
-        out_specs=pl.BlockSpec((1, _GROUP * height, LANES), lambda g, i, seg: (g, i, 0)),
+        out_specs=pl.BlockSpec((1, height, LANES), lambda g, i, seg: (g, i, 0)),
     )
     rows = pl.pallas_call(
         functools.partial(_emit_kernel, rows=plan.rows, bits=plan.bits, nothing=plan.segment),
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((groups, plan.all_tiles * height, LANES), jnp.int32),
+        out_shape=jax.ShapeDtypeStruct((groups, steps * height, LANES), jnp.int32),
         **grid_options((groups, steps), 2, 64 * 1024 * 1024),
         cost_estimate=pl.CostEstimate(
             flops=0,

@@ -1,7 +1,7 @@
 """Decode state: recurrent states, token shifts, and the pages of the attention blocks.
 
 Everything has a static shape, so one compilation serves a whole generation. Keys and values of an
-attention block lie in pages of one chunk each, [M, B, H, N, C, K], so that reading a chosen chunk
+attention block lie in pages of one chunk each, [M, B, G, N, C, K], so that reading a chosen chunk
 reads contiguous memory; R running rows of each page (its sum of keys, or what else the selector
 keeps) serve the gate. Rows are written in place: pages travel through the layer scan as a carry.
 
@@ -39,29 +39,30 @@ class BlockState(NamedTuple):
     """What one recurrent block carries from one token to the next."""
 
     time_mix: TimeMixState
-    ffn_shift: Float[Array, "B D"]
+    ffn_shift: Float[Array, "B X"]  # of the channel mix; X is 0 where it looks at no other token
 
 
 class AttentionState(NamedTuple):
     """What one attention block carries from one token to the next, beside its pages."""
 
-    ffn_shift: Float[Array, "B D"]
-    key_tail: Float[Array, "B taps D"]  # keys that the convolution still needs: key_conv - 1
+    ffn_shift: Float[Array, "B X"]
+    key_tail: Float[Array, "B X"]  # keys that the convolution still needs: key_conv - 1
 
 
 class Pages(NamedTuple):
-    """Keys and values of all attention blocks; N pages of C rows for each head."""
+    """Keys and values of all attention blocks; N pages of C rows for each of their G heads."""
 
-    keys: Float[Array, "M B H N C K"]
-    values: Float[Array, "M B H N C K"]
-    key_sums: Float32[Array, "M B H NR K"]  # what the selector keeps of each page's keys
+    keys: Float[Array, "M B G N C K"]
+    values: Float[Array, "M B G N C K"]
+    key_sums: Float32[Array, "M B G NR K"]  # what the selector keeps of each page's keys
 
 
 @dataclass(frozen=True)
 class CachePolicy:
     """Bounds the rows of an attention block: when a token finds more than `trigger` rows, only
     `keep` stay: the last `window`, and those of the older ones which this token's query weighs
-    most, each head choosing for itself. Chosen rows are ordered by weight, as in the original.
+    most, each head choosing for itself (heads that share keys by the sum of their scores). Chosen
+    rows are ordered by weight, as in the original.
     """
 
     trigger: int
@@ -86,7 +87,7 @@ class CachePolicy:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("length", "blocks", "attention", "pages"),
+    data_fields=("length", "position", "blocks", "attention", "pages"),
     meta_fields=("gate", "policy"),
 )
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Cache:
     """State after reading `length` rows; made by `init_cache`, advanced by prefill and decode."""
 
     length: Int32[Array, " B"]  # rows in the pages: tokens read, less what a policy dropped
+    position: Int32[Array, " B"]  # of the next token in its text: tokens read
     blocks: BlockState  # stacked [L, ...]
     attention: AttentionState | None  # stacked [M, ...]; None without attention blocks
     pages: Pages
@@ -110,6 +112,7 @@ class Snapshot(NamedTuple):
     """A cache without its keys and values."""
 
     length: jax.Array
+    position: jax.Array
     blocks: BlockState
     attention: AttentionState | None
     key_sums: jax.Array
@@ -158,15 +161,9 @@ def init_cache(
     """
     if batch < 1 or max_length < 1:
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
-    if gate not in ("per_head", "shared"):
-        raise ConfigError(f'gate is {gate!r}: choose "per_head" or "shared"')
-    if gate == "shared" and config.selector != "mean":
-        raise ConfigError(
-            f'gate "shared" is the original package\'s, whose selector is "mean", not '
-            f'{config.selector!r}: use gate="per_head"'
-        )
+    _check_gate(gate, config)
     layers, attention = config.num_blocks, config.num_attention_blocks
-    heads, size, width = config.num_heads, config.head_size, config.width
+    heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
     mixer = config.mixer_sizes
     rows = _rows(config, max_length, policy)
     if rows > MOST_ROWS:
@@ -178,16 +175,17 @@ def init_cache(
     pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
+        position=jnp.zeros(batch, jnp.int32),
         blocks=BlockState(
             TimeMixState(
                 jnp.zeros((layers, batch, mixer.shift), dtype),
                 jnp.zeros((layers, batch, mixer.heads, mixer.values, mixer.keys), jnp.float32),
             ),
-            jnp.zeros((layers, batch, width), dtype),
+            jnp.zeros((layers, batch, shift), dtype),
         ),
         attention=AttentionState(
-            jnp.zeros((attention, batch, width), dtype),
-            jnp.zeros((attention, batch, max(0, config.key_conv - 1), width), dtype),
+            jnp.zeros((attention, batch, shift), dtype),
+            jnp.zeros((attention, batch, max(0, config.key_conv - 1) * config.kv_width), dtype),
         )
         if attention
         else None,
@@ -199,6 +197,22 @@ def init_cache(
         gate=gate,
         policy=policy,
     )
+
+
+def _check_gate(gate: Gate, config: ModelConfig) -> None:
+    """Raises ConfigError for a gate that is not known, or that the model can't have."""
+    if gate not in ("per_head", "shared"):
+        raise ConfigError(f'gate is {gate!r}: choose "per_head" or "shared"')
+    if gate == "shared" and config.selector != "mean":
+        raise ConfigError(
+            f'gate "shared" is the original package\'s, whose selector is "mean", not '
+            f'{config.selector!r}: use gate="per_head"'
+        )
+    if gate == "shared" and config.kv_heads != config.num_heads:
+        raise ConfigError(
+            f'gate "shared" scores a chunk by all channels of queries and keys, of which there are '
+            f'{config.width} and {config.kv_width}: use gate="per_head"'
+        )
 
 
 def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:
@@ -224,7 +238,9 @@ def cache_bytes(
 
 def snapshot(cache: Cache) -> Snapshot:
     """What `rewind` needs to come back here after further reading."""
-    return Snapshot(cache.length, cache.blocks, cache.attention, cache.pages.key_sums)
+    return Snapshot(
+        cache.length, cache.position, cache.blocks, cache.attention, cache.pages.key_sums
+    )
 
 
 def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
@@ -236,6 +252,7 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
     return replace(
         cache,
         length=snapshot.length,
+        position=snapshot.position,
         blocks=snapshot.blocks,
         attention=snapshot.attention,
         pages=cache.pages._replace(key_sums=snapshot.key_sums),
@@ -246,7 +263,7 @@ def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
     """`ours` of the texts where chosen [B], `others` elsewhere."""
 
     def pick(x: jax.Array, y: jax.Array) -> jax.Array:
-        axis = min(1, x.ndim - 1)  # of the texts: all but the length are stacked by layer
+        axis = min(1, x.ndim - 1)  # of the texts: all but length and position are stacked by layer
         shape = [1] * x.ndim
         shape[axis] = -1
         return jnp.where(chosen.reshape(shape), x, y)
@@ -257,8 +274,8 @@ def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
 def write_rows(
     pages: Pages,
     layer: Int[Array, ""],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
@@ -302,6 +319,7 @@ def compress(
     keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
     row = jnp.arange(keys.shape[2])
     past = row[None] < (length - policy.window)[:, None]  # [B, S]
+    q = q.reshape(batch, heads, -1, size).sum(2)  # so that the scores are summed
     options = {"precision": precision_of(q.dtype), "preferred_element_type": jnp.float32}
     scores = jnp.einsum("bhk,bhsk->bhs", q, keys, **options)
     scores = jnp.where(past[:, None], scores * size**-0.5, -jnp.inf)

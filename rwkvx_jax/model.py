@@ -1,8 +1,8 @@
-"""RWKVX: RWKV-7 blocks with an attention block after every L / M of them.
+"""RWKVX: recurrent blocks with an attention block after every L / M of them.
 
-One class holds the hybrid, plain RWKV-7 (`num_attention_blocks=0`) and the full-attention hybrid
-(`attention="full"`). The forward pass scans over M groups, and inside a group over its RWKV-7
-blocks, so that compile time does not grow with depth.
+One class holds the hybrid, plain RWKV-7 (`num_attention_blocks=0`), the full-attention hybrid
+(`attention="full"`) and the Transformer (`num_blocks=0`). The forward pass scans over M groups, and
+inside a group over its recurrent blocks, so that compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rwkvx_jax.cache import AttentionState, Cache, CachePolicy, Gate, check_room
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
-from rwkvx_jax.modules.parameters import layer_norm, orthogonal, parameter, uniform
+from rwkvx_jax.modules.parameters import first_embedding, first_head, norm, parameter
 from rwkvx_jax.modules.remat import block_input, rematerialize
 from rwkvx_jax.modules.token_shift import last_valid
 from rwkvx_jax.ops.precision import precision_of
@@ -30,19 +30,22 @@ Params = dict[str, Any]
 
 
 class Head(nnx.Module):
-    """The output projection: weight [D, W], no bias, not tied to the embedding."""
+    """The output projection, without bias: weight [D, W]. With config.tied_embeddings it is [W, D]
+    and the table of embeddings as well."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        width, vocab = config.width, config.vocab_size
-        gain = 0.5 * max(1.0, vocab / width) ** 0.5
-        weight = orthogonal(rngs.params(), (width, vocab), gain)
-        self.weight = parameter(weight, "embed", "vocab")
+        self.tied = config.tied_embeddings
+        if self.tied:
+            self.weight = parameter(first_embedding(config, rngs.params()), "vocab", "embed")
+        else:
+            self.weight = parameter(first_head(config, rngs.params()), "embed", "vocab")
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float32[Array, "*any W"]:
         """Logits of features."""
+        weight = self.weight[...].astype(x.dtype)
         return jnp.matmul(
             x,
-            self.weight[...].astype(x.dtype),
+            weight.T if self.tied else weight,
             precision=precision_of(x.dtype),
             preferred_element_type=jnp.float32,
         )
@@ -51,23 +54,25 @@ class Head(nnx.Module):
 class RWKVX(nnx.Module):
     """A language model over tokens.
 
-    embed [W, D]; ln0: norm of the embedding; blocks: L stacked RWKV-7 blocks; attention_blocks:
-    M stacked attention blocks (absent if M is 0); ln_out; head.
+    embed [W, D] (absent if the head is tied); ln0: norm of the embedding (backbone "rwkv"); blocks:
+    L stacked recurrent blocks (absent if L is 0); attention_blocks: M stacked attention blocks
+    (absent if M is 0; a single one if it is shared); ln_out; head.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, run: RunConfig | None = None):
         self.config = config
         self.run = run or RunConfig()
-        width, vocab = config.width, config.vocab_size
-        self.embed = parameter(uniform(rngs.params(), (vocab, width), 1e-4), "vocab", "embed")
+        if not config.tied_embeddings:
+            self.embed = parameter(first_embedding(config, rngs.params()), "vocab", "embed")
         self.head = Head(config, rngs)
-        self.ln0 = layer_norm(width, rngs, self.dtype)
-        self.ln_out = layer_norm(width, rngs, self.dtype)
-        self.blocks = stack_blocks(RWKVBlock, config.num_blocks, config, rngs, self.dtype)
+        if config.backbone == "rwkv":
+            self.ln0 = norm(config, rngs, self.dtype)
+        self.ln_out = norm(config, rngs, self.dtype)
+        stack = lambda kind, count: stack_blocks(kind, count, config, rngs, self.dtype)
+        if config.num_blocks:
+            self.blocks = stack(RWKVBlock, config.num_blocks)
         if config.num_attention_blocks:
-            self.attention_blocks = stack_blocks(
-                AttentionBlock, config.num_attention_blocks, config, rngs, self.dtype
-            )
+            self.attention_blocks = stack(AttentionBlock, config.attention_layers)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -88,7 +93,6 @@ class RWKVX(nnx.Module):
         """`features`, and what `look` returns for each attention module and its input [B, T, D],
         stacked [M, ...] (None without attention blocks)."""
         x = self.embed_tokens(tokens)
-        first = jnp.arange(self.config.num_blocks) == 0
 
         def rwkv(carry, scanned):
             block, first = scanned
@@ -103,14 +107,20 @@ class RWKVX(nnx.Module):
 
         rwkv, attention = (rematerialize(f, self.run.remat) for f in (rwkv, attention))
 
+        attention_blocks, shared = self.attentions()
+
         def group(carry, scanned):
-            blocks, attention_block = scanned
-            (x, v_first), _ = jax.lax.scan(rwkv, carry, blocks)
-            x, seen = (x, None) if attention_block is None else attention(x, attention_block)
+            blocks, block = scanned
+            if self.config.num_blocks:
+                carry, _ = jax.lax.scan(rwkv, carry, blocks)
+            (x, v_first), block = carry, block if shared is None else shared
+            x, seen = (x, None) if block is None else attention(x, block)
             return (x, v_first), seen
 
         carry = (x, jnp.zeros_like(x))
-        (x, _), seen = jax.lax.scan(group, carry, self.grouped((self.blocks, first)))
+        (x, _), seen = jax.lax.scan(
+            group, carry, (self.grouped(self.recurrent()), attention_blocks)
+        )
         return self.ln_out(x), seen
 
     def init_cache(
@@ -168,32 +178,42 @@ class RWKVX(nnx.Module):
         only."""
         config, start = self.config, cache.length
         x = self.embed_tokens(tokens)
-        first = jnp.arange(config.num_blocks) == 0
+        attention_blocks, shared = self.attentions()
 
         def rwkv(carry, scanned):
-            block, first, state = scanned
+            (block, first), state = scanned
             state = block.begun(state, start == 0)  # a text has no rows before its first token
             x, v_first, state = block(*carry, first, self.run, state, lengths)
             return (x, v_first), state
 
         def group(carry, scanned):
             x, v_first, pages = carry
-            stacked, (layer, block, state) = scanned
-            (x, v_first), states = _scan(rwkv, (x, v_first), stacked)
+            blocks, states, (layer, block, state) = scanned
+            if config.num_blocks:
+                (x, v_first), states = _scan(rwkv, (x, v_first), (blocks, states))
+            block = block if shared is None else shared
             if block is not None:
                 attend = lambda attention, h: attention.cached(
-                    h, pages, layer, start, lengths, cache.gate, cache.policy, state.key_tail
+                    h,
+                    pages,
+                    layer,
+                    start,
+                    lengths,
+                    cache.position,
+                    cache.gate,
+                    cache.policy,
+                    state.key_tail,
                 )
                 x, shift, (pages, tail) = block(x, attend, state.ffn_shift, lengths)
                 state = AttentionState(shift, tail)
             return (x, v_first, pages), (states, state)
 
-        stacked, attention_blocks = self.grouped((self.blocks, first, cache.blocks))
+        blocks, states = self.grouped((self.recurrent(), cache.blocks))
         layers = jnp.arange(max(1, config.num_attention_blocks))
         (x, _, pages), (states, attention) = _scan(
             group,
             (x, jnp.zeros_like(x), cache.pages),
-            (stacked, (layers, attention_blocks, cache.attention)),
+            (blocks, states, (layers, attention_blocks, cache.attention)),
         )
         flat = lambda p: p.reshape(config.num_blocks, *p.shape[2:])
         rows = start if cache.policy is None else cache.policy.rows_after(start)
@@ -201,6 +221,7 @@ class RWKVX(nnx.Module):
         cache = dataclasses.replace(
             cache,
             length=rows + lengths,
+            position=cache.position + lengths,
             blocks=jax.tree.map(flat, states),
             attention=attention,
             pages=pages,
@@ -241,8 +262,19 @@ class RWKVX(nnx.Module):
         _, last, cache = jax.lax.while_loop(unfinished, segment, carry)
         return last, cache
 
-    def grouped(self, stacked: Any) -> tuple[Any, Any]:
-        """Per-layer trees [L, ...] as groups [M, L / M, ...], beside the attention blocks [M]."""
+    def recurrent(self) -> tuple[Any, Array]:
+        """The recurrent blocks [L] (None if L is 0), and whether each is the first [L]."""
+        return getattr(self, "blocks", None), jnp.arange(self.config.num_blocks) == 0
+
+    def attentions(self) -> tuple[Any, Any]:
+        """The attention blocks of the groups [M], or the one that all of them share; else None."""
+        if not self.config.shared_attention:
+            return getattr(self, "attention_blocks", None), None
+        blocks = self.attention_blocks
+        return None, blocks[0] if _is_list(blocks) else jax.tree.map(lambda p: p[0], blocks)
+
+    def grouped(self, stacked: Any) -> Any:
+        """Trees by recurrent block [L, ...] as groups [M, L / M, ...]."""
         groups, size = max(1, self.config.num_attention_blocks), self.config.blocks_per_group
 
         def split(p):
@@ -250,15 +282,16 @@ class RWKVX(nnx.Module):
                 return [p[i * size : (i + 1) * size] for i in range(groups)]
             return p.reshape(groups, size, *p.shape[1:])
 
-        attention = self.attention_blocks if self.config.num_attention_blocks else None
-        return jax.tree.map(split, stacked, is_leaf=_is_list), attention
+        return jax.tree.map(split, stacked, is_leaf=_is_list)
 
     def embed_tokens(self, tokens: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
-        """Normalised embeddings."""
+        """Embeddings in the compute dtype, normalised with the backbone "rwkv"."""
+        table = self.head.weight if self.config.tied_embeddings else self.embed
         # First as the table lies, its width over fsdp: the partitioner finds no way of its own from
         # there to whole rows where other axes are in use too, and would copy everything everywhere.
-        x = constrain(jnp.asarray(self.embed[...])[tokens], "replica", "time", "embed")
-        return self.ln0(constrain(x, "batch", "time", None))
+        x = constrain(jnp.asarray(table[...])[tokens], "replica", "time", "embed")
+        x = constrain(x, "batch", "time", None)
+        return self.ln0(x) if self.config.backbone == "rwkv" else x.astype(self.dtype)
 
 
 def unstack(model: RWKVX) -> RWKVX:

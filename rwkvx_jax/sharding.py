@@ -147,12 +147,13 @@ def _fill_boxes(devices: Sequence[jax.Device]) -> bool:
 
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
-    heads, tensor, parts = config.model.num_heads, mesh.shape["tensor"], mesh.shape["context"]
-    if heads % tensor:
-        raise ConfigError(
-            f"the model has {heads} heads, which mesh.tensor {tensor} does not divide: use a "
-            "divisor of the number of heads"
-        )
+    model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
+    for heads, what in ((model.num_heads, ""), (model.kv_heads, " of keys and values")):
+        if heads % tensor:
+            raise ConfigError(
+                f"the model has {heads} heads{what}, which mesh.tensor {tensor} does not divide: "
+                "use a divisor of the number of heads"
+            )
     for stage in config.stages:
         batch_sharding(mesh, stage.global_batch)
         model = config.stage_model(stage)

@@ -38,6 +38,7 @@ from tests.helpers import ROOT
 
 STAGE = Stage("only", 64, 4, 10, 1e-3)
 CONFIG = Config(ModelConfig.tiny(), (STAGE,))
+TRANSFORMER = ModelConfig(num_blocks=0, num_attention_blocks=3, backbone="llama")
 
 
 def tuned(model, **lora):
@@ -137,6 +138,50 @@ def tuned(model, **lora):
         (
             lambda: ModelConfig(mixer="mamba2", attention_init="copy"),
             ['"copy"', '"mamba2"', 'use "zero" or "aligned"'],
+        ),
+        (lambda: ModelConfig(num_blocks=-1), ["num_blocks is -1", "0 for a Transformer"]),
+        (
+            lambda: ModelConfig(num_blocks=0, num_attention_blocks=0),
+            ["num_blocks is 0", "at least 1", "num_attention_blocks"],
+        ),
+        (lambda: ModelConfig(num_blocks=0, mixer="kda"), ["model.mixer", "num_blocks is 0"]),
+        (lambda: ModelConfig(num_blocks=0, learned_state=True), ["learned_state", "is 0"]),
+        (lambda: ModelConfig(norm_eps=1e-6), ["norm_eps is 1e-06", 'backbone="llama"']),
+        (lambda: ModelConfig(backbone="llama", norm_eps=0.0), ["norm_eps is 0.0", "positive"]),
+        (lambda: ModelConfig(num_kv_heads=5), ["num_kv_heads is 5", "12 heads", "0 for as many"]),
+        (lambda: ModelConfig(num_kv_heads=-1), ["num_kv_heads is -1"]),
+        (lambda: ModelConfig(rope_theta=1.0), ["rope_theta is 1.0", "10000"]),
+        (lambda: ModelConfig(width=9, head_size=3, rope_theta=1e4), ["head_size 3 is odd"]),
+        (
+            lambda: ModelConfig(rope_scaling=(8.0, 1.0, 4.0, 8192.0)),
+            ["rope_scaling is (8.0, 1.0, 4.0, 8192.0)", "rope_theta is 0"],
+        ),
+        (
+            lambda: ModelConfig(rope_theta=1e4, rope_scaling=(8.0, 4.0, 1.0, 8192.0)),
+            ["rope_scaling is (8.0, 4.0, 1.0, 8192.0)", "low_freq_factor < high_freq_factor"],
+        ),
+        (
+            lambda: ModelConfig(num_attention_blocks=0, shared_attention=True),
+            ["shared_attention is True", "leave it False"],
+        ),
+        (
+            lambda: ModelConfig(backbone="llama", attention_init="copy"),
+            ['"copy"', 'backbone="llama"', 'use "zero"'],
+        ),
+        (lambda: ModelConfig(num_blocks=0, attention_init="copy"), ['"copy"', "without such"]),
+        (
+            lambda: ModelConfig(num_kv_heads=3, attention_init="aligned"),
+            ["'aligned'", "num_kv_heads is 3", '"zero"'],
+        ),
+        (lambda: TRANSFORMER.without_attention(), ["Transformer", "nothing without"]),
+        (
+            lambda: Config(TRANSFORMER, (dataclasses.replace(STAGE, expanded=False),)),
+            ["'only': expanded=False", "set expanded=True"],
+        ),
+        (lambda: tuned(TRANSFORMER), ["'time_mix.receptance'", "no recurrent blocks", "leave"]),
+        (
+            lambda: tuned(ModelConfig.tiny(), targets=("channel_mix.gate",)),
+            ["['channel_mix.gate']", "without a gate"],
         ),
         (lambda: ModelConfig(mixer="kda", learned_state=True), ["'rwkv7', not 'kda'", "False"]),
         (lambda: Config(ModelConfig.tiny(), ()), ["stages is empty"]),

@@ -297,9 +297,16 @@ def test_every_program_is_run_by_a_test():
         "docs/data.md": 2,
         "docs/evaluation.md": 1,
         "docs/generation.md": 1,
-        "docs/recurrences.md": 1,
+        "docs/recurrences.md": 2,
         "docs/research.md": 3,
     }
+
+
+def test_transformers():
+    names = run("docs/recurrences.md", 1)
+    assert names["small"].num_blocks == 0
+    count = names["qwen25_3b"]().num_parameters
+    assert f"print(qwen25_3b().num_parameters)       # {count}" in TEXTS["docs/recurrences.md"]
 
 
 def test_the_recurrence_in_another_model():

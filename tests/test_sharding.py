@@ -160,6 +160,14 @@ def test_configs_that_the_mesh_does_not_divide(sizes, changes, message):
     check_fits(config, make_mesh(MeshConfig()))
 
 
+def test_heads_of_keys_that_the_mesh_does_not_divide():
+    model = dataclasses.replace(EVEN, num_kv_heads=2)
+    config = dataclasses.replace(CURRICULUM, model=model)
+    with pytest.raises(ConfigError, match="2 heads of keys and values, which mesh.tensor 4 does"):
+        check_fits(config, make_mesh(MeshConfig(tensor=4)))
+    check_fits(config, make_mesh(MeshConfig(tensor=2)))
+
+
 def test_dimensions_and_axes_that_no_rule_covers():
     mesh = make_mesh(MeshConfig(data=-1, tensor=4))
     with pytest.raises(ConfigError, match=r"time_mix.key: dimension 1 \(heads\) of size 6 .*by 4"):

@@ -16,6 +16,7 @@ Matrix = Literal[
     "time_mix.key",
     "time_mix.value",
     "time_mix.output",
+    "channel_mix.gate",
     "channel_mix.key",
     "channel_mix.value",
     "attention.receptance",
@@ -95,7 +96,8 @@ class LoRAConfig(Checked):
         "channel_mix.value",
     )
     """Matrices, in every block that has them: "channel_mix" is in both kinds of blocks, "time_mix"
-    in RWKV-7 blocks, "attention" in attention blocks."""
+    in recurrent blocks, "attention" in attention blocks; "channel_mix.gate" is of the backbone
+    "llama"."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -238,6 +240,11 @@ class Config(Checked):
         )
         for stage in self.stages:
             require(
+                self.model.num_blocks > 0 or stage.expanded,
+                f"stage {stage.name!r}: expanded=False trains the model without its attention "
+                "blocks, but a Transformer (model.num_blocks = 0) has no others; set expanded=True",
+            )
+            require(
                 self.model.num_attention_blocks > 0 or stage.trainable != "attention",
                 f'stage {stage.name!r}: trainable="attention", but the model has no attention '
                 "blocks; set model.num_attention_blocks",
@@ -269,11 +276,16 @@ class Config(Checked):
     def _check_adapters(self, stage: Stage) -> None:
         """Raises ConfigError for adapters that the model of a stage has no matrices for."""
         model, owner = self.stage_model(stage), f"stage {stage.name!r}: lora"
-        absent = [name for name in stage.lora.targets if name.startswith("attention.")]
-        require(
-            model.num_attention_blocks > 0 or not absent,
-            f"{owner}.targets names {absent}: the model has no attention blocks; leave them out",
-        )
+        for part, there, what in (
+            ("attention.", model.num_attention_blocks > 0, "no attention blocks"),
+            ("time_mix.", model.num_blocks > 0, "no recurrent blocks"),
+            ("channel_mix.gate", model.backbone == "llama", "RWKV's channel mix, without a gate"),
+        ):
+            absent = [name for name in stage.lora.targets if name.startswith(part)]
+            require(
+                there or not absent,
+                f"{owner}.targets names {absent}: the model has {what}; leave them out",
+            )
         require(
             stage.lora.rank < model.width,
             f"{owner}.rank {stage.lora.rank} is not below model.width {model.width}: such adapters "

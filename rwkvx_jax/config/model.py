@@ -43,9 +43,16 @@ class ModelConfig(Checked):
     vocab_size: int = 65536
     """W: rows of the embedding and columns of the head."""
     num_blocks: int = 12
-    """L: recurrent blocks, RWKV-7 unless `mixer` says otherwise."""
+    """L: recurrent blocks, RWKV-7 unless `mixer` says otherwise; 0 is a Transformer."""
     num_attention_blocks: int = 4
-    """M: attention blocks, one after every L / M RWKV-7 blocks; 0 is plain RWKV-7."""
+    """M: attention blocks, one after every L / M recurrent blocks; 0 is plain RWKV-7."""
+    backbone: Literal["rwkv", "llama"] = "rwkv"
+    """What surrounds the mixers of all blocks: "rwkv" (LayerNorm, RWKV-7's channel mix, a norm of
+    the embedding) or "llama" (RMSNorm, SwiGLU without token shift, the embedding as it is)."""
+    norm_eps: float = 1e-5
+    """Added to the variance by the norms of the backbone "llama"; RWKV's have 1e-5."""
+    tied_embeddings: bool = False
+    """The head is the embedding, transposed, instead of a matrix of its own."""
     width: int = 768
     """D: residual stream."""
     head_size: int = 64
@@ -57,6 +64,20 @@ class ModelConfig(Checked):
     """F: hidden width of the channel mix; 0 means 4 D."""
     attention: Literal["sparse", "full"] = "sparse"
     """Kind of the attention blocks; "full" is the full-attention hybrid (a baseline)."""
+    num_kv_heads: int = 0
+    """G: heads of keys and values, each for H / G heads of queries (arXiv 2305.13245); 0: as many
+    as heads of queries."""
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have biases (Qwen2)."""
+    rope_theta: float = 0.0
+    """Base of the rotary positions of queries and keys (arXiv 2104.09864), a channel paired with
+    the one half a head later; 0 for attention without positions."""
+    rope_scaling: tuple[float, float, float, float] | None = None
+    """Llama 3.1's change of the rotary frequencies: factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings; None for none. See modules/rotary.py."""
+    shared_attention: bool = False
+    """All attention blocks are one block, used M times (Zamba, arXiv 2405.16712): one set of
+    parameters, but keys and values of each use."""
     chunk_size: int = 2048
     """Tokens of one chunk of the sparse attention."""
     top_k: int = 3
@@ -92,7 +113,6 @@ class ModelConfig(Checked):
         require_positive(
             "model",
             vocab_size=self.vocab_size,
-            num_blocks=self.num_blocks,
             width=self.width,
             head_size=self.head_size,
             chunk_size=self.chunk_size,
@@ -102,27 +122,38 @@ class ModelConfig(Checked):
             self.num_attention_blocks >= 0,
             f"model.num_attention_blocks is {self.num_attention_blocks}: use 0 for plain RWKV-7",
         )
-        require(self.key_conv >= 0, f"model.key_conv is {self.key_conv}: use 0 for none")
         require(
-            self.selector not in ("max", "pooled")
-            or (self.selector_blocks >= 1 and self.chunk_size % self.selector_blocks == 0),
-            f"model.selector_blocks {self.selector_blocks} does not divide model.chunk_size "
-            f"{self.chunk_size}, as the selector {self.selector!r} needs it to",
+            self.num_blocks >= (0 if self.num_attention_blocks else 1),
+            f"model.num_blocks is {self.num_blocks}: it must be at least 1, or 0 for a Transformer "
+            "of num_attention_blocks blocks",
         )
         require(self.ffn_width >= 0, f"model.ffn_width is {self.ffn_width}: use 0 for 4 x width")
         require(
             self.width % self.head_size == 0,
             f"model.width {self.width} is not divisible by model.head_size {self.head_size}",
         )
+        require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be positive")
+        require(
+            self.backbone == "llama" or self.norm_eps == 1e-5,
+            f'model.norm_eps is {self.norm_eps}, but the norms of the backbone "rwkv" have 1e-5: '
+            'leave it, or use backbone="llama"',
+        )
+        self._check_recurrent_blocks()
+        self._check_attention()
+        self._check_rotary()
+        self._check_attention_init()
+
+    def _check_recurrent_blocks(self) -> None:
+        """Raises ConfigError for options of recurrent blocks that do not go together."""
         require_positive("model.low_rank_override", **self.ranks._asdict())
         require(
             self.mixer == "rwkv7" or not self.learned_state,
             f"model.learned_state is for the mixer 'rwkv7', not {self.mixer!r}: leave it False",
         )
         require(
-            self.mixer != "mamba2" or self.attention_init != "copy",
-            'model.attention_init "copy" takes the matrices of the recurrent blocks, which have '
-            'other shapes with the mixer "mamba2": use "zero" or "aligned"',
+            self.num_blocks > 0 or (self.mixer == "rwkv7" and not self.learned_state),
+            "model.mixer and model.learned_state are of recurrent blocks, but model.num_blocks is "
+            "0: leave them as they are",
         )
         blocks, attention = self.num_blocks, self.num_attention_blocks
         if attention:
@@ -133,9 +164,84 @@ class ModelConfig(Checked):
                 f"{blocks}: trailing RWKV-7 blocks would have no place; choose one of {divisors}",
             )
 
+    def _check_attention(self) -> None:
+        """Raises ConfigError for options of attention that do not go together."""
+        require(self.key_conv >= 0, f"model.key_conv is {self.key_conv}: use 0 for none")
+        require(
+            self.selector not in ("max", "pooled")
+            or (self.selector_blocks >= 1 and self.chunk_size % self.selector_blocks == 0),
+            f"model.selector_blocks {self.selector_blocks} does not divide model.chunk_size "
+            f"{self.chunk_size}, as the selector {self.selector!r} needs it to",
+        )
+        require(
+            self.num_kv_heads >= 0 and self.num_heads % self.kv_heads == 0,
+            f"model.num_kv_heads is {self.num_kv_heads}: it must divide the {self.num_heads} heads "
+            "of queries, or be 0 for as many",
+        )
+        require(
+            not self.shared_attention or self.num_attention_blocks > 0,
+            "model.shared_attention is True, but model.num_attention_blocks is 0: leave it False",
+        )
+
+    def _check_rotary(self) -> None:
+        """Raises ConfigError for rotary positions that make no sense."""
+        require(
+            self.rope_theta == 0 or self.rope_theta > 1,
+            f"model.rope_theta is {self.rope_theta}: use a base such as 10000, or 0 for none",
+        )
+        require(
+            self.rope_theta == 0 or self.head_size % 2 == 0,
+            f"model.head_size {self.head_size} is odd: rotary positions turn pairs of channels",
+        )
+        if self.rope_scaling is None:
+            return
+        require(
+            self.rope_theta > 0,
+            f"model.rope_scaling is {self.rope_scaling}, but model.rope_theta is 0: there are no "
+            "positions to scale",
+        )
+        factor, low, high, original = self.rope_scaling
+        require(
+            factor >= 1 and 0 < low < high and original >= 1,
+            f"model.rope_scaling is {self.rope_scaling}: it is (factor, low_freq_factor, "
+            "high_freq_factor, original_max_position_embeddings) with factor >= 1 and "
+            "0 < low_freq_factor < high_freq_factor",
+        )
+
+    def _check_attention_init(self) -> None:
+        """Raises ConfigError for initial values that the attention blocks can't have."""
+        grouped = self.kv_heads != self.num_heads
+        require(
+            self.mixer != "mamba2" or self.attention_init != "copy",
+            'model.attention_init "copy" takes the matrices of the recurrent blocks, which have '
+            'other shapes with the mixer "mamba2": use "zero" or "aligned"',
+        )
+        require(
+            self.attention_init != "copy"
+            or (self.num_blocks > 0 and self.backbone == "rwkv" and not self.shared_attention),
+            'model.attention_init "copy" takes the matrices of the RWKV block before each '
+            'attention block: without such blocks, with backbone="llama" or shared_attention use '
+            '"zero"',
+        )
+        require(
+            not grouped or self.attention_init == "zero",
+            f"model.attention_init {self.attention_init!r} sets keys from queries or from blocks "
+            f'with as many heads, but model.num_kv_heads is {self.num_kv_heads}: use "zero"',
+        )
+
     @property
     def num_heads(self) -> int:
         return self.width // self.head_size
+
+    @property
+    def kv_heads(self) -> int:
+        """G: heads of keys and values in an attention block."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of the keys (and of the values) of an attention block."""
+        return self.kv_heads * self.head_size
 
     @property
     def hidden_width(self) -> int:
@@ -158,18 +264,56 @@ class ModelConfig(Checked):
         return MIXER_TITLES[self.mixer]
 
     @property
+    def title(self) -> str:
+        """Kind of the model for people."""
+        if not self.num_blocks:
+            return "Transformer"
+        return "RWKV-X" if self.num_attention_blocks else self.mixer_title
+
+    @property
+    def blocks_title(self) -> str:
+        """Numbers and kinds of the blocks for people."""
+        kinds = (self.num_blocks, self.mixer_title), (self.num_attention_blocks, "attention")
+        return " and ".join(f"{count} {kind}" for count, kind in kinds if count) + " blocks"
+
+    @property
+    def attention_layers(self) -> int:
+        """Attention blocks that have parameters of their own."""
+        return (
+            min(1, self.num_attention_blocks)
+            if self.shared_attention
+            else self.num_attention_blocks
+        )
+
+    @property
+    def channel_mix_matrices(self) -> int:
+        """Numbers in the matrices of one channel mix."""
+        return (3 if self.backbone == "llama" else 2) * self.width * self.hidden_width
+
+    @property
+    def attention_matrices(self) -> int:
+        """Numbers in the four matrices of one attention."""
+        return 2 * self.width * (self.width + self.kv_width)
+
+    @property
+    def channel_mix_shift(self) -> int:
+        """Numbers of a token that the channel mix of the next one needs."""
+        return self.width if self.backbone == "rwkv" else 0
+
+    @property
     def num_parameters(self) -> int:
         """Numbers in all arrays of the model; costs nothing, whatever its size."""
-        width = self.width
-        norm, square = 2 * width, width * width
-        channel_mix = width + 2 * width * self.hidden_width
+        width, llama = self.width, self.backbone == "llama"
+        norm = width if llama else 2 * width
+        channel_mix = self.channel_mix_matrices + (0 if llama else width)
         time_mix = self.mixer_sizes.parameters + self.learned_state * width * self.head_size
-        attention = 4 * square + self.key_conv * width
+        attention = self.attention_matrices + self.key_conv * self.kv_width
+        attention += self.qkv_bias * (width + 2 * self.kv_width)
         return (
-            2 * self.vocab_size * width
-            + 2 * norm
+            (1 if self.tied_embeddings else 2) * self.vocab_size * width
+            + (1 if llama else 2) * norm
             + self.num_blocks * (2 * norm + time_mix + channel_mix)
-            + self.num_attention_blocks * (2 * norm + attention + channel_mix)
+            + self.attention_layers * (2 * norm + attention + channel_mix)
         )
 
     @property
@@ -179,7 +323,12 @@ class ModelConfig(Checked):
 
     def without_attention(self) -> ModelConfig:
         """The plain RWKV-7 which block expansion turns into this model."""
-        return dataclasses.replace(self, num_attention_blocks=0)
+        require(
+            self.num_blocks > 0,
+            "a Transformer (model.num_blocks = 0) is nothing without its attention blocks: only "
+            "models with recurrent blocks are expanded or compared without attention",
+        )
+        return dataclasses.replace(self, num_attention_blocks=0, shared_attention=False)
 
     @classmethod
     def rwkvx_0b2(cls) -> ModelConfig:

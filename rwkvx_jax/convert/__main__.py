@@ -1,8 +1,8 @@
 """Command line: `python -m rwkvx_jax.convert SRC DST`, and `--inspect SRC`.
 
-Turns official RWKV-X and RWKV-7 checkpoints and flash-linear-attention's RWKV-7 directories into
-ours, and ours (files and training runs) into official ones. Tensors are copied one at a time, and
-the destination appears only when it is complete.
+Turns official RWKV-X and RWKV-7 checkpoints, and directories of flash-linear-attention's RWKV-7, of
+Llama and of Qwen2, into ours, and ours (files and training runs) into official ones. Tensors are
+copied one at a time, and the destination appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Options:
 
     src: tyro.conf.Positional[WorkPath]
     """Official .pth or .safetensors (or its *.index.json), a directory with one of them as the
-    Hugging Face Hub has it (also flash-linear-attention's RWKV-7), a .safetensors of ours, or the
-    directory of a training run; in a bucket (gs://), or on the Hub
+    Hugging Face Hub has it (also flash-linear-attention's RWKV-7, Llama, Qwen2), a .safetensors of
+    ours, or the directory of a training run; in a bucket (gs://), or on the Hub
     (hf://org/name[@revision][/file])."""
     dst: tyro.conf.Positional[WorkPath | None] = None
     """File to write, on a disk or in a bucket (gs://): .safetensors or .pth."""
@@ -212,7 +212,7 @@ def _export(options: Options, source: OwnCheckpoint, results: str, console: Cons
             source.trained,
         )
         name = options.dst.absolute().name
-        card = model_card(name, describe(name, facts), results, source.config.mixer)
+        card = model_card(name, describe(name, facts), results, source.config)
         write_directory(options.dst, read, tensors, card, shard_bytes(options.shard_size), accept)
     say(
         console,
@@ -314,8 +314,7 @@ def _summary(dst: Path, official: bool, config: ModelConfig) -> str:
     states = ", learned initial states" if config.learned_state else ""
     return (
         f"{dst}: {'official' if official else 'our'} layout, "
-        f"{size(dst) / 1e6:,.1f} MB; {config.num_blocks} {config.mixer_title} blocks, "
-        f"{config.num_attention_blocks} attention blocks, width {config.width}, "
+        f"{size(dst) / 1e6:,.1f} MB; {config.blocks_title}, width {config.width}, "
         f"vocabulary {config.vocab_size}{states}"
     )
 

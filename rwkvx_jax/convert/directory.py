@@ -1,7 +1,8 @@
 """config.json of a Hugging Face directory: which model it describes, held against the tensors.
 
-The mathematics of our model is fixed where such a file may choose it, so that an option that
-changes it is refused. Sizes are read off the tensors; the file must not contradict them.
+The mathematics of an RWKV-7 is fixed where such a file may choose it, so that an option that
+changes it is refused. Its sizes are read off the tensors; the file must not contradict them. Of a
+Transformer the file says everything, see `llama.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.convert import llama
 from rwkvx_jax.convert.tensors import ConversionError, read_json
 
 CONFIG_FILE = "config.json"
@@ -49,8 +51,13 @@ def read_options(directory: Path) -> dict[str, Any]:
             "one (run.checkpoint_every)"
         )
     kind = options.get("model_type")
+    if kind in llama.KINDS:
+        llama.check_llama_file(path, options)
+        return options
     if kind not in _KINDS:
-        raise ConversionError(f"{path}: model_type is {kind!r:.60}; only RWKV-7 can be converted")
+        raise ConversionError(
+            f"{path}: model_type is {kind!r:.60}; only RWKV-7, Llama and Qwen2 can be converted"
+        )
     wrong = [
         f"{name} = {options[name]!r:.60} (only {value!r})"
         for name, value in _REQUIRED.items()
@@ -72,6 +79,8 @@ def check_sizes(directory: Path, options: Mapping[str, Any], config: ModelConfig
       ConversionError: names every option that contradicts them; or heads that other programs
         normalise with another epsilon than the official code.
     """
+    if options.get("model_type") in llama.KINDS:
+        return  # the tensors were checked against these options
     ranks = config.ranks
     sizes = {
         "vocab_size": config.vocab_size,

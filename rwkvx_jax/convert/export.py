@@ -22,6 +22,7 @@ import numpy as np
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.convert.directory import CONFIG_FILE, SETTINGS
 from rwkvx_jax.convert.files import INDEX
+from rwkvx_jax.convert.layout import outside_table
 from rwkvx_jax.convert.official import has_official_form, params_to_official
 from rwkvx_jax.convert.own import OwnCheckpoint, own_metadata
 from rwkvx_jax.convert.safetensors_file import write_safetensors
@@ -157,6 +158,7 @@ def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str
         "v_low_rank_dim": config.ranks.v,
         "gate_low_rank_dim": config.ranks.g,
     }
+    norms = {"norm_eps": config.norm_eps, "norm_bias": True} if config.backbone == "rwkv" else {}
     dtypes = [tensor.dtype.name for tensor in tensors.values()]
     return {
         "model_type": _model_type(config),
@@ -167,9 +169,8 @@ def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str
         "num_heads": config.num_heads,
         "head_dim": config.head_size,
         **(ranks if config.mixer == "rwkv7" else {}),
-        "norm_eps": 1e-5,
-        "norm_bias": True,
-        "tie_word_embeddings": False,
+        **norms,
+        "tie_word_embeddings": config.tied_embeddings,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
@@ -180,27 +181,27 @@ def _options(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str
 def _model_type(config: ModelConfig) -> str:
     """The name for a model of transformers if it is one: an RWKV-7 without attention blocks and
     learned states, its heads of 64 (there, others are normalised with another epsilon)."""
-    plain = config.mixer == "rwkv7" and not config.learned_state
+    plain = not outside_table(config) and not config.learned_state
     plain = plain and config.num_attention_blocks == 0 and config.head_size == 64
     return "rwkv7" if plain else "rwkvx"
 
 
-def model_card(name: str, facts: Sequence[str], results: str, mixer: str) -> str:
+def model_card(name: str, facts: Sequence[str], results: str, config: ModelConfig) -> str:
     """The text of a model card, Markdown.
 
     Args:
       name: of the directory.
       facts: lines of `inspection.describe`.
       results: Markdown with tables of evaluations, or "".
-      mixer: of its recurrent blocks.
+      config: the model.
     """
     listed = "\n".join(f"    {line}" for line in facts)
+    tags = f"- rwkv\n- {config.mixer}" if config.num_blocks else "- transformer"
     return f"""---
 library_name: rwkvx-jax
 pipeline_tag: text-generation
 tags:
-- rwkv
-- {mixer}
+{tags}
 ---
 
 # {name}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ _LAYOUTS = {
     "ours": "tensors of our names",
     "official": "tensors of the official names",
     "fla": "tensors of flash-linear-attention's names",
+    "llama": "tensors of Llama's names",
 }
 
 
@@ -69,18 +70,11 @@ def describe(name: str, facts: Facts) -> list[str]:
       facts: of it.
     """
     config = facts.config
-    kind = "RWKV-X" if config.num_attention_blocks else config.mixer_title
-    attention = ""
-    if config.num_attention_blocks:
-        attention = f"{config.num_attention_blocks} attention blocks (one after every "
-        attention += f"{config.blocks_per_group}), "
     fields = {
         "checkpoint": name,
         "form": facts.form,
         "size": f"{facts.bytes / 1e6:,.1f} MB on the disk",
-        "model": f"{kind}: {config.num_blocks} {config.mixer_title} blocks, {attention}"
-        f"width {config.width}, {config.num_heads} heads of {config.head_size}, "
-        f"channel mix {config.hidden_width}, vocabulary {config.vocab_size}",
+        "model": f"{config.title}: {', '.join(_parts(config))}",
         "parameters": f"{config.num_parameters:,}",
         "dtypes": ", ".join(f"{dtype} ({count} arrays)" for dtype, count in facts.dtypes.items()),
         "tokenizer": _tokenizer(facts),
@@ -89,6 +83,22 @@ def describe(name: str, facts: Facts) -> list[str]:
         **_uses(name, facts),
     }
     return [f"{field:<12}{text}" for field, text in fields.items()]
+
+
+def _parts(config: ModelConfig) -> Iterator[str]:
+    """The sizes of a model."""
+    if config.num_blocks:
+        yield f"{config.num_blocks} {config.mixer_title} blocks"
+    if config.num_attention_blocks:
+        where = f" (one after every {config.blocks_per_group})" if config.num_blocks else ""
+        shared = ", all the same" if config.shared_attention else ""
+        yield f"{config.num_attention_blocks} attention blocks{where}{shared}"
+    yield f"width {config.width}"
+    grouped = config.kv_heads != config.num_heads
+    kv = f" ({config.kv_heads} of keys and values)" if grouped else ""
+    yield f"{config.num_heads} heads of {config.head_size}{kv}"
+    yield f"channel mix {config.hidden_width}"
+    yield f"vocabulary {config.vocab_size}"
 
 
 def _tokenizer(facts: Facts) -> str:

@@ -143,10 +143,26 @@ def _stack_size(parameter: Parameter, config: ModelConfig) -> int | None:
     return None
 
 
+def outside_table(config: ModelConfig) -> str | None:
+    """A part of a model that the table does not describe, and no other layout has; None if there
+    is none."""
+    plain = ModelConfig()
+    fields = ["mixer", "backbone", "tied_embeddings"]
+    if config.num_attention_blocks:
+        fields += ["qkv_bias", "rope_theta", "shared_attention"]
+    values = {name: getattr(config, name) for name in fields}
+    found = [f"{name}={x!r}" for name, x in values.items() if x != getattr(plain, name)]
+    if config.kv_heads != config.num_heads and config.num_attention_blocks:
+        found.append(f"num_kv_heads={config.num_kv_heads}")
+    if not config.num_blocks:
+        found.append("num_blocks=0")
+    return found[0] if found else None
+
+
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all our parameters, by name."""
-    if config.mixer != "rwkv7":
-        return _shapes_of_model(config)
+    if outside_table(config):
+        return dict(_shapes_of_model(config))
     sizes = _dim_sizes(config)
     shapes = {}
     for parameter in PARAMETERS:
@@ -160,7 +176,7 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def _shapes_of_model(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """`param_shapes` of a model that the table does not describe: its mixer has no other layout."""
+    """`param_shapes` of a model that the table does not describe."""
     from rwkvx_jax.model import abstract_model, get_params  # slow to import, and seldom needed
 
     return {name: leaf.shape for name, leaf in flat(get_params(abstract_model(config)))}

@@ -12,6 +12,7 @@ import numpy as np
 from rwkvx_jax.convert.directory import CONFIG_FILE, SETTINGS, check_sizes, read_options
 from rwkvx_jax.convert.files import open_tensors
 from rwkvx_jax.convert.fla import has_fla_names, open_fla
+from rwkvx_jax.convert.llama import KINDS, has_llama_names, open_llama
 from rwkvx_jax.convert.official import open_official
 from rwkvx_jax.convert.own import (
     ADAPTER,
@@ -27,7 +28,8 @@ from rwkvx_jax.tokenizer import tokenizer_of
 
 
 def open_checkpoint(path: str | os.PathLike, *, dtype: np.dtype | None = None) -> OwnCheckpoint:
-    """Opens our own, an official or a flash-linear-attention checkpoint; data is read lazily.
+    """Opens our own checkpoint, an official one, flash-linear-attention's or a Transformer in the
+    layout of Llama and Qwen2; data is read lazily.
 
     Chunk size and top-k are the file's, or the official 2048 and 3 where it does not say. Of a
     directory, its config.json and its tokenizer must agree with the tensors.
@@ -66,25 +68,38 @@ def _open(
         )
     settings = _settings(path, metadata, (options or {}).get(SETTINGS))
     try:
-        if settings is not None:
-            layout: Layout = "ours" if has_our_names(tensors) else "official"
-            params = tensors if layout == "ours" else open_official(tensors)[1]
-        elif not has_fla_names(tensors):
-            layout = "official"
-            config, params, info = open_official(tensors, dtype=dtype)
-        elif options:
-            layout, tied = "fla", options.get("tie_word_embeddings") is True
-            config, params, info = open_fla(tensors, tied=tied, dtype=dtype)
-        else:
-            raise ConversionError(
-                "tensors of flash-linear-attention, whose epsilon and other options are in a "
-                f"{CONFIG_FILE}: name the directory that holds both"
-            )
+        if settings is None:
+            return _open_other(tensors, options or {}, dtype)
+        layout: Layout = "ours" if has_our_names(tensors) else "official"
+        params = tensors if layout == "ours" else open_official(tensors)[1]
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
-    if settings is not None:
-        own = read_own(path, params, settings)
-        return own._replace(params=in_dtype(params, dtype), layout=layout)
+    own = read_own(path, params, settings)
+    return own._replace(params=in_dtype(params, dtype), layout=layout)
+
+
+def _open_other(
+    tensors: dict[str, LazyTensor], options: Mapping[str, Any], dtype: np.dtype | None
+) -> OwnCheckpoint:
+    """A checkpoint that was not written here; `options` are empty where none are known."""
+    for has_names, whose in (
+        (has_fla_names, "flash-linear-attention"),
+        (has_llama_names, "Llama or Qwen2"),
+    ):
+        if has_names(tensors) and not options:
+            raise ConversionError(
+                f"tensors of {whose}, whose epsilon and other options are in a {CONFIG_FILE}: name "
+                "the directory that holds both"
+            )
+    if options.get("model_type") in KINDS:
+        config, params = open_llama(tensors, options, dtype)
+        return OwnCheckpoint(config, "", params, None, layout="llama")
+    layout: Layout = "official"
+    if has_fla_names(tensors):
+        layout, tied = "fla", options.get("tie_word_embeddings") is True
+        config, params, info = open_fla(tensors, tied=tied, dtype=dtype)
+    else:
+        config, params, info = open_official(tensors, dtype=dtype)
     return OwnCheckpoint(config, tokenizer_of(config.vocab_size), params, info, layout=layout)
 
 

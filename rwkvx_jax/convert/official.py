@@ -27,6 +27,7 @@ from rwkvx_jax.convert.layout import (
     check,
     check_params,
     from_params,
+    outside_table,
     param_shapes,
     slots,
     to_params,
@@ -169,8 +170,8 @@ def has_official_form(config: ModelConfig) -> bool:
 
 def _unofficial(config: ModelConfig) -> str | None:
     """A part of a model that the official layout has not, and why; None if there is none."""
-    if config.mixer != "rwkv7":
-        return f"mixer={config.mixer!r} has no official form: official files hold RWKV-7 blocks"
+    if part := outside_table(config):
+        return f"{part} has no official form: official files hold RWKV-7 blocks and plain attention"
     if config.key_conv and config.num_attention_blocks:
         knows_none = "the original knows no convolution on keys"
         return f"key_conv={config.key_conv} has no official form: {knows_none}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, NamedTuple
 
 from rwkvx_jax.config import ConfigError, ModelConfig, from_dict, to_dict
-from rwkvx_jax.convert.layout import PARAMETERS, check_params, param_shapes
+from rwkvx_jax.convert.layout import check_params, param_shapes
 from rwkvx_jax.convert.official import OfficialInfo
 from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetensors
 from rwkvx_jax.convert.tensors import ConversionError, LazyTensor, as_lazy, parse_json
@@ -33,8 +33,9 @@ class Trained(NamedTuple):
     length: int | None  # longest training sequence so far, in tokens
 
 
-Layout = Literal["ours", "official", "fla"]
-"""Whose names a checkpoint's tensors have: ours, the official ones, flash-linear-attention's."""
+Layout = Literal["ours", "official", "fla", "llama"]
+"""Whose names a checkpoint's tensors have: ours, the official ones, flash-linear-attention's, those
+of Llama and Qwen2."""
 
 
 class OwnCheckpoint(NamedTuple):
@@ -55,7 +56,7 @@ def is_own_metadata(metadata: Mapping[str, str]) -> bool:
 
 def has_our_names(names: Container[str]) -> bool:
     """Whether these names of tensors are those of our parameters."""
-    return PARAMETERS[0].name in names
+    return "ln_out.scale" in names
 
 
 def open_own_safetensors(path: str | os.PathLike) -> OwnCheckpoint:

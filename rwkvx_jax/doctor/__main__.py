@@ -90,7 +90,13 @@ def _case(options: Options, model: ModelConfig, dtype: str) -> Case:
         model = ModelConfig.rwkvx_0b2()
     if options.interpret:  # the smallest sizes for which the kernels exist
         model = dataclasses.replace(
-            model, width=128, head_size=64, chunk_size=64, top_k=2, selector="mean"
+            model,
+            width=128,
+            head_size=64,
+            num_kv_heads=0,
+            chunk_size=64,
+            top_k=2,
+            selector="mean",
         )
         return Case(model, dtype, length=200, timed=0, interpret=True)
     # Beyond what the queries read, so that chunks are chosen; no multiple of anything.

@@ -65,7 +65,8 @@ def kernel_checks(case: Case) -> Iterator[Check]:
     recurrence, check = {"rwkv7": ("wkv7", _check_wkv7), "rwkv4": ("wkv4", _check_wkv4)}.get(
         case.model.mixer, ("generalized_delta_rule", _check_delta_rule)
     )
-    yield f"{recurrence} ({case.dtype}, {form})", functools.partial(check, case)
+    if case.model.num_blocks:
+        yield f"{recurrence} ({case.dtype}, {form})", functools.partial(check, case)
     if not case.model.num_attention_blocks:
         return
     if case.model.attention == "full":

@@ -20,7 +20,18 @@ from rwkvx_jax.model import Params, get_params
 from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
-_ADDED = ("learned_state", "mixer")  # fields of ModelConfig since version 0.2.0
+_ADDED = (  # fields of ModelConfig since version 0.2.0
+    "learned_state",
+    "mixer",
+    "backbone",
+    "norm_eps",
+    "tied_embeddings",
+    "num_kv_heads",
+    "qkv_bias",
+    "rope_theta",
+    "rope_scaling",
+    "shared_attention",
+)
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""
 
@@ -219,14 +230,14 @@ def with_attention_off(models: Sequence[EvalModel]) -> list[EvalModel]:
     """Each model, followed by itself without its attention blocks where it has some.
 
     Raises:
-      ConfigError: none has any.
+      ConfigError: none has any beside recurrent blocks.
     """
-    if not any(model.config.num_attention_blocks for model in models):
-        raise ConfigError("--compare-without-attention: no checkpoint here has attention blocks")
-    pairs = [
-        [model, model.without_attention()] if model.config.num_attention_blocks else [model]
-        for model in models
-    ]
+    hybrid = lambda model: model.config.num_attention_blocks and model.config.num_blocks
+    if not any(map(hybrid, models)):
+        raise ConfigError(
+            "--compare-without-attention: no checkpoint here has attention blocks beside others"
+        )
+    pairs = [[model, model.without_attention()] if hybrid(model) else [model] for model in models]
     return [model for pair in pairs for model in pair]
 
 

@@ -88,11 +88,14 @@ def name_of(model: Record) -> str:
     """
     config, label = model["model"], model["label"].replace(".safetensors", "")
     mixer = MIXER_TITLES[config.get("mixer", "rwkv7")]
-    hybrid = "RWKV-X" if mixer == "RWKV-7" else f"{mixer} with sparse attention"
-    if config["attention"] == "full":
-        hybrid = hybrid.removesuffix(" with sparse attention") + " with full attention"
+    name = "RWKV-X" if mixer == "RWKV-7" else f"{mixer} with sparse attention"
+    if not config["num_blocks"]:
+        name = "Transformer"
+    usual = "full" if name == "Transformer" else "sparse"
+    if config["attention"] != usual:
+        name = f"{name.removesuffix(' with sparse attention')} with {config['attention']} attention"
     alone = not config["num_attention_blocks"] and not label.endswith(ATTENTION_OFF)
-    return f"{mixer if alone else hybrid}: {label}"
+    return f"{mixer if alone else name}: {label}"
 
 
 def part_of(done: int, planned: int, what: str) -> str:

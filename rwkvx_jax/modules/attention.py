@@ -1,7 +1,9 @@
-"""Attention of the hybrid's second block kind: sparse (own chunk and the best past chunks) or full.
+"""Attention of the second block kind: sparse (own chunk and the best past chunks) or full.
 
-No position encoding, no bias, no token shift (spec 1.3); as an option a short convolution over time
-on the keys, which makes a chunk's mean key say more of what follows what (arXiv 2511.11571).
+That of the hybrid has no position encoding, no bias, no token shift (spec 1.3); as an option a
+short convolution over time on the keys, which makes a chunk's mean key say more of what follows
+what (arXiv 2511.11571). A Transformer's has rotary positions, biases and fewer heads of keys and
+values, as its config says. Keys are convolved, then rotated, and so they lie in a cache.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from jaxtyping import Array, Float, Int
 from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
-from rwkvx_jax.modules.parameters import input_matrix, parameter, project
+from rwkvx_jax.modules.convolution import short_convolution
+from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter, project
 from rwkvx_jax.modules.remat import keep
-from rwkvx_jax.modules.token_shift import previous_token
+from rwkvx_jax.modules.rotary import rotate
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
@@ -27,27 +30,33 @@ from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
 class Attention(nnx.Module):
-    """receptance (the query), key, value, output: D x D matrices, stored [in, out]; key_conv
-    [config.key_conv, D], if that is not 0: what is added to each key, tap j of the key j tokens
-    before."""
+    """Matrices, stored [in, out]: receptance (the query) and output [D, D], key and value [D, X],
+    X = config.kv_width; with config.qkv_bias also receptance_bias [D], key_bias and value_bias [X].
+    key_conv [config.key_conv, X], if that is not 0: what is added to each key, tap j of the key j
+    tokens before."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        width, aligned = config.width, config.attention_init == "aligned"
-        matrix = lambda gain, bound: parameter(
-            input_matrix(config, rngs.params(), (width, width), gain=gain, bound=bound),
+        width, kv_width = config.width, config.kv_width
+        aligned = config.attention_init == "aligned"
+        matrix = lambda columns, bound: parameter(
+            input_matrix(config, rngs.params(), (width, columns), gain=1.0, bound=bound),
             "embed",
             "heads",
         )
-        self.receptance = matrix(gain=1.0, bound=0.5)
-        self.key = matrix(gain=1.0, bound=0.05)
-        self.value = matrix(gain=1.0, bound=0.5)
-        self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
+        self.receptance = matrix(width, bound=0.5)
+        self.key = matrix(kv_width, bound=0.05)
+        self.value = matrix(kv_width, bound=0.5)
+        self.output = parameter(output_matrix(config, rngs, (width, width)), "heads", "embed")
         if aligned:
             self.key = parameter(jnp.copy(self.receptance[...]), "embed", "heads")
+        if config.qkv_bias:
+            bias = lambda size: parameter(jnp.zeros(size), "vector")
+            self.receptance_bias = bias(width)
+            self.key_bias, self.value_bias = bias(kv_width), bias(kv_width)
         if config.key_conv:
             # Past the last tap (key_conv=1) nothing is set.
-            taps = jnp.zeros((config.key_conv, width)).at[1].set(float(aligned), mode="drop")
+            taps = jnp.zeros((config.key_conv, kv_width)).at[1].set(float(aligned), mode="drop")
             self.key_conv = parameter(taps, "taps", "vector")
 
     def __call__(
@@ -81,10 +90,11 @@ class Attention(nnx.Module):
         layer: Int[Array, ""],  # index of this block in the pages
         start: Int[Array, " B"],  # rows in the pages before this piece
         lengths: Int[Array, " B"],  # valid tokens of the piece
+        position: Int[Array, " B"],  # of the piece's first token in its text
         gate: Gate,
         policy: CachePolicy | None,
-        tail: Float[Array, "B taps D"] | None,  # last keys before the convolution
-    ) -> tuple[Float[Array, "B T D"], tuple[Pages, Float[Array, "B taps D"] | None]]:
+        tail: Float[Array, "B X"],  # last keys before the convolution
+    ) -> tuple[Float[Array, "B T D"], tuple[Pages, Float[Array, "B X"] | None]]:
         """Attention of a piece to itself and to everything in the pages.
 
         With a policy, rows that are due are compressed first, by the query of the first token.
@@ -92,7 +102,7 @@ class Attention(nnx.Module):
         Returns:
           The output [B, T, D]; pages with the piece appended, and the new tail.
         """
-        q, k, v, tail = self.project(h, tail, lengths)
+        q, k, v, new_tail = self.project(h, position, tail, lengths)
         selector = selector_of(self.config)
         if policy is not None:
             due = policy.due(start) & (lengths > 0)
@@ -103,7 +113,7 @@ class Attention(nnx.Module):
         chosen = self._choose(q, pages, layer, start, gate)
         read = self._read_one if h.shape[1] == 1 else self._read_piece
         out = self.combine(read(q, pages, layer, start, chosen).astype(h.dtype))
-        return out, (pages, tail)
+        return out, (pages, new_tail)
 
     def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
         """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
@@ -131,86 +141,87 @@ class Attention(nnx.Module):
 
     def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
         """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
-        blocks, batch, heads, count, chunk, size = pages.keys.shape
+        _, batch, groups, count, chunk, size = pages.keys.shape
         own = (start // chunk)[:, None, None]  # [B, 1, 1]
+        # Queries of one key head are read together where they see the same pages.
+        readers = groups if chosen is None else chosen.shape[2]
         if chosen is None:
-            chosen = jnp.broadcast_to(jnp.arange(count), (batch, heads, count))
+            chosen = jnp.broadcast_to(jnp.arange(count), (batch, readers, count))
             visible = jnp.clip(start[:, None, None] + 1 - chosen * chunk, 0, chunk)
         else:
-            own = jnp.broadcast_to(own, (batch, heads, 1))
+            own = jnp.broadcast_to(own, (batch, readers, 1))
             visible = jnp.where(chosen[:, 0] >= 0, chunk, 0)
             chosen = jnp.concatenate([jnp.maximum(chosen[:, 0], 0), own], axis=-1)
             filled = jnp.broadcast_to((start % chunk + 1)[:, None, None], own.shape)
             visible = jnp.concatenate([visible, filled], axis=-1)
-        row = jnp.arange(batch * heads).reshape(batch, heads, 1)
-        flat = (layer * batch * heads + row) * count + chosen
+        row = jnp.arange(batch * readers).reshape(batch, readers, 1) // (readers // groups)
+        flat = (layer * batch * groups + row) * count + chosen
         out = attend_pages(
-            q.reshape(batch * heads, size),
+            q.reshape(batch * readers, -1, size),
             pages.keys.reshape(-1, chunk, size),
             pages.values.reshape(-1, chunk, size),
-            flat.reshape(batch * heads, -1),
-            visible.reshape(batch * heads, -1),
+            flat.reshape(batch * readers, -1),
+            visible.reshape(batch * readers, -1),
             scale=size**-0.5,
         )
-        return out.reshape(batch, 1, heads, size)
+        return out.reshape(batch, 1, -1, size)
 
     def _read_piece(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
         """Many tokens at once, [B, T, H, K]."""
-        _, batch, heads, count, chunk, size = pages.keys.shape
+        _, batch, groups, count, chunk, size = pages.keys.shape
         return attend_piece(
             q,
             pages.keys.reshape(-1, count * chunk, size),
             pages.values.reshape(-1, count * chunk, size),
-            layer * batch * heads,
+            layer * batch * groups,
             chosen,
             start,
             chunk_size=chunk,
             scale=size**-0.5,
+            key_heads=groups,
         )
 
     def project(
         self,
         h: Float[Array, "B T D"],
-        tail: Float[Array, "B taps D"] | None = None,
+        position: Int[Array, " B"] | None = None,
+        tail: Float[Array, "B X"] | None = None,
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[
         Float[Array, "B T H K"],
-        Float[Array, "B T H K"],
-        Float[Array, "B T H K"],
-        Float[Array, "B taps D"] | None,
+        Float[Array, "B T G K"],
+        Float[Array, "B T G K"],
+        Float[Array, "B X"] | None,
     ]:
-        """Queries, keys and values, each [B, T, H, K] in h's dtype, and the new tail.
+        """Queries, keys and values in h's dtype, and the new tail: without a convolution the old.
 
         Args:
           h: input.
-          tail: keys of the tokens before, oldest first; None: h begins a sequence.
+          position: of the first token in its text; None: h begins a text.
+          tail: keys of the tokens before, oldest first, as `short_convolution` keeps them; None:
+            h begins a text.
           lengths: valid tokens of each row, where there is a tail.
         """
-        matrices = self.receptance, self.key, self.value
-        q, k, v = (keep(project(h, matrix[...])) for matrix in matrices)
-        if self.config.key_conv:
-            k, tail = self._convolve(k, tail, lengths)
-        heads = self.config.num_heads
-        split = lambda x: constrain(
+        config = self.config
+        q, k, v = (self._projected(h, name) for name in ("receptance", "key", "value"))
+        if config.key_conv:
+            k, tail = short_convolution(k, self.key_conv[...], tail, lengths, added_to=k)
+        split = lambda x, heads: constrain(
             x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None
         )
-        return split(q), split(k), split(v), tail
+        q, k, v = split(q, config.num_heads), split(k, config.kv_heads), split(v, config.kv_heads)
+        if config.rope_theta:
+            positions = jnp.arange(h.shape[1], dtype=jnp.int32)[None]
+            positions = positions if position is None else position[:, None] + positions
+            q, k = rotate(q, positions, config), rotate(k, positions, config)
+        return q, k, v, tail
 
-    def _convolve(self, k, tail, lengths) -> tuple[jax.Array, jax.Array | None]:
-        """k + sum over j of key_conv[j] * k moved j steps later, [B, T, D], and the new tail."""
-        taps = self.key_conv[...].astype(k.dtype)[:, None, None]
-        width, time = len(taps), k.shape[1]
-        if tail is None:
-            moved, out = k, k + taps[0] * k
-            for tap in taps[1:]:
-                moved = previous_token(moved, None)
-                out += tap * moved
-            return out, None
-        all_keys = jnp.concatenate([tail.astype(k.dtype), k], axis=1)
-        earlier = lambda j: all_keys[:, width - 1 - j : width - 1 - j + time]
-        out = k + sum(taps[j] * earlier(j) for j in range(width))
-        cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, width - 1)
-        return out, jax.vmap(cut)(all_keys, lengths)
+    def _projected(self, h: Float[Array, "B T D"], name: str) -> Float[Array, "B T X"]:
+        """h times the matrix of this name, and its bias if there is one."""
+        out = keep(project(h, getattr(self, name)[...]))
+        if not self.config.qkv_bias:
+            return out
+        return out + getattr(self, f"{name}_bias")[...].astype(h.dtype)[None, None]
 
     def combine(self, out: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
         """Output projection."""

@@ -17,9 +17,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from rwkvx_jax.cache import BlockState
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
-from rwkvx_jax.modules.channel_mix import ChannelMix
+from rwkvx_jax.modules.channel_mix import CHANNEL_MIXES
 from rwkvx_jax.modules.mixers import MIXERS
-from rwkvx_jax.modules.parameters import LayerConstants, layer_norm
+from rwkvx_jax.modules.parameters import LayerConstants, norm
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.sharding import constrain
 
@@ -29,10 +29,10 @@ class RWKVBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: jax.Array, rngs: nnx.Rngs, dtype: jnp.dtype):
         constants = LayerConstants(config, layer, config.num_blocks)
-        self.ln1 = layer_norm(config.width, rngs, dtype)
-        self.ln2 = layer_norm(config.width, rngs, dtype)
+        self.ln1 = norm(config, rngs, dtype)
+        self.ln2 = norm(config, rngs, dtype)
         self.time_mix = MIXERS[config.mixer](config, constants, rngs)
-        self.channel_mix = ChannelMix(config, constants, rngs)
+        self.channel_mix = CHANNEL_MIXES[config.backbone](config, constants, rngs)
 
     def begun(self, state: BlockState, fresh: Bool[Array, " B"]) -> BlockState:
         """`state`, but where fresh [B] the one that the block starts a text from."""
@@ -63,19 +63,19 @@ class AttentionBlock(nnx.Module):
     """x += attention(ln1(x)); x += channel_mix(ln2(x))."""
 
     def __init__(self, config: ModelConfig, layer: jax.Array, rngs: nnx.Rngs, dtype: jnp.dtype):
-        constants = LayerConstants(config, layer, config.num_blocks)
-        self.ln1 = layer_norm(config.width, rngs, dtype)
-        self.ln2 = layer_norm(config.width, rngs, dtype)
+        constants = LayerConstants(config, layer, config.num_blocks or config.num_attention_blocks)
+        self.ln1 = norm(config, rngs, dtype)
+        self.ln2 = norm(config, rngs, dtype)
         self.attention = Attention(config, rngs)
-        self.channel_mix = ChannelMix(config, constants, rngs)
+        self.channel_mix = CHANNEL_MIXES[config.backbone](config, constants, rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]],
-        ffn_shift: Float[Array, "B D"] | None = None,
+        ffn_shift: Float[Array, "B X"] | None = None,
         lengths: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"], Any]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B X"], Any]:
         """Returns x, the new shift, and what `attend` returns beside its output.
 
         `attend` says how the attention reads: within the sequence, or from a cache.

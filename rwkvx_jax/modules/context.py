@@ -81,15 +81,16 @@ def recurrence(
 def attention(
     op: Callable[..., Float[Array, "B T H V"]],
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
 ) -> Float[Array, "B T H V"]:
     """`op(q, k, v)` over sequences cut along time.
 
     Devices trade tokens for heads: each gets some heads of whole sequences, and gives their outputs
-    back. Of arrays [B, T, H, K] each device then sends 4 / parts (heads of zeros fill up where
-    parts does not divide H). Where that is more than 2, as with very few heads, each collects the
-    keys and values of all tokens instead.
+    back. Each device then sends (2 H + 2 G) / parts heads of its tokens (those of keys are repeated
+    where parts does not divide G; heads of zeros fill up where it does not divide H). Where that is
+    more than 2 H, as with very few heads, each collects the keys and values of all tokens instead:
+    then the last device has the most to do.
 
     Args:
       op: attention of queries that begin at position `q_offset` (a keyword) to keys from 0 on.
@@ -100,19 +101,30 @@ def attention(
     axis, parts = rule("time"), sequence_parts(q.shape[1])
 
     def stretch(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        heads = q.shape[2]
-        each = -(-heads // parts)
-        if 4 * each > 2 * heads:
+        heads, groups = q.shape[2], k.shape[2]
+        copies = _copies(heads, groups, parts)
+        each, each_key = -(-heads // parts), -(-groups * copies // parts)
+        if each + each_key > heads:
             _log_choice(f"{parts} devices collect the keys and values of all tokens")
             k, v = (keep(jax.lax.all_gather(x, axis, axis=1, tiled=True)) for x in (k, v))
             return op(q, k, v, q_offset=jax.lax.axis_index(axis) * q.shape[1])
         _log_choice(f"{heads} heads over {parts} devices, {each} on each")
         trade = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
-        fill = [(0, 0), (0, 0), (0, each * parts - heads), (0, 0)]
-        q, k, v = (keep(trade(jnp.pad(x, fill), split_axis=2, concat_axis=1)) for x in (q, k, v))
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % parts), (0, 0)])
+        q, k, v = (keep(trade(fill(x), split_axis=2, concat_axis=1)) for x in (q, k, v))
         return trade(op(q, k, v), split_axis=1, concat_axis=2)[:, :, :heads]
 
     return per_device(stretch, (_TOKENS,) * 3, _TOKENS)(q, k, v)
+
+
+def _copies(heads: int, groups: int, parts: int) -> int:
+    """How often each key head is repeated so that `parts` devices, each with as many neighbouring
+    query heads, find theirs: the least number, or one for each query head."""
+    shared = heads // groups
+    return next(
+        (n for n in range(1, shared) if shared % n == 0 and groups * n % parts == 0), shared
+    )
 
 
 @cache

@@ -51,12 +51,20 @@ def project(
     return jnp.matmul(x, weight.astype(x.dtype), precision=precision_of(x.dtype))
 
 
-def layer_norm(width: int, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
-    """LayerNorm with statistics in float32 and output in `dtype`."""
+def norm(config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm | nnx.RMSNorm:
+    """The backbone's norm over D channels, with statistics in float32 and output in `dtype`."""
     metadata = {"axes": ("vector",)}
+    if config.backbone == "llama":
+        return nnx.RMSNorm(
+            config.width,
+            epsilon=config.norm_eps,
+            dtype=dtype,
+            scale_metadata=metadata,
+            rngs=rngs,
+        )
     return nnx.LayerNorm(
-        width,
-        epsilon=1e-5,
+        config.width,
+        epsilon=config.norm_eps,
         dtype=dtype,
         use_fast_variance=False,
         scale_metadata=metadata,
@@ -84,7 +92,10 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float) -> jax.Array
 def input_matrix(
     config: ModelConfig, key: jax.Array, shape: tuple[int, int], *, gain: float, bound: float
 ) -> jax.Array:
-    """By the family an orthogonal matrix times gain, or a uniform one within bound / sqrt(D)."""
+    """By the family an orthogonal matrix times gain, or a uniform one within bound / sqrt(D); with
+    the backbone "llama" a normal one with deviation 1 / sqrt(in)."""
+    if config.backbone == "llama":
+        return jax.random.normal(key, shape) * shape[0] ** -0.5
     if config.init == "rwkv_lm":
         return orthogonal(key, shape, gain)
     return uniform(key, shape, bound * config.width**-0.5)
@@ -102,6 +113,31 @@ def matrix(
     """The parameter of an `input_matrix`, by default [D, D]."""
     shape = shape or (config.width, config.width)
     return parameter(input_matrix(config, rngs.params(), shape, gain=gain, bound=bound), *axes)
+
+
+def first_embedding(config: ModelConfig, key: jax.Array) -> jax.Array:
+    """Embeddings [W, D]: tiny ones, which the norm after them scales; without it (the backbone
+    "llama") normal ones with deviation 1 / sqrt(D)."""
+    shape = config.vocab_size, config.width
+    if config.backbone == "llama":
+        return jax.random.normal(key, shape) * config.width**-0.5
+    return uniform(key, shape, 1e-4)
+
+
+def first_head(config: ModelConfig, key: jax.Array) -> jax.Array:
+    """A head [D, W] of its own."""
+    width, vocab = config.width, config.vocab_size
+    if config.backbone == "llama":
+        return jax.random.normal(key, (width, vocab)) * width**-0.5
+    return orthogonal(key, (width, vocab), 0.5 * max(1.0, vocab / width) ** 0.5)
+
+
+def output_matrix(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, int]) -> jax.Array:
+    """A block's last matrix: zeros, so that a new block changes nothing. A Transformer, which is
+    never made by expansion, has input matrices here too."""
+    if config.num_blocks:
+        return jnp.zeros(shape)
+    return input_matrix(config, rngs.params(), shape, gain=1.0, bound=0.5)
 
 
 def low_rank_out(key: jax.Array, shape: tuple[int, int]) -> jax.Array:

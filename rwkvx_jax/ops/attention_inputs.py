@@ -26,16 +26,16 @@ NO_FORWARD_MODE = (
 
 def check_attention_inputs(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
-    v: Float[Array, "B Tk H V"],
+    k: Float[Array, "B Tk G K"],
+    v: Float[Array, "B Tk G V"],
     q_offset: Offset,
 ) -> None:
     """Raises ValueError unless q, k, v and q_offset fit together.
 
     Args:
       q: [B, Tq, H, K].
-      k: [B, Tk, H, K].
-      v: [B, Tk, H, V].
+      k: [B, Tk, G, K]; G divides H.
+      v: [B, Tk, G, V].
       q_offset: int, integer scalar or integer [B]; a Python int is also checked for its range.
     """
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
@@ -47,11 +47,12 @@ def check_attention_inputs(
             f"k {k.shape} and v {v.shape} must agree in batch, time and heads: "
             "pass one value row per key row"
         )
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q {q.shape} and k {k.shape} must agree in batch, heads and key size: "
-            "repeat shared key/value heads before the call"
+            f"q {q.shape} and k {k.shape} must agree in batch and key size: pass keys of the "
+            "queries' batch rows, as wide as these"
         )
+    check_groups(q.shape[2], k.shape[2])
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(
             f"q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}: "
@@ -64,6 +65,26 @@ def check_attention_inputs(
         raise ValueError(
             f"queries at positions {q_offset}..{q_offset + q.shape[1] - 1} need keys up to "
             f"there, got {k.shape[1]} keys: pass the keys of the queries themselves too"
+        )
+
+
+def check_groups(heads: int, key_heads: int, choices: int | None = None) -> None:
+    """Raises ValueError unless heads can be grouped: each number divides the one before.
+
+    Args:
+      heads: query heads H.
+      choices: selections S, each of H / S neighbouring query heads; None where there are none.
+      key_heads: key and value heads G, each read by H / G neighbouring query heads.
+    """
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(
+            f"{heads} query heads can't share {key_heads} key and value heads evenly: the number "
+            "of key heads must divide that of query heads"
+        )
+    if choices is not None and (choices < 1 or heads % choices or choices % key_heads):
+        raise ValueError(
+            f"{heads} query heads and {key_heads} key heads with {choices} choices of chunks: the "
+            "number of choices must divide that of query heads, that of key heads must divide it"
         )
 
 

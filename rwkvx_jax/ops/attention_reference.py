@@ -9,9 +9,9 @@ from rwkvx_jax.ops.attention_inputs import Offset, query_positions
 
 def sparse_attention_reference(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
-    v: Float[Array, "B Tk H V"],
-    selection: Int32[Array, "B Tq H J"],
+    k: Float[Array, "B Tk G K"],
+    v: Float[Array, "B Tk G V"],
+    selection: Int32[Array, "B Tq S J"],
     *,
     chunk_size: int,
     scale: float,
@@ -22,6 +22,7 @@ def sparse_attention_reference(
     keys = jnp.arange(k.shape[1])
     positions = query_positions(q_offset, batch, length)  # [B, Tq]
     own = positions // chunk_size
+    selection = jnp.repeat(selection, q.shape[2] // selection.shape[2], axis=2)
     past = jnp.where(selection < own[:, :, None, None], selection, -1)
     chosen = past[..., None] == (keys // chunk_size)[None, None, None, None, :]
     visible = chosen.any(axis=3).transpose(0, 2, 1, 3)  # [B, H, Tq, Tk]
@@ -33,8 +34,8 @@ def sparse_attention_reference(
 
 def full_attention_reference(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
-    v: Float[Array, "B Tk H V"],
+    k: Float[Array, "B Tk G K"],
+    v: Float[Array, "B Tk G V"],
     *,
     scale: float,
     q_offset: Offset = 0,
@@ -48,6 +49,7 @@ def full_attention_reference(
 def _masked_softmax_attention(q, k, v, visible, scale):
     high = jax.lax.Precision.HIGHEST
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    k32, v32 = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k32, v32))
     scores = jnp.einsum("bthk,bshk->bhts", q32, k32, precision=high) * scale
     scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)

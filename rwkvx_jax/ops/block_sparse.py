@@ -18,6 +18,7 @@ from rwkvx_jax.ops.attention_inputs import (
     Offset,
     check_attention_inputs,
     check_chunking,
+    check_groups,
     check_scale,
     known_or_rows,
     run_attention,
@@ -37,12 +38,12 @@ from rwkvx_jax.ops.selection import MEAN, Selector, check_selector, select_chunk
 
 def sparse_attention(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
-    v: Float[Array, "B Tk H V"],
+    k: Float[Array, "B Tk G K"],
+    v: Float[Array, "B Tk G V"],
     *,
     chunk_size: int,
     top_k: int,
-    selection: Int[Array, "B Tq H J"] | None = None,
+    selection: Int[Array, "B Tq S J"] | None = None,
     q_offset: Offset = 0,
     scale: float | None = None,
     implementation: str | None = None,
@@ -52,12 +53,14 @@ def sparse_attention(
 
     Args:
       q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
-      k: [B, Tk, H, K] keys from position 0, those of the queries included.
-      v: [B, Tk, H, V] values.
+      k: [B, Tk, G, K] keys from position 0, those of the queries included. G divides H, and query
+        head h reads key head h // (H / G).
+      v: [B, Tk, G, V] values.
       chunk_size: tokens in a chunk, counted from position 0; need not divide Tk.
       top_k: chunks a query attends to, its own included; may exceed the number of chunks.
-      selection: int32 [B, Tq, H, top_k - 1], distinct past chunks of each query, -1 for none;
-        entries that are not past chunks of their query are ignored. None calls `select_chunks`.
+      selection: int32 [B, Tq, S, top_k - 1], distinct past chunks of each query, -1 for none;
+        entries that are not past chunks of their query are ignored. S divides H and G divides S;
+        query head h uses choice h // (H / S). None calls `select_chunks`.
       q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
         last key are meaningless but finite.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
@@ -65,7 +68,8 @@ def sparse_attention(
         "masked" (scores everything, for texts that are not long and chunks up to 512), "full" (full
         attention, where no selection is given and every chunk is read), "pallas", or None to
         choose by platform and shapes.
-      selector: how `select_chunks` scores a chunk, where no selection is given.
+      selector: how `select_chunks` scores a chunk, and which heads choose together, where no
+        selection is given.
 
     Returns:
       [B, Tq, H, V] in q's dtype. Scores and sums are float32. Differentiable in q, k, v in reverse
@@ -77,11 +81,14 @@ def sparse_attention(
         differentiation of another than "reference".
     """
     check_chunking(chunk_size, top_k)
-    check_selector(selector, chunk_size)
     check_attention_inputs(q, k, v, q_offset)
+    check_selector(selector, chunk_size, q.shape[2], k.shape[2])
+    if selection is not None:
+        _check_selection(selection, q, k, top_k)
     scale = check_scale(scale, q.shape[-1])
     everything = selection is None and k.shape[1] <= chunk_size * top_k
-    candidates = _candidates(q, k, v, top_k - 1, chunk_size, q_offset, everything)
+    choices = q.shape[2] // selector.together if selection is None else selection.shape[2]
+    candidates = _candidates(q, k, v, choices, top_k - 1, chunk_size, q_offset, everything)
     chosen = resolve("sparse_attention", implementation, candidates)
     if chosen == "full":
         return full_attention(q, k, v, q_offset=q_offset, scale=scale, implementation="blocked")
@@ -89,7 +96,6 @@ def sparse_attention(
         selection = select_chunks(
             q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset, selector=selector
         )
-    _check_selection(selection, q.shape, top_k)
     selection = selection.astype(jnp.int32)  # numbers of chunks may not fit where entries do
     if chosen != "reference":
         q, k, v = reverse_only(NO_FORWARD_MODE.format("sparse_attention"), q, k, v)
@@ -97,17 +103,22 @@ def sparse_attention(
     return run_attention(run, (q, k, v, selection), q_offset, check_vma=chosen != "pallas")
 
 
-def _check_selection(selection, q_shape, top_k) -> None:
-    expected = (*q_shape[:3], top_k - 1)
-    if selection.shape != expected or not jnp.issubdtype(selection.dtype, jnp.signedinteger):
+def _check_selection(selection, q, k, top_k) -> None:
+    expected = (*q.shape[:3], top_k - 1)
+    same = lambda shape: (len(shape), *shape[:2], *shape[3:])
+    integers = jnp.issubdtype(selection.dtype, jnp.signedinteger)
+    if same(selection.shape) != same(expected) or not integers:
         raise ValueError(
             f"selection is {selection.dtype}{list(selection.shape)}, expected int32 "
-            f"{list(expected)}: [B, Tq, H, top_k - 1] as `select_chunks` returns it"
+            f"{list(expected)}: [B, Tq, S, top_k - 1] as `select_chunks` returns it"
         )
+    check_groups(q.shape[2], k.shape[2], selection.shape[2])
 
 
-def _candidates(q, k, v, slots, chunk_size, q_offset, everything) -> list[Candidate]:
+def _candidates(q, k, v, choices, slots, chunk_size, q_offset, everything) -> list[Candidate]:
     def problem(platform: str) -> str | None:
+        if choices != k.shape[2]:
+            return f"{k.shape[2]} key heads have {choices} choices of chunks, not one each"
         offset = known_or_rows(q_offset, q.shape[0])
         return _kernels(platform).unsupported_reason(q, k, v, slots, chunk_size, offset)
 

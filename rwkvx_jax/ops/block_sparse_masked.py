@@ -45,9 +45,9 @@ def masking_pays(queries: int, keys: int, slots: int, chunk_size: int) -> bool:
 
 def sparse_attention_masked(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
-    v: Float[Array, "B Tk H V"],
-    selection: Int32[Array, "B Tq H J"],
+    k: Float[Array, "B Tk G K"],
+    v: Float[Array, "B Tk G V"],
+    selection: Int32[Array, "B Tq S J"],
     *,
     chunk_size: int,
     scale: float,
@@ -55,17 +55,17 @@ def sparse_attention_masked(
 ) -> Float[Array, "B Tq H V"]:
     """Own chunk causally and the selected past chunks; arguments as in `sparse_attention_xla`."""
     offset = offset_of_rows(q_offset, q.shape[0])
-    forms = _forward_head, _backward_head
+    forms = _forward_group, _backward_group
     return attend_heads(q, k, v, selection, offset, forms, chunk_size, scale)
 
 
-def _forward_head(q, k, v, selection, offset, *, chunk_size, scale):
+def _forward_group(q, k, v, selection, offset, *, chunk_size, scale):
     seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
     options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
     return blocked.softmax_finish(blocked.causal_forward(q, k, v, offset, **options), scale)
 
 
-def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
+def _backward_group(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
     seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
     options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
     delta = blocked.output_dot(grad, out)
@@ -73,11 +73,11 @@ def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, sc
 
 
 def _seen_chunks(selection, offset, keys, chunk_size):
-    """The chunks each query of a head reads, bool [Tq, ceil(Tk / chunk_size)]: its own and those of
-    selection [Tq, J]; entries that are not past chunks are left out."""
-    length, chunks = selection.shape[0], -(-keys // chunk_size)
-    own = ((offset + jnp.arange(length, dtype=jnp.int32)) // chunk_size)[:, None]
+    """The chunks each query reads, bool [Tq, P, ceil(Tk / chunk_size)]: its own and those of
+    selection [Tq, P, J]; entries that are not past chunks are left out."""
+    shape, chunks = selection.shape[:2], -(-keys // chunk_size)
+    own = ((offset + jnp.arange(shape[0], dtype=jnp.int32)) // chunk_size)[:, None, None]
     past = jnp.where((selection >= 0) & (selection < own), selection, chunks)
-    read = jnp.concatenate([past, own], axis=1)
-    rows = jnp.arange(length)[:, None]
-    return jnp.zeros((length, chunks), bool).at[rows, read].set(True, mode="drop")
+    read = jnp.concatenate([past, jnp.broadcast_to(own, (*shape, 1))], axis=2)
+    tokens, choices = jnp.arange(shape[0])[:, None, None], jnp.arange(shape[1])[None, :, None]
+    return jnp.zeros((*shape, chunks), bool).at[tokens, choices, read].set(True, mode="drop")

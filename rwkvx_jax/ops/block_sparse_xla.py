@@ -2,7 +2,8 @@
 
 Every query chooses its own past chunks, so queries that share a chunk lie anywhere. The pairs
 (query, chosen chunk) are therefore sorted by chunk; then each chunk's keys meet just the queries
-that chose it, in tiles gathered from the sorted list. How many tiles a chunk needs depends on the
+that chose it, in tiles gathered from the sorted list: the queries of one token that share both a
+choice and a key head are gathered as one row. How many tiles a chunk needs depends on the
 data, and the loop over them runs exactly that often: all queries may choose the same chunk, and no
 pair is dropped. The query's own chunk is a causal pass over the diagonal (`blocked_attention`).
 Both parts go into one running softmax a query, so no partial result is held per pair and memory is
@@ -21,7 +22,7 @@ from rwkvx_jax.ops.attention_inputs import Offset, offset_of_rows
 from rwkvx_jax.ops.heads import map_heads
 from rwkvx_jax.ops.loop_bounds import at_most
 
-# Rows of a tile lie between these; float32 scores of a tile number at most MAX_SCORES.
+# Queries of a tile lie between these; float32 scores of a tile number at most MAX_SCORES.
 MIN_ROWS = 16
 MAX_ROWS = 256
 MAX_SCORES = 1 << 17
@@ -29,9 +30,9 @@ MAX_SCORES = 1 << 17
 
 def sparse_attention_xla(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
-    v: Float[Array, "B Tk H V"],
-    selection: Int32[Array, "B Tq H J"],
+    k: Float[Array, "B Tk G K"],
+    v: Float[Array, "B Tk G V"],
+    selection: Int32[Array, "B Tq S J"],
     *,
     chunk_size: int,
     scale: float,
@@ -41,9 +42,9 @@ def sparse_attention_xla(
 
     Args:
       q: queries.
-      k: keys.
+      k: keys; G divides S.
       v: values.
-      selection: J = top_k - 1 past chunks of each query; -1 for none.
+      selection: J = top_k - 1 past chunks of each query; -1 for none. S divides H.
       chunk_size: tokens in a chunk.
       scale: positive float.
       q_offset: int, integer scalar or integer [B].
@@ -52,23 +53,23 @@ def sparse_attention_xla(
       [B, Tq, H, V] in q's dtype.
     """
     offset = offset_of_rows(q_offset, q.shape[0])
-    forms = _forward_head, _backward_head
+    forms = _forward_group, _backward_group
     return attend_heads(q, k, v, selection, offset, forms, chunk_size, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def attend_heads(q, k, v, selection, offset, forms, chunk_size, scale):
-    """Attention that is computed head by head, with gradients that are written out.
+    """Attention that is computed key head by key head, with gradients that are written out.
 
     All arrays vary over the same manual mesh axes (`placement.vary_together`).
 
     Args:
       q, k, v, selection, chunk_size, scale: as in `sparse_attention_xla`.
       offset: int32 [B].
-      forms: (forward, backward) of one head, with keyword arguments chunk_size and scale.
-        forward: q [Tq, K], k [Tk, K], v [Tk, V], selection [Tq, J], offset -> output [Tq, V],
-        log-sum-exp [Tq]. backward: q, k, v, selection, output, log-sum-exp, gradient of the
-        output, offset -> float32 gradients of q, k, v.
+      forms: (forward, backward) of one key head, with keyword arguments chunk_size and scale.
+        forward: q [Tq, M, K], k [Tk, K], v [Tk, V], selection [Tq, P, J], offset -> output
+        [Tq, M, V], log-sum-exp [Tq, M]; M is H / G, P is S / G. backward: q, k, v, selection,
+        output, log-sum-exp, gradient of the output, offset -> float32 gradients of q, k, v.
 
     Returns:
       [B, Tq, H, V] in q's dtype.
@@ -77,7 +78,9 @@ def attend_heads(q, k, v, selection, offset, forms, chunk_size, scale):
 
 
 def _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale):
-    forward = functools.partial(forms[0], chunk_size=chunk_size, scale=scale)
+    def forward(q, k, v, *more):
+        return forms[0](q, k[:, 0], v[:, 0], *more, chunk_size=chunk_size, scale=scale)
+
     out, lse = map_heads(forward, (q, k, v, selection), offset)
     out = out.astype(q.dtype)
     return out, (q, k, v, selection, offset, out, lse)
@@ -85,7 +88,11 @@ def _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale):
 
 def _attend_heads_bwd(forms, chunk_size, scale, saved, grad):
     q, k, v, selection, offset, out, lse = saved
-    backward = functools.partial(forms[1], chunk_size=chunk_size, scale=scale)
+
+    def backward(q, k, v, *more):
+        gradients = forms[1](q, k[:, 0], v[:, 0], *more, chunk_size=chunk_size, scale=scale)
+        return gradients[0], *(x[:, None] for x in gradients[1:])
+
     dq, dk, dv = map_heads(backward, (q, k, v, selection, out, lse, grad), offset)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
@@ -93,139 +100,172 @@ def _attend_heads_bwd(forms, chunk_size, scale, saved, grad):
 attend_heads.defvjp(_attend_heads_fwd, _attend_heads_bwd)
 
 
-def _forward_head(q, k, v, selection, offset, *, chunk_size, scale):
-    """One head: q [Tq, K], k [Tk, K], v [Tk, V], selection [Tq, J] -> out [Tq, V], lse [Tq]."""
+def _forward_group(q, k, v, selection, offset, *, chunk_size, scale):
+    """`forward` of `attend_heads`."""
     running = blocked.causal_forward(q, k, v, offset, scale=scale, chunk_size=chunk_size)
     chunks = k.shape[0] // chunk_size
-    if selection.shape[1] and chunks:
+    if selection.size and chunks:
         running = _add_past(running, q, k, v, selection, offset, chunk_size, scale)
     return blocked.softmax_finish(running, scale)
 
 
 def _add_past(running, q, k, v, selection, offset, chunk_size, scale):
     chunks = k.shape[0] // chunk_size
-    pairs = sort_pairs(selection, offset, chunk_size, chunks)
-    tile_rows = _tile_rows(selection.size, chunk_size, chunks)
-    tile = _tile_reader(*pairs, tile_rows, q.shape[0])
+    tiles = _Tiles(q, selection, offset, chunk_size, chunks)
+    rows = tiles.rows(q)
 
     def chunk_step(running, numbered):
         chunk, k_chunk, v_chunk = numbered
 
         def add_tile(t, running):
-            return _add_rows(running, q, tile(chunk, t), k_chunk, v_chunk, scale)
+            return _add_rows(running, rows, tiles(chunk, t), k_chunk, v_chunk, scale)
 
-        tiles = _tiles_of(pairs[1], chunk, tile_rows)
-        with at_most(_most_tiles(selection.size, tile_rows, chunks) / chunks):
-            return jax.lax.fori_loop(0, tiles, add_tile, running), None
+        with at_most(tiles.most / chunks):
+            return jax.lax.fori_loop(0, tiles.of(chunk), add_tile, running), None
 
-    numbers = jnp.arange(chunks, dtype=jnp.int32)
-    return jax.lax.scan(chunk_step, running, (numbers, *_complete(chunk_size, k, v)))[0]
+    numbered = jnp.arange(chunks, dtype=jnp.int32), *_complete(chunk_size, k, v)
+    past = jax.lax.scan(chunk_step, tuple(map(tiles.rows, running)), numbered)[0]
+    return tuple(x.reshape(like.shape) for x, like in zip(past, running, strict=True))
 
 
 def add_past(running, q, read_chunk, chunks, selection, offset, *, chunk_size, scale):
-    """Takes the selected past chunks of one head into a running softmax, reading only those.
+    """Takes the selected past chunks of one key head into a running softmax, reading only those.
 
     Costs nothing that grows with the number of chunks but a few integers for each.
 
     Args:
-      running: of the Tq queries, as `blocked_attention.softmax_start` describes it.
-      q: [Tq, K].
+      running: of the queries, as `blocked_attention.causal_forward` returns it.
+      q: [Tq, M, K].
       read_chunk: chunk number -> its keys [chunk_size, K] and values [chunk_size, V].
       chunks: number of chunks there are, a positive int.
-      selection: int32 [Tq, J], J > 0.
+      selection: int32 [Tq, P, J], J > 0.
       offset: int32 scalar, position of the first query.
       chunk_size: tokens in a chunk.
       scale: positive float.
     """
-    pairs = sort_pairs(selection, offset, chunk_size, chunks)
-    tile_rows = _tile_rows(selection.size, chunk_size, chunks)
-    tile = _tile_reader(*pairs, tile_rows, q.shape[0])
-    ends = jnp.cumsum(_tiles_of(pairs[1], jnp.arange(chunks), tile_rows))
+    tiles = _Tiles(q, selection, offset, chunk_size, chunks)
+    rows = tiles.rows(q)
+    ends = jnp.cumsum(tiles.of(jnp.arange(chunks)))
 
     def add_tile(t, running):
         chunk = jnp.searchsorted(ends, t, side="right").astype(jnp.int32)
         first = jnp.where(chunk > 0, ends[chunk - 1], 0)
-        return _add_rows(running, q, tile(chunk, t - first), *read_chunk(chunk), scale)
+        return _add_rows(running, rows, tiles(chunk, t - first), *read_chunk(chunk), scale)
 
-    with at_most(_most_tiles(selection.size, tile_rows, chunks)):
-        return jax.lax.fori_loop(0, ends[-1], add_tile, running)
+    with at_most(tiles.most):
+        past = jax.lax.fori_loop(0, ends[-1], add_tile, tuple(map(tiles.rows, running)))
+    return tuple(x.reshape(like.shape) for x, like in zip(past, running, strict=True))
 
 
 def _add_rows(running, q, rows, k_chunk, v_chunk, scale):
-    """Takes one chunk into the running softmax of some queries; indices beyond them are ignored."""
+    """Takes one chunk into the running softmax of some rows; indices beyond them are ignored."""
     own = [_take(x, rows) for x in running]
     own = blocked.softmax_add(own, _take(q, rows), k_chunk, v_chunk, scale)
     return tuple(
-        x.at[rows].set(new, mode="drop", unique_indices=True)
+        x.at[rows].set(new.reshape(-1, *x.shape[1:]), mode="drop", unique_indices=True)
         for x, new in zip(running, own, strict=True)
     )
 
 
-def _backward_head(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
-    """Gradients of one head: dq [Tq, K], dk [Tk, K], dv [Tk, V], float32."""
+def _backward_group(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
+    """`backward` of `attend_heads`."""
     delta = blocked.output_dot(grad, out)
     dq, dk, dv = blocked.causal_backward(
         q, k, v, grad, lse, delta, offset, scale=scale, chunk_size=chunk_size
     )
     chunks = k.shape[0] // chunk_size
-    if not (selection.shape[1] and chunks):
+    if not (selection.size and chunks):
         return dq, dk, dv
-    pairs = sort_pairs(selection, offset, chunk_size, chunks)
-    tile_rows = _tile_rows(selection.size, chunk_size, chunks)
-    tile = _tile_reader(*pairs, tile_rows, q.shape[0])
+    tiles, shape = _Tiles(q, selection, offset, chunk_size, chunks), q.shape
+    dq, q, grad, lse, delta = map(tiles.rows, (dq, q, grad, lse, delta))
 
     def chunk_step(dq, numbered):
         chunk, k_chunk, v_chunk = numbered
 
         def add_tile(t, carry):
             dq, dk_chunk, dv_chunk = carry
-            rows = tile(chunk, t)
+            rows = tiles(chunk, t)
             # A row past the chunk's last pair contributes nothing: its gradient is zero here.
-            real = (rows < q.shape[0])[:, None]
+            real = jnp.repeat(rows < q.shape[0], q.shape[1])[:, None]
             q_rows, lse_rows, delta_rows = (_take(x, rows) for x in (q, lse, delta))
             grad_rows = jnp.where(real, _take(grad, rows), 0)
             delta_rows = jnp.where(real[:, 0], delta_rows, 0)
             dq_rows, dk_tile, dv_tile = blocked.block_gradients(
                 q_rows, k_chunk, v_chunk, grad_rows, lse_rows, delta_rows, scale
             )
-            dq = dq.at[rows].add(dq_rows * scale, mode="drop", unique_indices=True)
+            dq_rows = dq_rows.reshape(-1, *dq.shape[1:]) * scale
+            dq = dq.at[rows].add(dq_rows, mode="drop", unique_indices=True)
             return dq, dk_chunk + dk_tile, dv_chunk + dv_tile
 
         dk_chunk = blocked.filled(k, (k.shape[1], chunk_size))
         dv_chunk = blocked.filled(v, (v.shape[1], chunk_size))
-        tiles = _tiles_of(pairs[1], chunk, tile_rows)
         carry = dq, dk_chunk, dv_chunk
-        with at_most(_most_tiles(selection.size, tile_rows, chunks) / chunks):
-            dq, dk_chunk, dv_chunk = jax.lax.fori_loop(0, tiles, add_tile, carry)
+        with at_most(tiles.most / chunks):
+            dq, dk_chunk, dv_chunk = jax.lax.fori_loop(0, tiles.of(chunk), add_tile, carry)
         return dq, (dk_chunk.T * scale, dv_chunk.T)
 
     numbers = jnp.arange(chunks, dtype=jnp.int32)
     dq, past = jax.lax.scan(chunk_step, dq, (numbers, *_complete(chunk_size, k, v)))
     rest = ((0, k.shape[0] - chunks * chunk_size), (0, 0))  # of a chunk that is not complete
     dk_past, dv_past = (jnp.pad(x.reshape(chunks * chunk_size, -1), rest) for x in past)
-    return dq, dk + dk_past, dv + dv_past
+    return dq.reshape(shape), dk + dk_past, dv + dv_past
+
+
+class _Tiles:
+    """The pairs of one key head, chunk by chunk in tiles of as many rows as suit a product.
+
+    A row holds the queries of the M / P heads that share a choice: row t * P + p is of token t.
+    """
+
+    def __init__(self, q, selection, offset, chunk_size, chunks):
+        """Arguments as in `add_past`."""
+        pairs = selection.size
+        self.number = selection.shape[0] * selection.shape[1]
+        heads = q.shape[1] // selection.shape[1]
+        self.size = _tile_rows(pairs, heads, chunk_size, chunks)
+        self.most = _most_tiles(pairs, self.size, chunks)
+        self.queries, self.starts = sort_pairs(selection, offset, chunk_size, chunks)
+        self.queries = jnp.pad(self.queries, (0, self.size))
+
+    def rows(self, x):
+        """[Tq, M, ...] -> [rows, queries of a row, ...]."""
+        return x.reshape(self.number, -1, *x.shape[2:])
+
+    def of(self, chunk):
+        """Number of tiles of a chunk."""
+        return (self.starts[chunk + 1] - self.starts[chunk] + self.size - 1) // self.size
+
+    def __call__(self, chunk, t):
+        """Rows of a chunk's tile number t, int32 [size]; beyond all rows where it has no more."""
+        first = self.starts[chunk] + t * self.size
+        rows = jax.lax.dynamic_slice(self.queries, (first,), (self.size,))
+        left = self.starts[chunk + 1] - first
+        # Distinct values outside, since the scatter is promised unique rows.
+        steps = jnp.arange(self.size, dtype=jnp.int32)
+        return jnp.where(steps < left, rows, self.number + steps)
 
 
 def sort_pairs(selection, offset, chunk_size, chunks):
-    """The pairs (query, selected chunk) of one head, sorted by chunk.
+    """The pairs (query, selected chunk) of one key head, sorted by chunk.
 
     Entries that are not past chunks of their query are left out: -1, and whatever would break
     causality.
 
     Args:
-      selection: int32 [Tq, J].
+      selection: int32 [Tq, P, J].
       offset: int32 scalar, position of the first query.
       chunk_size: tokens in a chunk.
       chunks: number of complete chunks N.
 
     Returns:
-      queries: int32 [Tq * J], the query of each pair, ordered by chunk; pairs left out come last.
+      queries: int32 [Tq * P * J], the query (t * P + p) of each pair, ordered by chunk; pairs left
+        out come last.
       starts: int32 [N + 1], where each chunk's pairs start in `queries`.
     """
-    length = selection.shape[0]
+    length, choices, slots = selection.shape
     own = (offset + jnp.arange(length, dtype=jnp.int32)) // chunk_size
-    past = (selection >= 0) & (selection < jnp.minimum(own, chunks)[:, None])
-    chunk = jnp.where(past, selection, chunks)
+    past = (selection >= 0) & (selection < jnp.minimum(own, chunks)[:, None, None])
+    chunk = jnp.where(past, selection, chunks).reshape(length * choices, slots)
     counts = jnp.zeros(chunks + 1, jnp.int32).at[chunk.reshape(-1)].add(1)
     return order_queries(chunk, chunks), jnp.cumsum(counts) - counts
 
@@ -246,11 +286,12 @@ def order_queries(chunk, chunks):
     return (jnp.sort(key.reshape(-1)) % length).astype(jnp.int32)
 
 
-def _tile_rows(pairs: int, chunk_size: int, chunks: int) -> int:
-    """Rows of a tile: about half of an average chunk's pairs, so that little is padding."""
-    rows = 1 << max(0, (pairs // chunks) // 2 - 1).bit_length()
+def _tile_rows(pairs: int, heads: int, chunk_size: int, chunks: int) -> int:
+    """Rows of a tile, of `heads` queries each: about half of an average chunk's pairs, so that
+    little is padding."""
+    queries = heads << max(0, (pairs // chunks) // 2 - 1).bit_length()
     limit = 1 << max(0, MAX_SCORES // chunk_size).bit_length() >> 1
-    return max(MIN_ROWS, min(rows, MAX_ROWS, limit))
+    return max(1, max(MIN_ROWS, min(queries, MAX_ROWS, limit)) // heads)
 
 
 def _most_tiles(pairs: int, tile_rows: int, chunks: int) -> float:
@@ -258,27 +299,10 @@ def _most_tiles(pairs: int, tile_rows: int, chunks: int) -> float:
     return pairs / tile_rows + chunks
 
 
-def _tiles_of(starts, chunk, tile_rows):
-    return (starts[chunk + 1] - starts[chunk] + tile_rows - 1) // tile_rows
-
-
-def _tile_reader(queries, starts, tile_rows, length):
-    """tile(chunk, t) -> query indices int32 [tile_rows], `length` where the chunk has no more."""
-    queries = jnp.pad(queries, (0, tile_rows))
-
-    def tile(chunk, t):
-        first = starts[chunk] + t * tile_rows
-        rows = jax.lax.dynamic_slice(queries, (first,), (tile_rows,))
-        left = starts[chunk + 1] - first
-        # Distinct values outside, since the scatter is promised unique rows.
-        steps = jnp.arange(tile_rows, dtype=jnp.int32)
-        return jnp.where(steps < left, rows, length + steps)
-
-    return tile
-
-
 def _take(x, rows):
-    return x.at[rows].get(mode="clip")
+    """The queries of some rows of x [rows, n, ...], one after the other: [len(rows) * n, ...]."""
+    taken = x.at[rows].get(mode="clip")
+    return taken.reshape(-1, *x.shape[2:])
 
 
 def _complete(chunk_size, *arrays):

@@ -1,12 +1,13 @@
-"""Flash-style causal attention of one head in plain XLA: over everything, within chunks, or masked.
+"""Flash-style causal attention to one key head in plain XLA: to everything, within chunks, masked.
 
 The dense baseline attends to all earlier keys, the sparse op needs the same thing restricted to
 each query's own chunk or, in texts that are not long, to the chunks it chose. All are loops over
 square blocks that visit only blocks with something visible in them, mask only where they must, and
 keep a running softmax. Nothing larger than one block of scores exists. The loops have
 data-dependent lengths, so gradients are written out here and tied together by `custom_vjp` in the
-ops that use them. Arrays are [T, K]: the callers loop over batch and heads, because on a CPU one
-large matrix product uses the cores better than a batch of small ones.
+ops that use them. Keys are [T, K]: the callers loop over batch and key heads, because on a CPU one
+large matrix product uses the cores better than a batch of small ones. The M query heads that share
+a key head are rows of the same products, [T * M, K].
 
 Layout notes, measured on CPU: products of the form A B^T and A B run near peak, A^T B at a third of
 it, hence the transposed accumulators of the key and value gradients; row-wise reductions are fast.
@@ -92,14 +93,17 @@ def softmax_add(running, q, k, v, scale, visible=None):
 
 
 def softmax_finish(running, scale):
-    """(output [rows, V], log of the summed exponentials of the scaled scores [rows]), float32."""
+    """(output [..., V], log of the summed exponentials of the scaled scores [...]), float32."""
     values, largest, total = running
-    return values / total[:, None], largest * scale + jnp.log(total)
+    return values / total[..., None], largest * scale + jnp.log(total)
 
 
 def output_dot(grad, out):
-    """Sum over V of grad * output, float32 [T]: the softmax part of the backward pass."""
-    return jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=1)
+    """Sum over V of grad * output, float32 [...]: the softmax part of the backward pass."""
+    # As rows [n, V]: sums over [T, 1, V] are rounded in another order.
+    rows = grad.reshape(-1, grad.shape[-1]), out.reshape(-1, out.shape[-1])
+    grad_rows, out_rows = (x.astype(jnp.float32) for x in rows)
+    return jnp.sum(grad_rows * out_rows, axis=1).reshape(grad.shape[:-1])
 
 
 def block_gradients(q, k, v, grad, lse, delta, scale, visible=None):
@@ -142,6 +146,12 @@ def block_size(chunk_size: int | None, masked_chunks: bool = False) -> int:
     return -(-chunk_size // -(-chunk_size // MAX_BLOCK))
 
 
+def tokens_at_once(side: int, length: int, heads: int) -> int:
+    """Tokens whose queries of `heads` heads make a block of rows: `side` of them, if that is not
+    more than MAX_BLOCK rows."""
+    return min(side, max(1, MAX_BLOCK // heads), length)
+
+
 def split_rows(x: jax.Array, rows: int) -> jax.Array:
     """[T, ...] -> [ceil(T / rows), rows, ...], padded with zeros at the end."""
     blocks = -(-x.shape[0] // rows)
@@ -150,21 +160,21 @@ def split_rows(x: jax.Array, rows: int) -> jax.Array:
 
 
 def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None):
-    """Causal attention of one head: to all earlier keys, to those of the query's own chunk, or to
-    those of given chunks.
+    """Causal attention to one key head: to all earlier keys, to those of the query's own chunk, or
+    to those of given chunks.
 
     Args:
-      q: [Tq, K], standing at positions offset .. offset + Tq - 1.
+      q: [Tq, M, K], queries of M heads at positions offset .. offset + Tq - 1.
       k: [Tk, K] from position 0.
       v: [Tk, V].
       offset: int32 scalar.
       scale: positive float.
       chunk_size: restricts each query to its own chunk; None for everything.
-      seen: bool [Tq, ceil(Tk / chunk_size)], restricts each query to these chunks instead, which
-        hold at most MAX_BLOCK keys.
+      seen: bool [Tq, P, ceil(Tk / chunk_size)], restricts each query to these chunks instead, which
+        hold at most MAX_BLOCK keys; P divides M, and M / P neighbouring heads see the same.
 
     Returns:
-      The running softmax of the Tq queries, as `softmax_start` describes it.
+      The running softmax of the queries, with [Tq, M] for the rows of `softmax_start`.
     """
     cols = min(block_size(chunk_size, seen is not None), k.shape[0])
     k_blocks, v_blocks = split_rows(k, cols), split_rows(v, cols)
@@ -185,13 +195,15 @@ class KeyBlocks(NamedTuple):
 
 def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, seen=None):
     """`causal_forward` with keys and values that are read where they lie."""
-    length, cols = q.shape[0], blocks.cols
-    rows = min(block_size(chunk_size, seen is not None), length)
+    length, heads = q.shape[:2]
+    cols = blocks.cols
+    rows = tokens_at_once(block_size(chunk_size, seen is not None), length, heads)
     q = split_rows(q, rows)
-    mask = _Mask(rows, cols, chunk_size, seen)
+    mask = _Mask(rows, cols, heads, chunk_size, seen)
 
     def query_block(numbered):
         index, block = numbered
+        block = block.reshape(rows * heads, -1)
         first = offset + index * rows
 
         def add_keys(masked):
@@ -208,7 +220,7 @@ def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, 
         return running
 
     running = jax.lax.map(query_block, (jnp.arange(q.shape[0], dtype=jnp.int32), q))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], running)
+    return jax.tree.map(lambda x: x.reshape(-1, heads, *x.shape[2:])[:length], running)
 
 
 def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None, seen=None):
@@ -216,18 +228,20 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
 
     Args:
       q, k, v, offset, scale, chunk_size, seen: as in `causal_forward`.
-      grad: [Tq, V] gradient of the output.
-      lse: [Tq] log-sum-exp; over more keys than visible here, if the caller adds others.
-      delta: [Tq] sum over V of grad * output.
+      grad: [Tq, M, V] gradient of the output.
+      lse: [Tq, M] log-sum-exp; over more keys than visible here, if the caller adds others.
+      delta: [Tq, M] sum over V of grad * output.
 
     Returns:
-      (dq [Tq, K], dk [Tk, K], dv [Tk, V]), float32.
+      (dq [Tq, M, K], dk [Tk, K], dv [Tk, V]), float32.
     """
-    length, keys = q.shape[0], k.shape[0]
+    shape, keys = q.shape, k.shape[0]
+    length, heads = shape[:2]
     side = block_size(chunk_size, seen is not None)
-    rows, cols = min(side, length), min(side, keys)
-    mask = _Mask(rows, cols, chunk_size, seen)
-    q, grad, lse, delta = (split_rows(x, rows) for x in (q, grad, lse, delta))
+    rows, cols = tokens_at_once(side, length, heads), min(side, keys)
+    mask = _Mask(rows, cols, heads, chunk_size, seen)
+    blocks = (split_rows(x, rows) for x in (q, grad, lse, delta))
+    q, grad, lse, delta = (x.reshape(-1, rows * heads, *x.shape[3:]) for x in blocks)
 
     def key_block(dq, numbered):
         index, k_block, v_block = numbered
@@ -254,38 +268,39 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
     blocks = split_rows(k, cols), split_rows(v, cols)
     numbers = jnp.arange(blocks[0].shape[0], dtype=jnp.int32)
     dq, (dk, dv) = jax.lax.scan(key_block, filled(q, q.shape), (numbers, *blocks))
-    dq = dq.reshape(-1, q.shape[2])[:length] * scale
+    dq = dq.reshape(-1, *shape[1:])[:length] * scale
     return dq, dk.reshape(-1, k.shape[1])[:keys], dv.reshape(-1, v.shape[1])[:keys]
 
 
 class _Mask:
-    """What queries see in blocks of `rows` queries and `cols` keys; the other fields as in
-    `causal_forward`."""
+    """What the queries of `rows` tokens and `heads` heads see in blocks of `cols` keys; the other
+    fields as in `causal_forward`."""
 
-    def __init__(self, rows: int, cols: int, chunk_size: int | None, seen):
-        self.rows, self.cols = rows, cols
+    def __init__(self, rows: int, cols: int, heads: int, chunk_size: int | None, seen):
+        self.rows, self.cols, self.heads = rows, cols, heads
         self.own = chunk_size if seen is None else None  # the chunk size, where only own chunks are
         self.chunk_size = chunk_size
         self.seen = None
         if seen is not None:
             assert chunk_size is not None  # `seen` is of chunks
             per_block = -(-cols // chunk_size)
-            padded = jnp.pad(seen, ((0, 0), (0, -seen.shape[1] % per_block)))
-            self.seen = split_rows(padded, rows)  # [blocks, rows, N]
+            padded = jnp.pad(seen, ((0, 0), (0, 0), (0, -seen.shape[2] % per_block)))
+            self.seen = split_rows(padded, rows)  # [blocks, rows, P, N]
 
     def __call__(self, position, row_block, col_block):
-        """Which keys of a block each of the queries position.. sees, bool [rows, cols]."""
+        """Which keys of a block the queries at position.. see, bool [rows * heads, cols]."""
         queries = position + jnp.arange(self.rows, dtype=jnp.int32)[:, None]
         keys = col_block * self.cols + jnp.arange(self.cols, dtype=jnp.int32)[None, :]
         visible = keys <= queries
         if self.own is not None:
-            return visible & (keys >= queries // self.own * self.own)
-        if self.seen is None:
-            return visible
-        chunks = -(-self.cols // self.chunk_size)
-        seen = jax.lax.dynamic_index_in_dim(self.seen, row_block, 0, False)
-        seen = jax.lax.dynamic_slice_in_dim(seen, col_block * chunks, chunks, 1)
-        return visible & jnp.repeat(seen, self.chunk_size, axis=1)[:, : self.cols]
+            visible &= keys >= queries // self.own * self.own
+        visible = visible[:, None]
+        if self.seen is not None:
+            chunks = -(-self.cols // self.chunk_size)
+            seen = jax.lax.dynamic_index_in_dim(self.seen, row_block, 0, False)
+            seen = jax.lax.dynamic_slice_in_dim(seen, col_block * chunks, chunks, 2)
+            visible &= jnp.repeat(seen, self.chunk_size, axis=2)[..., : self.cols]
+        return jnp.repeat(visible, self.heads // visible.shape[1], axis=1).reshape(-1, self.cols)
 
     def key_blocks(self, position, blocks, keys):
         """Ranges of key blocks that queries position .. position + rows - 1 see: (start, stop,

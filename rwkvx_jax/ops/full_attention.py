@@ -35,8 +35,8 @@ SPLASH_COMPUTE = 512
 
 def full_attention(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
-    v: Float[Array, "B Tk H V"],
+    k: Float[Array, "B Tk G K"],
+    v: Float[Array, "B Tk G V"],
     *,
     q_offset: Offset = 0,
     scale: float | None = None,
@@ -46,8 +46,9 @@ def full_attention(
 
     Args:
       q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
-      k: [B, Tk, H, K] keys from position 0, those of the queries included.
-      v: [B, Tk, H, V] values.
+      k: [B, Tk, G, K] keys from position 0, those of the queries included. G divides H, and query
+        head h reads key head h // (H / G).
+      v: [B, Tk, G, V] values.
       q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
         last key are meaningless but finite.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
@@ -152,7 +153,7 @@ def _blocked(q, k, v, offset, scale):
 
 def _blocked_fwd(q, k, v, offset, scale):
     def forward(q, k, v, offset):
-        running = blocked.causal_forward(q, k, v, offset, scale=scale)
+        running = blocked.causal_forward(q, k[:, 0], v[:, 0], offset, scale=scale)
         return blocked.softmax_finish(running, scale)
 
     out, lse = map_heads(forward, (q, k, v), offset)
@@ -165,7 +166,9 @@ def _blocked_bwd(scale, saved, grad):
 
     def backward(q, k, v, out, lse, grad, offset):
         delta = blocked.output_dot(grad, out)
-        return blocked.causal_backward(q, k, v, grad, lse, delta, offset, scale=scale)
+        k, v = k[:, 0], v[:, 0]
+        dq, dk, dv = blocked.causal_backward(q, k, v, grad, lse, delta, offset, scale=scale)
+        return dq, dk[:, None], dv[:, None]
 
     dq, dk, dv = map_heads(backward, (q, k, v, out, lse, grad), offset)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

@@ -1,4 +1,4 @@
-"""Attention ops as a loop over batch rows and heads, under every transformation of JAX.
+"""Attention ops as a loop over batch rows and key heads, under every transformation of JAX.
 
 The functions of one head hold loops of data-dependent length, which can't be batched, partitioned
 or differentiated in reverse as they are. What each transformation does instead is said here.
@@ -44,32 +44,37 @@ def fold_vmapped(function):
 
 
 def map_heads(function, arrays, offset):
-    """Applies a function of one head to every head of every batch row, one after the other.
+    """Applies a function of one key head to every key head of every batch row, one after the other.
 
     Differentiable in forward mode only.
 
     Args:
-      function: (*arrays [T, ...], offset int32 scalar) -> tuple of arrays [T, ...].
-      arrays: tuple of [B, T, H, ...].
+      function: (*arrays [T, n, ...], offset int32 scalar) -> tuple of arrays [T, n, ...]. n differs
+        between arrays: 1 for those that have a head for each key head, M for those with M.
+      arrays: tuple of [B, T, n * G, ...]; G, the number of key heads, is the smallest of all.
       offset: int32 [B].
 
     Returns:
-      Tuple of arrays [B, T, H, ...].
+      Tuple of arrays [B, T, n * G, ...].
     """
+    groups = min(x.shape[2] for x in arrays)
+    split = lambda x: x.reshape(*x.shape[:2], groups, x.shape[2] // groups, *x.shape[3:])
+    join = lambda x: x.reshape(*x.shape[:2], groups * x.shape[3], *x.shape[4:])
 
     def all_heads(*arrays_and_offset):
         *arrays, offset = arrays_and_offset
-        batch, _, heads = arrays[0].shape[:3]
+        batch, _, groups = arrays[0].shape[:3]
 
         def flat(x):
             x = jnp.moveaxis(x, 2, 1)
-            return x.reshape(batch * heads, *x.shape[2:])
+            return x.reshape(batch * groups, *x.shape[2:])
 
         def unflat(x):
-            return jnp.moveaxis(x.reshape(batch, heads, *x.shape[1:]), 1, 2)
+            return jnp.moveaxis(x.reshape(batch, groups, *x.shape[1:]), 1, 2)
 
-        inputs = (*map(flat, arrays), jnp.repeat(offset, heads))
+        inputs = (*map(flat, arrays), jnp.repeat(offset, groups))
         return jax.tree.map(unflat, jax.lax.map(lambda x: function(*x), inputs))
 
     run = fold_vmapped(functools.partial(partitioned, all_heads))
-    return forward_only(_NO_SECOND_REVERSE, run, all_heads)(*arrays, offset)
+    results = forward_only(_NO_SECOND_REVERSE, run, all_heads)(*map(split, arrays), offset)
+    return jax.tree.map(join, results)

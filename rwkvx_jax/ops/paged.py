@@ -4,7 +4,7 @@ Pages hold one chunk of keys or values each, for one attention block, batch row 
 buffer is large (gigabytes, for all blocks of a model) and only a few pages of it count for a token,
 so nothing here ever copies, transposes or slices the buffer as a whole: `attend_pages` serves one
 token a row (decoding), `attend_piece` a piece of text (prefill); `select_pages` chooses for both,
-each head for itself. The loops on a CPU are meant for one device.
+the heads of a choice together. The loops on a CPU are meant for one device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Int, Int32
 
 from rwkvx_jax.ops import blocked_attention as blocked
+from rwkvx_jax.ops.attention_inputs import check_groups
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.block_sparse_xla import add_past
 from rwkvx_jax.ops.dispatch import Candidate, resolve
@@ -37,7 +38,7 @@ ROWS_ALIKE = 8
 
 def select_pages(
     q: Float[Array, "B T H K"],
-    rows: Float32[Array, "M B H NR K"],
+    rows: Float32[Array, "M B G NR K"],
     layer: Int[ArrayLike, ""],
     positions: Int32[Array, "B T"],
     *,
@@ -45,25 +46,25 @@ def select_pages(
     count: int,
     selector: Selector = MEAN,
     implementation: str | None = None,
-) -> Int32[Array, "B T H {count}"]:
+) -> Int32[Array, "B T S {count}"]:
     """The `count` past pages that each token and head reads in one attention block.
 
     Args:
       q: queries.
       rows: what the selector keeps of the N pages of each of M blocks, R rows a page; those of
-        pages that are not complete may hold anything.
+        pages that are not complete may hold anything. G, the number of key heads, divides H.
       layer: which of the M blocks.
       positions: absolute positions of the queries.
       chunk_size: tokens in a page.
       count: how many pages to choose.
-      selector: how a page is scored.
+      selector: how a page is scored, and which heads choose together.
       implementation: "in_place" (CPU, one token: reads the rows where they lie, block by block, as
         far as the longest text goes), "slice" (cuts the attention block's rows out and calls
         `select_from_rows`; also the oracle), or None to choose by platform.
 
     Returns:
-      int32 [B, T, H, count], by descending score, ties to the lower index, padded with -1. No
-      gradient flows through it.
+      int32 [B, T, S, count], with S = H / selector.together, by descending score, ties to the
+      lower index, padded with -1. No gradient flows through it.
 
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
@@ -86,7 +87,7 @@ def select_pages(
 
 def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
     """`select_pages` for q [B, H, K], by a loop over blocks of rows."""
-    _, batch, heads, stored, size = rows.shape
+    _, batch, groups, stored, size = rows.shape
     own = positions // chunk_size  # [B, 1]
     pages = stored // selector.rows
     once = min(pages, SCORED_BYTES // (4 * selector.rows * size))
@@ -94,27 +95,30 @@ def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
     turns = -(-own.max() // once)
     flat = rows.reshape(-1, stored * size)
     q, flat = jax.lax.stop_gradient((q, flat))
-    q = selector.queries(q.astype(jnp.float32)).reshape(batch * heads, -1)
+    q = selector.queries(q.astype(jnp.float32), 1)
+    q = q.reshape(batch * groups, -1, q.shape[-1])  # the queries that read one row of keys
 
     def score(i, products):
-        head, turn = i // turns, i % turns
+        group, turn = i // turns, i % turns
         first = jnp.minimum(turn * once, pages - once)  # the last turn may repeat some
         width = selector.rows * size
-        some = _cut(flat, layer * batch * heads + head, first * width, once * width)
+        some = _cut(flat, layer * batch * groups + group, first * width, once * width)
         keys = selector.keys(some.reshape(-1, size), chunk_size)
-        found = _dot(jnp.pad(keys, ((0, -len(keys) % ROWS_ALIKE), (0, 0))), q[head])[: len(keys)]
-        at = (head.astype(jnp.uint32), (first * selector.keys_per_chunk).astype(jnp.uint32))
+        keys, count = jnp.pad(keys, ((0, -len(keys) % ROWS_ALIKE), (0, 0))), len(keys)
+        found = jnp.stack([_dot(keys, one)[:count] for one in q[group]])
+        at = (group.astype(jnp.uint32), jnp.uint32(0), (first * per_page).astype(jnp.uint32))
         return jax.lax.dynamic_update_slice(products, found[None], at)
 
-    products = jnp.zeros((batch * heads, pages * selector.keys_per_chunk), jnp.float32)
-    products = jax.lax.fori_loop(0, batch * heads * turns, score, products)
-    products = products.reshape(batch, heads, 1, -1)
+    per_page = selector.keys_per_chunk
+    products = jnp.zeros((*q.shape[:2], pages * per_page), jnp.float32)
+    products = jax.lax.fori_loop(0, batch * groups * turns, score, products)
+    products = products.reshape(batch, -1, 1, pages * per_page)
     chosen = choose_past(products, own, count=count, selector=selector, key_size=size)
     return chosen.swapaxes(1, 2)
 
 
 def attend_pages(
-    q: Float[Array, "R K"],
+    q: Float[Array, "R *M K"],
     keys: Float[Array, "P C K"],
     values: Float[Array, "P C V"],
     page: Int32[Array, "R J"],
@@ -122,11 +126,11 @@ def attend_pages(
     *,
     scale: float,
     implementation: str | None = None,
-) -> Float32[Array, "R V"]:
+) -> Float32[Array, "R *M V"]:
     """Softmax attention of each query over the visible rows of its pages.
 
     Args:
-      q: R queries (batch rows times heads).
+      q: R queries (batch rows times heads), or R times M where M queries read the same pages.
       keys: all pages.
       values: all pages.
       page: the J pages of each query; entries without visible rows may hold any valid index.
@@ -136,7 +140,7 @@ def attend_pages(
         gather of all pages; also the oracle), or None to choose by platform.
 
     Returns:
-      [R, V] float32. A query without any visible row gives zeros.
+      [R, V] or [R, M, V] float32. A query without any visible row gives zeros.
 
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
@@ -144,29 +148,32 @@ def attend_pages(
     candidates = (Candidate("tiles", ("cpu",)), Candidate("gather"))
     chosen = resolve("attend_pages", implementation, candidates)
     run = _attend_tiles if chosen == "tiles" else attend_pages_reference
-    return run(q.astype(jnp.float32), keys, values, page, visible, scale=scale)
+    rows = q.astype(jnp.float32).reshape(q.shape[0], -1, q.shape[-1])
+    out = run(rows, keys, values, page, visible, scale=scale)
+    return out.reshape(*q.shape[:-1], -1)
 
 
 def attend_pages_reference(
-    q: Float[Array, "R K"],
+    q: Float[Array, "R M K"],
     keys: Float[Array, "P C K"],
     values: Float[Array, "P C V"],
     page: Int[Array, "R J"],
     visible: Int[Array, "R J"],
     *,
     scale: float,
-) -> Float32[Array, "R V"]:
+) -> Float32[Array, "R M V"]:
     """`attend_pages` by one gather."""
     keys, values = keys[page].astype(jnp.float32), values[page].astype(jnp.float32)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    scores = product("rk,rjck->rjc", q, keys) * scale
+    scores = product("rmk,rjck->rmjc", q, keys) * scale
     weights, total = _softmax(scores, visible)
-    return product("rjc,rjcv->rv", weights, values) / total
+    return product("rmjc,rjcv->rmv", weights, values) / total
 
 
 def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
     """`attend_pages` by two loops over the tiles that hold visible rows, and no others."""
     rows, per_row = page.shape
+    shared = q.shape[1]
     chunk, value_size = values.shape[1:]
     tile = next(t for t in range(min(TILE, chunk), 0, -1) if chunk % t == 0)
     parts = chunk // tile
@@ -181,28 +188,34 @@ def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
         return _cut(pages.reshape(-1, chunk * size), index, start, tile * size).reshape(tile, size)
 
     def score(i, scores):
-        query = q[numbers[i] // (per_row * parts)]
-        return _put(scores, _dot(read(keys, numbers[i]), query), numbers[i])
+        queries, some = q[numbers[i] // (per_row * parts)], read(keys, numbers[i])
+        found = jnp.concatenate([_dot(some, query) for query in queries])
+        return _put(scores, found, numbers[i])
 
-    scores = jax.lax.fori_loop(0, count, score, jnp.zeros((filled.size, tile)))
-    weights, total = _softmax(scores.reshape(rows, per_row, chunk) * scale, visible)
-    weights = weights.reshape(filled.size, tile)
+    scores = jax.lax.fori_loop(0, count, score, jnp.zeros((filled.size, shared * tile)))
+    scores = scores.reshape(rows, per_row * parts, shared, tile).swapaxes(1, 2)
+    scores = scores.reshape(rows, shared, per_row, chunk)
+    weights, total = _softmax(scores * scale, visible)
+    weights = weights.reshape(rows, shared, per_row * parts, tile).swapaxes(1, 2)
+    weights = weights.reshape(filled.size, shared, tile)
 
     def add(i, sums):
-        return _put(sums, _dot(weights[numbers[i]], read(values, numbers[i])), numbers[i])
+        some = read(values, numbers[i])
+        found = jnp.concatenate([_dot(one, some) for one in weights[numbers[i]]])
+        return _put(sums, found, numbers[i])
 
-    sums = jax.lax.fori_loop(0, count, add, jnp.zeros((filled.size, value_size)))
-    return sums.reshape(rows, -1, value_size).sum(1) / total
+    sums = jax.lax.fori_loop(0, count, add, jnp.zeros((filled.size, shared * value_size)))
+    return sums.reshape(rows, -1, shared, value_size).sum(1) / total
 
 
 def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Exponentials [R, J, C] of the visible scores relative to the largest, and their sums [R, 1],
-    at least the smallest normal number."""
-    counts = jnp.arange(scores.shape[2])[None, None] < visible[..., None]
-    top = jnp.max(jnp.where(counts, scores, -jnp.inf), axis=(1, 2), keepdims=True)
+    """Exponentials [R, M, J, C] of the visible scores relative to the largest, and their sums
+    [R, M, 1], at least the smallest normal number."""
+    counts = (jnp.arange(scores.shape[3])[None, None] < visible[..., None])[:, None]
+    top = jnp.max(jnp.where(counts, scores, -jnp.inf), axis=(2, 3), keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.where(counts, jnp.exp(scores - top), 0.0)
-    return weights, jnp.maximum(weights.sum((1, 2))[:, None], jnp.finfo(jnp.float32).tiny)
+    return weights, jnp.maximum(weights.sum((2, 3))[..., None], jnp.finfo(jnp.float32).tiny)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -228,14 +241,15 @@ def _put(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
 
 def attend_piece(
     q: Float[Array, "B T H K"],
-    keys: Float[Array, "G S K"],
-    values: Float[Array, "G S V"],
+    keys: Float[Array, "N R K"],
+    values: Float[Array, "N R V"],
     first: Int[ArrayLike, ""],
-    selection: Int32[Array, "B T H J"] | None,
+    selection: Int32[Array, "B T S J"] | None,
     offset: Int32[Array, " B"],
     *,
     chunk_size: int,
     scale: float,
+    key_heads: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H V"]:
     """Attention of a piece of text to the cached rows before it and to itself.
@@ -243,26 +257,35 @@ def attend_piece(
     Args:
       q: queries; the first of row b stands at position offset[b]. Keys and values of the piece are
         in the cache already.
-      keys: S rows for each of G (block, batch row, head) triples, position 0 first.
+      keys: R rows for each of N (block, batch row, key head) triples, position 0 first.
       values: as keys.
-      first: index in G of the block's first batch row and head; the others follow it.
-      selection: past chunks of each query, -1 for none; None for full causal attention.
+      first: index in N of the block's first batch row and key head; the others follow it.
+      selection: past chunks of each query, -1 for none; None for full causal attention. S divides
+        H.
       offset: positions of the first queries.
-      chunk_size: tokens in a chunk; divides S.
+      chunk_size: tokens in a chunk; divides R.
       scale: factor on q . k.
+      key_heads: key heads G of a batch row, which divides S; None: as many as q has.
       implementation: "in_place" (CPU: costs nothing that grows with S but what is attended to),
         "slice" (cuts the block's rows out and calls `sparse_attention` or `full_attention`; also
         the oracle), or None to choose by platform.
 
     Returns:
       [B, T, H, V] in q's dtype. No gradient.
+
+    Raises:
+      ValueError: numbers of heads that do not divide, or a named implementation that is unknown or
+        cannot run here.
     """
+    groups = q.shape[2] if key_heads is None else key_heads
+    check_groups(q.shape[2], groups, None if selection is None else selection.shape[2])
     candidates = (Candidate("in_place", ("cpu",)), Candidate("slice"))
     if resolve("attend_piece", implementation, candidates) == "in_place":
-        return _attend_in_place(q, keys, values, first, selection, offset, chunk_size, scale)
-    batch, _, heads, _ = q.shape
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * heads)
-    k, v = (cut(x).reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2) for x in (keys, values))
+        options = {"chunk_size": chunk_size, "scale": scale, "groups": groups}
+        return _attend_in_place(q, keys, values, first, selection, offset, **options)
+    batch = q.shape[0]
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * groups)
+    k, v = (cut(x).reshape(batch, groups, *x.shape[1:]).swapaxes(1, 2) for x in (keys, values))
     if selection is None:
         return full_attention(q, k, v, q_offset=offset, scale=scale)
     return sparse_attention(
@@ -277,12 +300,12 @@ def attend_piece(
     )
 
 
-def _attend_in_place(q, keys, values, first, selection, offset, chunk_size, scale):
+def _attend_in_place(q, keys, values, first, selection, offset, *, chunk_size, scale, groups):
     batch, time, heads, _ = q.shape
     stored = keys.shape[1]
     cols = _block_rows(stored)
 
-    def one_head(row):
+    def one_key_head(row):
         q, selection, group, offset = row
 
         def read(start, size):
@@ -294,7 +317,7 @@ def _attend_in_place(q, keys, values, first, selection, offset, chunk_size, scal
         )
         own_chunk = None if selection is None else chunk_size
         running = blocked.causal_over_blocks(q, blocks, offset, scale=scale, chunk_size=own_chunk)
-        if selection is not None and selection.shape[1]:
+        if selection is not None and selection.size:
             running = add_past(
                 running,
                 q,
@@ -307,11 +330,15 @@ def _attend_in_place(q, keys, values, first, selection, offset, chunk_size, scal
             )
         return blocked.softmax_finish(running, scale)[0]
 
-    rows = batch * heads
-    flat = lambda x: None if x is None else x.swapaxes(1, 2).reshape(rows, time, x.shape[3])
-    groups = first + jnp.arange(rows, dtype=jnp.int32)
-    out = jax.lax.map(one_head, (flat(q), flat(selection), groups, jnp.repeat(offset, heads)))
-    return out.reshape(batch, heads, time, -1).swapaxes(1, 2).astype(q.dtype)
+    def flat(x):
+        x = x.reshape(batch, time, groups, x.shape[2] // groups, x.shape[3])
+        return x.swapaxes(1, 2).reshape(batch * groups, time, *x.shape[3:])
+
+    numbers = first + jnp.arange(batch * groups, dtype=jnp.int32)
+    chosen = None if selection is None else flat(selection)
+    out = jax.lax.map(one_key_head, (flat(q), chosen, numbers, jnp.repeat(offset, groups)))
+    out = out.reshape(batch, groups, time, heads // groups, -1).swapaxes(1, 2)
+    return out.reshape(batch, time, heads, -1).astype(q.dtype)
 
 
 def _block_rows(stored: int) -> int:

@@ -2,14 +2,12 @@
 
 Selection stands apart from attention so that all implementations of attention agree on it, ties
 included, and other selectors can be tried: the paper names its mean-key rule as its first
-limitation. A `Selector` says what is kept of a chunk's keys (rows: sums or bounds) and how a query
-scores them; the rows serve decoding as well, where the cache keeps them running. Everything is
-float32, and the scores exist for one block of queries at a time: [B, H, Tq, N] is never held.
+limitation. A `Selector` says how a query scores a chunk, and which heads choose together. All of it
+is float32, and the scores exist for one block of queries at a time: [B, H, Tq, N] is never held.
 Source: RWKV-X (arXiv 2504.21463), per-head gate.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,7 @@ from rwkvx_jax.ops.attention_inputs import (
     run_attention,
 )
 from rwkvx_jax.ops.dispatch import Candidate, resolve
+from rwkvx_jax.ops.selectors import MEAN, Selector, check_selector
 
 # Scores held at once, over batch and heads. About a million of them stay in cache; a block of fewer
 # queries than the least would read all keys for too little work.
@@ -45,144 +44,45 @@ PREFIXES = 8
 MIN_CHUNKS_PER_PREFIX = 128
 
 
-class Selector(NamedTuple):
-    """How a query q scores a chunk.
-
-    kind:
-      "mean": q . mean key (the paper's).
-      "max": the largest q . mean key over `blocks` equal parts of the chunk.
-      "pooled": log-sum-exp of q . mean key / sqrt(K) over the parts, so what the chunk would weigh
-        in the softmax if every key were its part's mean.
-      "bounds": sum over channels of the larger of q * smallest key and q * largest key, an upper
-        bound of q . k over the chunk (Quest, arXiv 2406.10774).
-    blocks: parts of a chunk, for "max" and "pooled".
-    """
-
-    kind: Literal["mean", "max", "pooled", "bounds"] = "mean"
-    blocks: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Rows kept of each chunk."""
-        return {"mean": 1, "bounds": 2}.get(self.kind, self.blocks)
-
-    def rows_of(self, k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array, "B NR H K"]:
-        """What is kept of keys [B, T, H, K] in chunks: float32 [B, ceil(T / chunk_size) * rows, H,
-        K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k; a
-        trailing partial chunk as far as it goes.
-        """
-        if self.kind != "bounds":
-            sums = chunk_key_sums(k, chunk_size // self.rows)
-            missing = -(-k.shape[1] // chunk_size) * self.rows - sums.shape[1]
-            return jnp.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        batch, length, heads, size = k.shape
-        chunks = -(-length // chunk_size)
-        padding = ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0))
-        split = lambda x: jnp.pad(x, padding, constant_values=-jnp.inf).reshape(
-            batch, chunks, chunk_size, heads, size
-        )
-        k = k.astype(jnp.float32)
-        bounds = jnp.stack([split(-k).max(2), split(k).max(2)], axis=2)
-        return bounds.reshape(batch, chunks * 2, heads, size)
-
-    @property
-    def is_product(self) -> bool:
-        """Whether the score is a product of the query with one vector of the chunk."""
-        return self.kind in ("mean", "bounds")
-
-    @property
-    def keys_per_chunk(self) -> int:
-        """Keys that `keys` makes of each chunk."""
-        return 1 if self.kind == "bounds" else self.rows
-
-    def keys(
-        self, rows: Float32[Array, "*any NR K"], chunk_size: int
-    ) -> Float32[Array, "*any keys F"]:
-        """What queries are multiplied with: float32 [..., N * rows, K] -> [..., N *
-        keys_per_chunk, F]. F is K, and for "bounds" 2 K: [-smallest, largest]."""
-        if self.kind != "bounds":
-            return rows / (chunk_size // self.rows)
-        return rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
-
-    def queries(self, q: Float[Array, "*any K"]) -> Float[Array, "*any F"]:
-        """What is multiplied with those keys: [..., K] -> [..., F] of the same dtype."""
-        if self.kind != "bounds":
-            return q
-        return jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1)
-
-    def combine(
-        self, products: Float32[Array, "*any keys"], key_size: int
-    ) -> Float32[Array, "*any N"]:
-        """Scores [..., N] from the products of a query with all keys [..., N * keys_per_chunk]."""
-        if self.is_product:
-            return products
-        products = products.reshape(*products.shape[:-1], -1, self.rows)
-        if self.kind == "max":
-            return products.max(-1)
-        return jax.nn.logsumexp(products * key_size**-0.5, axis=-1)
-
-    def start(self, shape: tuple[int, ...]) -> Float32[Array, "..."]:
-        """Rows of chunks without any key, float32."""
-        return jnp.full(shape, -jnp.inf if self.kind == "bounds" else 0.0, jnp.float32)
-
-
-MEAN = Selector()
-"""The paper's selector."""
-
-
 def selector_of(config: ModelConfig) -> Selector:
     """The selector that a configuration names."""
     parts = config.selector_blocks if config.selector in ("max", "pooled") else 1
     return Selector(config.selector, parts)
 
 
-def chunk_key_sums(k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array, "B N H K"]:
-    """Sums of the keys of each chunk; a trailing partial chunk is summed as far as it goes.
-
-    Args:
-      k: [B, T, H, K], any floating dtype.
-      chunk_size: tokens in a chunk.
-
-    Returns:
-      float32 [B, ceil(T / chunk_size), H, K].
-    """
-    batch, length, heads, size = k.shape
-    chunks = -(-length // chunk_size)
-    k = jnp.pad(k, ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0)))
-    return jnp.sum(k.reshape(batch, chunks, chunk_size, heads, size), axis=2, dtype=jnp.float32)
-
-
 def select_from_rows(
     q: Float[Array, "B Tq H K"],
-    rows: Float[Array, "B NR H K"],
+    rows: Float[Array, "B NR G K"],
     positions: Int[Array, "B Tq"],
     *,
     chunk_size: int,
     count: int,
     selector: Selector = MEAN,
-) -> Int32[Array, "B Tq H {count}"]:
+) -> Int32[Array, "B Tq S {count}"]:
     """The `count` past chunks with the highest scores, for queries at given positions.
 
     A chunk is past for a query when it ends at or before the start of the query's own chunk.
 
     Args:
       q: [B, Tq, H, K] queries.
-      rows: [B, N * selector.rows, H, K] float32, what the selector keeps of chunks 0..N-1; those
-        of chunks that are not past for a query (not complete, in a cache) may hold anything.
+      rows: [B, N * selector.rows, G, K] float32, what the selector keeps of chunks 0..N-1; those
+        of chunks that are not past for a query (not complete, in a cache) may hold anything. G
+        divides H.
       positions: int32 [B, Tq] absolute positions of the queries.
       chunk_size: tokens in a chunk.
       count: how many chunks to choose.
       selector: how a chunk is scored.
 
     Returns:
-      int32 [B, Tq, H, count], by descending score, ties to the lower index, padded with -1.
+      int32 [B, Tq, S, count], by descending score, ties to the lower index, padded with -1; S is
+      H / selector.together.
       No gradient flows through it.
     """
     batch, length, heads, size = q.shape
     chunks = rows.shape[1] // selector.rows
     taken = min(count, chunks)
     if taken == 0:
-        return jnp.full((batch, length, heads, count), -1, jnp.int32)
+        return jnp.full((batch, length, heads // selector.together, count), -1, jnp.int32)
     q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
     # Heads before time, once: the keys of a head lie together, as products want them.
     q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size)
@@ -204,7 +104,7 @@ def select_from_rows(
 
 
 def _map_blocks(select_block, q, own, block):
-    """(q [B, H, block, K], own [B, block]) -> [B, H, block, J], for every block: [B, H, T, J]."""
+    """(q [B, H, block, K], own [B, block]) -> [B, S, block, J], for every block: [B, S, T, J]."""
     batch, heads, length, size = q.shape
     blocks = -(-length // block)
     if blocks == 1:
@@ -215,17 +115,19 @@ def _map_blocks(select_block, q, own, block):
     own = jnp.pad(own, ((0, 0), (0, pad)))
     own = jnp.moveaxis(own.reshape(batch, blocks, block), 1, 0)
     chosen = jnp.moveaxis(jax.lax.map(select_block, (q, own)), 0, 2)
-    return chosen.reshape(batch, heads, blocks * block, -1)[:, :, :length]
+    return chosen.reshape(*chosen.shape[:2], blocks * block, -1)[:, :, :length]
 
 
 def _select_among(first, q, keys, own, *, count, selector, key_size):
-    """Choices [B, H, T, count] from the `first` chunks alone.
+    """Choices [B, S, T, count] from the `first` chunks alone.
 
-    q: [B, H, T, K]; keys: [B, H, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
+    q: [B, H, T, K]; keys: [B, G, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
     """
     some = keys[:, :, : first * selector.keys_per_chunk]
-    q = selector.queries(q.astype(jnp.float32))
-    products = jnp.einsum("bhtf,bhnf->bhtn", q, some, precision=jax.lax.Precision.HIGHEST)
+    q = selector.queries(q.astype(jnp.float32), 1)
+    rows = q.reshape(*keys.shape[:2], -1, q.shape[3])  # the queries of a key head
+    products = jnp.einsum("bgmf,bgnf->bgmn", rows, some, precision=jax.lax.Precision.HIGHEST)
+    products = products.reshape(*q.shape[:3], -1)
     return choose_past(products, own, count=count, selector=selector, key_size=key_size)
 
 
@@ -236,9 +138,9 @@ def choose_past(
     count: int,
     selector: Selector,
     key_size: int,
-) -> Int32[Array, "B H T J"]:
+) -> Int32[Array, "B S T J"]:
     """The best `count` of the chunks before the own one, by the products of queries and keys that
-    `Selector.queries` and `Selector.keys` make: int32 [B, H, T, count], -1 for none."""
+    `Selector.queries` and `Selector.keys` make: int32 [B, S, T, count], -1 for none."""
     scores = selector.combine(products, key_size)
     chunks = scores.shape[-1]
     past = jnp.arange(chunks)[None, None, None] < own[:, None, :, None]
@@ -269,34 +171,36 @@ def _best(scores, count):
 
 def select_chunks(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
+    k: Float[Array, "B Tk G K"],
     *,
     chunk_size: int,
     top_k: int,
     q_offset: Offset = 0,
     implementation: str | None = None,
     selector: Selector = MEAN,
-) -> Int32[Array, "B Tq H {top_k}-1"]:
+) -> Int32[Array, "B Tq S {top_k}-1"]:
     """Chooses the past chunks that each query and head attends to beside its own chunk.
 
     Args:
       q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
-      k: [B, Tk, H, K] keys from position 0.
+      k: [B, Tk, G, K] keys from position 0. G divides H, and query head h scores the keys of head
+        h // (H / G).
       chunk_size: tokens in a chunk, counted from position 0.
       top_k: chunks a query attends to, its own included.
       q_offset: int, integer scalar or integer [B] (may be traced).
       implementation: "pallas" (TPU, selector "mean" or "bounds"), "xla", or None to choose by
         platform.
-      selector: how a query scores a chunk.
+      selector: how a query scores a chunk, and which heads choose together.
 
     Returns:
-      int32 [B, Tq, H, top_k - 1], by descending score, ties to the lower index, padded with -1.
+      int32 [B, Tq, S, top_k - 1], by descending score, ties to the lower index, padded with -1; S
+      is H / selector.together, and query head h uses choice h // selector.together.
       The own chunk, later chunks and a trailing partial chunk are never chosen. No gradient.
 
     Raises:
       ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1, a negative q_offset, or a
-        chunk that can't be cut into the selector's blocks, or a named implementation that cannot
-        run here.
+        chunk that can't be cut into the selector's blocks, heads that can't be grouped, or a named
+        implementation that cannot run here.
     """
     _check(q, k, chunk_size, top_k, q_offset, selector)
     complete = k.shape[1] // chunk_size
@@ -304,6 +208,8 @@ def select_chunks(
     def problem(platform: str) -> str | None:
         if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
+        if not selector.sums_queries:
+            return "heads that choose together take the largest score and the kernel sums queries"
         reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
         if reason and selector.kind == "bounds":
             reason += ' (the selector "bounds" doubles it)'
@@ -331,31 +237,35 @@ def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset):
 
 
 def kernel_factors(q, k, chunk_size, selector):
-    """Queries [B, Tq, H, F] and keys [B, N, H, F] of the complete chunks, for the TPU kernel."""
+    """Queries [B, Tq, S, F] and keys [B, N, S, F] of the complete chunks, for the TPU kernel."""
     complete = k.shape[1] // chunk_size * chunk_size
     rows = selector.rows_of(k[:, :complete], chunk_size).swapaxes(1, 2)
-    return selector.queries(q), selector.keys(rows, chunk_size).swapaxes(1, 2)
+    queries, keys = selector.queries(q, 2), selector.keys(rows, chunk_size).swapaxes(1, 2)
+    return queries, jnp.repeat(keys, queries.shape[2] // keys.shape[2], axis=2)
 
 
 def select_chunks_reference(
     q: Float[Array, "B Tq H K"],
-    k: Float[Array, "B Tk H K"],
+    k: Float[Array, "B Tk G K"],
     *,
     chunk_size: int,
     top_k: int,
     q_offset: Offset = 0,
     selector: Selector = MEAN,
-) -> Int32[Array, "B Tq H {top_k}-1"]:
+) -> Int32[Array, "B Tq S {top_k}-1"]:
     """Oracle of `select_chunks`: the whole score matrix, sorted stably. Same arguments, result."""
     _check(q, k, chunk_size, top_k, q_offset, selector)
     batch, length, heads, _ = q.shape
     chunks = k.shape[1] // chunk_size
-    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    q, k = q.astype(jnp.float32), jnp.repeat(k.astype(jnp.float32), heads // k.shape[2], axis=2)
     chunk = lambda c: k[:, c * chunk_size : (c + 1) * chunk_size]
     score = [_score_reference(q, chunk(c), selector) for c in range(chunks)]
     columns = chunks + top_k - 1
     absent = [jnp.full((batch, length, heads), -jnp.inf)] * (top_k - 1)
     scores = jnp.stack(score + absent, axis=-1) if columns else jnp.zeros((batch, length, heads, 0))
+    together = selector.together
+    scores = scores.reshape(batch, length, heads // together, together, columns)
+    scores = scores.sum(3) if selector.joined == "sum" else scores.max(3)
     own = query_positions(q_offset, batch, length) // chunk_size
     past = jnp.arange(columns)[None, None, :] < own[:, :, None]
     scores = jnp.where(past[:, :, None, :], scores, -jnp.inf)
@@ -379,25 +289,11 @@ def _score_reference(q, chunk, selector: Selector) -> jax.Array:
     return jnp.log(jnp.sum(jnp.exp(scores * q.shape[-1] ** -0.5), axis=0))
 
 
-def check_selector(selector: Selector, chunk_size: int) -> None:
-    """Raises ValueError on an unknown kind, or blocks that do not divide the chunk."""
-    if selector.kind not in ("mean", "max", "pooled", "bounds"):
-        raise ValueError(
-            f"selector {selector.kind!r} is unknown: choose mean, max, pooled or bounds"
-        )
-    if selector.blocks < 1 or chunk_size % selector.blocks:
-        raise ValueError(
-            f"a chunk of {chunk_size} tokens can't be cut into {selector.blocks} equal blocks: "
-            "choose a divisor"
-        )
-
-
 def _check(q, k, chunk_size, top_k, q_offset, selector) -> None:
     check_chunking(chunk_size, top_k)
-    check_selector(selector, chunk_size)
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch, heads and "
-            "key size"
+            f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch and key size"
         )
+    check_selector(selector, chunk_size, q.shape[2], k.shape[2])
     check_offset(q_offset, q.shape[0])

@@ -54,9 +54,17 @@ def read_dump(folder: Path, kernel: str, suffix: str) -> str:
     Raises:
       RuntimeError: there is none, or more than one.
     """
-    name = re.compile(rf"(?<![a-z_]){re.escape(kernel)}[._]*\d*-\d+-{re.escape(suffix)}$")
-    found = [path for path in folder.iterdir() if name.search(path.name)]
+    found = read_dumps(folder, kernel, suffix)
     if len(found) != 1:
-        names = [path.name for path in found]
-        raise RuntimeError(f"expected one dump of {kernel} ending in {suffix}, found {names}")
-    return found[0].read_text()
+        raise RuntimeError(
+            f"expected one dump of {kernel} ending in {suffix}, found {len(found)} in "
+            f"{sorted(x.name for x in folder.iterdir())}"
+        )
+    return found[0]
+
+
+def read_dumps(folder: Path, kernel: str, suffix: str) -> list[str]:
+    """The same of a kernel that is compiled for several sizes, in the order of the program."""
+    name = re.compile(rf"(?<![a-z_]){re.escape(kernel)}[._]*(\d*)-\d+-{re.escape(suffix)}$")
+    found = [(match, path) for path in folder.iterdir() if (match := name.search(path.name))]
+    return [path.read_text() for match, path in sorted(found, key=lambda x: int(x[0][1] or 0))]

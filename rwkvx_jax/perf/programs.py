@@ -61,7 +61,9 @@ def read_size(model: ModelConfig, batch: int, length: int) -> tuple[str, int]:
     """What a prefill or decode step holds at the very least, likewise."""
     what = f"{model.num_parameters:.3g} parameters in float32 and the caches of {batch:.3g} texts"
     states = 4 * batch * model.num_blocks * model.mixer_sizes.state
-    rows = 4 * batch * length * model.num_attention_blocks * model.width  # bfloat16 keys, values
+    rows = (
+        4 * batch * length * model.num_attention_blocks * model.kv_width
+    )  # bfloat16, keys, values
     return f"{what} of {length:.3g} rows", 4 * model.num_parameters + states + rows
 
 

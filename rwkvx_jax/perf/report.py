@@ -17,7 +17,13 @@ def header(config: Config, name: str, topology: str, sizes: Mapping[str, int]) -
         devices *= size
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     model = config.model
-    blocks = "" if model.mixer == "rwkv7" else f"{model.mixer_title} blocks, "
+    blocks = (
+        "Transformer, "
+        if not model.num_blocks
+        else ""
+        if model.mixer == "rwkv7"
+        else f"{model.mixer_title} blocks, "
+    )
     return (
         f"{name} on {topology}: {devices} devices, mesh {mesh}\n"
         f"model {blocks}L {model.num_blocks}, M {model.num_attention_blocks}, D {model.width}, "

@@ -250,7 +250,7 @@ def bytes_per_token(config: ModelConfig, run_config: RunConfig, params: Params, 
     else:
         rows = min(past, config.top_k - 1) * chunk + filled
         kept = past * selector_of(config).rows
-    attention = config.num_attention_blocks * config.width * (2 * rows * item + 4 * kept)
+    attention = config.num_attention_blocks * config.kv_width * (2 * rows * item + 4 * kept)
     return weights + states + attention + config.width * 4
 
 
@@ -272,6 +272,7 @@ def _filled_cache(config: ModelConfig, run_config: RunConfig, length: int) -> Ca
     return replace(
         cache,
         length=jnp.full(1, length, jnp.int32),
+        position=jnp.full(1, length, jnp.int32),
         pages=pages._replace(key_sums=sums),
     )
 

@@ -26,6 +26,7 @@ class Case:
       chip: key of `CORES`.
       width, time: D (of the values) and T; the batch is 1.
       chunk, top_k: of sparse attention; 0 for other kernels.
+      group: of sparse attention, query heads that share a key head and a choice of chunks.
     """
 
     kernel: str
@@ -34,11 +35,13 @@ class Case:
     time: int
     chunk: int = 0
     top_k: int = 0
+    group: int = 1
 
     @property
     def name(self) -> str:
         sparse = f"/C{self.chunk}/K{self.top_k}" if self.chunk else ""
-        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}"
+        group = f"/M{self.group}" if self.group > 1 else ""
+        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}{group}"
 
     @property
     def topology(self) -> str:
@@ -143,21 +146,21 @@ def _delta_rule(case: Case, struct):
 
 def block_sparse_plan(case: Case, struct):
     """The kernels' plan for heads of 64, bfloat16."""
-    heads = case.width // 64
-    shape = block_sparse_tpu._Shape(64, jnp.dtype(jnp.bfloat16), case.chunk, 0.125)
-    x = struct((1, case.time, heads, 64), jnp.bfloat16)
-    selection = struct((1, case.time, heads, case.top_k - 1), jnp.int32)
-    return block_sparse_tpu._make_plan(x, x, selection, shape, block_sparse_tpu.TILES[case.chip], 0)
+    tokens = lambda heads: struct((1, case.time, heads, 64), jnp.bfloat16)
+    q, k = tokens(case.width // 64), tokens(case.width // 64 // case.group)
+    tile = block_sparse_tpu.TILES[case.chip]
+    return block_sparse_tpu._plan_of(q, k, case.top_k - 1, case.chunk, 0.125, 0, tile)
 
 
 def block_sparse_calls(case: Case, struct) -> dict:
     """Function and arguments of each kernel of sparse attention."""
-    heads, chunk = case.width // 64, case.chunk
+    heads, chunk = case.width // 64 // case.group, case.chunk
     plan = block_sparse_plan(case, struct)
     shape, routes = plan.shape, plan.routing
-    x = struct((1, case.time, heads, 64), jnp.bfloat16)
-    packed = struct((1, plan.queries, case.width), jnp.bfloat16)
-    wide = struct(packed.shape, jnp.float32)
+    x = struct((1, case.time, heads, 64), jnp.float32 if case.group > 1 else jnp.bfloat16)
+    packed = struct((1, plan.rows, plan.packs * 128), jnp.bfloat16)
+    keys_packed = struct((1, plan.keys, plan.packs * 128), jnp.bfloat16)
+    wide = struct(keys_packed.shape, jnp.float32)
     results, first = struct(plan.results, jnp.float32), struct((1,), jnp.int32)
     groups = plan.all_packs * shape.heads
     per_tile = struct((groups, routes.all_tiles), jnp.int32)
@@ -179,19 +182,19 @@ def block_sparse_calls(case: Case, struct) -> dict:
         "block_sparse_start": (call(block_sparse_tpu._start), (packed,)),
         "block_sparse_past_forward": (
             call(block_sparse_tpu._past_forward),
-            (routed, packed, packed, packed, results),
+            (routed, packed, keys_packed, keys_packed, results),
         ),
         "block_sparse_own_forward": (
             call(block_sparse_tpu._own_forward),
-            (packed, packed, packed, results, first),
+            (packed, keys_packed, keys_packed, results, first),
         ),
         "block_sparse_past_backward": (
             call(block_sparse_tpu._past_backward),
-            (routed, packed, packed, packed, packed, results),
+            (routed, packed, keys_packed, keys_packed, packed, results),
         ),
         "block_sparse_own_backward": (
             call(block_sparse_tpu._own_backward),
-            (packed, packed, packed, packed, results, wide, wide, first),
+            (packed, keys_packed, keys_packed, packed, results, wide, wide, first),
         ),
     }
 
@@ -205,7 +208,7 @@ def _block_sparse(case: Case, struct):
     minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     packs = case.width // 128
     if "past" in case.kernel:
-        packs = block_sparse_plan(case, struct).packs_together
+        packs = block_sparse_plan(case, struct).packs_together * case.group
     return function, arguments, minimum, case.time * packs
 
 

@@ -69,8 +69,8 @@ def facts_of(model: Timed) -> str:
     """What a figure says of the hybrid and the machine."""
     config, machine = model.config, model.description
     return (
-        f"{config.num_blocks} {config.mixer_title} and {config.num_attention_blocks} attention "
-        f"blocks of width {config.width}, chunk size {config.chunk_size}, top-k {config.top_k}; "
+        f"{config.blocks_title} of width {config.width}, chunk size {config.chunk_size}, "
+        f"top-k {config.top_k}; "
         f"{machine['device']}, {machine['cores']} cores"
     )
 
@@ -125,7 +125,7 @@ def make_configs(config: ModelConfig) -> dict[str, ModelConfig]:
     blocks = config.num_blocks + config.num_attention_blocks
     return {
         "sparse": config,
-        "rwkv": replace(config, num_blocks=blocks, num_attention_blocks=0),
+        "rwkv": replace(config, num_blocks=blocks, num_attention_blocks=0, shared_attention=False),
         "full": replace(config, attention="full"),
     }
 

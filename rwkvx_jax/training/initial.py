@@ -102,7 +102,8 @@ def _check_usable(found: ModelConfig, config: Config, path: Path) -> None:
             f"{path} already has attention blocks, but stage {config.stages[0].name!r} trains the "
             "plain RWKV-7: start from a RWKV-7, or set expanded=True"
         )
-    wanted = config.model if hybrid else config.model.without_attention()
+    whole = hybrid or not config.model.num_blocks  # a Transformer is not made by expansion
+    wanted = config.model if whole else config.model.without_attention()
     if found.learned_state and not wanted.learned_state:
         raise ConfigError(
             f"{path} holds learned initial states, but model.learned_state is False: set it True"
@@ -127,7 +128,12 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     fields = {f"model.{name}": getattr(config, name) for name in names}
     return {
         "model.mixer": config.mixer,
+        "model.backbone": config.backbone,
         **fields,
+        "model.num_kv_heads": config.kv_heads if config.num_attention_blocks else 0,
+        "model.qkv_bias": config.qkv_bias and config.num_attention_blocks > 0,
+        "model.tied_embeddings": config.tied_embeddings,
+        "model.shared_attention": config.shared_attention,
         # A convolution of attention keys, which a model without attention blocks has not.
         "model.key_conv": config.key_conv if config.num_attention_blocks else 0,
         "model.ffn_width": config.hidden_width,

@@ -21,7 +21,7 @@ def recurrence_flops(config: ModelConfig) -> float:
 
 def rwkv_block_flops(config: ModelConfig) -> float:
     """Forward products of one token in one recurrent block."""
-    matrices = config.mixer_sizes.matrices + 2 * config.width * config.hidden_width
+    matrices = config.mixer_sizes.matrices + config.channel_mix_matrices
     return 2.0 * matrices + recurrence_flops(config)
 
 
@@ -53,8 +53,7 @@ def attention_flops(config: ModelConfig, time: int) -> float:
 
 def attention_block_flops(config: ModelConfig, time: int) -> float:
     """Forward products of one token in one attention block of a sequence of `time` tokens."""
-    width = config.width
-    matrices = 4 * width**2 + 2 * width * config.hidden_width
+    matrices = config.attention_matrices + config.channel_mix_matrices
     return 2.0 * matrices + attention_flops(config, time)
 
 

@@ -58,7 +58,7 @@ def test_fla_torch_shards_and_tied_embeddings(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "mamba2"}, "model_type is 'mamba2'"),
         ({"attn": {"layers": [1]}}, "attn = "),
         ({"norm_first": False, "hidden_act": "relu"}, "norm_first = False.*hidden_act = 'relu'"),
         ({"norm_eps": 1e-6}, "norm_eps = 1e-06"),

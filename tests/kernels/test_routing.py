@@ -93,6 +93,18 @@ def test_tiles_of_a_block_fill_whole_steps(joined, together, length):
     check(skewed, plan)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("rows, together", [(64, 2), (16, 4), (8, 1)])
+def test_small_tiles_share_rows_of_lanes(rows, together):
+    """As the tiles of query heads that share a choice."""
+    plan = plan_of(768, 384, 3, rows=rows, joined=2 if together > 1 else 1, together=together)
+    check(random_selection(3, 1, 768, 2, CHUNK, 4), plan)
+    skewed = np.full((1, 768, 2, 3), -1, np.int32)
+    skewed[:, CHUNK:, 0, 0] = 0
+    skewed[:, :, 1, 0] = np.arange(768) // CHUNK - 1
+    check(skewed, plan)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "queries, segment, slots, rows", [(2048, 1024, 7, 256), (4160, 4160, 2, 128)]
@@ -131,7 +143,7 @@ def test_unknown_positions_cost_no_fewer_tiles():
     "change, message",
     [
         (dict(queries=1000), "1000 queries are not whole segments of 512"),
-        (dict(rows=100), "multiple of 128, got 100"),
+        (dict(rows=100), "multiple of 128, or 8 to 64, got 100"),
         (dict(chunks=1 << 23), "do not fit 31 bits"),
     ],
 )

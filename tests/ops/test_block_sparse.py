@@ -272,7 +272,8 @@ def test_narrow_integers(implementation):
 
 def test_sorting_pairs():
     chosen = jnp.array([[-1, -1], [0, 5], [1, 0], [1, -1], [0, 1]], jnp.int32)
-    queries, starts = sort_pairs(chosen, jnp.int32(6), 4, 2)  # positions 6..10, own chunks 1, 2
+    # One choice a token, positions 6..10, own chunks 1, 2.
+    queries, starts = sort_pairs(chosen[:, None], jnp.int32(6), 4, 2)
     np.testing.assert_array_equal(starts, [0, 3, 6])
     np.testing.assert_array_equal(queries[:6], [1, 2, 4, 2, 3, 4])
     chunk = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(9), (50, 1)), axis=1))

@@ -78,11 +78,16 @@ def test_parameters_are_counted_without_a_model(changes):
         assert config.num_parameters == sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def test_matrix_products_are_those_of_the_parameters():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_blocks": 4},
+        {"num_blocks": 0, "backbone": "llama", "num_kv_heads": 1, "tied_embeddings": True},
+    ],
+)
+def test_matrix_products_are_those_of_the_parameters(changes):
     """Every matrix but the embedding multiplies every token once."""
-    config = ModelConfig(
-        vocab_size=96, num_blocks=4, num_attention_blocks=2, width=128, head_size=64
-    )
+    config = ModelConfig(vocab_size=96, num_attention_blocks=2, width=128, head_size=64, **changes)
     params = jax.tree_util.tree_leaves_with_path(get_params(abstract_model(config)))
     sizes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in params}
     matrices = sum(

@@ -22,6 +22,8 @@ def test_bytes_of_a_token(selector, kept):
     # Five chunks are past; two of them and four rows of the own chunk are read.
     attention = TINY.num_attention_blocks * TINY.width * (2 * 20 * 2 + 5 * kept * 4)
     assert bytes_per_token(config, run, {}, 43) == rest + attention
+    shared = replace(config, num_kv_heads=1)
+    assert bytes_per_token(shared, run, {}, 43) == rest + attention // config.num_heads
     full = TINY.num_attention_blocks * TINY.width * 2 * 44 * 2
     assert bytes_per_token(replace(config, attention="full"), run, {}, 43) == rest + full
 

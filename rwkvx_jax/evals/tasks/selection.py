@@ -95,6 +95,7 @@ class Observer:
         model = with_params(self._model, params)
         look = lambda attention, h: attention.project(h)[:2]
         _, (q, k) = model.observe(tokens[None], look)
+        k = jnp.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)  # of each head of queries
         one = partial(measure, config=model.config, named=self._named)
         return jax.lax.map(lambda qk: one(*qk, jnp.asarray(self._positions)), (q[:, 0], k[:, 0]))
 

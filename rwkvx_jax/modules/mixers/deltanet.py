@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.modules.convolution import convolutions, first_taps
 from rwkvx_jax.modules.mixers.base import (
     Fed,
     LinearMixer,
@@ -17,7 +18,6 @@ from rwkvx_jax.modules.mixers.base import (
     rms_norm,
     split_heads,
 )
-from rwkvx_jax.modules.mixers.convolution import convolutions, first_taps
 from rwkvx_jax.modules.parameters import LayerConstants, matrix, parameter, project
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.modules.convolution import convolutions, first_taps
 from rwkvx_jax.modules.mixers.base import (
     Fed,
     LinearMixer,
@@ -15,7 +16,6 @@ from rwkvx_jax.modules.mixers.base import (
     rms_norm,
     split_heads,
 )
-from rwkvx_jax.modules.mixers.convolution import convolutions, first_taps
 from rwkvx_jax.modules.mixers.deltanet import first_rates, first_steps
 from rwkvx_jax.modules.parameters import (
     LayerConstants,

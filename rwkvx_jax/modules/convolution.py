@@ -48,6 +48,7 @@ def short_convolution(
     taps: Float[Array, "n X"],
     before: Float[Array, "B _"] | None,
     lengths: Int[Array, " B"] | None,
+    added_to: Float[Array, "B T X"] | None = None,
 ) -> tuple[Float[Array, "B T X"], Float[Array, "B _"]]:
     """Sum over j of taps[j] x[t - j]: a causal convolution of each channel.
 
@@ -56,6 +57,7 @@ def short_convolution(
       taps: weights, that of the token itself first.
       before: the n - 1 inputs before x, oldest first, [B, (n - 1) X]; None: zeros.
       lengths: valid tokens of each row.
+      added_to: what the sum is added to; None: zeros.
 
     Returns:
       The result, and the n - 1 inputs before the next piece.
@@ -64,7 +66,7 @@ def short_convolution(
     taps = taps.astype(x.dtype)[:, None, None]
     count = len(taps) - 1
     if before is None:
-        moved, out = x, taps[0] * x
+        moved, out = x, taps[0] * x if added_to is None else added_to + taps[0] * x
         for tap in taps[1:]:
             moved = previous_token(moved, None)
             out += tap * moved
@@ -74,6 +76,8 @@ def short_convolution(
     out = taps[0] * x
     for j in range(1, count + 1):
         out += taps[j] * rows[:, count - j : count - j + time]
+    if added_to is not None:  # last, as ever: results of older versions were rounded so
+        out = added_to + out
     ends = jnp.full(batch, time) if lengths is None else lengths
     cut = lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count)
     return out, jax.vmap(cut)(rows, ends).reshape(batch, -1)
