@@ -6,7 +6,7 @@ the table that the installed libtpu refuses are left out. Nothing here imports J
 
 The flags are those that MaxText publishes for dense models (benchmarks/xla_flags_library.py and the
 model configs beside it, read in 2026); which generation gets which group is partly our choice, that
-of v5e above all. Their effect has not been measured: docs/plan.md.
+of v5e above all. Nothing has run with them; docs/pods.md has what they do to a compiled program.
 """
 
 from __future__ import annotations

@@ -160,6 +160,32 @@ def test_static_estimates_grow_with_the_length_and_are_of_known_shapes(monkeypat
         one, two = (kernel_costs.static_estimate(op, model, n) for n in (65536, 131072))
         assert two == pytest.approx(growth * one, rel=0.02)
     assert kernel_costs.static_estimate("sparse_attention", MODEL, 4096) is None
+    wide = dataclasses.replace(model, head_size=128)  # the table's heads have 64
+    assert kernel_costs.static_estimate("wkv7", wide, 4096) is None
+
+
+@pytest.mark.parametrize(
+    "mixer, head, kernel",
+    [
+        ("gated_deltanet", 128, "scalar_delta_rule"),
+        ("kda", 128, "vector_delta_rule"),
+        ("mamba2", 64, "scalar_linear_attention"),
+        ("gated_deltanet", 64, None),
+        ("rwkv6", 128, None),
+        ("lightning", 128, None),
+    ],
+)
+def test_static_estimates_of_the_delta_rule_are_of_known_heads(monkeypatch, mixer, head, kernel):
+    monkeypatch.setattr(kernel_costs, "current_chip", lambda: "v6e")
+    model = ModelConfig(num_blocks=2, num_attention_blocks=0, width=1024, head_size=head)
+    model = dataclasses.replace(model, mixer=mixer)
+    found = kernel_costs.static_estimate("generalized_delta_rule", model, 8192)
+    if kernel is None:
+        assert found is None
+        return
+    case = kernel_costs.read_costs()[f"{kernel}_forward/v6e/D2048/T4096"]
+    channels = 2048 if mixer == "mamba2" else 1024  # Mamba-2's values are twice as wide
+    assert found == pytest.approx(case["estimated_seconds"] * channels / 2048 * 2)
 
 
 @pytest.mark.tpu

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import ConfigError, LongCEConfig, MeshConfig, OptimizerConfig, Stage
+from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.sharding import (
     MESH_AXES,
     batch_sharding,
@@ -22,6 +23,7 @@ from rwkvx_jax.sharding import (
     partition_spec,
 )
 from rwkvx_jax.training.curriculum import next_stage
+from rwkvx_jax.training.step import param_shardings
 from tests.helpers import assert_close
 from tests.model_cases import random_params
 from tests.training.training_cases import CURRICULUM, MODEL, RUN, one_device_mesh, random_batch
@@ -186,6 +188,36 @@ def test_uneven_batches_are_replicated_and_said_so(caplog):
     with jax.set_mesh(mesh):
         total = jax.jit(lambda x: constrain(x, "batch", None).sum())(jnp.ones((6, 3)))
     assert total == 18
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "sizes, batch, attention",
+    [({"data": 2, "fsdp": 2, "tensor": 2}, 4, "sparse"), ({"data": 4, "tensor": 2}, 3, "full")],
+    ids=["spread", "whole"],
+)
+def test_sharded_reading_is_that_of_one_device(sizes, batch, attention):
+    """Prefill in pieces and decoding: texts over data axes that divide them, heads over tensor."""
+    config = dataclasses.replace(EVEN, num_attention_blocks=2, attention=attention)
+    model = abstract_model(config, RUN)
+    params = random_params(config)
+    tokens = np.random.default_rng(0).integers(0, 258, (batch, 61)).astype(np.int32)
+    lengths = np.arange(29, 29 - batch, -1, dtype=np.int32)  # of the second piece
+
+    def read(params, tokens):
+        bound = with_params(model, params)
+        logits, cache = bound.prefill(tokens[:, :30], bound.init_cache(batch, 64))
+        second, cache = bound.prefill(tokens[:, 30:60], cache, lengths)
+        third, cache = bound.decode(tokens[:, 60], cache)
+        return (logits, second, third), cache
+
+    expected = jax.device_get(jax.jit(read)(params, tokens))
+    mesh = make_mesh(MeshConfig(**sizes))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, param_shardings(model, mesh))
+        found = jax.jit(read)(params, jax.device_put(tokens, batch_sharding(mesh, batch)))
+    for actual, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(actual, wanted, rel=1e-5)
 
 
 def test_constraints_are_nothing_without_a_mesh():

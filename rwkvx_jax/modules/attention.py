@@ -112,8 +112,11 @@ class Attention(nnx.Module):
         pages = write_rows(pages, layer, k, v, start, lengths, selector)
         chosen = self._choose(q, pages, layer, start, gate)
         read = self._read_one if h.shape[1] == 1 else self._read_piece
-        out = self.combine(read(q, pages, layer, start, chosen).astype(h.dtype))
-        return out, (pages, new_tail)
+        tokens, stored = ("batch", None, "heads", None), ("layers", "batch", "heads", *[None] * 3)
+        arrays = (q, *pages[:2], layer, start) + (() if chosen is None else (chosen,))
+        axes = (tokens, stored, stored, (), ("batch",), tokens)[: len(arrays)]
+        out = per_device(read, axes, tokens)(*arrays)
+        return self.combine(out.astype(h.dtype)), (pages, new_tail)
 
     def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
         """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
@@ -139,9 +142,9 @@ class Attention(nnx.Module):
         chosen = select_from_rows(q, rows, positions, chunk_size=chunk, count=top_k)
         return jnp.broadcast_to(chosen, (batch, time, heads, top_k))
 
-    def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
+    def _read_one(self, q, keys, values, layer, start, chosen=None) -> jax.Array:
         """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
-        _, batch, groups, count, chunk, size = pages.keys.shape
+        _, batch, groups, count, chunk, size = keys.shape
         own = (start // chunk)[:, None, None]  # [B, 1, 1]
         # Queries of one key head are read together where they see the same pages.
         readers = groups if chosen is None else chosen.shape[2]
@@ -158,21 +161,21 @@ class Attention(nnx.Module):
         flat = (layer * batch * groups + row) * count + chosen
         out = attend_pages(
             q.reshape(batch * readers, -1, size),
-            pages.keys.reshape(-1, chunk, size),
-            pages.values.reshape(-1, chunk, size),
+            keys.reshape(-1, chunk, size),
+            values.reshape(-1, chunk, size),
             flat.reshape(batch * readers, -1),
             visible.reshape(batch * readers, -1),
             scale=size**-0.5,
         )
         return out.reshape(batch, 1, -1, size)
 
-    def _read_piece(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
+    def _read_piece(self, q, keys, values, layer, start, chosen=None) -> jax.Array:
         """Many tokens at once, [B, T, H, K]."""
-        _, batch, groups, count, chunk, size = pages.keys.shape
+        _, batch, groups, count, chunk, size = keys.shape
         return attend_piece(
             q,
-            pages.keys.reshape(-1, count * chunk, size),
-            pages.values.reshape(-1, count * chunk, size),
+            keys.reshape(-1, count * chunk, size),
+            values.reshape(-1, count * chunk, size),
             layer * batch * groups,
             chosen,
             start,

@@ -11,29 +11,25 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pallas_kernels
 from pallas_kernels.chips import TPUS
 from pallas_kernels.common import current_chip
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.modules.mixers import MIXERS
+from rwkvx_jax.perf.static_cases import DELTA_RULES
 
 TABLE = Path(pallas_kernels.__file__).with_name("static_costs.json")
 
-# Kernels of one forward call of an op, and how their time grows with the length.
-_KERNELS = {
-    "wkv7": (("wkv7_forward",), 1),
-    "select_chunks": (("select_chunks",), 2),
-    "sparse_attention": (
-        (
-            "routing_sort",
-            "routing_emit",
-            "block_sparse_start",
-            "block_sparse_past_forward",
-            "block_sparse_own_forward",
-        ),
-        1,
-    ),
-}
+_SPARSE = (
+    "routing_sort",
+    "routing_emit",
+    "block_sparse_start",
+    "block_sparse_past_forward",
+    "block_sparse_own_forward",
+)
+_HEAD = 64  # of the table's cases of WKV-7 and sparse attention
 
 
 def read_costs() -> dict[str, dict]:
@@ -88,32 +84,69 @@ class KernelCosts:
         return 1 / self._cores if steps is None else -(-steps // self._cores) / steps
 
 
+class _Call(NamedTuple):
+    """A forward call of an op, as the table names it.
+
+    Attributes:
+      kernels: that it runs.
+      width: channels of its values.
+      sizes: end of the cases' names: chunk and top-k.
+      power: how its time grows with the length.
+    """
+
+    kernels: tuple[str, ...]
+    width: int
+    sizes: str = ""
+    power: int = 1
+
+
 def static_estimate(op: str, model: ModelConfig, length: int) -> float | None:
     """Seconds of a forward call in bfloat16 by `pallas_kernels/static_costs.json`; an estimate.
 
+    It is that of the case nearest in width and length, scaled: packs of heads take turns, so that
+    time is proportional to the width.
+
     Args:
       op: its name.
-      model: its width, chunk and top-k.
+      model: its mixer, width, head size, chunk and top-k.
       length: tokens of one text.
 
     Returns:
       None where the file has no case of this chip and these sizes.
     """
-    chip = current_chip()
-    if chip is None or op not in _KERNELS:
+    chip, call = current_chip(), _call(op, model)
+    if chip is None or call is None:
         return None
-    kernels, power = _KERNELS[op]
-    chunking = "" if op == "wkv7" else f"/C{model.chunk_size}/K{model.top_k}"
     total, costs = 0.0, read_costs()
-    for kernel in kernels:
-        pattern = re.compile(rf"{kernel}/{chip}/D{model.width}/T(\d+){chunking}")
+    for kernel in call.kernels:
+        pattern = re.compile(rf"{kernel}/{chip}/D(\d+)/T(\d+){call.sizes}")
         cases = {
-            int(match[1]): case["estimated_seconds"]
+            (call.width / int(match[1]), length / int(match[2])): case["estimated_seconds"]
             for name, case in costs.items()
             if (match := pattern.fullmatch(name))
         }
         if not cases:
             return None
-        nearest = min(cases, key=lambda tokens: abs(tokens - length))
-        total += cases[nearest] * (length / nearest) ** power
+        wider, longer = min(cases, key=lambda ratios: sum(abs(math.log(x)) for x in ratios))
+        total += cases[wider, longer] * wider * longer**call.power
     return total
+
+
+def _call(op: str, model: ModelConfig) -> _Call | None:
+    """None where the table has no case of the op with heads like the model's."""
+    if op == "generalized_delta_rule":
+        sizes, bound = model.mixer_sizes, MIXERS[model.mixer].decay_bound
+        wanted = sizes.keys, sizes.values, sizes.delta, bound
+        kind = "scalar" if sizes.scalar else "vector"
+        for kernel, heads in DELTA_RULES.items():
+            if kernel.startswith(kind) and kernel.endswith("forward") and heads == wanted:
+                return _Call((kernel,), sizes.heads * sizes.values)
+        return None
+    if model.head_size != _HEAD:
+        return None
+    chunking = f"/C{model.chunk_size}/K{model.top_k}"
+    return {
+        "wkv7": _Call(("wkv7_forward",), model.width),
+        "select_chunks": _Call(("select_chunks",), model.width, chunking, power=2),
+        "sparse_attention": _Call(_SPARSE, model.width, chunking),
+    }.get(op)

@@ -92,6 +92,7 @@ class _Reader:
         self.module, self.devices = module, devices
         self.loops = Loops(module)
         self.notes: list[LoopNote] = []
+        self.channels: dict[str, set[str]] = {}  # by name of a computation: see `_started`
 
     def run(self, frame: Frame, times: float) -> Iterator[Work]:
         """Operations of a computation that runs `times` times."""
@@ -133,7 +134,7 @@ class _Reader:
         elif instruction.opcode == "fusion":
             inner = self.module.computations[instruction.called("calls")]
             flops, passes = self._products(inner)
-            collective = self._fused_collective(inner)
+            collective = self._fused_collective(computation, instruction)
         else:
             flops, passes = _product(computation, instruction)
             if collectives.kind_of(instruction):
@@ -164,15 +165,32 @@ class _Reader:
                 total += _product(computation, instruction)
         return tuple(total)
 
-    def _fused_collective(self, computation: Computation) -> Collective | None:
-        """The collective inside a fusion: TPU programs fuse what follows an all-reduce into it."""
-        for instruction in computation.instructions.values():
+    def _fused_collective(self, computation: Computation, fusion: Instruction) -> Collective | None:
+        """The collective inside a fusion: TPU programs fuse what follows an all-reduce into it.
+
+        An asynchronous one is in several fusions of its computation: the one that starts it, those
+        whose products run beside it, and the one that ends it. It counts in the first alone.
+        """
+        inner = self.module.computations[fusion.called("calls")]
+        for instruction in inner.instructions.values():
             if collectives.kind_of(instruction):
-                found = collectives.read(instruction, computation, self.devices)
-                if found and found.kind == "all-reduce" and "scatter" in computation.name:
+                channel = instruction.attribute("channel_id")
+                if channel in self._started(computation) and not _starts(fusion):
+                    return None
+                found = collectives.read(instruction, inner, self.devices)
+                if found and found.kind == "all-reduce" and "scatter" in inner.name:
                     return collectives.scattered(found)
                 return found
         return None
+
+    def _started(self, computation: Computation) -> set[str]:
+        """Channels of the asynchronous collectives that fusions of a computation start."""
+        if computation.name not in self.channels:
+            starts = filter(_starts, computation.instructions.values())
+            inner = (self.module.computations[x.called("calls")] for x in starts)
+            found = (x.attribute("channel_id") for y in inner for x in y.instructions.values())
+            self.channels[computation.name] = {channel for channel in found if channel}
+        return self.channels[computation.name]
 
     # What an operation reads and writes in main memory.
 
@@ -346,3 +364,8 @@ def _window_pairs(inputs: int, outputs: int, window: dict[str, int]) -> int:
         meets = (at >= 0) & (at % window["input"] == 0) & (at // window["input"] < inputs)
         total += int(meets.sum())
     return total
+
+
+def _starts(instruction: Instruction) -> bool:
+    """Whether it is a fusion that starts an asynchronous collective, as libtpu names them."""
+    return instruction.opcode == "fusion" and instruction.name.startswith("async-collective-start")

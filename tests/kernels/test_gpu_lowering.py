@@ -22,6 +22,13 @@ pytestmark = pytest.mark.optimized
 TRITON = "__gpu$xla.gpu.triton"
 
 
+def on_h100():
+    """Lowering for a GPU that is not here."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def arguments(head, dtype, struct=jax.ShapeDtypeStruct):
     """Inputs and the cotangents of both results."""
     tokens, state = (1, 512, 4, head), (1, 4, head, head)
@@ -59,9 +66,7 @@ def attention_gradients(q, k, v, selection, cotangent, chunk_size=128):
     [(gradients, arguments, 2), (attention_gradients, attention_arguments, 5)],
 )
 def test_lowers_for_cuda(function, struct, kernels, head, dtype):
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_h100():
         traced = jax.jit(function).trace(*struct(head, dtype))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(TRITON) == kernels
@@ -70,11 +75,9 @@ def test_lowers_for_cuda(function, struct, kernels, head, dtype):
 @pytest.mark.slow
 def test_many_small_chunks_lower_for_cuda():
     """As many choices as configs/recall_64k.py makes: segments must be smaller for pairs to fit."""
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
     x = jax.ShapeDtypeStruct((1, 65536, 2, 64), jnp.float32)
     selection = jax.ShapeDtypeStruct((1, 65536, 2, 63), jnp.int32)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_h100():
         function = functools.partial(attention_gradients, chunk_size=32)
         traced = jax.jit(function).trace(x, x, x, selection, x)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -142,14 +145,16 @@ import sys
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from rwkvx_jax.perf import topology
-from tests import test_gpu_lowering as cases
+from tests.kernels import test_gpu_lowering as cases
 topology.on_cpu()
-everywhere = NamedSharding(topology.topology_mesh("h100"), PartitionSpec())
+mesh = topology.topology_mesh("h100")
+everywhere = NamedSharding(mesh, PartitionSpec())
 def struct(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 prefix = sys.argv[2]
 arguments = getattr(cases, prefix + "arguments")(int(sys.argv[1]), "bfloat16", struct)
-jax.jit(getattr(cases, prefix + "gradients")).lower(*arguments).compile()
+with jax.set_mesh(mesh):
+    jax.jit(getattr(cases, prefix + "gradients")).lower(*arguments).compile()
 """
 
 
@@ -171,7 +176,7 @@ jax.jit(getattr(cases, prefix + "gradients")).lower(*arguments).compile()
     ],
 )
 def test_h100_does_not_spill(prefix, names, head, tmp_path):
-    flags = f"--xla_dump_to={tmp_path}"
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=.*"  # newer jax: PTX only with both
     subprocess.run(
         [sys.executable, "-c", COMPILE, str(head), prefix],
         cwd=ROOT,

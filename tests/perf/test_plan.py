@@ -337,6 +337,21 @@ def test_a_hybrid_costs_what_the_formula_says():
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("piece", [1, 256])
+@pytest.mark.parametrize(
+    "sizes, batch", [({"data": 4}, 1), ({"data": 2, "tensor": 2}, 4)], ids=["idle", "spread"]
+)
+def test_reading_on_several_devices(piece, sizes, batch):
+    config = Config(model=dataclasses.replace(MODEL, num_attention_blocks=1), stages=(STAGE,))
+    mesh = make_mesh(MeshConfig(**sizes), topology.topology_devices("v5e:2x2"))
+    plan = make_plan(read_program(config, mesh, batch, length=4096, piece=piece), mesh, "v5e")
+    assert plan.fits and plan.devices == 4
+    # Pages are read by the devices that hold them; only activations are exchanged.
+    assert plan.estimate.ici_bytes < 2 * 2 * 4096 * config.model.width  # of one text's pages
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("piece", [1, 256])
 def test_reading_programs(piece):
     config = Config(model=MODEL, stages=(STAGE,))
     mesh = make_mesh(MeshConfig(data=1), topology.topology_devices("v5e:2x2")[:1])

@@ -167,6 +167,45 @@ def test_fusions_inside_fusions():
     assert work.bytes == 4 * (4 * 8 + 4 * 2)  # y lies on the chip
 
 
+# As libtpu writes a gather that runs beside a product: its channel is in three fusions.
+ASYNCHRONOUS = """HloModule m
+
+%start (a: f32[2,8]) -> f32[4,8] {
+  %a = f32[2,8]{1,0} parameter(0)
+  ROOT %ag.0 = f32[4,8]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%beside (b: f32[2,8], c: f32[8,8]) -> f32[2,8] {
+  %b = f32[2,8]{1,0} parameter(0)
+  %c = f32[8,8]{1,0} parameter(1)
+  %ag.1 = f32[4,8]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  ROOT %p = f32[2,8]{1,0} dot(%b, %c), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%done (d: f32[4,8]) -> f32[4,8] {
+  %d = f32[4,8]{1,0} parameter(0)
+  ROOT %ag.2 = f32[8,8]{1,0} all-gather(%d), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[2,8], y: f32[8,8]) -> f32[4,8] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  %async-collective-start.3 = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %fusion.9 = f32[2,8]{1,0} fusion(%x, %y), kind=kCustom, calls=%beside
+  ROOT %async-collective-done.3 = f32[4,8]{1,0} fusion(%async-collective-start.3), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("start", ["async-collective-start.3", "all-gather_fusion.3"])
+def test_an_asynchronous_collective_counts_once(start):
+    text = ASYNCHRONOUS.replace("async-collective-start.3", start)
+    works, _ = read_work(hlo.parse(text), 2)
+    gathers = [work.collective.bytes for work in works if work.collective]
+    assert gathers == ([4 * 8 * 4] if start.startswith("async") else [128, 128, 256])
+    assert sum(work.flops for work in works) == 2 * 2 * 8 * 8
+
+
 def test_a_convolution_meets_no_padding():
     conv = lambda x, w: jax.lax.conv_general_dilated(
         x, w, (2,), [(3, 3)], dimension_numbers=("NHC", "HIO", "NHC")
