@@ -345,12 +345,16 @@ def test_bad_choices_say_what_to_use(arguments, message):
 
 
 def test_kernel_is_chosen_where_it_can_run(monkeypatch):
-    """On a TPU: the kernel for the shapes it takes, "chunked" for others."""
+    """On a TPU: the kernel for the shapes it takes, "chunked" for others and packed documents."""
     monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
     x = lambda keys: np.zeros((1, 4, 2, keys), np.float32)
-    candidates = lambda keys: recurrence._candidates(x(keys), x(keys))
+    candidates = lambda keys, ids=None: recurrence._candidates(x(keys), x(keys), ids)
     assert dispatch.resolve("wkv7", None, candidates(64)) == "pallas"
     assert dispatch.resolve("wkv7", None, candidates(16)) == "chunked"
+    packed = candidates(64, np.ones((1, 4), np.int32))
+    assert dispatch.resolve("wkv7", None, packed) == "chunked"
+    with pytest.raises(ValueError, match="segment_ids"):
+        dispatch.resolve("wkv7", "pallas", packed)
 
 
 # ------------------------------------------------------------------------------- strong decays
