@@ -143,12 +143,13 @@ def summarize(trials: Sequence[Record]) -> Record:
 def draw(results: Results, path: Path) -> None:
     """Gain by distance, a line a model."""
     document = results.document
-    length, planned = document["settings"]["length"], document["plan"]["documents"]
+    length = document["settings"]["length"]
+    most = max(p["passages"] for m in document["models"] for p in m["summary"]["by_distance"])
     distances = {t["distance"] for model in document["models"] for t in model["trials"]}
     draw_curves(
         results,
         path,
-        title=f"What is left of a passage of {length:,} tokens ({planned} passages): its loss when "
+        title=f"What is left of a passage of {length:,} tokens ({most} passages): its loss when "
         "read for the first time, less its loss when read again",
         x_label="tokens between the two",
         y_label="gain (nats per token)",
