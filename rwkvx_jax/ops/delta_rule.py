@@ -121,13 +121,13 @@ def generalized_delta_rule(
         name: x if x.shape[2] in (1, heads) else jnp.repeat(x, heads // x.shape[2], 2)
         for name, x in arrays.items()
     }
-    of_all_heads = ("fresh",)
 
     def heads_together(*arrays_and_state):
         *values, state = vary_together(*arrays_and_state)
         local_heads = state.shape[1]
         tokens = {
-            name: x if x.shape[2] > 1 or name in of_all_heads else jnp.repeat(x, local_heads, 2)
+            # Where documents begin is the same for all heads, and stays one.
+            name: x if x.shape[2] > 1 or name == "fresh" else jnp.repeat(x, local_heads, 2)
             for name, x in zip(arrays, values, strict=True)
         }
         return run(tokens, state)
