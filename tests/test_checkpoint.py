@@ -95,6 +95,14 @@ def test_a_value_of_before_it_was_renamed_resumes(tmp_path):
         RunConfig(sparse_attention="dense")
 
 
+def test_a_run_from_before_documents_began_anew_goes_on_as_it_was(tmp_path):
+    data = {k: v for k, v in PROGRESS["config"]["data"].items() if k != "reset_at_documents"}
+    old = {**PROGRESS, "config": {**PROGRESS["config"], "data": data}}
+    check_resumable(old, changed("data", reset_at_documents=False), TEXT, tmp_path)
+    with pytest.raises(ConfigError, match="data.reset_at_documents: False -> True"):
+        check_resumable(old, CURRICULUM, TEXT, tmp_path)
+
+
 def save_run(workdir, config, params, stage):
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(
