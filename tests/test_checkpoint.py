@@ -161,7 +161,9 @@ def test_initial_parameters_have_to_fit(plain_run, tmp_path):
 
 @pytest.mark.thorough
 def test_learned_states_are_never_dropped_at_a_start(tmp_path):
-    stateful = changed("model", learned_state=True)
+    run_on = changed("data", reset_at_documents=False)
+    model = dataclasses.replace(MODEL, learned_state=True)
+    stateful = dataclasses.replace(run_on, model=model)
     params = random_params(stateful.model)
     save_run(tmp_path, stateful, params, 2)
     with pytest.raises(ConfigError, match="learned initial states.*model.learned_state is False"):

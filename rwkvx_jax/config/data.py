@@ -42,9 +42,9 @@ class SourceConfig(Checked):
     path: str = ""
     """File, directory or glob; empty: `data.path`, and if that is empty the embedded corpus."""
     samples: Literal["window", "document", "packed"] = "window"
-    """"window": windows of the stream of all documents (see `data.reset_at_documents`); "document": each document by itself, cut
-    or padded to the length (for conversations); "packed": whole documents side by side in windows,
-    none of which learns to predict the next one."""
+    """"window": windows of the stream of all documents (see `data.reset_at_documents`); "document":
+    each document by itself, cut or padded to the length (for conversations); "packed": whole
+    documents side by side in windows, none of which sees or predicts another."""
     targets: Targets = "all"
     """Tokens of documents made on the fly that count in the loss: "answers" leaves out the text
     around them, so that a long document's few answers are not lost in it; "balanced" gives the

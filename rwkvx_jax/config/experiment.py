@@ -232,8 +232,8 @@ class Config(Checked):
         )
         require(
             not (self.model.learned_state and self.data.segmented),
-            "model.learned_state: several documents in a sample would each begin with zeros, not with "
-            'the learned state; use samples="document", or windows with reset_at_documents=False',
+            "model.learned_state: of several documents in a sample each would begin with zeros, "
+            'not with the learned state; use samples="document", or data.reset_at_documents=False',
         )
         names = [stage.name for stage in self.stages]
         repeated = sorted({name for name in names if names.count(name) > 1})

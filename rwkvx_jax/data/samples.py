@@ -27,8 +27,8 @@ class Windows:
     """Fixed windows of a token stream, across document boundaries.
 
     Window w starts at token begin + w * seq_len and shares its last target with the first input
-    of the next one. With `reset`, samples have segment ids: 1, 2, ... for the documents of a window,
-    and no document's last token has a target.
+    of the next one. With `reset`, samples have segment ids, 1, 2, ... for the documents of a
+    window, and no document's last token has a target.
     """
 
     stream: Binidx
@@ -54,7 +54,9 @@ class Windows:
         borders = np.unique(begins[slice(*found)]) - start  # from 1 to seq_len
         places = np.arange(self.seq_len)
         ids = 1 + np.searchsorted(borders, places, side="right")
-        sample["mask"] = np.where(np.isin(places + 1, borders), 0, sample["mask"]).astype(np.float32)
+        sample["mask"] = np.where(np.isin(places + 1, borders), 0, sample["mask"]).astype(
+            np.float32
+        )
         return {**sample, "segment_ids": ids.astype(np.int32)}
 
     def has_targets(self) -> np.ndarray:

@@ -49,7 +49,7 @@ def recurrence(
 
     Every device runs its stretch once, as an affine function of the state at its start; that state
     follows from the maps (M, G) of the stretches before, collected by doubling. What is sent does
-    not depend on the length of the sequence. Where a document begins, the maps are constant: M is 0.
+    not depend on the length of the sequence. Where a stretch begins a document, M = 0.
 
     Args:
       affine: y0, z, M and G of the arrays, as `ops.recurrence.wkv7_affine` returns them, and of

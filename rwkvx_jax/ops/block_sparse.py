@@ -9,7 +9,6 @@ Source: RWKV-X (arXiv 2504.21463), training form, per-head selection.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

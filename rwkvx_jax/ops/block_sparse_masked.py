@@ -72,9 +72,7 @@ def _forward_group(q, k, v, selection, offset, starts=None, *, chunk_size, scale
     return blocked.softmax_finish(blocked.causal_forward(q, k, v, offset, **options), scale)
 
 
-def _backward_group(
-    q, k, v, selection, out, lse, grad, offset, starts=None, *, chunk_size, scale
-):
+def _backward_group(q, k, v, selection, out, lse, grad, offset, starts=None, *, chunk_size, scale):
     options = {"scale": scale} | _visible(selection, k.shape[0], offset, starts, chunk_size)
     delta = blocked.output_dot(grad, out)
     return blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)

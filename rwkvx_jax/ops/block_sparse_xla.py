@@ -190,9 +190,7 @@ def _add_rows(running, q, rows, k_chunk, v_chunk, scale, visible=None):
     )
 
 
-def _backward_group(
-    q, k, v, selection, out, lse, grad, offset, starts=None, *, chunk_size, scale
-):
+def _backward_group(q, k, v, selection, out, lse, grad, offset, starts=None, *, chunk_size, scale):
     """`backward` of `attend_heads`."""
     delta = blocked.output_dot(grad, out)
     options = _own_chunk(q, offset, starts, chunk_size, scale)

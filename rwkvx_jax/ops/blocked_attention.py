@@ -297,7 +297,9 @@ class _Mask:
     def __init__(self, rows: int, cols: int, heads: int, chunk_size: int | None, seen, first):
         self.rows, self.cols, self.heads = rows, cols, heads
         self.chunk_size = chunk_size
-        self.within = chunk_size if seen is None else None  # the chunk size where only own chunks are
+        self.within = (
+            chunk_size if seen is None else None
+        )  # the chunk size where only own chunks are
         self.own = self.within if first is None else None  # the same, where chunks alone say so
         self.first, self.seen = first, None
         if first is not None:

@@ -55,6 +55,29 @@ def beginnings(segment_ids: Int[Array, "B T"]) -> Float32[Array, "B T 1 1"]:
     return jnp.pad(fresh, ((0, 0), (1, 0)))[..., None, None].astype(jnp.float32)
 
 
+def as_decays(
+    tokens: dict[str, jax.Array], *, reads_before: bool = False
+) -> dict[str, jax.Array]:
+    """A recurrence over packed documents as one that knows of none, for decays down to -inf.
+
+    Args:
+      tokens: arguments of `recurrence_sequential.sequential`.
+      reads_before: as there.
+
+    Returns:
+      The same without `fresh`: where it is set, the state before decays to 0, and nothing is removed
+      from it or read of it.
+    """
+    tokens = dict(tokens)
+    if (fresh := tokens.pop("fresh", None)) is None:
+        return tokens
+    empty = {"log_w": -jnp.inf, "a": 0, "r": 0}
+    given = {"log_w", "a", "r"} if reads_before else {"log_w", "a"}
+    for name in given & tokens.keys():
+        tokens[name] = jnp.where(fresh > 0, empty[name], tokens[name])
+    return tokens
+
+
 def document_starts(segment_ids: Int[Array, "B T"]) -> Int32[Array, "B T"]:
     """Position at which the document of each token begins: a token sees nothing before it."""
     positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]

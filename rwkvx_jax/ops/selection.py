@@ -259,9 +259,7 @@ def select_chunks(
     options = {"chunk_size": chunk_size, "count": top_k - 1, "selector": selector}
     run = partial(_select_by_kernel if by_kernel else _select_in_xla, **options)
     arrays = jax.lax.stop_gradient((q, k))
-    return run_attention(
-        run, arrays, q_offset, segment_ids=segment_ids, check_vma=not by_kernel
-    )
+    return run_attention(run, arrays, q_offset, segment_ids=segment_ids, check_vma=not by_kernel)
 
 
 def _select_by_kernel(q, k, *, chunk_size, count, selector, q_offset):

@@ -86,7 +86,7 @@ class LinearMixer(nnx.Module):
         """
         fed = self.feed(h, None if state is None else state.shift, lengths, segment_ids)
         tokens = fed.tokens if lengths is None else without_padding(fed.tokens, lengths)
-        options = {
+        options: dict[str, Any] = {
             "read": self.read,
             "decay_bound": self.decay_bound,
             "implementation": implementation_for(h, run),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,9 @@ class RWKV4(nnx.Module):
         implementation = "sequential" if h.shape[1] == 1 else None
         tokens, channels, rows = ("batch", None, "heads"), ("heads",), ("batch", None, "heads")
 
-        def run_wkv4(*arrays: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            *arrays, segment_ids = arrays
-            return wkv4(*arrays, segment_ids=segment_ids, implementation=implementation)
+        def run_wkv4(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+            *arguments, ids = arrays
+            return wkv4(*arguments, segment_ids=ids, implementation=implementation)
 
         y, end = per_device(
             run_wkv4,

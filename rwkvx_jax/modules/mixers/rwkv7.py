@@ -102,8 +102,8 @@ class TimeMix(nnx.Module):
         """
         require(
             segment_ids is None or not self.learned_state,
-            "model.learned_state: recurrences begin packed documents with zeros, not with a learned "
-            'state; use samples="document", or windows with reset_at_documents=False',
+            "model.learned_state: packed documents begin with zeros, not with a learned state; run "
+            "each by itself, or without segment_ids",
         )
         heads = self.r_k.shape[0]
         split = partial(split_heads, heads=heads)
