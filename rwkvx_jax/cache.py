@@ -10,6 +10,7 @@ keeps) serve the gate. Rows are written in place: pages travel through the layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -54,7 +55,8 @@ class Pages(NamedTuple):
 
     keys: Float[Array, "M B G N C K"]
     values: Float[Array, "M B G N C K"]
-    key_sums: Float32[Array, "M B G NR K"]  # what the selector keeps of each page's keys
+    # What the selector keeps of each page's keys; G and K are those of what it scores.
+    key_sums: Float32[Array, "M B G2 NR K2"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,9 @@ def init_cache(
         pages=Pages(
             jnp.zeros(pages, dtype),
             jnp.zeros(pages, dtype),
-            selector.start((*pages[:3], pages[3] * selector.rows, size)),
+            selector.start(
+                (attention, batch, config.scored_heads, pages[3] * selector.rows, config.scored_size)
+            ),
         ),
         gate=gate,
         policy=policy,
@@ -279,23 +283,28 @@ def write_rows(
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
+    scored: Float[Array, "B T G2 K2"] | None = None,  # what the selector scores; None: k
 ) -> Pages:
     """Appends the valid rows of k and v to the pages of one attention block."""
     chunk = pages.keys.shape[4]
-    batch, time, heads, _ = k.shape
-    row = start[:, None] + jnp.arange(time)[None]  # [B, T]
-    valid = jnp.arange(time)[None] < lengths[:, None]
+    row = start[:, None] + jnp.arange(k.shape[1])[None]  # [B, T]
+    valid = jnp.arange(k.shape[1])[None] < lengths[:, None]
     page = jnp.where(valid, row // chunk, pages.keys.shape[3])[:, :, None]  # beyond: dropped
-    where = (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None], page)
     slot = (row % chunk)[:, :, None]
-    put = partial(_put, index=(*where, slot))
-    k32, parts = k.astype(jnp.float32), pages.key_sums.shape[3] // pages.keys.shape[3]
-    at = lambda part: pages.key_sums.at[(*where[:3], page * parts + part)]
+    rows_of = lambda x: (
+        layer,
+        jnp.arange(x.shape[0])[:, None, None],
+        jnp.arange(x.shape[2])[None, None],
+    )
+    put = partial(_put, index=(*rows_of(k), page, slot))
+    scored = (k if scored is None else scored).astype(jnp.float32)
+    where, part = rows_of(scored), slot // (chunk // selector.keys_per_chunk)
+    at = lambda sums, row: sums.at[(*where, page * selector.rows + row)]
     if selector.kind == "bounds":
-        low = at(0).max(-k32, mode="drop")
-        sums = low.at[(*where[:3], page * parts + 1)].max(k32, mode="drop")
+        sums = at(pages.key_sums, 2 * part).max(-scored, mode="drop")
+        sums = at(sums, 2 * part + 1).max(scored, mode="drop")
     else:
-        sums = at(slot // (chunk // parts)).add(k32, mode="drop")
+        sums = at(pages.key_sums, part).add(scored, mode="drop")
     return Pages(put(pages.keys, k), put(pages.values, v), sums)
 
 
@@ -310,7 +319,8 @@ def compress(
     length: Int[Array, " B"],
     due: Bool[Array, " B"],
     policy: CachePolicy,
-    selector: Selector = MEAN,
+    selector: Selector,
+    scored: Callable[[jax.Array], jax.Array],  # keys [B, T, G, K] -> what the selector scores
 ) -> Pages:
     """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
@@ -335,8 +345,11 @@ def compress(
 
     new_keys, new_values = repack(keys, old_keys), repack(values, old_values)
     kept_keys = new_keys.reshape(batch, heads, -1, size)[:, :, : policy.keep].swapaxes(1, 2)
-    sums = selector.rows_of(kept_keys, chunk).swapaxes(1, 2)  # of the first pages, others are empty
-    empty = selector.start((batch, heads, old_sums.shape[2] - sums.shape[2], size))
+    # Of the first pages; others are empty.
+    sums = selector.rows_of(scored(kept_keys), chunk).swapaxes(1, 2)
+    shape = list(old_sums.shape)
+    shape[2] -= sums.shape[2]
+    empty = selector.start(tuple(shape))
     sums = jnp.concatenate([sums, empty], axis=2)
     new_sums = jnp.where(due[:, None, None, None], sums, old_sums)
     put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)

@@ -19,13 +19,19 @@ from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.convolution import short_convolution
+from rwkvx_jax.modules.indexer import Indexer
 from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter, project
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
-from rwkvx_jax.ops.selection import select_from_rows, selector_of
+from rwkvx_jax.ops.selection import (
+    repeated_choices,
+    select_chunks,
+    select_from_rows,
+    selector_of,
+)
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
@@ -33,7 +39,7 @@ class Attention(nnx.Module):
     """Matrices, stored [in, out]: receptance (the query) and output [D, D], key and value [D, X],
     X = config.kv_width; with config.qkv_bias also receptance_bias [D], key_bias and value_bias [X].
     key_conv [config.key_conv, X], if that is not 0: what is added to each key, tap j of the key j
-    tokens before."""
+    tokens before. indexer: with the selector "index"."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -58,6 +64,8 @@ class Attention(nnx.Module):
             # Past the last tap (key_conv=1) nothing is set.
             taps = jnp.zeros((config.key_conv, kv_width)).at[1].set(float(aligned), mode="drop")
             self.key_conv = parameter(taps, "taps", "vector")
+        if config.selector == "index":
+            self.indexer = Indexer(config, rngs)
 
     def __call__(
         self,
@@ -66,22 +74,32 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of a whole sequence to itself."""
         q, k, v, _ = self.project(h)
+        index: tuple[jax.Array, ...] = ()
         if self.config.attention == "full":
             op = full_attention
         else:
-            op = partial(
-                sparse_attention,
-                chunk_size=self.config.chunk_size,
-                top_k=self.config.top_k,
-                implementation=run.sparse_attention,
-                selector=selector_of(self.config),
-            )
+            op = partial(self._attend, implementation=run.sparse_attention)
+            if self.config.selector == "index":
+                index = self.indexer.queries(q), self.indexer.keys(k)
         if sequence_parts(h.shape[1]) > 1:
-            out = context.attention(op, q, k, v)
+            out = context.attention(op, q, k, v, *index)
         else:
             tokens = ("batch", None, "heads", None)
-            out = per_device(op, (tokens,) * 3, tokens)(q, k, v)
+            out = per_device(op, (tokens,) * (3 + len(index)), tokens)(q, k, v, *index)
         return self.combine(out)
+
+    def _attend(self, q, k, v, *index, implementation, q_offset=0) -> jax.Array:
+        """Sparse attention, chunks chosen by q and k or by an index query and key a choice."""
+        chunking = {"chunk_size": self.config.chunk_size, "top_k": self.config.top_k}
+        chunking |= {"q_offset": q_offset, "selector": selector_of(self.config)}
+        selection = None
+        if index and k.shape[1] > self.config.chunk_size * self.config.top_k:
+            selection = repeated_choices(select_chunks(*index, **chunking), k.shape[2])
+        if index:  # the selector is of these
+            del chunking["selector"]
+        return sparse_attention(
+            q, k, v, selection=selection, implementation=implementation, **chunking
+        )
 
     def cached(
         self,
@@ -104,12 +122,15 @@ class Attention(nnx.Module):
         """
         q, k, v, new_tail = self.project(h, position, tail, lengths)
         selector = selector_of(self.config)
+        scored = self.indexer.keys if self.config.selector == "index" else lambda k: k
         if policy is not None:
             due = policy.due(start) & (lengths > 0)
-            squeeze = lambda pages: compress(pages, layer, q[:, 0], start, due, policy, selector)
+            squeeze = lambda pages: compress(
+                pages, layer, q[:, 0], start, due, policy, selector, scored
+            )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
-        pages = write_rows(pages, layer, k, v, start, lengths, selector)
+        pages = write_rows(pages, layer, k, v, start, lengths, selector, scored(k))
         chosen = self._choose(q, pages, layer, start, gate)
         read = self._read_one if h.shape[1] == 1 else self._read_piece
         tokens, stored = ("batch", None, "heads", None), ("layers", "batch", "heads", *[None] * 3)
@@ -119,15 +140,15 @@ class Attention(nnx.Module):
         return self.combine(out.astype(h.dtype)), (pages, new_tail)
 
     def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
-        """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
+        """Past pages of each token and choice, [B, T, S, J]; None: all of them (full attention)."""
         if self.config.attention == "full":
             return None
         batch, time, heads, size = q.shape
         chunk, top_k = self.config.chunk_size, self.config.top_k
         positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
         if gate == "per_head":
-            return select_pages(
-                q,
+            chosen = select_pages(
+                self.indexer.queries(q) if self.config.selector == "index" else q,
                 pages.key_sums,
                 layer,
                 positions,
@@ -135,6 +156,7 @@ class Attention(nnx.Module):
                 count=top_k - 1,
                 selector=selector_of(self.config),
             )
+            return repeated_choices(chosen, self.config.kv_heads)
         # One score over all channels, and top_k past chunks beside the own one.
         rows = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
         rows = rows.swapaxes(1, 2).reshape(batch, -1, 1, heads * size)  # [B, N, 1, D]

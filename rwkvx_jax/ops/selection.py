@@ -7,6 +7,7 @@ is float32, and the scores exist for one block of queries at a time: [B, H, Tq, 
 Source: RWKV-X (arXiv 2504.21463), per-head gate.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -45,9 +46,19 @@ MIN_CHUNKS_PER_PREFIX = 128
 
 
 def selector_of(config: ModelConfig) -> Selector:
-    """The selector that a configuration names."""
-    parts = config.selector_blocks if config.selector in ("max", "pooled") else 1
-    return Selector(config.selector, parts)
+    """The selector that a configuration names: of queries and keys, or with "index" of the vectors
+    that `modules/indexer.py` makes of them."""
+    parts = config.selector_blocks if config.selector in ("max", "pooled", "index") else 1
+    if config.selector == "index":  # its queries and keys are those of the choices
+        return Selector("bounds", parts)
+    together = config.num_heads // config.choices
+    return Selector(config.selector, parts, together, config.selection_join)
+
+
+def repeated_choices(selection: Int[Array, "B T S J"], key_heads: int) -> Int[Array, "B T R J"]:
+    """Choices repeated until `key_heads` divides their number, as attention takes them."""
+    choices = selection.shape[2]
+    return jnp.repeat(selection, math.lcm(choices, key_heads) // choices, axis=2)
 
 
 def select_from_rows(
@@ -279,10 +290,11 @@ def _score_reference(q, chunk, selector: Selector) -> jax.Array:
     dot = lambda key: jnp.sum(q * key[:, None], axis=-1)
     if selector.kind == "mean":
         return dot(jnp.mean(chunk, axis=1))
-    if selector.kind == "bounds":
-        low, high = chunk.min(1)[:, None], chunk.max(1)[:, None]
-        return jnp.sum(jnp.maximum(q * low, q * high), axis=-1)
     parts = jnp.split(chunk, selector.blocks, axis=1)
+    if selector.kind == "bounds":
+        bound = lambda low, high: jnp.sum(jnp.maximum(q * low, q * high), axis=-1)
+        bounds = [bound(part.min(1)[:, None], part.max(1)[:, None]) for part in parts]
+        return jnp.stack(bounds).max(0)
     scores = jnp.stack([dot(jnp.mean(part, axis=1)) for part in parts])
     if selector.kind == "max":
         return scores.max(0)

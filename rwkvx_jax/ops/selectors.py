@@ -23,8 +23,9 @@ class Selector(NamedTuple):
       "pooled": log-sum-exp of q . mean key / sqrt(K) over the parts, so what the chunk would weigh
         in the softmax if every key were its part's mean.
       "bounds": sum over channels of the larger of q * smallest key and q * largest key, an upper
-        bound of q . k over the chunk (Quest, arXiv 2406.10774).
-    blocks: parts of a chunk, for "max" and "pooled".
+        bound of q . k over the chunk (Quest, arXiv 2406.10774); with `blocks`, the largest of
+        those of its parts. With parts of one token it is the largest q . k of the chunk.
+    blocks: parts of a chunk, for "max", "pooled" and "bounds".
     together: neighbouring query heads that share a choice, by the sum of their scores or the
       largest. They read one key head.
     joined: "sum" or "max".
@@ -38,12 +39,12 @@ class Selector(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows kept of each chunk."""
-        return {"mean": 1, "bounds": 2}.get(self.kind, self.blocks)
+        return {"mean": 1, "bounds": 2 * self.blocks}.get(self.kind, self.blocks)
 
     def rows_of(self, k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array, "B NR H K"]:
         """What is kept of keys [B, T, H, K] in chunks: float32 [B, ceil(T / chunk_size) * rows, H,
-        K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k; a
-        trailing partial chunk as far as it goes.
+        K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k in each
+        part; a trailing partial chunk as far as it goes.
         """
         if self.kind != "bounds":
             sums = chunk_key_sums(k, chunk_size // self.rows)
@@ -53,21 +54,21 @@ class Selector(NamedTuple):
         chunks = -(-length // chunk_size)
         padding = ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0))
         split = lambda x: jnp.pad(x, padding, constant_values=-jnp.inf).reshape(
-            batch, chunks, chunk_size, heads, size
+            batch, chunks * self.blocks, -1, heads, size
         )
         k = k.astype(jnp.float32)
         bounds = jnp.stack([split(-k).max(2), split(k).max(2)], axis=2)
-        return bounds.reshape(batch, chunks * 2, heads, size)
+        return bounds.reshape(batch, -1, heads, size)
 
     @property
     def is_product(self) -> bool:
         """Whether the score is a product of the query with one vector of the chunk."""
-        return self.kind in ("mean", "bounds")
+        return self.kind == "mean" or (self.kind == "bounds" and self.blocks == 1)
 
     @property
     def keys_per_chunk(self) -> int:
         """Keys that `keys` makes of each chunk."""
-        return 1 if self.kind == "bounds" else self.rows
+        return self.blocks if self.kind == "bounds" else self.rows
 
     def keys(
         self, rows: Float32[Array, "*any NR K"], chunk_size: int
@@ -100,9 +101,9 @@ class Selector(NamedTuple):
         keys_per_chunk], or [B, S, ...] where it `sums_queries`."""
         scores = products
         if not self.is_product:
-            products = products.reshape(*products.shape[:-1], -1, self.rows)
+            products = products.reshape(*products.shape[:-1], -1, self.keys_per_chunk)
             pooled = lambda x: jax.nn.logsumexp(x * key_size**-0.5, axis=-1)
-            scores = products.max(-1) if self.kind == "max" else pooled(products)
+            scores = pooled(products) if self.kind == "pooled" else products.max(-1)
         if self.sums_queries:
             return scores
         scores = self._of_heads(scores, 1)
@@ -111,6 +112,12 @@ class Selector(NamedTuple):
     def _of_heads(self, x, axis: int):
         """[..., H, ...] -> [..., S, together, ...]."""
         return x.reshape(*x.shape[:axis], -1, self.together, *x.shape[axis + 1 :])
+
+    def products(self, heads: int, scored_heads: int) -> int:
+        """Numbers of the size of a key that scoring one chunk multiplies, for one token: `heads`
+        query heads that score `scored_heads` heads of keys."""
+        alike = heads // self.together if self.sums_queries else heads
+        return max(alike, scored_heads) * self.rows
 
     def start(self, shape: tuple[int, ...]) -> Float32[Array, "..."]:
         """Rows of chunks without any key, float32."""

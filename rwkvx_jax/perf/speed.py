@@ -249,8 +249,8 @@ def bytes_per_token(config: ModelConfig, run_config: RunConfig, params: Params, 
         rows, kept = length + 1, 0
     else:
         rows = min(past, config.top_k - 1) * chunk + filled
-        kept = past * selector_of(config).rows
-    attention = config.num_attention_blocks * config.kv_width * (2 * rows * item + 4 * kept)
+        kept = past * selector_of(config).rows * config.scored_heads * config.scored_size
+    attention = config.num_attention_blocks * (config.kv_width * 2 * rows * item + 4 * kept)
     return weights + states + attention + config.width * 4
 
 

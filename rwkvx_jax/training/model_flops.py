@@ -8,6 +8,7 @@ here, so that a better implementation shows as a better utilisation.
 from __future__ import annotations
 
 from rwkvx_jax.config import Config, ModelConfig, Stage
+from rwkvx_jax.ops.selection import selector_of
 from rwkvx_jax.training.losses import longce_starts
 from rwkvx_jax.training.memory import parameter_counts
 
@@ -47,7 +48,9 @@ def attention_flops(config: ModelConfig, time: int) -> float:
     """Forward products of one token's attention itself: scores, weighted values and gate."""
     gate = 0.0
     if config.attention == "sparse":
-        gate = 2.0 * config.width * _past_chunks(config, time, time) / time
+        per_chunk = 2.0 * selector_of(config).products(config.num_heads, config.scored_heads)
+        per_chunk *= config.scored_size
+        gate = per_chunk * _past_chunks(config, time, time) / time + 2.0 * config.indexer_matrices
     return 4.0 * config.width * visible_keys(config, time) + gate
 
 
