@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.ops.chunk_mass import log_mass
 from rwkvx_jax.ops.selection import Selector, select_from_rows, selector_of
 
 MEASURES = ("share", "past", "recall")
@@ -108,12 +109,8 @@ def _measure_queries(q, k, at, config: ModelConfig, named: dict[str, Selector], 
 
 def _chunk_mass(q, k, at, chunk: int) -> jax.Array:
     """Mass of full attention in each chunk, [H, Q, N], for queries [Q, H, K] at positions `at`."""
-    length = k.shape[0]
-    scores = jnp.einsum("qhk,shk->hqs", q, k.astype(jnp.float32), precision="highest")
-    visible = jnp.arange(length)[None] <= at[:, None]
-    weights = jax.nn.softmax(jnp.where(visible[None], scores * q.shape[-1] ** -0.5, -jnp.inf), -1)
-    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, -length % chunk)))
-    return weights.reshape(*weights.shape[:2], -1, chunk).sum(-1)
+    weights = log_mass(q[None], k[None].astype(jnp.float32), at, chunk_size=chunk)[0]
+    return jax.nn.softmax(weights, axis=-1)
 
 
 def _octave(count: jax.Array) -> jax.Array:

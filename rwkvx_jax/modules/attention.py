@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
 from rwkvx_jax.config import ModelConfig, RunConfig
@@ -24,6 +24,7 @@ from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter,
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
 from rwkvx_jax.ops.selection import (
@@ -100,6 +101,16 @@ class Attention(nnx.Module):
         return sparse_attention(
             q, k, v, selection=selection, implementation=implementation, **chunking
         )
+
+    def selection_loss(self, h: Float[Array, "B T D"]) -> Float32[Array, "B S"]:
+        """`ops.chunk_mass.selection_loss` of whole sequences; only the indexer gets a gradient."""
+        q, k = jax.lax.stop_gradient(self.project(h)[:2])
+        op = partial(
+            selection_loss, chunk_size=self.config.chunk_size, selector=selector_of(self.config)
+        )
+        tokens = ("batch", None, "heads", None)
+        arrays = q, k, self.indexer.queries(q), self.indexer.keys(k)
+        return per_device(op, (tokens,) * 4, ("batch", "heads"))(*arrays)
 
     def cached(
         self,

@@ -86,6 +86,8 @@ def step_flops(config: Config, stage: Stage) -> float:
             own = attention_block_flops(model, time) - attention_flops(model, time)
             frozen += model.num_attention_blocks * own
         total -= time * frozen
+    if stage.selection_loss:
+        total += 2.0 * model.num_attention_blocks * model.width * time * (time + 1) / 2
     if stage.loss == "longce":
         span = stage.longce.window + stage.longce.stride
         windows = len(longce_starts(time, stage.longce))
