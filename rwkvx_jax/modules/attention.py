@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         else:
             op = partial(self._attend, implementation=run.sparse_attention)
             if self.config.selector == "index":
-                index = self.indexer.queries(q), self.indexer.keys(k)
+                index = self.scored(q, k)
         if sequence_parts(h.shape[1]) > 1:
             out = context.attention(op, q, k, v, *index)
         else:
@@ -109,8 +109,16 @@ class Attention(nnx.Module):
             selection_loss, chunk_size=self.config.chunk_size, selector=selector_of(self.config)
         )
         tokens = ("batch", None, "heads", None)
-        arrays = q, k, self.indexer.queries(q), self.indexer.keys(k)
+        arrays = q, k, *self.scored(q, k)
         return per_device(op, (tokens,) * 4, ("batch", "heads"))(*arrays)
+
+    def scored(
+        self, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"]
+    ) -> tuple[Float[Array, "B T H2 I"], Float[Array, "B T G2 I"]]:
+        """What the selector asks with and what it scores: queries and keys, or the indexer's."""
+        if self.config.selector != "index":
+            return q, k
+        return self.indexer.queries(q), self.indexer.keys(k)
 
     def cached(
         self,
@@ -133,16 +141,17 @@ class Attention(nnx.Module):
         """
         q, k, v, new_tail = self.project(h, position, tail, lengths)
         selector = selector_of(self.config)
-        scored = self.indexer.keys if self.config.selector == "index" else lambda k: k
+        asked, scored = self.scored(q, k)
         if policy is not None:
             due = policy.due(start) & (lengths > 0)
+            of_keys = lambda k: self.scored(q, k)[1]
             squeeze = lambda pages: compress(
-                pages, layer, q[:, 0], start, due, policy, selector, scored
+                pages, layer, q[:, 0], start, due, policy, selector, of_keys
             )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
-        pages = write_rows(pages, layer, k, v, start, lengths, selector, scored(k))
-        chosen = self._choose(q, pages, layer, start, gate)
+        pages = write_rows(pages, layer, k, v, start, lengths, selector, scored)
+        chosen = self._choose(q, asked, pages, layer, start, gate)
         read = self._read_one if h.shape[1] == 1 else self._read_piece
         tokens, stored = ("batch", None, "heads", None), ("layers", "batch", "heads", *[None] * 3)
         arrays = (q, *pages[:2], layer, start) + (() if chosen is None else (chosen,))
@@ -150,7 +159,7 @@ class Attention(nnx.Module):
         out = per_device(read, axes, tokens)(*arrays)
         return self.combine(out.astype(h.dtype)), (pages, new_tail)
 
-    def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
+    def _choose(self, q, asked, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
         """Past pages of each token and choice, [B, T, S, J]; None: all of them (full attention)."""
         if self.config.attention == "full":
             return None
@@ -159,7 +168,7 @@ class Attention(nnx.Module):
         positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
         if gate == "per_head":
             chosen = select_pages(
-                self.indexer.queries(q) if self.config.selector == "index" else q,
+                asked,
                 pages.key_sums,
                 layer,
                 positions,
