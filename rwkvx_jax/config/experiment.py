@@ -318,7 +318,7 @@ class Config(Checked):
         owner, chunk = f"stage {stage.name!r}: selection_loss", self.model.chunk_size
         require(
             self.model.selector == "index" and self.model.num_attention_blocks > 0,
-            f"{owner} trains the selector \"index\" of attention blocks, but model.selector is "
+            f'{owner} trains the selector "index" of attention blocks, but model.selector is '
             f"{self.model.selector!r} and model.num_attention_blocks "
             f"{self.model.num_attention_blocks}: set it to 0, or change these",
         )

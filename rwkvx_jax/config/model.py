@@ -95,6 +95,14 @@ class ModelConfig(Checked):
     selection_join: Literal["sum", "max"] = "sum"
     """What the scores of heads that choose together count as: their sum or the largest. The
     selector "index" has one score a choice."""
+    forced_chunks: Literal["none", "previous", "first", "both"] = "none"
+    """Past chunks that every query reads, among its top_k: the one before its own, the first of the
+    text, or both."""
+    selection_span: int = 0
+    """Chunks of a span, with the selectors "bounds" and "index": queries choose spans by bounds of
+    all their keys first, and then chunks of these alone; 0: among all chunks."""
+    selection_spans: int = 8
+    """Spans that a query chooses among, its own included, if there are spans."""
     key_conv: int = 0
     """Width of a causal convolution over time on each channel of the attention keys (FlashMoBA,
     arXiv 2511.11571), the identity at first; 0 for none."""
@@ -214,8 +222,23 @@ class ModelConfig(Checked):
         )
         require(
             self.index_size >= 0 and (learned or self.index_size == 0),
-            f"model.index_size is {self.index_size}: it is of the selector \"index\", not of "
+            f'model.index_size is {self.index_size}: it is of the selector "index", not of '
             f"{self.selector!r}, and 0 is head_size",
+        )
+
+        if not self.selection_span:
+            return
+        require(
+            self.selection_span > 1 and self.selector in ("bounds", "index"),
+            f"model.selection_span is {self.selection_span} with the selector {self.selector!r}: "
+            'spans have 2 chunks or more, and are chosen by the selectors "bounds" and "index"; '
+            "use 0 for none",
+        )
+        require(
+            (self.selection_spans - 1) * self.selection_span >= self.top_k - 1,
+            f"model.selection_spans {self.selection_spans} of model.selection_span "
+            f"{self.selection_span} chunks may hold fewer past chunks than model.top_k {self.top_k} "
+            "asks for: raise one of them",
         )
 
     def _check_rotary(self) -> None:

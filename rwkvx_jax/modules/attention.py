@@ -175,6 +175,7 @@ class Attention(nnx.Module):
                 chunk_size=chunk,
                 count=top_k - 1,
                 selector=selector_of(self.config),
+                span_rows=pages.span_rows,
             )
             return repeated_choices(chosen, self.config.kv_heads)
         # One score over all channels, and top_k past chunks beside the own one.

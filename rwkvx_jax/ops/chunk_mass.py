@@ -63,9 +63,7 @@ def log_mass(
 
     shape = (batch, groups, q.shape[3], q.shape[1], blocks * each)
     with at_most((blocks + 1) / 2):  # on average over the queries of a sequence
-        found = jax.lax.fori_loop(
-            0, positions.max() // cols + 1, add, filled(q, shape, -jnp.inf)
-        )
+        found = jax.lax.fori_loop(0, positions.max() // cols + 1, add, filled(q, shape, -jnp.inf))
     return found.reshape(batch, -1, *found.shape[3:])[..., :chunks]
 
 
@@ -150,7 +148,9 @@ def _over_blocks(index_q, rows, q, k, chunk_size, selector, *, gradients):
         own = jnp.where(positions < length, positions // chunk_size, 0)
         past = (jnp.arange(chunks)[None] < own[:, None])[None, None]  # [1, 1, Q, N]
         mass = log_mass(q, k, jnp.minimum(positions, length - 1), chunk_size=chunk_size)
-        mass = _shares(mass[..., :chunks], past).reshape(batch, choices, -1, *past.shape[2:]).mean(2)
+        mass = (
+            _shares(mass[..., :chunks], past).reshape(batch, choices, -1, *past.shape[2:]).mean(2)
+        )
         divergence = partial(_divergence_from, mass, past, chunk_size, selector)
         if not gradients:
             return (total + divergence(index_q, rows), by_rows), None

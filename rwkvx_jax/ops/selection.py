@@ -12,7 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import selection_tpu
 from rwkvx_jax.config import ModelConfig
@@ -49,10 +49,12 @@ def selector_of(config: ModelConfig) -> Selector:
     """The selector that a configuration names: of queries and keys, or with "index" of the vectors
     that `modules/indexer.py` makes of them."""
     parts = config.selector_blocks if config.selector in ("max", "pooled", "index") else 1
+    common = {"forced": config.forced_chunks, "span": config.selection_span}
+    common["spans"] = config.selection_spans
     if config.selector == "index":  # its queries and keys are those of the choices
-        return Selector("bounds", parts)
+        return Selector("bounds", parts, **common)
     together = config.num_heads // config.choices
-    return Selector(config.selector, parts, together, config.selection_join)
+    return Selector(config.selector, parts, together, config.selection_join, **common)
 
 
 def repeated_choices(selection: Int[Array, "B T S J"], key_heads: int) -> Int[Array, "B T R J"]:
@@ -135,11 +137,42 @@ def _select_among(first, q, keys, own, *, count, selector, key_size):
     q: [B, H, T, K]; keys: [B, G, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
     """
     some = keys[:, :, : first * selector.keys_per_chunk]
-    q = selector.queries(q.astype(jnp.float32), 1)
-    rows = q.reshape(*keys.shape[:2], -1, q.shape[3])  # the queries of a key head
-    products = jnp.einsum("bgmf,bgnf->bgmn", rows, some, precision=jax.lax.Precision.HIGHEST)
-    products = products.reshape(*q.shape[:3], -1)
-    return choose_past(products, own, count=count, selector=selector, key_size=key_size)
+
+    def products(selector, keys):
+        queries = selector.queries(q.astype(jnp.float32), 1)
+        rows = queries.reshape(*keys.shape[:2], -1, queries.shape[3])  # of a key head
+        found = jnp.einsum("bgmf,bgnf->bgmn", rows, keys, precision=jax.lax.Precision.HIGHEST)
+        return found.reshape(*queries.shape[:3], -1)
+
+    candidates = None
+    if selector.span:
+        spans = selector.span_rows(some.reshape(*some.shape[:2], -1, key_size))
+        spans = products(selector.coarse, spans.reshape(*some.shape[:2], -1, some.shape[3]))
+        best = best_spans(selector.coarse.combine(spans, key_size), own, selector)
+        numbers = jnp.arange(first) // selector.span
+        candidates = (best[..., None] == numbers[None, None, None, None]).any(3)
+    return choose_past(
+        products(selector, some),
+        own,
+        count=count,
+        selector=selector,
+        key_size=key_size,
+        candidates=candidates,
+    )
+
+
+def best_spans(
+    scores: Float32[Array, "B S T N"], own: Int32[Array, "B T"], selector: Selector
+) -> Int32[Array, "B S T J"]:
+    """Spans whose chunks are candidates, the own one last: int32 [B, S, T, at most spans], -1 for
+    none. Scores of spans that are not whole before the own one may be anything."""
+    own = own[:, None, :, None]
+    numbers = jnp.arange(scores.shape[3])[None, None, None]
+    scores = selector.prefer_forced(scores, numbers, own, selector.span)
+    own_span = jnp.broadcast_to(own // selector.span, (*scores.shape[:3], 1))
+    scores = jnp.where(numbers < own_span, scores, -jnp.inf)
+    best = _best(scores, min(selector.spans - 1, scores.shape[3]))
+    return jnp.concatenate([best, own_span.astype(jnp.int32)], axis=-1)
 
 
 def choose_past(
@@ -149,14 +182,40 @@ def choose_past(
     count: int,
     selector: Selector,
     key_size: int,
+    candidates: Bool[Array, "B S T N"] | None = None,
 ) -> Int32[Array, "B S T J"]:
-    """The best `count` of the chunks before the own one, by the products of queries and keys that
-    `Selector.queries` and `Selector.keys` make: int32 [B, S, T, count], -1 for none."""
+    """The best `count` of the chunks before the own one (of the candidates among them), by the
+    products of queries and keys that `Selector.queries` and `Selector.keys` make: int32 [B, S, T,
+    count], -1 for none."""
     scores = selector.combine(products, key_size)
-    chunks = scores.shape[-1]
-    past = jnp.arange(chunks)[None, None, None] < own[:, None, :, None]
-    scores = jnp.where(past, scores, -jnp.inf)
-    return _pad_choices(_best(scores, min(count, chunks)), count)
+    numbers = jnp.arange(scores.shape[-1])[None, None, None]
+    scores = past_scores(scores, numbers, own, selector)
+    if candidates is not None:
+        scores = jnp.where(candidates, scores, -jnp.inf)
+    return _pad_choices(_best(scores, min(count, scores.shape[-1])), count)
+
+
+def choose_numbered(
+    scores: Float32[Array, "B S T N"],
+    numbers: Int32[Array, "B S T N"],  # ascending; -1 for no chunk
+    own: Int32[Array, "B T"],
+    *,
+    count: int,
+    selector: Selector,
+) -> Int32[Array, "B S T J"]:
+    """`choose_past` by the scores of the chunks with these numbers."""
+    scores = past_scores(scores, numbers, own, selector)
+    best = _best(scores, min(count, scores.shape[-1]))
+    chosen = jnp.take_along_axis(numbers, jnp.maximum(best, 0), axis=-1)
+    return _pad_choices(jnp.where(best >= 0, chosen, -1), count)
+
+
+def past_scores(scores, numbers, own, selector):
+    """Scores [B, S, T, N] of the chunks with these numbers: infinite where they are forced, and
+    minus infinity where they are not before the own chunk."""
+    own = own[:, None, :, None]
+    past = (numbers >= 0) & (numbers < own)
+    return jnp.where(past, selector.prefer_forced(scores, numbers, own), -jnp.inf)
 
 
 def _pad_choices(chosen, count):
@@ -219,6 +278,8 @@ def select_chunks(
     def problem(platform: str) -> str | None:
         if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
+        if selector.span or selector.forced != "none":
+            return "the kernel scores all chunks alike, and has no spans and no forced chunks"
         if not selector.sums_queries:
             return "heads that choose together take the largest score and the kernel sums queries"
         reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
@@ -277,12 +338,33 @@ def select_chunks_reference(
     together = selector.together
     scores = scores.reshape(batch, length, heads // together, together, columns)
     scores = scores.sum(3) if selector.joined == "sum" else scores.max(3)
-    own = query_positions(q_offset, batch, length) // chunk_size
-    past = jnp.arange(columns)[None, None, :] < own[:, :, None]
-    scores = jnp.where(past[:, :, None, :], scores, -jnp.inf)
+    own = query_positions(q_offset, batch, length)[:, :, None, None] // chunk_size
+    past = jnp.arange(columns)[None, None, None] < own
+    if selector.span and chunks:
+        past &= _candidates_reference(q, k, own, columns, chunk_size, selector)
+    scores = selector.prefer_forced(scores, jnp.arange(columns)[None, None, None], own)
+    scores = jnp.where(past, scores, -jnp.inf)
     order = jnp.argsort(-scores, axis=-1, stable=True)[..., : top_k - 1]
     chosen = jnp.take_along_axis(scores, order, axis=-1)
     return jnp.where(chosen > -jnp.inf, order, -1).astype(jnp.int32)
+
+
+def _candidates_reference(q, k, own, columns, chunk_size, selector) -> jax.Array:
+    """Which chunks lie in spans that are looked into, bool [B, Tq, S, columns]."""
+    size = selector.span * chunk_size
+    every = Selector("bounds", together=selector.together, joined=selector.joined)
+    parts = [k[:, at : at + size] for at in range(0, k.shape[1], size)]
+    scores = jnp.stack([_score_reference(q, part, every) for part in parts], axis=-1)
+    scores = scores.reshape(*scores.shape[:2], -1, selector.together, len(parts))
+    scores = scores.sum(3) if selector.joined == "sum" else scores.max(3)
+    numbers = jnp.arange(len(parts))[None, None, None]
+    scores = selector.prefer_forced(scores, numbers, own, selector.span)
+    scores = jnp.where(numbers < own // selector.span, scores, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+    looked = (rank < selector.spans - 1) | (numbers == own // selector.span)
+    inside = jnp.repeat(looked, selector.span, axis=-1)[..., :columns]
+    missing = columns - inside.shape[-1]
+    return jnp.pad(inside, ((0, 0), (0, 0), (0, 0), (0, missing)))
 
 
 def _score_reference(q, chunk, selector: Selector) -> jax.Array:

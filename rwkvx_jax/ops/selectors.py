@@ -5,6 +5,8 @@ Everything is float32. `selection` chooses by these scores.
 Source: RWKV-X (arXiv 2504.21463) for the mean key.
 """
 
+from __future__ import annotations
+
 from typing import Literal, NamedTuple
 
 import jax
@@ -29,12 +31,20 @@ class Selector(NamedTuple):
     together: neighbouring query heads that share a choice, by the sum of their scores or the
       largest. They read one key head.
     joined: "sum" or "max".
+    forced: past chunks that are chosen before all others: the "previous" one, the "first", "both".
+    span: chunks of a span, for "bounds": only the chunks of `spans` spans are candidates, those of
+      the query's own span and of the best whole ones before it by the bounds of all their keys. 0:
+      all chunks are.
+    spans: spans whose chunks are candidates.
     """
 
     kind: Literal["mean", "max", "pooled", "bounds"] = "mean"
     blocks: int = 1
     together: int = 1
     joined: Literal["sum", "max"] = "sum"
+    forced: Literal["none", "previous", "first", "both"] = "none"
+    span: int = 0
+    spans: int = 8
 
     @property
     def rows(self) -> int:
@@ -119,6 +129,30 @@ class Selector(NamedTuple):
         alike = heads // self.together if self.sums_queries else heads
         return max(alike, scored_heads) * self.rows
 
+    @property
+    def coarse(self) -> Selector:
+        """How spans are scored: by bounds that no chunk in them exceeds."""
+        return self._replace(blocks=1, forced="none", span=0)
+
+    def span_rows(self, rows: Float32[Array, "*any NR K"]) -> Float32[Array, "*any spans K"]:
+        """What is kept of each span, from the rows of its chunks (the last span may lack some):
+        float32 [..., N * rows, K] -> [..., ceil(N / span) * 2, K]."""
+        each, (*outer, count, size) = self.span * self.rows, rows.shape
+        missing = [(0, 0)] * len(outer) + [(0, -count % each), (0, 0)]
+        rows = jnp.pad(rows, missing, constant_values=-jnp.inf)
+        return rows.reshape(*outer, -1, each // 2, 2, size).max(-3).reshape(*outer, -1, size)
+
+    def prefer_forced(
+        self, scores: Float32[Array, "B S T N"], numbers: jax.Array, own: jax.Array, unit: int = 1
+    ) -> Float32[Array, "B S T N"]:
+        """Scores of chunks, or of spans of `unit` chunks, of these numbers: those of what is forced
+        for queries of the own chunks [B, 1, T, 1] are infinite."""
+        places = {"none": (), "previous": (own - 1,), "first": (0 * own,)}
+        places["both"] = places["previous"] + places["first"]
+        for chunk in places[self.forced]:
+            scores = jnp.where(numbers == chunk // unit, jnp.inf, scores)
+        return scores
+
     def start(self, shape: tuple[int, ...]) -> Float32[Array, "..."]:
         """Rows of chunks without any key, float32."""
         return jnp.full(shape, -jnp.inf if self.kind == "bounds" else 0.0, jnp.float32)
@@ -155,6 +189,16 @@ def check_selector(selector: Selector, chunk_size: int, heads: int, key_heads: i
         raise ValueError(
             f"a chunk of {chunk_size} tokens can't be cut into {selector.blocks} equal blocks: "
             "choose a divisor"
+        )
+    if selector.forced not in ("none", "previous", "first", "both"):
+        raise ValueError(
+            f"forced={selector.forced!r} of a selector is unknown: choose none, previous, first or "
+            "both"
+        )
+    if selector.span and (selector.kind != "bounds" or selector.span < 2 or selector.spans < 2):
+        raise ValueError(
+            f"{selector} scores {selector.spans} spans of {selector.span} chunks: both must be at "
+            'least 2, and its kind "bounds"; or make span 0'
         )
     if selector.joined not in ("sum", "max"):
         raise ValueError(f"joined={selector.joined!r} of a selector is unknown: choose sum or max")

@@ -139,7 +139,9 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         # A convolution of attention keys, which a model without attention blocks has not.
         "model.key_conv": config.key_conv if config.num_attention_blocks else 0,
         # An indexer likewise.
-        "model.selector": "index" if config.indexer_matrices and config.num_attention_blocks else "",
+        "model.selector": "index"
+        if config.indexer_matrices and config.num_attention_blocks
+        else "",
         "model.ffn_width": config.hidden_width,
         "model.low_rank_override": tuple(config.ranks) if config.mixer == "rwkv7" else (),
     }

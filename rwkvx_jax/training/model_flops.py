@@ -48,9 +48,17 @@ def attention_flops(config: ModelConfig, time: int) -> float:
     """Forward products of one token's attention itself: scores, weighted values and gate."""
     gate = 0.0
     if config.attention == "sparse":
-        per_chunk = 2.0 * selector_of(config).products(config.num_heads, config.scored_heads)
-        per_chunk *= config.scored_size
-        gate = per_chunk * _past_chunks(config, time, time) / time + 2.0 * config.indexer_matrices
+        selector, heads = selector_of(config), (config.num_heads, config.scored_heads)
+        past = _past_chunks(config, time, time) / time
+        products = selector.products(*heads) * past
+        if selector.span:
+            products = (
+                selector.products(*heads)
+                * _past_chunks(config, time, selector.span * selector.spans)
+                / time
+                + selector.coarse.products(*heads) * past / selector.span
+            )
+        gate = 2.0 * (products * config.scored_size + config.indexer_matrices)
     return 4.0 * config.width * visible_keys(config, time) + gate
 
 

@@ -13,7 +13,7 @@ from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig
 from rwkvx_jax.model import abstract_model, create_model, get_params, param_axes, with_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
-from rwkvx_jax.ops.selection import Selector, select_chunks_reference, selector_of
+from rwkvx_jax.ops.selection import select_chunks_reference, selector_of
 from rwkvx_jax.sharding import check_fits, make_mesh
 from rwkvx_jax.training.expand import with_indexers
 from rwkvx_jax.training.step import shardings_of
@@ -50,6 +50,12 @@ CASES = {
     "index of 2, keys of each": {"selection_groups": 2},
     "index of 4, keys of 2": {"selection_groups": 1, "num_kv_heads": 2},
     "index of 2, one key head": {"selection_groups": 2, "num_kv_heads": 1},
+    "index of 2, in spans": {
+        "selection_groups": 2,
+        "selection_span": 2,
+        "selection_spans": 2,
+        "forced_chunks": "previous",
+    },
 }
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 53))
 
@@ -82,7 +88,8 @@ def test_a_whole_sequence_reads_what_the_oracle_chooses(name):
     options = {"chunk_size": 8, "top_k": 3}
     if config.selector == "index":
         index_q, index_k = plain_index(attention.indexer, config, q, k)
-        selector = Selector("bounds", 4)
+        selector = selector_of(config)
+        assert selector[:3] == ("bounds", config.selector_blocks, 1)
         chosen = select_chunks_reference(index_q, index_k, **options, selector=selector)
         chosen = jnp.repeat(chosen, 4 // config.choices, axis=2)
     else:
@@ -129,7 +136,7 @@ def test_pieces_and_tokens_are_the_whole_sequence(name):
 
 
 def test_rows_follow_keys_that_a_policy_moves():
-    config = config_of("index of 2, keys of each")
+    config = config_of("index of 2, in spans")
     model = model_of(config)
     cache = model.init_cache(2, 64, policy=CachePolicy(trigger=20, keep=14, window=5))
     _, cache = jax.jit(model.prefill)(TOKENS, cache)
@@ -139,10 +146,14 @@ def test_rows_follow_keys_that_a_policy_moves():
         attention = jax.tree.map(lambda p, i=layer: p[i], model.attention_blocks).attention
         keys = cache.pages.keys[layer].reshape(2, 4, -1, 8)[:, :, :length].swapaxes(1, 2)
         rows = selector_of(config).rows_of(attention.indexer.keys(keys), 8).swapaxes(1, 2)
-        found = cache.pages.key_sums[layer][:, :, : rows.shape[2]]
-        finite = np.isfinite(rows)
-        assert (finite == np.isfinite(found)).all()
-        assert_close(np.where(finite, found, 0), np.where(finite, rows, 0), rel=1e-6)
+        pages = cache.pages
+        for found, wanted in (
+            (pages.key_sums[layer], rows),
+            (pages.span_rows[layer], selector_of(config).span_rows(rows)),
+        ):
+            found, finite = found[:, :, : wanted.shape[2]], np.isfinite(wanted)
+            assert (finite == np.isfinite(found)).all()
+            assert_close(np.where(finite, found, 0), np.where(finite, wanted, 0), rel=1e-6)
 
 
 def test_the_indexer_begins_as_bounds_of_the_keys():
@@ -194,6 +205,11 @@ def test_sizes_are_those_counted():
         ({"selection_groups": 2}, 'use a multiple of the 4 heads of keys .* or selector="index"'),
         ({"index_size": 8}, "index_size is 8: it is of the selector \"index\", not of 'mean'"),
         ({"selector": "index", "selector_blocks": 3}, "selector_blocks 3 does not divide"),
+        ({"selection_span": 4}, "selection_span is 4 with the selector 'mean'"),
+        (
+            {"selector": "bounds", "selection_span": 2, "selection_spans": 2, "top_k": 4},
+            "may hold fewer past chunks than model.top_k 4",
+        ),
     ],
 )
 def test_choices_that_can_not_be_made_are_refused(changes, message):

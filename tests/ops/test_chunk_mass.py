@@ -48,7 +48,9 @@ def plain_loss(q, k, index_q, index_k, blocks):
 def arrays(heads, groups, choices, length, batch=2, size=16, index=4):
     keys = jax.random.split(jax.random.key(heads + length), 4)
     shapes = [(heads, size), (groups, size), (choices, index), (choices, index)]
-    return [jax.random.normal(key, (batch, length, *s)) for key, s in zip(keys, shapes, strict=True)]
+    return [
+        jax.random.normal(key, (batch, length, *s)) for key, s in zip(keys, shapes, strict=True)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,9 @@ def test_mass_is_that_of_the_whole_matrix():
     assert np.isneginf(np.asarray(found)[:, :, 1, 1:]).all()
 
 
-@pytest.mark.parametrize("heads, groups, choices, blocks", [(2, 2, 2, 1), (4, 2, 1, 4), (4, 1, 2, 8)])
+@pytest.mark.parametrize(
+    "heads, groups, choices, blocks", [(2, 2, 2, 1), (4, 2, 1, 4), (4, 1, 2, 8)]
+)
 def test_loss_and_gradients_are_those_of_the_whole_matrix(heads, groups, choices, blocks):
     q, k, *index = arrays(heads, groups, choices, 53)
     weights = jnp.arange(1.0, 2 * choices + 1).reshape(2, choices)

@@ -116,7 +116,7 @@ def test_devices_change_nothing():
         ({"trainable": "lora"}, {}, "selection_loss 0.5 trains indexers, which trainable='lora'"),
         ({"selection_loss": 0.0, "trainable": "indexer"}, {}, "nothing teaches it"),
         ({"seq_len": 16}, {}, "seq_len 16 must be above twice model.chunk_size 8"),
-        ({}, {"selector": "mean", "index_size": 0}, "trains the selector \"index\""),
+        ({}, {"selector": "mean", "index_size": 0}, 'trains the selector "index"'),
     ],
 )
 def test_where_nothing_can_be_learned(changes, model, message):
