@@ -237,8 +237,8 @@ class ModelConfig(Checked):
         require(
             (self.selection_spans - 1) * self.selection_span >= self.top_k - 1,
             f"model.selection_spans {self.selection_spans} of model.selection_span "
-            f"{self.selection_span} chunks may hold fewer past chunks than model.top_k {self.top_k} "
-            "asks for: raise one of them",
+            f"{self.selection_span} chunks may hold fewer past chunks than model.top_k "
+            f"{self.top_k} asks for: raise one of them",
         )
 
     def _check_rotary(self) -> None:

@@ -91,16 +91,23 @@ class Attention(nnx.Module):
 
     def _attend(self, q, k, v, *index, implementation, q_offset=0) -> jax.Array:
         """Sparse attention, chunks chosen by q and k or by an index query and key a choice."""
-        chunking = {"chunk_size": self.config.chunk_size, "top_k": self.config.top_k}
-        chunking |= {"q_offset": q_offset, "selector": selector_of(self.config)}
-        selection = None
-        if index and k.shape[1] > self.config.chunk_size * self.config.top_k:
-            selection = repeated_choices(select_chunks(*index, **chunking), k.shape[2])
-        if index:  # the selector is of these
-            del chunking["selector"]
-        return sparse_attention(
-            q, k, v, selection=selection, implementation=implementation, **chunking
+        chunk_size, top_k = self.config.chunk_size, self.config.top_k
+        selector = selector_of(self.config)
+        attend = partial(
+            sparse_attention,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            q_offset=q_offset,
+            implementation=implementation,
         )
+        if not index:
+            return attend(q, k, v, selector=selector)
+        if k.shape[1] <= chunk_size * top_k:  # whatever is chosen, everything is read
+            return attend(q, k, v)
+        selection = select_chunks(
+            *index, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset, selector=selector
+        )
+        return attend(q, k, v, selection=repeated_choices(selection, k.shape[2]))
 
     def selection_loss(self, h: Float[Array, "B T D"]) -> Float32[Array, "B S"]:
         """`ops.chunk_mass.selection_loss` of whole sequences; only the indexer gets a gradient."""
@@ -113,8 +120,8 @@ class Attention(nnx.Module):
         return per_device(op, (tokens,) * 4, ("batch", "heads"))(*arrays)
 
     def scored(
-        self, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"]
-    ) -> tuple[Float[Array, "B T H2 I"], Float[Array, "B T G2 I"]]:
+        self, q: Float[Array, "B Tq H K"], k: Float[Array, "B Tk G K"]
+    ) -> tuple[Float[Array, "B Tq H2 I"], Float[Array, "B Tk G2 I"]]:
         """What the selector asks with and what it scores: queries and keys, or the indexer's."""
         if self.config.selector != "index":
             return q, k

@@ -89,9 +89,9 @@ def select_pages(
         or (None if selector.span and span_rows is not None else "the selector has no spans")
     )
     all_pages = lambda platform: one(platform) or ("it knows no spans" if selector.span else None)
-    candidates = Candidate("in_place", ("cpu",), all_pages), Candidate("slice")
+    candidates = [Candidate("in_place", ("cpu",), all_pages), Candidate("slice")]
     if selector.span or implementation == "spans":
-        candidates = Candidate("spans", problem=spans), *candidates
+        candidates.insert(0, Candidate("spans", problem=spans))
     chosen = resolve("select_pages", implementation, candidates)
     options = {"chunk_size": chunk_size, "count": count, "selector": selector}
     if chosen == "spans" and count and rows.shape[3]:

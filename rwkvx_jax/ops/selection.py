@@ -49,12 +49,14 @@ def selector_of(config: ModelConfig) -> Selector:
     """The selector that a configuration names: of queries and keys, or with "index" of the vectors
     that `modules/indexer.py` makes of them."""
     parts = config.selector_blocks if config.selector in ("max", "pooled", "index") else 1
-    common = {"forced": config.forced_chunks, "span": config.selection_span}
-    common["spans"] = config.selection_spans
     if config.selector == "index":  # its queries and keys are those of the choices
-        return Selector("bounds", parts, **common)
-    together = config.num_heads // config.choices
-    return Selector(config.selector, parts, together, config.selection_join, **common)
+        selector = Selector("bounds", parts)
+    else:
+        together = config.num_heads // config.choices
+        selector = Selector(config.selector, parts, together, config.selection_join)
+    return selector._replace(
+        forced=config.forced_chunks, span=config.selection_span, spans=config.selection_spans
+    )
 
 
 def repeated_choices(selection: Int[Array, "B T S J"], key_heads: int) -> Int[Array, "B T R J"]:

@@ -5,8 +5,6 @@ Everything is float32. `selection` chooses by these scores.
 Source: RWKV-X (arXiv 2504.21463) for the mean key.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import jax
@@ -130,7 +128,7 @@ class Selector(NamedTuple):
         return max(alike, scored_heads) * self.rows
 
     @property
-    def coarse(self) -> Selector:
+    def coarse(self) -> "Selector":
         """How spans are scored: by bounds that no chunk in them exceeds."""
         return self._replace(blocks=1, forced="none", span=0)
 

@@ -1,4 +1,4 @@
-"""The loss of the learned selector in a train step: its value, whom it reaches, parts and devices."""
+"""The loss of a learned selector in a train step: its value, whom it reaches, parts, devices."""
 
 import dataclasses
 import functools
