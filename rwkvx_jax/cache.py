@@ -10,6 +10,7 @@ keeps) serve the gate. Rows are written in place: pages travel through the layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -54,7 +55,9 @@ class Pages(NamedTuple):
 
     keys: Float[Array, "M B G N C K"]
     values: Float[Array, "M B G N C K"]
-    key_sums: Float32[Array, "M B G NR K"]  # what the selector keeps of each page's keys
+    # What the selector keeps of each page's keys; G and K are those of what it scores.
+    key_sums: Float32[Array, "M B G2 NR K2"]
+    span_rows: Float32[Array, "M B G2 NS K2"] | None = None  # and of spans of pages, if it has some
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Snapshot(NamedTuple):
     blocks: BlockState
     attention: AttentionState | None
     key_sums: jax.Array
+    span_rows: jax.Array | None
 
 
 def check_room(cache: Cache, count: int | jax.Array) -> None:
@@ -172,7 +176,11 @@ def init_cache(
             "CachePolicy"
         )
     chunk, selector = config.chunk_size, selector_of(config)
-    pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
+    count = _pages(config, rows)
+    pages = (attention, batch, heads, count, chunk, size)
+    scored = lambda rows: selector.start(
+        (attention, batch, config.scored_heads, rows, config.scored_size)
+    )
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
         position=jnp.zeros(batch, jnp.int32),
@@ -192,7 +200,8 @@ def init_cache(
         pages=Pages(
             jnp.zeros(pages, dtype),
             jnp.zeros(pages, dtype),
-            selector.start((*pages[:3], pages[3] * selector.rows, size)),
+            scored(count * selector.rows),
+            scored(count // selector.span * 2) if selector.span else None,
         ),
         gate=gate,
         policy=policy,
@@ -222,6 +231,12 @@ def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> i
     return max_length if policy is None else min(max_length, policy.trigger + 1)
 
 
+def _pages(config: ModelConfig, rows: int) -> int:
+    """Pages that hold so many rows: whole spans of them."""
+    span = config.selection_span or 1
+    return -(-rows // (config.chunk_size * span)) * span
+
+
 def cache_bytes(
     config: ModelConfig,
     dtype: jnp.dtype,
@@ -231,15 +246,21 @@ def cache_bytes(
 ) -> int:
     """Bytes of the cache that `init_cache` would make, known without making it."""
     bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    one = jax.eval_shape(lambda: init_cache(config, dtype, 1, 1))  # with a single page
-    page, count = bytes_of(one.pages), -(-_rows(config, max_length, policy) // config.chunk_size)
-    return batch * (bytes_of(one) - page + count * page)
+    one = jax.eval_shape(lambda: init_cache(config, dtype, 1, 1))  # with the fewest pages
+    pages, least = bytes_of(one.pages), _pages(config, 1)
+    count = _pages(config, _rows(config, max_length, policy)) // least
+    return batch * (bytes_of(one) - pages + count * pages)
 
 
 def snapshot(cache: Cache) -> Snapshot:
     """What `rewind` needs to come back here after further reading."""
     return Snapshot(
-        cache.length, cache.position, cache.blocks, cache.attention, cache.pages.key_sums
+        cache.length,
+        cache.position,
+        cache.blocks,
+        cache.attention,
+        cache.pages.key_sums,
+        cache.pages.span_rows,
     )
 
 
@@ -255,7 +276,7 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
         position=snapshot.position,
         blocks=snapshot.blocks,
         attention=snapshot.attention,
-        pages=cache.pages._replace(key_sums=snapshot.key_sums),
+        pages=cache.pages._replace(key_sums=snapshot.key_sums, span_rows=snapshot.span_rows),
     )
 
 
@@ -279,24 +300,34 @@ def write_rows(
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
+    scored: Float[Array, "B T G2 K2"] | None = None,  # what the selector scores; None: k
 ) -> Pages:
     """Appends the valid rows of k and v to the pages of one attention block."""
     chunk = pages.keys.shape[4]
-    batch, time, heads, _ = k.shape
-    row = start[:, None] + jnp.arange(time)[None]  # [B, T]
-    valid = jnp.arange(time)[None] < lengths[:, None]
+    row = start[:, None] + jnp.arange(k.shape[1])[None]  # [B, T]
+    valid = jnp.arange(k.shape[1])[None] < lengths[:, None]
     page = jnp.where(valid, row // chunk, pages.keys.shape[3])[:, :, None]  # beyond: dropped
-    where = (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None], page)
     slot = (row % chunk)[:, :, None]
-    put = partial(_put, index=(*where, slot))
-    k32, parts = k.astype(jnp.float32), pages.key_sums.shape[3] // pages.keys.shape[3]
-    at = lambda part: pages.key_sums.at[(*where[:3], page * parts + part)]
+    rows_of = lambda x: (
+        layer,
+        jnp.arange(x.shape[0])[:, None, None],
+        jnp.arange(x.shape[2])[None, None],
+    )
+    put = partial(_put, index=(*rows_of(k), page, slot))
+    scored = (k if scored is None else scored).astype(jnp.float32)
+    where, part = rows_of(scored), slot // (chunk // selector.keys_per_chunk)
+    at = lambda sums, row: sums.at[(*where, page * selector.rows + row)]
+    spans = pages.span_rows
     if selector.kind == "bounds":
-        low = at(0).max(-k32, mode="drop")
-        sums = low.at[(*where[:3], page * parts + 1)].max(k32, mode="drop")
+        sums = at(pages.key_sums, 2 * part).max(-scored, mode="drop")
+        sums = at(sums, 2 * part + 1).max(scored, mode="drop")
     else:
-        sums = at(slot // (chunk // parts)).add(k32, mode="drop")
-    return Pages(put(pages.keys, k), put(pages.values, v), sums)
+        sums = at(pages.key_sums, part).add(scored, mode="drop")
+    if spans is not None:
+        first = 2 * (page // selector.span)
+        spans = spans.at[(*where, first)].max(-scored, mode="drop")
+        spans = spans.at[(*where, first + 1)].max(scored, mode="drop")
+    return Pages(put(pages.keys, k), put(pages.values, v), sums, spans)
 
 
 def _put(target: jax.Array, rows: jax.Array, index: tuple) -> jax.Array:
@@ -310,11 +341,12 @@ def compress(
     length: Int[Array, " B"],
     due: Bool[Array, " B"],
     policy: CachePolicy,
-    selector: Selector = MEAN,
+    selector: Selector,
+    scored: Callable[[jax.Array], jax.Array],  # keys [B, T, G, K] -> what the selector scores
 ) -> Pages:
     """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-    old_keys, old_values, old_sums = (take(x) for x in pages)
+    old_keys, old_values, old_sums = (take(x) for x in pages[:3])
     batch, heads, count, chunk, size = old_keys.shape
     keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
     row = jnp.arange(keys.shape[2])
@@ -335,11 +367,14 @@ def compress(
 
     new_keys, new_values = repack(keys, old_keys), repack(values, old_values)
     kept_keys = new_keys.reshape(batch, heads, -1, size)[:, :, : policy.keep].swapaxes(1, 2)
-    sums = selector.rows_of(kept_keys, chunk).swapaxes(1, 2)  # of the first pages, others are empty
-    empty = selector.start((batch, heads, old_sums.shape[2] - sums.shape[2], size))
+    # Of the first pages; others are empty.
+    sums = selector.rows_of(scored(kept_keys), chunk).swapaxes(1, 2)
+    shape = list(old_sums.shape)
+    shape[2] -= sums.shape[2]
+    empty = selector.start(tuple(shape))
     sums = jnp.concatenate([sums, empty], axis=2)
     new_sums = jnp.where(due[:, None, None, None], sums, old_sums)
     put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)
-    return Pages(
-        put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
-    )
+    new = put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
+    spans = pages.span_rows
+    return Pages(*new, None if spans is None else put(spans, selector.span_rows(new_sums)))

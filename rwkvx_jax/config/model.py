@@ -82,11 +82,27 @@ class ModelConfig(Checked):
     """Tokens of one chunk of the sparse attention."""
     top_k: int = 3
     """Chunks a query reads: its own and the top_k - 1 best past ones."""
-    selector: Literal["mean", "max", "pooled", "bounds"] = "mean"
+    selector: Literal["mean", "max", "pooled", "bounds", "index"] = "mean"
     """How a query scores a past chunk: by its mean key (the paper), by the best or the pooled mean
-    keys of parts of it, or by bounds of its keys; see ops/selection.py."""
+    keys of parts of it, by bounds of its keys, or by learned vectors; see docs/selectors.md."""
     selector_blocks: int = 8
-    """Parts of a chunk for the selectors "max" and "pooled"; divides chunk_size."""
+    """Parts of a chunk for the selectors "max", "pooled" and "index"; divides chunk_size."""
+    index_size: int = 0
+    """Channels of the learned vectors of the selector "index"; 0: head_size."""
+    selection_groups: int = 0
+    """S: choices of chunks, each shared by H / S neighbouring heads of queries; 0: each head
+    chooses for itself."""
+    selection_join: Literal["sum", "max"] = "sum"
+    """What the scores of heads that choose together count as: their sum or the largest. The
+    selector "index" has one score a choice."""
+    forced_chunks: Literal["none", "previous", "first", "both"] = "none"
+    """Past chunks that every query reads, among its top_k: the one before its own, the first of the
+    text, or both."""
+    selection_span: int = 0
+    """Chunks of a span, with the selectors "bounds" and "index": queries choose spans by bounds of
+    all their keys first, and then chunks of these alone; 0: among all chunks."""
+    selection_spans: int = 8
+    """Spans that a query chooses among, its own included, if there are spans."""
     key_conv: int = 0
     """Width of a causal convolution over time on each channel of the attention keys (FlashMoBA,
     arXiv 2511.11571), the identity at first; 0 for none."""
@@ -140,6 +156,7 @@ class ModelConfig(Checked):
         )
         self._check_recurrent_blocks()
         self._check_attention()
+        self._check_choices()
         self._check_rotary()
         self._check_attention_init()
 
@@ -168,7 +185,7 @@ class ModelConfig(Checked):
         """Raises ConfigError for options of attention that do not go together."""
         require(self.key_conv >= 0, f"model.key_conv is {self.key_conv}: use 0 for none")
         require(
-            self.selector not in ("max", "pooled")
+            self.selector not in ("max", "pooled", "index")
             or (self.selector_blocks >= 1 and self.chunk_size % self.selector_blocks == 0),
             f"model.selector_blocks {self.selector_blocks} does not divide model.chunk_size "
             f"{self.chunk_size}, as the selector {self.selector!r} needs it to",
@@ -181,6 +198,47 @@ class ModelConfig(Checked):
         require(
             not self.shared_attention or self.num_attention_blocks > 0,
             "model.shared_attention is True, but model.num_attention_blocks is 0: leave it False",
+        )
+
+    def _check_choices(self) -> None:
+        """Raises ConfigError for heads that can't choose together."""
+        learned, heads = self.selector == "index", self.num_heads
+        require(
+            self.selection_groups >= 0 and heads % self.choices == 0,
+            f"model.selection_groups is {self.selection_groups}: it must divide the {heads} heads "
+            "of queries, or be 0 for a choice of each head",
+        )
+        within = self.choices % self.kv_heads == 0
+        require(
+            within or learned,
+            f"model.selection_groups is {self.selection_groups}, but heads that choose together by "
+            f"the selector {self.selector!r} score the same keys: use a multiple of the "
+            f'{self.kv_heads} heads of keys (model.num_kv_heads), or selector="index"',
+        )
+        require(
+            within or self.kv_heads % self.choices == 0,
+            f"model.selection_groups is {self.selection_groups}: of it and of the {self.kv_heads} "
+            "heads of keys (model.num_kv_heads) one must divide the other",
+        )
+        require(
+            self.index_size >= 0 and (learned or self.index_size == 0),
+            f'model.index_size is {self.index_size}: it is of the selector "index", not of '
+            f"{self.selector!r}, and 0 is head_size",
+        )
+
+        if not self.selection_span:
+            return
+        require(
+            self.selection_span > 1 and self.selector in ("bounds", "index"),
+            f"model.selection_span is {self.selection_span} with the selector {self.selector!r}: "
+            'spans have 2 chunks or more, and are chosen by the selectors "bounds" and "index"; '
+            "use 0 for none",
+        )
+        require(
+            (self.selection_spans - 1) * self.selection_span >= self.top_k - 1,
+            f"model.selection_spans {self.selection_spans} of model.selection_span "
+            f"{self.selection_span} chunks may hold fewer past chunks than model.top_k "
+            f"{self.top_k} asks for: raise one of them",
         )
 
     def _check_rotary(self) -> None:
@@ -242,6 +300,29 @@ class ModelConfig(Checked):
     def kv_width(self) -> int:
         """Channels of the keys (and of the values) of an attention block."""
         return self.kv_heads * self.head_size
+
+    @property
+    def choices(self) -> int:
+        """S: choices of chunks that a token makes in an attention block."""
+        return self.selection_groups or self.num_heads
+
+    @property
+    def scored_heads(self) -> int:
+        """Heads of what the selector keeps: of keys, or of the learned vectors."""
+        return self.choices if self.selector == "index" else self.kv_heads
+
+    @property
+    def scored_size(self) -> int:
+        """Channels of each of those heads."""
+        return self.index_size or self.head_size
+
+    @property
+    def indexer_matrices(self) -> int:
+        """Numbers in the matrices by which one attention block makes its learned vectors."""
+        if self.selector != "index":
+            return 0
+        heads = self.num_heads + max(self.choices, self.kv_heads)
+        return heads * self.head_size * self.scored_size
 
     @property
     def hidden_width(self) -> int:
@@ -307,7 +388,8 @@ class ModelConfig(Checked):
         norm = width if llama else 2 * width
         channel_mix = self.channel_mix_matrices + (0 if llama else width)
         time_mix = self.mixer_sizes.parameters + self.learned_state * width * self.head_size
-        attention = self.attention_matrices + self.key_conv * self.kv_width
+        attention = self.attention_matrices + self.indexer_matrices
+        attention += self.key_conv * self.kv_width
         attention += self.qkv_bias * (width + 2 * self.kv_width)
         return (
             (1 if self.tied_embeddings else 2) * self.vocab_size * width

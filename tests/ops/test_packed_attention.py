@@ -160,11 +160,11 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
         found = lambda some: np.array([key for key in some if key is not None])
         if selector.kind == "mean":
             return query @ found(keys).mean(0)
-        if selector.kind == "bounds":
-            low, high = found(keys).min(0), found(keys).max(0)
-            return np.maximum(query * low, query * high).sum()
         size = chunk // selector.blocks
         parts = [found(keys[i : i + size]) for i in range(0, chunk, size)]
+        if selector.kind == "bounds":
+            bound = lambda p: np.maximum(query * p.min(0), query * p.max(0)).sum()
+            return max(bound(p) for p in parts if len(p))
         means = [(len(p), query @ p.mean(0)) for p in parts if len(p)]
         if selector.kind == "max":
             return max(mean for _, mean in means)
@@ -183,7 +183,9 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
                 )
                 for h in heads
             ]
-            scored.append((-(sum(scores) if selector.joined == "sum" else max(scores)), c))
+            score_of_all = sum(scores) if selector.joined == "sum" else max(scores)
+            forced = selector.forced == "both" and (not scored or c == at // chunk - 1)
+            scored.append((-np.inf if forced else -score_of_all, c))
         best = [c for _, c in sorted(scored)[: top_k - 1]]
         out[b, t, s, : len(best)] = best
     return out
@@ -195,10 +197,12 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
     [
         Selector(),
         Selector("bounds"),
+        Selector("bounds", 3, forced="both"),
+        Selector("bounds", 6, together=2),
         Selector("max", 3),
         Selector("pooled", 2, together=2, joined="max"),
     ],
-    ids=lambda selector: selector.kind,
+    ids=lambda selector: f"{selector.kind}-{selector.blocks}",
 )
 def test_chunks_are_chosen_by_a_documents_own_keys(selector, blocks, monkeypatch):
     if blocks == "many blocks":
@@ -214,6 +218,13 @@ def test_chunks_are_chosen_by_a_documents_own_keys(selector, blocks, monkeypatch
     )
     expected = numpy_selection(q, k, runs_of(IDS), 6, 3, offsets, selector)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_spans_of_chunks_are_refused():
+    q, k, _ = random_qkv(3, 2, TIME)
+    spans = Selector("bounds", span=2)
+    with pytest.raises(ValueError, match="would join documents"):
+        select_chunks(q, k, chunk_size=6, top_k=3, segment_ids=IDS, selector=spans)
 
 
 # ------------------------------------------------------------------------ documents by themselves
