@@ -491,6 +491,8 @@ def _attention_forward(q, k, v, selection, first, plan, interpret, forward):
 
 def _attention_backward(plan, interpret, forward, saved, do):
     del forward
+    if reason := missing_triton():
+        raise ValueError(f"the gradient of block_sparse on GPU: {reason}")
     q, k, v, selection, first, out, lse, routed = saved
     group = q.shape[2] // k.shape[2]
     if group > 1:  # the kernels know no groups: every query head gets its own copies

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels import block_sparse_mosaic_gpu
+from pallas_kernels import block_sparse_gpu, block_sparse_mosaic_gpu
 from pallas_kernels.block_sparse_gpu import TileConfig
 from rwkvx_jax.ops import dispatch
 from rwkvx_jax.ops.attention_reference import sparse_attention_reference
@@ -159,6 +159,19 @@ def test_bad_inputs_are_named(change, message):
         block_sparse_mosaic_gpu.block_sparse_attention(q, k, v, chosen, **options)
 
 
+@pytest.mark.gpu
+@needs_mosaic
+@pytest.mark.parametrize("chunk_size, size", [(32, 64), (128, 64), (128, 128)])
+def test_on_this_gpu(chunk_size, size):
+    if reason := block_sparse_mosaic_gpu.unsupported_chip():
+        pytest.skip(reason)
+    qkv, chosen = inputs(1000, 4, 2, size), random_selection(1, 1, 1000, 2, chunk_size, 3)
+    actual = value_and_gradients(functools.partial(attend, chunk_size=chunk_size))(*qkv, chosen)
+    reference = functools.partial(oracle, chunk_size=chunk_size, offset=0)
+    expected = value_and_gradients(reference)(*(x.astype(jnp.float32) for x in qkv), chosen)
+    compare([x.astype(jnp.float32) for x in actual], expected, forward=5e-3, gradient=2e-2)
+
+
 # --------------------------------------------------------------------------------------------
 # For a GPU that is not here
 # --------------------------------------------------------------------------------------------
@@ -198,6 +211,16 @@ def test_other_gpus_are_named():
         run()
     with on("NVIDIA B200"), pytest.raises(ValueError, match="Hopper"):
         run()
+
+
+@needs_mosaic
+def test_gradients_need_triton(monkeypatch):
+    monkeypatch.setattr(block_sparse_gpu, "missing_triton", lambda: "no Triton here")
+    total = lambda *x: attend(*x, chunk_size=64).sum()
+    with on_h100():
+        jax.eval_shape(total, *arguments(64, 64))
+        with pytest.raises(ValueError, match="the gradient of block_sparse on GPU: no Triton here"):
+            jax.eval_shape(jax.grad(total), *arguments(64, 64))
 
 
 def test_older_versions_are_named(monkeypatch):
