@@ -401,9 +401,12 @@ def _first(x: jax.Array) -> pl.BlockSpec:  # [B, 1] -> [1]
     return pl.BlockSpec((None, 1), lambda b, h, i: (b, 0))
 
 
-def _call(plan: Plan, kernel, steps: int, inputs, outputs, products, scores, interpret, name):
+def _call(
+    plan: Plan, kernel, steps: int, inputs, outputs, products, scores, interpret, name, widened=1
+):
     """inputs: (array, its block spec maker); outputs the same with shapes. `products` products of
-    `scores` scores with the head size are its useful work."""
+    `scores` scores with the head size are its useful work. A program has `widened` times the
+    tile's warps, up to 8."""
     arrays = [x for x, _ in (*inputs, *outputs)]
     batch, _, heads, head = inputs[[spec for _, spec in inputs].index(_tokens)][0].shape
     return pl.pallas_call(
@@ -412,7 +415,9 @@ def _call(plan: Plan, kernel, steps: int, inputs, outputs, products, scores, int
         in_specs=[spec(x) for x, spec in inputs],
         out_specs=[spec(x) for x, spec in outputs],
         out_shape=[x for x, _ in outputs],
-        compiler_params=triton().CompilerParams(num_warps=plan.tile.warps, num_stages=1),
+        compiler_params=triton().CompilerParams(
+            num_warps=min(8, widened * plan.tile.warps), num_stages=1
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * heads * scores * head,
             transcendentals=batch * heads * scores,
@@ -549,6 +554,7 @@ def _gradients(plan: Plan, interpret: bool, arrays, out, lse, routed, do):
         products=4,
         scores=own + past,
         name="block_sparse_dkv",
+        widened=head // 64,  # both sums are [keys, K] in float32: four warps spill those of 128
     )
     return dq, dk, dv
 

@@ -8,10 +8,8 @@ The gradients are those of the Triton kernels, from this pass's result and log-s
 import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,7 @@ from rwkvx_jax.ops.attention_reference import sparse_attention_reference
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from tests.helpers import ROOT, assert_close
 from tests.kernels.test_block_sparse_kernels import choose_one
-from tests.kernels.test_gpu_lowering import on_h100
+from tests.kernels.test_gpu_lowering import compiles_for_h100, on_h100
 from tests.ops.attention_cases import compare, random_qkv, random_selection, value_and_gradients
 
 BF16 = jnp.bfloat16
@@ -259,9 +257,7 @@ with jax.set_mesh(mesh):
 
 
 @needs_mosaic
-@pytest.mark.slow
-@pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="needs jax's CUDA plugin")
-@pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas, of the CUDA toolkit")
+@compiles_for_h100
 @pytest.mark.parametrize("chunk_size, size", [(32, 64), (128, 64), (128, 128)])
 def test_h100_does_not_spill(chunk_size, size, tmp_path):
     dump = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(tmp_path))
