@@ -256,23 +256,27 @@ def per_device(
 
     Args:
       fn: function of arrays.
-      in_axes: logical axes of each argument.
+      in_axes: logical axes of each argument, which may be None.
       out_axes: logical axes of the result, or a tuple of them for a tuple of results.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return fn
 
-    def call(*arguments: jax.Array) -> Any:
+    def call(*arguments: jax.Array | None) -> Any:
         sizes = {
             axis: size
             for axes, argument in zip(in_axes, arguments, strict=True)
+            if argument is not None
             for axis, size in zip(axes, argument.shape, strict=True)
         }
         spec = lambda axes: PartitionSpec(*(_fitting(mesh, axis, sizes) for axis in axes))
         several = isinstance(out_axes[0], tuple)
         out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
-        in_specs = tuple(map(spec, in_axes))
+        in_specs = tuple(
+            PartitionSpec() if argument is None else spec(axes)
+            for axes, argument in zip(in_axes, arguments, strict=True)
+        )
         return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
             *arguments
         )

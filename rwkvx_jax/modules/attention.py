@@ -25,6 +25,7 @@ from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.chunk_mass import selection_loss
+from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
 from rwkvx_jax.ops.selection import (
@@ -72,9 +73,10 @@ class Attention(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         run: RunConfig,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attention of a whole sequence to itself."""
-        q, k, v, _ = self.project(h)
+        """Attention of a whole sequence to itself, or of each document packed in it."""
+        q, k, v, _ = self.project(h, segment_ids=segment_ids)
         index: tuple[jax.Array, ...] = ()
         if self.config.attention == "full":
             op = full_attention
@@ -83,13 +85,15 @@ class Attention(nnx.Module):
             if self.config.selector == "index":
                 index = self.scored(q, k)
         if sequence_parts(h.shape[1]) > 1:
-            out = context.attention(op, q, k, v, *index)
+            out = context.attention(op, q, k, v, segment_ids, *index)
         else:
             tokens = ("batch", None, "heads", None)
-            out = per_device(op, (tokens,) * (3 + len(index)), tokens)(q, k, v, *index)
+            attend = lambda ids, *arrays: op(*arrays, segment_ids=ids)
+            axes = ("batch", None), *[tokens] * (3 + len(index))
+            out = per_device(attend, axes, tokens)(segment_ids, q, k, v, *index)
         return self.combine(out)
 
-    def _attend(self, q, k, v, *index, implementation, q_offset=0) -> jax.Array:
+    def _attend(self, q, k, v, *index, implementation, q_offset=0, segment_ids=None) -> jax.Array:
         """Sparse attention, chunks chosen by q and k or by an index query and key a choice."""
         chunk_size, top_k = self.config.chunk_size, self.config.top_k
         selector = selector_of(self.config)
@@ -98,6 +102,7 @@ class Attention(nnx.Module):
             chunk_size=chunk_size,
             top_k=top_k,
             q_offset=q_offset,
+            segment_ids=segment_ids,
             implementation=implementation,
         )
         if not index:
@@ -105,19 +110,26 @@ class Attention(nnx.Module):
         if k.shape[1] <= chunk_size * top_k:  # whatever is chosen, everything is read
             return attend(q, k, v)
         selection = select_chunks(
-            *index, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset, selector=selector
+            *index,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            q_offset=q_offset,
+            segment_ids=segment_ids,
+            selector=selector,
         )
         return attend(q, k, v, selection=repeated_choices(selection, k.shape[2]))
 
-    def selection_loss(self, h: Float[Array, "B T D"]) -> Float32[Array, "B S"]:
+    def selection_loss(
+        self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float32[Array, "B S"]:
         """`ops.chunk_mass.selection_loss` of whole sequences; only the indexer gets a gradient."""
-        q, k = jax.lax.stop_gradient(self.project(h)[:2])
+        q, k = jax.lax.stop_gradient(self.project(h, segment_ids=segment_ids)[:2])
         op = partial(
             selection_loss, chunk_size=self.config.chunk_size, selector=selector_of(self.config)
         )
         tokens = ("batch", None, "heads", None)
-        arrays = q, k, *self.scored(q, k)
-        return per_device(op, (tokens,) * 4, ("batch", "heads"))(*arrays)
+        axes = *[tokens] * 4, ("batch", None)
+        return per_device(op, axes, ("batch", "heads"))(q, k, *self.scored(q, k), segment_ids)
 
     def scored(
         self, q: Float[Array, "B Tq H K"], k: Float[Array, "B Tk G K"]
@@ -240,6 +252,7 @@ class Attention(nnx.Module):
         position: Int[Array, " B"] | None = None,
         tail: Float[Array, "B X"] | None = None,
         lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[
         Float[Array, "B T H K"],
         Float[Array, "B T G K"],
@@ -254,11 +267,13 @@ class Attention(nnx.Module):
           tail: keys of the tokens before, oldest first, as `short_convolution` keeps them; None:
             h begins a text.
           lengths: valid tokens of each row, where there is a tail.
+          segment_ids: numbers of packed documents, where there is none; each is a text.
         """
         config = self.config
         q, k, v = (self._projected(h, name) for name in ("receptance", "key", "value"))
         if config.key_conv:
-            k, tail = short_convolution(k, self.key_conv[...], tail, lengths, added_to=k)
+            taps = self.key_conv[...]
+            k, tail = short_convolution(k, taps, tail, lengths, segment_ids, added_to=k)
         split = lambda x, heads: constrain(
             x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None
         )
@@ -266,6 +281,8 @@ class Attention(nnx.Module):
         if config.rope_theta:
             positions = jnp.arange(h.shape[1], dtype=jnp.int32)[None]
             positions = positions if position is None else position[:, None] + positions
+            if segment_ids is not None:
+                positions = positions - document_starts(segment_ids)
             q, k = rotate(q, positions, config), rotate(k, positions, config)
         return q, k, v, tail
 

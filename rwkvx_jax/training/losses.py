@@ -82,11 +82,8 @@ def token_losses(
       segment_ids: [B, T] int32, the document of each input, or None: a row is one text.
       selection: whether the loss of the selector "index" is wanted as well.
     """
-    # The one place where a loss calls the model. `RWKVX.features` takes no segment ids yet: states
-    # and attention still reach across the documents of a row, as they do in samples="window".
-    del segment_ids
-    look = lambda attention, h: attention.selection_loss(h) if selection else None
-    features, seen = model.observe(tokens[:, :-1], look)
+    look = lambda attention, h: attention.selection_loss(h, segment_ids) if selection else None
+    features, seen = model.observe(tokens[:, :-1], look, segment_ids)
     targets = tokens[:, 1:]
     # Parts of a sequence that lie on several devices become rows, so that none has to move.
     shape, parts = targets.shape, sequence_parts(targets.shape[1])
