@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rwkvx_jax.config.choices import check_choices
 from rwkvx_jax.config.mixers import MIXER_TITLES, MixerName, MixerSizes, mixer_sizes
 from rwkvx_jax.config.values import Checked, require, require_positive
 
@@ -156,7 +157,7 @@ class ModelConfig(Checked):
         )
         self._check_recurrent_blocks()
         self._check_attention()
-        self._check_choices()
+        check_choices(self)
         self._check_rotary()
         self._check_attention_init()
 
@@ -185,12 +186,6 @@ class ModelConfig(Checked):
         """Raises ConfigError for options of attention that do not go together."""
         require(self.key_conv >= 0, f"model.key_conv is {self.key_conv}: use 0 for none")
         require(
-            self.selector not in ("max", "pooled", "index")
-            or (self.selector_blocks >= 1 and self.chunk_size % self.selector_blocks == 0),
-            f"model.selector_blocks {self.selector_blocks} does not divide model.chunk_size "
-            f"{self.chunk_size}, as the selector {self.selector!r} needs it to",
-        )
-        require(
             self.num_kv_heads >= 0 and self.num_heads % self.kv_heads == 0,
             f"model.num_kv_heads is {self.num_kv_heads}: it must divide the {self.num_heads} heads "
             "of queries, or be 0 for as many",
@@ -198,47 +193,6 @@ class ModelConfig(Checked):
         require(
             not self.shared_attention or self.num_attention_blocks > 0,
             "model.shared_attention is True, but model.num_attention_blocks is 0: leave it False",
-        )
-
-    def _check_choices(self) -> None:
-        """Raises ConfigError for heads that can't choose together."""
-        learned, heads = self.selector == "index", self.num_heads
-        require(
-            self.selection_groups >= 0 and heads % self.choices == 0,
-            f"model.selection_groups is {self.selection_groups}: it must divide the {heads} heads "
-            "of queries, or be 0 for a choice of each head",
-        )
-        within = self.choices % self.kv_heads == 0
-        require(
-            within or learned,
-            f"model.selection_groups is {self.selection_groups}, but heads that choose together by "
-            f"the selector {self.selector!r} score the same keys: use a multiple of the "
-            f'{self.kv_heads} heads of keys (model.num_kv_heads), or selector="index"',
-        )
-        require(
-            within or self.kv_heads % self.choices == 0,
-            f"model.selection_groups is {self.selection_groups}: of it and of the {self.kv_heads} "
-            "heads of keys (model.num_kv_heads) one must divide the other",
-        )
-        require(
-            self.index_size >= 0 and (learned or self.index_size == 0),
-            f'model.index_size is {self.index_size}: it is of the selector "index", not of '
-            f"{self.selector!r}, and 0 is head_size",
-        )
-
-        if not self.selection_span:
-            return
-        require(
-            self.selection_span > 1 and self.selector in ("bounds", "index"),
-            f"model.selection_span is {self.selection_span} with the selector {self.selector!r}: "
-            'spans have 2 chunks or more, and are chosen by the selectors "bounds" and "index"; '
-            "use 0 for none",
-        )
-        require(
-            (self.selection_spans - 1) * self.selection_span >= self.top_k - 1,
-            f"model.selection_spans {self.selection_spans} of model.selection_span "
-            f"{self.selection_span} chunks may hold fewer past chunks than model.top_k "
-            f"{self.top_k} asks for: raise one of them",
         )
 
     def _check_rotary(self) -> None:

@@ -85,13 +85,12 @@ class Attention(nnx.Module):
             if self.config.selector == "index":
                 index = self.scored(q, k)
         if sequence_parts(h.shape[1]) > 1:
-            out = context.attention(op, q, k, v, *index, segment_ids=segment_ids)
+            out = context.attention(op, q, k, v, segment_ids, *index)
         else:
             tokens = ("batch", None, "heads", None)
-            arrays = q, k, v, *index
             attend = lambda ids, *arrays: op(*arrays, segment_ids=ids)
-            axes = ("batch", None), *(tokens,) * len(arrays)
-            out = per_device(attend, axes, tokens)(segment_ids, *arrays)
+            axes = ("batch", None), *[tokens] * (3 + len(index))
+            out = per_device(attend, axes, tokens)(segment_ids, q, k, v, *index)
         return self.combine(out)
 
     def _attend(self, q, k, v, *index, implementation, q_offset=0, segment_ids=None) -> jax.Array:
@@ -123,15 +122,14 @@ class Attention(nnx.Module):
     def selection_loss(
         self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float32[Array, "B S"]:
-        """`ops.chunk_mass.selection_loss` of whole sequences, or of each document packed in them;
-        only the indexer gets a gradient."""
+        """`ops.chunk_mass.selection_loss` of whole sequences; only the indexer gets a gradient."""
         q, k = jax.lax.stop_gradient(self.project(h, segment_ids=segment_ids)[:2])
         op = partial(
             selection_loss, chunk_size=self.config.chunk_size, selector=selector_of(self.config)
         )
         tokens = ("batch", None, "heads", None)
-        arrays = q, k, *self.scored(q, k), segment_ids
-        return per_device(op, (*(tokens,) * 4, ("batch", None)), ("batch", "heads"))(*arrays)
+        axes = *[tokens] * 4, ("batch", None)
+        return per_device(op, axes, ("batch", "heads"))(q, k, *self.scored(q, k), segment_ids)
 
     def scored(
         self, q: Float[Array, "B Tq H K"], k: Float[Array, "B Tk G K"]

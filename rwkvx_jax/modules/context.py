@@ -93,8 +93,8 @@ def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    *index: Float[Array, "B T S I"],
     segment_ids: Int[Array, "B T"] | None = None,
+    *index: Float[Array, "B T S I"],
 ) -> Float[Array, "B T H V"]:
     """`op(q, k, v, *index)` over sequences cut along time.
 
@@ -111,8 +111,8 @@ def attention(
       q: queries.
       k: keys.
       v: values.
-      index: an index query and an index key a choice, or nothing; of S and G one divides the other.
       segment_ids: numbers of packed documents; every device has those of all tokens.
+      index: an index query and an index key a choice, or nothing; of S and G one divides the other.
     """
     axis, parts = rule("time"), sequence_parts(q.shape[1])
 
@@ -138,9 +138,8 @@ def attention(
         out = op(*map(whole, (q, k, v, *index)), segment_ids=ids)
         return trade(out, split_axis=1, concat_axis=2)[:, :, :heads]
 
-    arrays = q, k, v, *index
-    axes = ("batch", None), *(_TOKENS,) * len(arrays)
-    return per_device(stretch, axes, _TOKENS)(segment_ids, *arrays)
+    axes = ("batch", None), *[_TOKENS] * (3 + len(index))
+    return per_device(stretch, axes, _TOKENS)(segment_ids, q, k, v, *index)
 
 
 def _copies(heads: int, groups: int, parts: int) -> int:

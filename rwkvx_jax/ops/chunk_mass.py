@@ -44,11 +44,11 @@ def log_mass(
       q: [B, Q, H, K] queries.
       k: [B, T, G, K] keys from position 0; G divides H.
       positions: int [Q], below T, of the queries.
-      first: int [B, Q], the first key that each query sees; None: that at 0.
+      first: int [B, Q], the first key that each sees; None: 0.
       chunk_size: tokens in a chunk.
 
     Returns:
-      float32 [B, H, Q, ceil(T / chunk_size)]; -inf for chunks in which it sees nothing.
+      float32 [B, H, Q, ceil(T / chunk_size)]; -inf for chunks without a key that the query sees.
     """
     batch, length, groups, size = k.shape
     chunks = -(-length // chunk_size)
@@ -60,10 +60,10 @@ def log_mass(
     def add(j, found):
         some = jax.lax.dynamic_slice_in_dim(k, j * cols, cols, 1)
         scores = _product("bqgmk,bsgk->bgmqs", q, some) * size**-0.5
-        keys = j * cols + jnp.arange(cols)[None]
-        visible = (keys <= positions[:, None])[None]
+        keys = j * cols + jnp.arange(cols)[None, None]
+        visible = keys <= positions[None, :, None]
         if first is not None:
-            visible &= keys[None] >= first[..., None]
+            visible &= keys >= first[:, :, None]
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         sums = jax.nn.logsumexp(scores.reshape(*scores.shape[:-1], each, chunk_size), axis=-1)
         return jax.lax.dynamic_update_slice_in_dim(found, sums, j * each, sums.ndim - 1)
@@ -96,8 +96,8 @@ def selection_loss(
       k: [B, T, G, K] keys; no gradient.
       index_q: [B, T, S, I] what the selector is asked with.
       index_k: [B, T, S, I] what it scores.
-      segment_ids: numbers of packed documents (`documents`), whose past chunks and keys are their
-        own, as `select_chunks` takes them. None: a row is one text.
+      segment_ids: numbers of packed documents; their queries see and choose within them, as in
+        `select_chunks`, and padding adds 0. None: a row is one text.
       chunk_size: tokens in a chunk.
       selector: of one query a choice (`together` is 1).
 
@@ -117,61 +117,58 @@ def selection_loss(
     complete = k.shape[1] // chunk_size * chunk_size
     if complete == 0:
         return jnp.zeros((q.shape[0], choices), jnp.float32)
-    starts = counted = counts = None
+    first = counted = counts = None
     if segment_ids is not None:
-        starts = document_starts(segment_ids)
-        counted = readable_keys(starts[:, :complete], chunk_size)
+        first = document_starts(segment_ids)
+        counted = readable_keys(first, chunk_size)
         counts = selector.counts(counted, chunk_size)
+        first = jnp.where(segment_ids > 0, first, k.shape[1])  # padding sees nothing
     rows = selector.rows_of(index_k[:, :complete], chunk_size, counted)
-    return _divergence(index_q, rows, q, k, starts, counts, chunk_size, selector)
+    return _divergence(index_q, rows, q, k, (first, counts), chunk_size, selector)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _divergence(index_q, rows, *given):
-    return _over_blocks(index_q, rows, *given, gradients=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _divergence(index_q, rows, q, k, packed, chunk_size, selector):
+    return _over_blocks(index_q, rows, q, k, packed, chunk_size, selector, gradients=False)[0]
 
 
-def _forward(index_q, rows, *given):
-    total, *gradients = _over_blocks(index_q, rows, *given, gradients=True)
+def _forward(index_q, rows, *arguments):
+    total, *gradients = _over_blocks(index_q, rows, *arguments, gradients=True)
     return total, gradients
 
 
 def _backward(chunk_size, selector, gradients, grad):
     """The gradients of each row's and choice's sum are there: the masses are not made twice."""
     index_q, rows = (x * grad[:, None, :, None].astype(x.dtype) for x in gradients)
-    return index_q, rows, None, None, None, None
+    return index_q, rows, None, None, None
 
 
 _divergence.defvjp(_forward, _backward)
 
 
-def _over_blocks(index_q, rows, q, k, starts, counts, chunk_size, selector, *, gradients):
-    """Sums [B, S], and with `gradients` theirs by index_q and rows (else zeros). `starts` [B, T]
-    are those of documents and `counts` as in `Selector.keys`, or both None."""
+def _over_blocks(index_q, rows, q, k, packed, chunk_size, selector, *, gradients):
+    """Sums [B, S], and with `gradients` theirs by index_q and rows (else None)."""
     batch, length, choices, _ = index_q.shape
     once = min(QUERIES_AT_ONCE, length)
     blocks = -(-length // once)
     chunks = rows.shape[1] // selector.rows
+    first, counts = packed
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, blocks * once - length), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, blocks * once - length)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(batch, blocks, once, *x.shape[2:]).swapaxes(0, 1)
 
     def one(carry, block):
         total, by_rows = carry
-        number, q, index_q = block
+        number, q, index_q, first = block
         positions = number * once + jnp.arange(once, dtype=jnp.int32)
         own = jnp.where(positions < length, positions // chunk_size, 0)
-        numbers, positions = jnp.arange(chunks), jnp.minimum(positions, length - 1)
-        past = (numbers[None] < own[:, None])[None, None]  # [1, 1, Q, N]
-        first = None
-        if starts is not None:
-            first = starts[:, positions]
-            past &= (numbers[None, None] >= first[..., None] // chunk_size)[:, None]
-        mass = log_mass(q, k, positions, first, chunk_size=chunk_size)
-        mass = (
-            _shares(mass[..., :chunks], past).reshape(batch, choices, -1, *past.shape[2:]).mean(2)
-        )
+        numbers = jnp.arange(chunks)[None, None, None]
+        past = numbers < own[None, None, :, None]  # [1 or B, 1, Q, N]
+        if first is not None:
+            past &= numbers >= first[:, None, :, None] // chunk_size
+        mass = log_mass(q, k, jnp.minimum(positions, length - 1), first, chunk_size=chunk_size)
+        mass = _shares(mass[..., :chunks], past).reshape(batch, choices, -1, once, chunks).mean(2)
         divergence = partial(_divergence_from, mass, past, counts, chunk_size, selector)
         if not gradients:
             return (total + divergence(index_q, rows), by_rows), None
@@ -180,7 +177,8 @@ def _over_blocks(index_q, rows, q, k, starts, counts, chunk_size, selector, *, g
         return (total + found, by_rows + more), by_index_q
 
     start = filled(index_q, (batch, choices)), filled(rows, rows.shape)
-    blocks_of = jnp.arange(blocks, dtype=jnp.int32), split(q), split(index_q)
+    first = None if first is None else split(first)
+    blocks_of = jnp.arange(blocks, dtype=jnp.int32), split(q), split(index_q), first
     (total, by_rows), by_index_q = jax.lax.scan(one, start, blocks_of)
     if not gradients:
         return total, None, None
@@ -195,13 +193,11 @@ def _shares(log_weights, past):
 
 def _divergence_from(mass, past, counts, chunk_size, selector, index_q, rows):
     """Sums [B, S] over the queries of a block, for mass [B, S, Q, N]."""
-    weights = None
-    if counts is not None:
-        counts = counts[:, None]  # for all choices
-        weights = counts[:, :, None] / (chunk_size // selector.keys_per_chunk)
-    keys = selector.keys(rows.swapaxes(1, 2), chunk_size, counts)  # [B, S, N keys_per_chunk, F]
+    counts = None if counts is None else counts[:, None]
+    keys = selector.keys(rows.swapaxes(1, 2), chunk_size, counts)  # [B, S, N * keys_per_chunk, F]
     queries = selector.queries(index_q.astype(jnp.float32).swapaxes(1, 2), 1)
-    size = index_q.shape[3]
+    size, part = index_q.shape[3], chunk_size // selector.keys_per_chunk
+    weights = None if counts is None else counts[:, :, None] / part
     products = _product("bsqf,bsnf->bsqn", queries, keys)
     scores = selector.combine(products, size, weights) * size**-0.5
     log_p = jax.nn.log_softmax(jnp.where(past, scores, MASKED), axis=-1)

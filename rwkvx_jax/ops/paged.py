@@ -152,7 +152,7 @@ def _select_in_spans(q, rows, span_rows, layer, positions, *, chunk_size, count,
 
     spans = jax.lax.dynamic_index_in_dim(span_rows, layer, 0, keepdims=False)
     scores = scored(selector.coarse, selector.coarse.keys(spans, chunk_size))
-    best = jnp.sort(best_spans(scores, own, selector), axis=-1)  # [B, S, 1, J], -1 first
+    best = jnp.sort(best_spans(scores, own, None, selector), axis=-1)  # [B, S, 1, J], -1 first
     head = jnp.arange(batch * choices).reshape(batch, choices, 1, 1) // (choices // groups)
     row = jnp.broadcast_to(layer * batch * groups + head, best.shape)
     flat, each = rows.reshape(-1, stored, size), selector.span * selector.rows

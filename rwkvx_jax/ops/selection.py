@@ -118,9 +118,8 @@ def select_from_rows(
     # Heads before time, once: the keys of a head lie together, as products want them.
     q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size, counts)
     own = positions // chunk_size
-    weights = (
-        None if counts is None else counts[:, :, None] / (chunk_size // selector.keys_per_chunk)
-    )
+    part = chunk_size // selector.keys_per_chunk
+    weights = None if counts is None else counts[:, :, None] / part
 
     few = length < MIN_QUERIES_TO_BRANCH
     step = chunks if few else max(MIN_CHUNKS_PER_PREFIX, -(-chunks // PREFIXES))
@@ -175,7 +174,7 @@ def _select_among(first, q, keys, own, first_chunk, weights, *, count, selector,
     if selector.span:
         spans = selector.span_rows(some.reshape(*some.shape[:2], -1, key_size))
         spans = products(selector.coarse, spans.reshape(*some.shape[:2], -1, some.shape[3]))
-        best = best_spans(selector.coarse.combine(spans, key_size), own, selector)
+        best = best_spans(selector.coarse.combine(spans, key_size), own, first_chunk, selector)
         numbers = jnp.arange(first) // selector.span
         candidates = (best[..., None] == numbers[None, None, None, None]).any(3)
     return choose_past(
@@ -191,17 +190,28 @@ def _select_among(first, q, keys, own, first_chunk, weights, *, count, selector,
 
 
 def best_spans(
-    scores: Float32[Array, "B S T N"], own: Int32[Array, "B T"], selector: Selector
+    scores: Float32[Array, "B S T N"],
+    own: Int32[Array, "B T"],
+    first_chunk: Int32[Array, "B T"] | None,
+    selector: Selector,
 ) -> Int32[Array, "B S T J"]:
     """Spans whose chunks are candidates, the own one last: int32 [B, S, T, at most spans], -1 for
-    none. Scores of spans that are not whole before the own one may be anything."""
+    none. Scores of spans that are not whole before the own one, or hold chunks before the first,
+    may be anything: the one in which a packed document begins is taken before all others."""
+    own, first = _columns(own, first_chunk)
+    numbers, span = jnp.arange(scores.shape[3])[None, None, None], selector.span
+    scores = selector.prefer_forced(scores, numbers, own, first, span)
+    scores = jnp.where(numbers * span < first, jnp.inf, scores)
+    own_span = jnp.broadcast_to(own // span, (*scores.shape[:3], 1)).astype(jnp.int32)
+    whole = (numbers < own_span) & (numbers >= first // span)
+    best = _best(jnp.where(whole, scores, -jnp.inf), min(selector.spans - 1, scores.shape[3]))
+    return jnp.concatenate([best, own_span], axis=-1)
+
+
+def _columns(own, first_chunk):
+    """Own chunks [B, T], and those in which documents begin (None: 0), as [B, 1, T, 1]."""
     own = own[:, None, :, None]
-    numbers = jnp.arange(scores.shape[3])[None, None, None]
-    scores = selector.prefer_forced(scores, numbers, own, unit=selector.span)
-    own_span = jnp.broadcast_to(own // selector.span, (*scores.shape[:3], 1))
-    scores = jnp.where(numbers < own_span, scores, -jnp.inf)
-    best = _best(scores, min(selector.spans - 1, scores.shape[3]))
-    return jnp.concatenate([best, own_span.astype(jnp.int32)], axis=-1)
+    return own, 0 * own if first_chunk is None else first_chunk[:, None, :, None]
 
 
 def choose_past(
@@ -220,7 +230,7 @@ def choose_past(
     count], -1 for none."""
     scores = selector.combine(products, key_size, weights)
     numbers = jnp.arange(scores.shape[-1])[None, None, None]
-    scores = past_scores(scores, numbers, own, selector, first_chunk)
+    scores = _past_scores(scores, numbers, own, first_chunk, selector)
     if candidates is not None:
         scores = jnp.where(candidates, scores, -jnp.inf)
     return _pad_choices(_best(scores, min(count, scores.shape[-1])), count)
@@ -235,17 +245,16 @@ def choose_numbered(
     selector: Selector,
 ) -> Int32[Array, "B S T J"]:
     """`choose_past` by the scores of the chunks with these numbers."""
-    scores = past_scores(scores, numbers, own, selector)
+    scores = _past_scores(scores, numbers, own, None, selector)
     best = _best(scores, min(count, scores.shape[-1]))
     chosen = jnp.take_along_axis(numbers, jnp.maximum(best, 0), axis=-1)
     return _pad_choices(jnp.where(best >= 0, chosen, -1), count)
 
 
-def past_scores(scores, numbers, own, selector, first_chunk=None):
+def _past_scores(scores, numbers, own, first_chunk, selector):
     """Scores [B, S, T, N] of the chunks with these numbers: infinite where they are forced, and
-    minus infinity where they are not before the own chunk or before the document's first."""
-    own = own[:, None, :, None]
-    first = 0 * own if first_chunk is None else first_chunk[:, None, :, None]
+    minus infinity where they are not between the first and the own chunk."""
+    own, first = _columns(own, first_chunk)
     past = (numbers >= first) & (numbers < own)
     return jnp.where(past, selector.prefer_forced(scores, numbers, own, first), -jnp.inf)
 
@@ -294,7 +303,8 @@ def select_chunks(
       segment_ids: numbers of packed documents (`documents`), of the keys and so of the queries at
         their positions. A query chooses among the chunks from that on in which its document begins,
         and a chunk is scored by the keys of the document it ends with alone: queries behind it are
-        of no other. None: all tokens are of one document.
+        of no other. Of a selector's spans that one counts as forced which holds the document's
+        first chunk behind others. None: all tokens are of one document.
       implementation: "pallas" (TPU, selector "mean" or "bounds"), "xla", or None to choose by
         platform.
       selector: how a query scores a chunk, and which heads choose together.
@@ -307,17 +317,11 @@ def select_chunks(
     Raises:
       ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1, a negative q_offset,
         segment_ids that number no documents, a chunk that can't be cut into the selector's blocks,
-        heads that can't be grouped, spans and segment_ids together, or a named implementation that
-        cannot run here.
+        heads that can't be grouped, or a named implementation that cannot run here.
     """
     _check(q, k, chunk_size, top_k, q_offset, selector)
     if segment_ids is not None:
         check_segment_ids("select_chunks", segment_ids, *k.shape[:2])
-        if selector.span:
-            raise ValueError(
-                f"select_chunks: spans of {selector.span} chunks would join documents of "
-                "segment_ids; choose among all chunks (span=0) where documents are packed"
-            )
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
@@ -360,10 +364,16 @@ def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset, starts=None):
     return select_from_rows(q, rows, positions, packed=packed, **options)
 
 
-def readable_keys(starts, chunk_size):
-    """Which keys of complete chunks are of the document that their chunk ends with, bool [B, T]."""
+def readable_keys(starts: Int32[Array, "B T"], chunk_size: int) -> Bool[Array, "B complete"]:
+    """Which keys of complete chunks are of the document that their chunk ends with.
+
+    Args:
+      starts: where the document of each token begins; of padding, anywhere after it.
+      chunk_size: tokens in a chunk.
+    """
+    complete = starts.shape[1] // chunk_size * chunk_size
     begin = jnp.repeat(starts[:, chunk_size - 1 :: chunk_size], chunk_size, axis=1)
-    return jnp.arange(starts.shape[1])[None] >= begin
+    return jnp.arange(complete)[None] >= begin
 
 
 def kernel_factors(q, k, chunk_size, selector):
@@ -400,7 +410,7 @@ def select_chunks_reference(
     past = jnp.arange(columns)[None, None, None] < own
     if selector.span and chunks:
         past &= _candidates_reference(q, k, own, columns, chunk_size, selector)
-    scores = selector.prefer_forced(scores, jnp.arange(columns)[None, None, None], own)
+    scores = selector.prefer_forced(scores, jnp.arange(columns)[None, None, None], own, 0 * own)
     scores = jnp.where(past, scores, -jnp.inf)
     order = jnp.argsort(-scores, axis=-1, stable=True)[..., : top_k - 1]
     chosen = jnp.take_along_axis(scores, order, axis=-1)
@@ -416,7 +426,7 @@ def _candidates_reference(q, k, own, columns, chunk_size, selector) -> jax.Array
     scores = scores.reshape(*scores.shape[:2], -1, selector.together, len(parts))
     scores = scores.sum(3) if selector.joined == "sum" else scores.max(3)
     numbers = jnp.arange(len(parts))[None, None, None]
-    scores = selector.prefer_forced(scores, numbers, own, unit=selector.span)
+    scores = selector.prefer_forced(scores, numbers, own, 0 * own, selector.span)
     scores = jnp.where(numbers < own // selector.span, scores, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
     looked = (rank < selector.spans - 1) | (numbers == own // selector.span)

@@ -90,8 +90,8 @@ class Selector(NamedTuple):
         self, counted: Bool[Array, "B T"], chunk_size: int
     ) -> Float32[Array, "B keys"] | None:
         """How many keys of each part of complete chunks are counted: [B, N * keys_per_chunk]; None
-        where nobody asks (bounds of whole chunks, in which some keys always are)."""
-        if self.kind == "bounds" and self.is_product:
+        where nobody asks ("bounds" of whole chunks)."""
+        if self.kind == "bounds" and self.blocks == 1:
             return None
         parts = counted.reshape(counted.shape[0], -1, chunk_size // self.keys_per_chunk)
         return parts.sum(-1, dtype=jnp.float32)
@@ -108,8 +108,8 @@ class Selector(NamedTuple):
         if self.kind != "bounds":
             whole = chunk_size // self.rows
             return rows / (whole if counts is None else jnp.maximum(counts, 1)[..., None])
-        bounds = rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
-        return bounds if counts is None else jnp.where(counts[..., None] > 0, bounds, 0)
+        keys = rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
+        return keys if counts is None else jnp.where(counts[..., None] > 0, keys, 0)
 
     @property
     def sums_queries(self) -> bool:
@@ -177,13 +177,13 @@ class Selector(NamedTuple):
         scores: Float32[Array, "B S T N"],
         numbers: jax.Array,
         own: jax.Array,
-        first: jax.Array | int = 0,
+        first: jax.Array,
         unit: int = 1,
     ) -> Float32[Array, "B S T N"]:
         """Scores of chunks, or of spans of `unit` chunks, of these numbers: those of what is forced
-        for queries of the own chunks [B, 1, T, 1], whose texts begin in the first ones (likewise),
-        are infinite."""
-        places = {"none": (), "previous": (own - 1,), "first": (first + 0 * own,)}
+        for queries of the own chunks [B, 1, T, 1], whose texts begin in the chunks `first`, are
+        infinite."""
+        places = {"none": (), "previous": (own - 1,), "first": (first,)}
         places["both"] = places["previous"] + places["first"]
         for chunk in places[self.forced]:
             scores = jnp.where(numbers == chunk // unit, jnp.inf, scores)

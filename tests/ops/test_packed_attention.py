@@ -220,11 +220,23 @@ def test_chunks_are_chosen_by_a_documents_own_keys(selector, blocks, monkeypatch
     np.testing.assert_array_equal(found, expected)
 
 
-def test_spans_of_chunks_are_refused():
-    q, k, _ = random_qkv(3, 2, TIME)
-    spans = Selector("bounds", span=2)
-    with pytest.raises(ValueError, match="would join documents"):
-        select_chunks(q, k, chunk_size=6, top_k=3, segment_ids=IDS, selector=spans)
+@pytest.mark.parametrize("forced", ["none", "both"])
+def test_no_other_document_decides_into_which_spans_a_query_looks(forced):
+    lengths = (23, 60, 37)
+    ids = ids_of(lengths, lengths[::-1])
+    q, k, _ = random_qkv(3, 2, sum(lengths))
+    other = random_qkv(4, 2, sum(lengths))[1]
+    selector = Selector("bounds", 2, forced=forced, span=2, spans=3)
+    choose = functools.partial(
+        select_chunks, chunk_size=4, top_k=4, segment_ids=ids, selector=selector
+    )
+    found = choose(q, k)
+    first = document_starts(ids)[..., None, None] // 4
+    assert bool(((found == -1) | (found >= first)).all())
+    for document in (1, 2, 3):
+        own = (ids == document)[..., None, None]
+        same = (choose(q, jnp.where(own, k, other)) == found) | ~own
+        assert bool(same.all())
 
 
 # ------------------------------------------------------------------------ documents by themselves
