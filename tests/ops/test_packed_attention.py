@@ -115,8 +115,16 @@ def test_full_attention_matches_its_oracle(small_blocks, case):
     compare(run("blocked")(q, k, v), run("reference")(q, k, v))
 
 
-@pytest.mark.parametrize("chunk", [6, 40])  # smaller and larger than a block
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, chunk",  # chunks smaller and larger than a block
+    [
+        ("rows", 6),
+        ("piece", 40),
+        pytest.param("whole", 6, marks=pytest.mark.thorough),
+        pytest.param("whole", 1, marks=pytest.mark.thorough),
+        pytest.param("rows", 40, marks=pytest.mark.thorough),
+    ],
+)
 def test_sparse_attention_matches_its_oracle(small_blocks, case, chunk):
     length, offset, heads, groups = CASES[case]
     q = random_qkv(1, 2, length, heads=heads)[0]
@@ -283,7 +291,7 @@ def as_if_alone(start, stop):
     return start % CHUNK == 0 or (stop - 1) // CHUNK - start // CHUNK < TOP_K
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from([1, 2, 7, 8, 9, 16, 31, 40]), min_size=1, max_size=9))
 def test_documents_are_read_as_if_alone(lengths):
     total = 72
@@ -348,8 +356,8 @@ def test_what_takes_no_ids_is_passed_over(monkeypatch, caplog):
         dispatch.forget_choices()
         caplog.clear()
         with pytest.raises(ValueError, match="takes no segment_ids yet"):
-            op(q, k, v, implementation=name)
-        op(q, k, v)
+            jax.eval_shape(functools.partial(op, implementation=name), q, k, v)
+        jax.eval_shape(op, q, k, v)
         assert "falling back" in caplog.text and "takes no segment_ids" in caplog.text
 
 
