@@ -188,6 +188,26 @@ def test_devices_choose_as_one_does(name, sizes):
     assert_close(found, logits_of(name)[:, :32], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["index of 2, keys of each", "bounds of 4, largest"])
+def test_a_packed_document_chooses_as_it_does_alone(name):
+    """One that begins at a chunk; the next, which begins within one, has no say."""
+    model = model_of(config_of(name))
+    ids = jnp.repeat(jnp.array([[1, 2, 3]] * 2), jnp.array([8, 27, 18]), axis=1)
+    run = jax.jit(model)
+    packed = run(TOKENS, ids)
+    assert_close(packed[:, 8:35], run(TOKENS[:, 8:35]), rel=1e-5)
+    other = np.where(ids == 3, TOKENS, (TOKENS + 7) % 40)
+    assert_close(run(other, ids)[:, 35:], packed[:, 35:], rel=1e-6)
+
+
+def test_spans_of_other_documents_have_no_say():
+    model = model_of(config_of("index of 2, in spans"))
+    ids = jnp.repeat(jnp.array([[1, 2]] * 2), jnp.array([13, 40]), axis=1)
+    run = jax.jit(model)
+    other = np.where(ids == 2, TOKENS, (TOKENS + 7) % 40)
+    assert_close(run(other, ids)[:, 13:], run(TOKENS, ids)[:, 13:], rel=1e-6)
+
+
 def test_sizes_are_those_counted():
     for name in CASES:
         config = config_of(name)

@@ -129,3 +129,34 @@ def test_a_selector_of_several_queries_is_refused():
     q, k, *index = arrays(4, 2, 2, 20)
     with pytest.raises(ValueError, match="one index query a choice"):
         selection_loss(*(q, k), *index, chunk_size=CHUNK, selector=Selector("mean", together=2))
+
+
+def test_packed_documents_are_documents_alone():
+    """Of 24 and 21 tokens, the latter after padding of 8; their gradients, too."""
+    q, k, *index = arrays(4, 2, 2, 53)
+    ids = jnp.repeat(jnp.array([[1, 0, 2], [1, 0, 2]]), jnp.array([24, 8, 21]), axis=1)
+    selector = Selector("bounds", 2)
+    loss = functools.partial(selection_loss, chunk_size=CHUNK, selector=selector)
+    parts = slice(0, 24), slice(32, 53)
+    alone = lambda *xs: sum(loss(*(x[:, part] for x in xs)) for part in parts)
+    assert_close(loss(q, k, *index, ids), alone(q, k, *index), rel=1e-5)
+    found = jax.jit(jax.grad(lambda *xs: loss(*xs, ids).sum(), (2, 3)))(q, k, *index)
+    expected = jax.jit(jax.grad(lambda *xs: alone(*xs).sum(), (2, 3)))(q, k, *index)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual, wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_no_document_learns_from_another(blocks):
+    """The second begins within a chunk."""
+    q, k, *index = arrays(4, 2, 2, 53)
+    ids = jnp.where(jnp.arange(53) < 19, 1, 2)[None].repeat(2, axis=0)
+    options = {"chunk_size": CHUNK, "selector": Selector("bounds", blocks)}
+    of = lambda *xs: jax.grad(
+        lambda *xs: selection_loss(*xs, ids, **options).sum(), (2, 3)
+    )(*xs)  # fmt: skip
+    found = jax.jit(of)(q, k, *index)
+    other = [x.at[:, :19].multiply(-3.0) for x in (q, k, *index)]
+    for actual, wanted in zip(jax.jit(of)(*other), found, strict=True):
+        assert np.isfinite(np.asarray(wanted)).all() and np.abs(wanted[:, 19:]).max() > 0
+        assert_close(actual[:, 19:], wanted[:, 19:], rel=1e-6)
