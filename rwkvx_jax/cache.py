@@ -5,14 +5,18 @@ attention block lie in pages of one chunk each, [M, B, G, N, C, K], so that read
 reads contiguous memory; R running rows of each page (its sum of keys, or what else the selector
 keeps) serve the gate. Rows are written in place: pages travel through the layer scan as a carry.
 
+Where a mesh is in force the cache is spread over it (`cache_axes`): texts over `data` and `fsdp`,
+heads over `tensor`, and over `context` each text's pages, in stretches of equal length.
+
 `CachePolicy` bounds the pages (the paper's K/V compression, spec section 4).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.ops.selection import MEAN, Selector, selector_of
+from rwkvx_jax.sharding import constrain, ways
 
 Gate = Literal["per_head", "shared"]
 
@@ -146,7 +151,8 @@ def init_cache(
     gate: Gate = "per_head",
     policy: CachePolicy | None = None,
 ) -> Cache:
-    """An empty cache.
+    """An empty cache, spread over the mesh in force; then it may have some more pages, so that
+    `context` divides them.
 
     Args:
       config: the model.
@@ -157,22 +163,47 @@ def init_cache(
       policy: compression of the pages, or None to keep every row.
 
     Raises:
-      ConfigError: a size below 1 or beyond what rows are numbered by, or a gate that is not known.
+      ConfigError: a size below 1 or beyond what rows are numbered by, a gate that is not known, or
+        heads that the mesh does not divide.
     """
     if batch < 1 or max_length < 1:
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
     _check_gate(gate, config)
-    layers, attention = config.num_blocks, config.num_attention_blocks
-    heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
-    mixer = config.mixer_sizes
     rows = _rows(config, max_length, policy)
     if rows > MOST_ROWS:
         raise ConfigError(
             f"a cache of {rows:,} rows: it can have {MOST_ROWS:,}; lower max_length, or give a "
             "CachePolicy"
         )
-    chunk, selector = config.chunk_size, selector_of(config)
-    pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
+    arguments = config, dtype, batch, _page_count(config, max_length, policy), gate, policy
+    if jax.sharding.get_abstract_mesh().empty:
+        return _empty(*arguments)
+    check_heads(config)
+    # Compiled, so that every device makes its own part.
+    return jax.jit(lambda: spread(_empty(*arguments)))()
+
+
+def check_heads(config: ModelConfig) -> None:
+    """Raises ConfigError where the mesh in force does not divide the heads of attention."""
+    if config.num_attention_blocks and config.kv_heads % (tensor := ways("heads")):
+        raise ConfigError(
+            f"the model has {config.kv_heads} heads of keys and values, which mesh.tensor {tensor} "
+            "does not divide: use a divisor, and spread the cache over mesh.context instead"
+        )
+
+
+def _empty(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    batch: int,
+    count: int,  # of pages
+    gate: Gate,
+    policy: CachePolicy | None,
+) -> Cache:
+    layers, attention = config.num_blocks, config.num_attention_blocks
+    heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
+    mixer, selector = config.mixer_sizes, selector_of(config)
+    pages = (attention, batch, heads, count, config.chunk_size, size)
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
         position=jnp.zeros(batch, jnp.int32),
@@ -199,6 +230,38 @@ def init_cache(
     )
 
 
+def page_axes(gate: Gate) -> Pages:
+    """Logical axes of the pages. Under the shared gate, which scores a chunk by the keys of all
+    heads, every device has the sums of all."""
+    rows = ("layers", "batch", "heads", "pages", None, None)
+    scored = "heads" if gate == "per_head" else None
+    return Pages(rows, rows, ("layers", "batch", scored, "pages", None))
+
+
+def cache_axes(cache: Cache) -> Cache:
+    """Logical axes of every array of a cache, as a tree with tuples for leaves."""
+    rows = ("layers", "batch", None)
+    return replace(
+        cache,
+        length=("batch",),
+        position=("batch",),
+        blocks=BlockState(TimeMixState(rows, ("layers", "batch", "heads", None, None)), rows),
+        attention=None if cache.attention is None else AttentionState(rows, rows),
+        pages=page_axes(cache.gate),
+    )
+
+
+def over_cache(fn: Callable[..., Any], cache: Cache) -> Cache:
+    """The cache with `fn(axes, array)` in place of each array."""
+    leaf = lambda x: type(x) is tuple
+    return jax.tree.map(fn, cache_axes(cache), cache, is_leaf=leaf)
+
+
+def spread(cache: Cache) -> Cache:
+    """The cache, asked to lie over the mesh in force by its logical axes."""
+    return over_cache(lambda axes, x: constrain(x, *axes), cache)
+
+
 def _check_gate(gate: Gate, config: ModelConfig) -> None:
     """Raises ConfigError for a gate that is not known, or that the model can't have."""
     if gate not in ("per_head", "shared"):
@@ -222,6 +285,12 @@ def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> i
     return max_length if policy is None else min(max_length, policy.trigger + 1)
 
 
+def _page_count(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:
+    """Pages of a text, as many on each device along `context`."""
+    parts = ways("pages")
+    return -(-_rows(config, max_length, policy) // (config.chunk_size * parts)) * parts
+
+
 def cache_bytes(
     config: ModelConfig,
     dtype: jnp.dtype,
@@ -229,10 +298,11 @@ def cache_bytes(
     max_length: int,
     policy: CachePolicy | None = None,
 ) -> int:
-    """Bytes of the cache that `init_cache` would make, known without making it."""
+    """Bytes of the cache that `init_cache` would make, on all devices of the mesh in force
+    together, known without making it."""
     bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    one = jax.eval_shape(lambda: init_cache(config, dtype, 1, 1))  # with a single page
-    page, count = bytes_of(one.pages), -(-_rows(config, max_length, policy) // config.chunk_size)
+    one = jax.eval_shape(lambda: _empty(config, dtype, 1, 1, "per_head", None))  # a single page
+    page, count = bytes_of(one.pages), _page_count(config, max_length, policy)
     return batch * (bytes_of(one) - page + count * page)
 
 
@@ -279,21 +349,27 @@ def write_rows(
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
+    scored: Float[Array, "B T S K"] | None = None,
 ) -> Pages:
-    """Appends the valid rows of k and v to the pages of one attention block."""
+    """Appends the valid rows of k and v to the pages of one attention block; those outside the
+    pages (which may be a stretch of a text's) are dropped.
+
+    The selector keeps what it needs of `scored`, the keys as the gate sees them (None: k).
+    """
     chunk = pages.keys.shape[4]
     batch, time, heads, _ = k.shape
     row = start[:, None] + jnp.arange(time)[None]  # [B, T]
-    valid = jnp.arange(time)[None] < lengths[:, None]
+    valid = (jnp.arange(time)[None] < lengths[:, None]) & (row >= 0)
     page = jnp.where(valid, row // chunk, pages.keys.shape[3])[:, :, None]  # beyond: dropped
-    where = (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None], page)
+    where = lambda heads: (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None])
     slot = (row % chunk)[:, :, None]
-    put = partial(_put, index=(*where, slot))
-    k32, parts = k.astype(jnp.float32), pages.key_sums.shape[3] // pages.keys.shape[3]
-    at = lambda part: pages.key_sums.at[(*where[:3], page * parts + part)]
+    put = partial(_put, index=(*where(heads), page, slot))
+    k32 = (k if scored is None else scored).astype(jnp.float32)
+    parts = pages.key_sums.shape[3] // pages.keys.shape[3]
+    at = lambda part: pages.key_sums.at[(*where(k32.shape[2]), page * parts + part)]
     if selector.kind == "bounds":
         low = at(0).max(-k32, mode="drop")
-        sums = low.at[(*where[:3], page * parts + 1)].max(k32, mode="drop")
+        sums = low.at[(*where(k32.shape[2]), page * parts + 1)].max(k32, mode="drop")
     else:
         sums = at(slot // (chunk // parts)).add(k32, mode="drop")
     return Pages(put(pages.keys, k), put(pages.values, v), sums)

@@ -1,0 +1,94 @@
+"""A cache spread over 8 simulated devices: logits, rows and answers are those of one device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig
+from rwkvx_jax.model import abstract_model, create_model, get_params, param_axes, with_params
+from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.training.step import shardings_of
+from tests.helpers import assert_close
+from tests.model_cases import FLOAT32, perturbed, random_params
+
+MODEL = ModelConfig(
+    vocab_size=40,
+    num_blocks=1,
+    num_attention_blocks=1,
+    width=32,
+    head_size=8,
+    chunk_size=4,
+    top_k=3,
+    low_rank_override=(5, 6, 7, 9),
+)
+MESHES = {
+    "data 8": {"data": 8},
+    "tensor 2 x context 4": {"data": 1, "tensor": 2, "context": 4},
+    "context 8": {"data": 1, "context": 8},
+    "data 2 x tensor 2 x context 2": {"data": 2, "tensor": 2, "context": 2},
+}
+ROWS = 60  # 15 pages: on 2, 4 and 8 devices one more
+# Tokens of each text in each piece: none, some, all; and what is decoded then, one by one.
+PIECES = ((13, 0, 1, 7, 13, 2, 12, 5), (13, 3, 13, 0, 1, 13, 13, 9), (0, 13, 12, 13, 13, 0, 1, 13))
+STEPS = 13
+SIZE = max(map(max, PIECES))
+
+
+def mesh_of(name):
+    return make_mesh(MeshConfig(**MESHES[name]))
+
+
+def read(config, params, mesh=None, rows=8, **options):
+    """Logits after each piece and step, of texts read by PIECES and STEPS; and the last cache."""
+    model = abstract_model(config, FLOAT32)
+    tokens = np.random.default_rng(3).integers(0, config.vocab_size, (rows, ROWS)).astype(np.int32)
+    tokens[:, 8:12] = tokens[:, 28:32] = tokens[:, 4:8]  # equal keys, where only those count
+    bind = lambda p: with_params(model, p)
+    prefill = jax.jit(lambda p, t, c, n: bind(p).prefill(t, c, n), donate_argnums=2)
+    decode = jax.jit(lambda p, t, c: bind(p).decode(t, c), donate_argnums=2)
+    logits, done = [], np.zeros(rows, int)
+
+    def run(params):
+        cache = model.init_cache(rows, ROWS, **options)
+        for counts in PIECES:
+            counts = np.asarray(counts[:rows])
+            piece = np.zeros((rows, SIZE), np.int32)
+            for row, (at, n) in enumerate(zip(done, counts, strict=True)):
+                piece[row, :n] = tokens[row, at : at + n]
+            out, cache = prefill(params, piece, cache, counts.astype(np.int32))
+            logits.append(np.where((counts > 0)[:, None], out, 0))
+            done[:] += counts
+        for _ in range(STEPS):
+            out, cache = decode(params, tokens[np.arange(rows), done], cache)
+            logits.append(np.asarray(out))
+            done[:] += 1
+        return cache
+
+    if mesh is None:
+        return np.stack(logits) if (cache := run(params)) is None else (np.stack(logits), cache)
+    spread = jax.device_put(params, shardings_of(get_params(model), param_axes(model), mesh))
+    with jax.set_mesh(mesh):
+        cache = run(spread)
+        assert prefill._cache_size() <= 2 and decode._cache_size() == 1
+    return np.stack(logits), cache
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return read(MODEL, random_params(MODEL))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_reading_over_a_mesh_is_reading_on_one_device(name, alone):
+    logits, cache = read(MODEL, random_params(MODEL), mesh_of(name))
+    assert_close(logits, alone[0], rel=2e-5)
+    np.testing.assert_array_equal(cache.length, alone[1].length)
+    held = {shard.data.shape for shard in cache.pages.keys.addressable_shards}
+    sizes = {"tensor": 1, "context": 1} | MESHES[name]
+    _, batch, heads, count, *_ = cache.pages.keys.shape
+    parts = batch // sizes["data"], heads // sizes["tensor"], count // sizes["context"]
+    assert held == {(1, *parts, 4, 8)}
