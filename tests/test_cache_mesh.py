@@ -82,7 +82,15 @@ def alone():
     return read(MODEL, random_params(MODEL))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("data 8", marks=pytest.mark.thorough),
+        "tensor 2 x context 4",
+        pytest.param("context 8", marks=pytest.mark.thorough),
+        "data 2 x tensor 2 x context 2",
+    ],
+)
 def test_reading_over_a_mesh_is_reading_on_one_device(name, alone):
     logits, cache = read(MODEL, random_params(MODEL), mesh_of(name))
     assert_close(logits, alone[0], rel=2e-5)
@@ -92,3 +100,53 @@ def test_reading_over_a_mesh_is_reading_on_one_device(name, alone):
     _, batch, heads, count, *_ = cache.pages.keys.shape
     parts = batch // sizes["data"], heads // sizes["tensor"], count // sizes["context"]
     assert held == {(1, *parts, 4, 8)}
+
+
+POLICY = CachePolicy(trigger=22, keep=12, window=5)
+
+
+@pytest.mark.parametrize(
+    "changes, options, name",
+    [
+        ({}, {"gate": "shared"}, "tensor 2 x context 4"),
+        ({"selector": "bounds"}, {"policy": POLICY}, "data 2 x tensor 2 x context 2"),
+        pytest.param(
+            {}, {"gate": "shared", "policy": POLICY}, "context 8", marks=pytest.mark.thorough
+        ),
+        pytest.param({"attention": "full"}, {}, "context 8", marks=pytest.mark.thorough),
+        pytest.param(
+            {"selector": "max", "selector_blocks": 2, "key_conv": 3},
+            {},
+            "tensor 2 x context 4",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            {"selector": "pooled", "selector_blocks": 4, "top_k": 8},
+            {},
+            "data 2 x tensor 2 x context 2",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param({"top_k": 1}, {}, "context 8", marks=pytest.mark.thorough),
+        pytest.param({"num_attention_blocks": 0}, {}, "context 8", marks=pytest.mark.thorough),
+        pytest.param({"learned_state": True}, {}, "context 8", marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_gates_selectors_and_policies_over_a_mesh(changes, options, name):
+    config = dataclasses.replace(MODEL, **changes)
+    params = random_params(config)
+    rows = MESHES[name]["data"]
+    expected, cache = read(config, params, rows=rows, **options)
+    found, spread = read(config, params, mesh_of(name), rows, **options)
+    assert_close(found, expected, rel=2e-5)
+    np.testing.assert_array_equal(spread.length, cache.length)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mixer", ["rwkv4", "rwkv6", "mamba2", "gated_deltanet", "kda", "lightning"])
+def test_other_recurrences_over_a_mesh(mixer):
+    config = dataclasses.replace(MODEL, mixer=mixer, low_rank_override=None)
+    params = perturbed(jax.jit(lambda: get_params(create_model(config)))())
+    expected, _ = read(config, params, rows=2)
+    found, _ = read(config, params, mesh_of("data 2 x tensor 2 x context 2"), rows=2)
+    assert_close(found, expected, rel=2e-5)
