@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.cache import CachePolicy
-from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig
+from rwkvx_jax.config import Config, ConfigError, MeshConfig, ModelConfig, Stage
 from rwkvx_jax.model import abstract_model, create_model, get_params, param_axes, with_params
+from rwkvx_jax.perf.context_traffic import decode_traffic
 from rwkvx_jax.sharding import make_mesh
 from rwkvx_jax.training.step import shardings_of
 from tests.helpers import assert_close
@@ -150,3 +151,22 @@ def test_other_recurrences_over_a_mesh(mixer):
     expected, _ = read(config, params, rows=2)
     found, _ = read(config, params, mesh_of("data 2 x tensor 2 x context 2"), rows=2)
     assert_close(found, expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["tensor 2 x context 4", pytest.param("context 8", marks=pytest.mark.thorough)]
+)
+def test_what_a_decode_step_sends_does_not_depend_on_the_length(name):
+    """From the compiled program, of 64 and of 1024 pages."""
+    config = Config(model=MODEL, run=FLOAT32, stages=(Stage("one", 64, 8, 1, 1e-3),))
+    short, long = (decode_traffic(config, mesh_of(name), 4 * pages) for pages in (64, 1024))
+    assert short == long
+    page = 4 * 8 * 4 * MODEL.num_heads
+    assert 0 < sum(short.values()) < 64 * page / 8, short  # far from a share of all keys
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused():
+    model = abstract_model(dataclasses.replace(MODEL, width=24), FLOAT32)
+    with jax.set_mesh(mesh_of("tensor 2 x context 4")):
+        with pytest.raises(ConfigError, match="3 heads of keys and values, which mesh.tensor 2"):
+            model.init_cache(1, 8)
