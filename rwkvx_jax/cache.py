@@ -29,6 +29,9 @@ from rwkvx_jax.sharding import constrain, ways
 
 Gate = Literal["per_head", "shared"]
 
+Axes = tuple[str | None, ...]
+"""Logical axes of an array, as `sharding.RULES` names them."""
+
 MOST_ROWS = 2**31 - 1
 """Rows of a cache: they are numbered by int32."""
 
@@ -230,24 +233,26 @@ def _empty(
     )
 
 
-def page_axes(gate: Gate) -> Pages:
-    """Logical axes of the pages. Under the shared gate, which scores a chunk by the keys of all
+def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes]:
+    """Logical axes of `Pages`. Under the shared gate, which scores a chunk by the keys of all
     heads, every device has the sums of all."""
     rows = ("layers", "batch", "heads", "pages", None, None)
     scored = "heads" if gate == "per_head" else None
-    return Pages(rows, rows, ("layers", "batch", scored, "pages", None))
+    return rows, rows, ("layers", "batch", scored, "pages", None)
 
 
-def cache_axes(cache: Cache) -> Cache:
+def cache_axes(cache: Cache) -> Any:
     """Logical axes of every array of a cache, as a tree with tuples for leaves."""
-    rows = ("layers", "batch", None)
+    texts, rows, states = ("batch",), ("layers", "batch", None), ("layers", "batch", "heads")
+    axes: Any = (texts, texts, rows, (*states, None, None), *page_axes(cache.gate))
+    length, position, shift, wkv, *pages = axes
     return replace(
         cache,
-        length=("batch",),
-        position=("batch",),
-        blocks=BlockState(TimeMixState(rows, ("layers", "batch", "heads", None, None)), rows),
-        attention=None if cache.attention is None else AttentionState(rows, rows),
-        pages=page_axes(cache.gate),
+        length=length,
+        position=position,
+        blocks=BlockState(TimeMixState(shift, wkv), shift),
+        attention=None if cache.attention is None else AttentionState(shift, shift),
+        pages=Pages(*pages),
     )
 
 

@@ -92,6 +92,22 @@ def ways(axis: str) -> int:
     return 1 if mesh.empty else _ways(mesh, rule(axis))
 
 
+def mesh_in_force() -> Mesh | None:
+    """The mesh that `jax.set_mesh` put in force, with its devices; None where there is none."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def even_rows(rows: int) -> int:
+    """The least number of batch rows, from `rows` on, that the mesh in force spreads evenly."""
+    return -(-rows // ways("batch")) * ways("batch")
+
+
+def whole(tree: Any) -> Any:
+    """Arrays asked to lie whole on every device, where a mesh is set: so any host reads them."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
+
+
 def cut_along(axis: str, *sizes: int) -> Any:
     """The mesh axis along which `per_device` cuts a logical axis; None: it stays whole.
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -144,7 +143,9 @@ def test_gates_selectors_and_policies_over_a_mesh(changes, options, name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mixer", ["rwkv4", "rwkv6", "mamba2", "gated_deltanet", "kda", "lightning"])
+@pytest.mark.parametrize(
+    "mixer", ["rwkv4", "rwkv6", "mamba2", "gated_deltanet", "kda", "lightning"]
+)
 def test_other_recurrences_over_a_mesh(mixer):
     config = dataclasses.replace(MODEL, mixer=mixer, low_rank_override=None)
     params = perturbed(jax.jit(lambda: get_params(create_model(config)))())

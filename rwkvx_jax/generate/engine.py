@@ -3,8 +3,9 @@
 Pieces have one length and the cache one size, so that each of the two functions is compiled once;
 the cache is donated and written in place. What a text gets does not depend on its neighbours: one
 that has ended stays as it is while the others go on. On a CPU each layer's weights lie in arrays of
-their own (`model.unstack`), which a decode step reads at the speed of memory. Tokens reach the
-caller as they come, as text that never ends inside a UTF-8 character.
+their own (`model.unstack`), which a decode step reads at the speed of memory. Where a mesh is in
+force, texts, states and pages lie over it. Tokens reach the caller as they come, as text that never
+ends inside a UTF-8 character.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rwkvx_jax.generate.memory import check_memory
 from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed, count_token, sample
 from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
 from rwkvx_jax.ops.dispatch import current_platform
+from rwkvx_jax.sharding import constrain, whole
 from rwkvx_jax.tokenizer import Tokenizer
 
 ENDED = -1
@@ -44,6 +46,12 @@ class Progress(NamedTuple):
     logits: jax.Array  # [B, W], of the next token
     keys: jax.Array  # [B] PRNG keys
     counts: jax.Array | None  # [B, W] float32, what was generated so far
+
+    def spread(self) -> Progress:
+        """Itself, asked to lie over the mesh in force."""
+        tokens = lambda x: constrain(x, "batch", "vocab")
+        counts = None if self.counts is None else tokens(self.counts)
+        return Progress(tokens(self.logits), whole(self.keys), counts)
 
 
 @dataclass
@@ -109,7 +117,8 @@ class Engine:
     ):
         """
         Args:
-          model: its parameters are copied on a CPU (layer by layer).
+          model: its parameters are copied on a CPU (layer by layer); they lie where the mesh in
+            force wants them, which has to be in force at every later call as well.
           max_length: rows of the cache for each text.
           batch: texts side by side.
           piece: prompt tokens read at once.
@@ -133,6 +142,7 @@ class Engine:
         layered = unstack(model) if current_platform() == "cpu" else model
         self.params = get_params(layered)
         self._abstract = jax.eval_shape(lambda: layered)
+        self._begin = jax.jit(self._nothing_read)
         self._read = jax.jit(self._read_piece, donate_argnums=(2, 3))
         self._step = jax.jit(self._next_token, donate_argnums=(1, 2))
 
@@ -170,14 +180,8 @@ class Engine:
             raise ConfigError(f"{len(seeds)} seeds for an engine of batch {self.batch}")
         for seed in seeds:
             check_seed(seed)
-        model = with_params(self._abstract, self.params)
-        shape = (self.batch, self.vocab_size)
-        progress = Progress(
-            jnp.zeros(shape, jnp.float32),
-            jnp.stack([jax.random.key(seed) for seed in seeds]),
-            jnp.zeros(shape, jnp.float32) if self.sampling.penalizes else None,
-        )
-        cache = model.init_cache(self.batch, self._rows, policy=self._policy)
+        cache = self._abstract.init_cache(self.batch, self._rows, policy=self._policy)
+        progress = self._begin(np.asarray(seeds, np.uint32))
         return Session(cache, progress, np.zeros(self.batch, np.int64))
 
     def feed(self, session: Session, texts: Sequence[Tokens]) -> None:
@@ -311,10 +315,16 @@ class Engine:
             )
         return text.astype(np.int32)
 
+    def _nothing_read(self, seeds: jax.Array) -> Progress:
+        logits = jnp.zeros((self.batch, self.vocab_size), jnp.float32)
+        counts = jnp.zeros_like(logits) if self.sampling.penalizes else None
+        return Progress(logits, jax.vmap(jax.random.key)(seeds), counts).spread()
+
     def _read_piece(self, params, part, logits, cache, valid):
         model = with_params(self._abstract, params)
         new, cache = model.prefill(part, cache, valid)
-        return jnp.where((valid > 0)[:, None], new, logits), cache
+        logits = jnp.where((valid > 0)[:, None], new, logits)
+        return constrain(logits, "batch", "vocab"), cache
 
     def decode(self, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """`model.decode` under given parameters (`self.params`), to be jitted with the cache
@@ -333,7 +343,7 @@ class Engine:
         if self.batch > 1:  # a single text has no neighbour that goes on without it
             keep = lambda x, old: jnp.where(active.reshape(-1, *[1] * (old.ndim - 1)), x, old)
             new = jax.tree.map(keep, new, progress)
-        return jnp.where(active, token, ENDED), new, cache
+        return whole(jnp.where(active, token, ENDED)), new.spread(), cache
 
 
 class TextStream:

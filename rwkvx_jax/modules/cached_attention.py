@@ -63,10 +63,9 @@ def attend_cached(
     reader = _Reader(config, gate, context, tensor)
     stored = page_axes(gate)
     inputs = (_TOKENS, _TOKENS, _TOKENS, *stored, (), ("batch",), ("batch",))
-    out, *pages = per_device(reader, inputs, (_TOKENS, *stored))(
-        q, k, v, *pages, layer, start, lengths
-    )
-    return out, Pages(*pages)
+    run = per_device(reader.__call__, inputs, (_TOKENS, *stored))
+    out, *written = run(q, k, v, *pages, layer, start, lengths)
+    return out, Pages(*written)
 
 
 class _Reader(NamedTuple):

@@ -159,8 +159,7 @@ def attend_pages(
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
     """
-    options = {"scale": scale, "implementation": implementation}
-    found = page_softmax(q, keys, values, page, visible, **options)
+    found = page_softmax(q, keys, values, page, visible, scale=scale, implementation=implementation)
     return found.values / found.total[..., None]
 
 
@@ -311,8 +310,17 @@ def attend_piece(
     check_groups(q.shape[2], groups, None if selection is None else selection.shape[2])
     candidates = (Candidate("in_place", ("cpu",)), Candidate("slice"))
     if resolve("attend_piece", implementation, candidates) == "in_place":
-        options = {"chunk_size": chunk_size, "scale": scale, "key_heads": groups}
-        found = piece_softmax(q, keys, values, first, selection, offset, **options)
+        found = piece_softmax(
+            q,
+            keys,
+            values,
+            first,
+            selection,
+            offset,
+            chunk_size=chunk_size,
+            scale=scale,
+            key_heads=groups,
+        )
         return (found.values / found.total[..., None]).astype(q.dtype)
     batch = q.shape[0]
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * groups)
