@@ -334,6 +334,17 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
     )
 
 
+def wiped(cache: Cache, texts: Bool[Array, " B"]) -> Cache:
+    """The cache, with zeros for keys and values beyond the length of some texts."""
+    count, chunk = cache.pages.keys.shape[3:5]
+    row = jnp.arange(count * chunk).reshape(1, 1, 1, count, chunk, 1)
+    own = lambda x: x.reshape(1, -1, 1, 1, 1, 1)
+    gone = own(texts) & (row >= own(cache.length))
+    zero = lambda x: jnp.where(gone, jnp.zeros((), x.dtype), x)
+    keys, values, sums = cache.pages
+    return replace(cache, pages=Pages(zero(keys), zero(values), sums))
+
+
 def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
     """`ours` of the texts where chosen [B], `others` elsewhere."""
 

@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 
 MODEL = dataclasses.replace(TINY, vocab_size=260, num_blocks=1, head_size=8)
 PASSKEY = ("passkey", "--lengths", "130,200", "--depths", 3, "--trials", 2, "--piece", 64)
-NIAH = ("niah", "--tasks", "recall_8", "--lengths", "300", "--depths", 2, "--trials", 3)
+NIAH = ("niah", "--tasks", "single_1", "--lengths", "300", "--depths", 2, "--trials", 3)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def lines(path):
     "task, name, mesh",
     [
         (PASSKEY, "passkey", ("--mesh.data", 2, "--mesh.tensor", 2, "--mesh.context", 2)),
-        pytest.param(NIAH, "niah_recall_8", ("--mesh.data", -1), marks=pytest.mark.thorough),
+        pytest.param(NIAH, "niah_single_1", ("--mesh.data", -1), marks=pytest.mark.thorough),
     ],
 )
 def test_results_over_a_mesh_are_those_of_one_device(
