@@ -139,6 +139,22 @@ def test_under_a_policy():
         assert tokens.tolist() == solo(alone, requests[number], (5, 6))
 
 
+class Traced(Engine):
+    """Notes what is traced, and so compiled."""
+
+    def __init__(self, *arguments, **options):
+        self.traced = []
+        super().__init__(*arguments, **options)
+
+    def _read_piece(self, *arguments):
+        self.traced.append("read")
+        return super()._read_piece(*arguments)
+
+    def _next_token(self, *arguments):
+        self.traced.append("step")
+        return super()._next_token(*arguments)
+
+
 @pytest.mark.thorough
 def test_over_a_mesh(alone):
     mesh = make_mesh(MeshConfig(data=2, tensor=2, context=2))
@@ -147,11 +163,11 @@ def test_over_a_mesh(alone):
     requests = list(draw_requests(16, 7))
     with jax.set_mesh(mesh):
         params = jax.device_put(random_params(CONFIG), axes)
-        engine = Engine(
+        engine = Traced(
             with_params(model, params), max_length=LONGEST, batch=4, piece=16, sampling=DRAWN
         )
         answers = list(serve(engine, requests, prefix=[1, 2, 3]))
-        assert engine._read._cache_size() == engine._step._cache_size() == 1
+    assert engine.traced == ["read", "step"]
     assert sorted(answer.number for answer in answers) == list(range(16))
     for number, tokens, problem in answers:
         if not problem:
