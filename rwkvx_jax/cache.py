@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.ops.selection import MEAN, Selector, selector_of
-from rwkvx_jax.sharding import constrain, ways
+from rwkvx_jax.sharding import check_heads, constrain, ways
 
 Gate = Literal["per_head", "shared"]
 
@@ -181,18 +181,10 @@ def init_cache(
     arguments = config, dtype, batch, _page_count(config, max_length, policy), gate, policy
     if jax.sharding.get_abstract_mesh().empty:
         return _empty(*arguments)
-    check_heads(config)
+    if config.num_attention_blocks:
+        check_heads(config, ways("heads"))
     # Compiled, so that every device makes its own part.
     return jax.jit(lambda: spread(_empty(*arguments)))()
-
-
-def check_heads(config: ModelConfig) -> None:
-    """Raises ConfigError where the mesh in force does not divide the heads of attention."""
-    if config.num_attention_blocks and config.kv_heads % (tensor := ways("heads")):
-        raise ConfigError(
-            f"the model has {config.kv_heads} heads of keys and values, which mesh.tensor {tensor} "
-            "does not divide: use a divisor, and spread the cache over mesh.context instead"
-        )
 
 
 def _empty(

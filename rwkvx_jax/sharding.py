@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rwkvx_jax.config import Config, ConfigError, MeshConfig
+from rwkvx_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 
 _log = logging.getLogger(__name__)
 
@@ -179,15 +179,20 @@ def _fill_boxes(devices: Sequence[jax.Device]) -> bool:
     return all(len({tuple(d.coords) for d in box}) == full(box) for box in boxes.values())
 
 
-def check_fits(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
-    model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
+def check_heads(model: ModelConfig, tensor: int) -> None:
+    """Raises ConfigError where so many devices along `tensor` do not divide the model's heads."""
     for heads, what in ((model.num_heads, ""), (model.kv_heads, " of keys and values")):
         if heads % tensor:
             raise ConfigError(
                 f"the model has {heads} heads{what}, which mesh.tensor {tensor} does not divide: "
                 "use a divisor of the number of heads"
             )
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
+    check_heads(config.model, mesh.shape["tensor"])
+    parts = mesh.shape["context"]
     for stage in config.stages:
         batch_sharding(mesh, stage.global_batch)
         model = config.stage_model(stage)

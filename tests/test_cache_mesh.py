@@ -169,5 +169,5 @@ def test_what_a_decode_step_sends_does_not_depend_on_the_length(name):
 def test_heads_that_the_mesh_does_not_divide_are_refused():
     model = abstract_model(dataclasses.replace(MODEL, width=24), FLOAT32)
     with jax.set_mesh(mesh_of("tensor 2 x context 4")):
-        with pytest.raises(ConfigError, match="3 heads of keys and values, which mesh.tensor 2"):
+        with pytest.raises(ConfigError, match="3 heads, which mesh.tensor 2"):
             model.init_cache(1, 8)

@@ -7,7 +7,7 @@ more in a large cache, while compiling anew costs more than reading many short p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.engine import Engine, Mark, Session
 from rwkvx_jax.generate.sampling import NOT_FINITE
+from rwkvx_jax.generate.serving import Request, serve
 from rwkvx_jax.model import RWKVX, with_params
 from rwkvx_jax.sharding import even_rows, mesh_in_force, ways, whole
 
@@ -106,6 +107,32 @@ class GreedyReader:
             # Its keys and values, though out of reach after a rewind, would spoil sums with zeros.
             self._session = self._mark = None
         return answers
+
+    def answer_all(
+        self,
+        prompts: Sequence[np.ndarray],
+        count: int,
+        advance: Callable[[int], None],
+        ended: Callable[[np.ndarray], bool] = lambda answer: False,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Continues any number of prompts of any length, each as soon as a row is free.
+
+        Args: as of the call, but that a prompt is told of when its answer is whole.
+
+        Yields:
+          The number of a prompt, and its answer [count], as the call returns it.
+        """
+        self._chunks = max(self._chunks, -(-max(map(len, prompts)) // self._chunk))
+        engine = self._engine_for(self._chunks * self._chunk + count)
+        self._session = self._mark = None  # frees its cache before the next one is made
+        shared = _common(prompts)
+        requests = (Request(prompt[shared:], count, stop=()) for prompt in prompts)
+        done = lambda _, tokens: ended(np.asarray(tokens, np.int32))
+        for found in serve(engine, requests, prefix=prompts[0][:shared], ended=done):
+            answer = np.full(count, NOT_FINITE if found.problem else 0, np.int32)
+            answer[: len(found.tokens)] = found.tokens
+            advance(len(prompts[found.number]))
+            yield found.number, answer
 
     def _read_shared(self, engine: Engine, prompts: Sequence[np.ndarray], advance) -> int:
         """Reads what all prompts begin with, in whole chunks; returns how many tokens that is.

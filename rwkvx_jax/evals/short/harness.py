@@ -278,21 +278,17 @@ class HarnessModel(TemplateLM):
         self, rows: dict[str, np.ndarray], count: int, stops: list[str], advance
     ) -> list[str]:
         """Answers requests of the same settings; those whose logits are not finite."""
-        order = sorted(rows, key=lambda key: len(rows[key]))
-        longest = len(rows[order[-1]])
+        order = sorted(rows, key=lambda key: -len(rows[key]))
+        longest = len(rows[order[0]])
         chunk = min(self._chunk, longest)
         height = min(len(order), self._height or max(1, self._tokens // chunk))
         reader = GreedyReader(self._tested, prefill_chunk=chunk, batch=height, longest=longest)
         ended, failed = lambda answer: self._cut(answer, stops)[1], []
-        for i in range(0, len(order), height):
-            chosen = order[i : i + height]
-            answers = reader([rows[key] for key in chosen], count, advance, ended)
-            texts = {
-                key: self._cut(answer, stops)[0] if (answer >= 0).all() else math.nan
-                for key, answer in zip(chosen, answers, strict=True)
-            }
-            failed += self._answers.add(texts)
-            self.requests += len(chosen)
+        prompts = [rows[key] for key in order]
+        for number, answer in reader.answer_all(prompts, count, advance, ended):
+            text = self._cut(answer, stops)[0] if (answer >= 0).all() else math.nan
+            failed += self._answers.add({order[number]: text})
+            self.requests += 1
         return failed
 
     def _cut(self, answer: np.ndarray, stops: Sequence[str]) -> tuple[str, bool]:
