@@ -46,7 +46,12 @@ def get_config(variant: str = "") -> Config:
     config = Config(
         # The shapes of RWKV-7 World 1.5B.
         model=ModelConfig(num_blocks=24, num_attention_blocks=0, width=2048),
-        data=DataConfig(tokenizer="world", path="data/books", sources=(SourceConfig("text"),)),
+        data=DataConfig(
+            tokenizer="world",
+            path="data/books",
+            sources=(SourceConfig("text"),),
+            reset_at_documents=False,  # the TPU kernels, which the estimates are of, take no resets
+        ),
         optimizer=OptimizerConfig(weight_decay=0.0),
         # A checkpoint of the 1.5B model has 6 GB.
         run=RunConfig(checkpoint_every=50, keep_checkpoints=1),

@@ -46,6 +46,7 @@ def get_config() -> Config:
             sources=(SourceConfig("binidx"),),
             held_out=0.0,  # the original trains on every window
             order="rwkv_lm",
+            reset_at_documents=False,  # as in the original: windows run on through documents
         ),
         optimizer=OptimizerConfig(policy="rwkv_lm", weight_decay=0.001),
         run=RunConfig(log_every=1, eval_batches=0, checkpoint_every=2520),

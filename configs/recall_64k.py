@@ -68,7 +68,8 @@ def hybrid() -> Config:
             key_conv=2,
             attention_init="aligned",
         ),
-        data=DataConfig(tokenizer="byte", sources=sources),
+        # Windows run on through documents, a book each: so the published results were measured.
+        data=DataConfig(tokenizer="byte", sources=sources, reset_at_documents=False),
         optimizer=OptimizerConfig(policy="rwkv_lm", weight_decay=0.1),
         run=RunConfig(compute_dtype="float32", probe_trials=10, eval_batches=2),
         stages=(

@@ -33,6 +33,7 @@ def get_config() -> Config:
             sources=(SourceConfig("binidx"),),
             held_out=0.0,  # as in the original: every window is trained on
             order="rwkvx",
+            reset_at_documents=False,  # as in the original: windows run on through documents
         ),
         run=RunConfig(eval_batches=0, checkpoint_every=2000),
         stages=(

@@ -47,7 +47,10 @@ def get_config(variant: str = "") -> Config:
     config = Config(
         model=ModelConfig.rwkvx_0b2(),
         data=DataConfig(
-            tokenizer="world", path="data/prolong64k", sources=(SourceConfig("binidx"),)
+            tokenizer="world",
+            path="data/prolong64k",
+            sources=(SourceConfig("binidx"),),
+            reset_at_documents=False,  # as in the original: windows run on through documents
         ),
         optimizer=OptimizerConfig(weight_decay=0.0),
         # Of the 16 samples read at once: the gradient of the head is added up once a block.

@@ -46,7 +46,12 @@ VARIANTS = ("v5e256", "v6e64")
 def get_config(variant: str = "") -> Config:
     config = Config(
         model=ModelConfig.rwkvx_3b6(),
-        data=DataConfig(tokenizer="world", path="data/minipile", sources=(SourceConfig("binidx"),)),
+        data=DataConfig(
+            tokenizer="world",
+            path="data/minipile",
+            sources=(SourceConfig("binidx"),),
+            reset_at_documents=False,  # as in the original: windows run on through documents
+        ),
         optimizer=OptimizerConfig(weight_decay=0.0),
         run=RunConfig(checkpoint_every=50, eval_every=100),
         mesh=MeshConfig(data=1, fsdp=-1),

@@ -52,7 +52,10 @@ def get_config(variant: str = "") -> Config:
     config = Config(
         model=ModelConfig.rwkvx_3b6(),
         data=DataConfig(
-            tokenizer="world", path="data/prolong64k", sources=(SourceConfig("binidx"),)
+            tokenizer="world",
+            path="data/prolong64k",
+            sources=(SourceConfig("binidx"),),
+            reset_at_documents=False,  # as in the original: windows run on through documents
         ),
         optimizer=OptimizerConfig(weight_decay=0.0),
         # 4096 tokens of each of 16 samples: the gradient of the head is summed over devices 16

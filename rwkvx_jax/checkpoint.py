@@ -54,11 +54,15 @@ def progress_record(
 
 
 def _saved_config(progress: dict[str, Any]) -> Config:
-    """The config of a checkpoint; values that have been renamed since are understood."""
+    """The config of a checkpoint; values that have been renamed since are understood, and what did
+    not exist is what was done then."""
     values = progress["config"]
-    run = values.get("run") if isinstance(values, dict) else None
+    part = lambda name: values.get(name) if isinstance(values, dict) else None
+    run, data = part("run"), part("data")
     if isinstance(run, dict) and run.get("sparse_attention") == "dense":
         values = {**values, "run": {**run, "sparse_attention": "reference"}}
+    if isinstance(data, dict) and "reset_at_documents" not in data:
+        values = {**values, "data": {**data, "reset_at_documents": False}}
     return from_dict(Config, values, "checkpoint")
 
 

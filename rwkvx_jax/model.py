@@ -31,6 +31,7 @@ from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
 from rwkvx_jax.modules.parameters import first_embedding, first_head, norm, parameter
 from rwkvx_jax.modules.remat import block_input, rematerialize
 from rwkvx_jax.modules.token_shift import last_valid
+from rwkvx_jax.ops.documents import check_segment_ids
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.sharding import constrain
 
@@ -87,30 +88,56 @@ class RWKVX(nnx.Module):
         """Dtype of activations."""
         return jnp.dtype(self.run.compute_dtype)
 
-    def __call__(self, tokens: Int[ArrayLike, "B T"]) -> Float32[Array, "B T W"]:
-        """Logits of tokens."""
-        return self.head(self.features(tokens))
+    def __call__(
+        self, tokens: Int[ArrayLike, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float32[Array, "B T W"]:
+        """Logits of tokens.
 
-    def features(self, tokens: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
-        """Normalised outputs of the last block, in the compute dtype."""
-        return self.observe(tokens, lambda attention, h: None)[0]
+        Args:
+          tokens: rows of text.
+          segment_ids: numbers of the documents packed in each row, 1, 2, ... in their order; 0 is
+            padding, whose logits mean nothing. No document sees anything of another: each gets the
+            logits that it has alone, but for sparse attention to a document that does not begin at
+            a chunk and lies in more than `top_k` of them, where chunks are cut elsewhere. None: a
+            row is one text.
+
+        Raises:
+          ValueError: segment_ids that number no documents (where their values are known, outside
+            `jax.jit`), or a named implementation that takes none.
+          ConfigError: segment_ids and a learned initial state.
+        """
+        return self.head(self.features(tokens, segment_ids))
+
+    def features(
+        self, tokens: Int[ArrayLike, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Normalised outputs of the last block, in the compute dtype; as `__call__`."""
+        return self.observe(tokens, lambda attention, h: None, segment_ids)[0]
 
     def observe(
-        self, tokens: Int[ArrayLike, "B T"], look: Callable[[Attention, jax.Array], Any]
+        self,
+        tokens: Int[ArrayLike, "B T"],
+        look: Callable[[Attention, jax.Array], Any],
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """`features`, and what `look` returns for each attention module and its input [B, T, D],
         stacked [M, ...] (None without attention blocks)."""
+        if segment_ids is not None:
+            check_segment_ids("model", segment_ids, *jnp.shape(tokens))
         x = self.embed_tokens(tokens)
 
         def rwkv(carry, scanned):
             block, first = scanned
-            x, v_first, _ = block(*map(block_input, carry), first, self.run)
+            inputs = map(block_input, carry)
+            x, v_first, _ = block(*inputs, first, self.run, segment_ids=segment_ids)
             return (x, v_first), None
 
         def attention(x, block):
             x = block_input(x)
-            attend = lambda attention, h: (attention(h, self.run), look(attention, h))
-            x, _, seen = block(x, attend)
+            attend = lambda attention, h: (
+                attention(h, self.run, segment_ids), look(attention, h)
+            )  # fmt: skip
+            x, _, seen = block(x, attend, segment_ids=segment_ids)
             return x, seen
 
         rwkv, attention = (rematerialize(f, self.run.remat) for f in (rwkv, attention))

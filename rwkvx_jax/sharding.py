@@ -291,19 +291,23 @@ def per_device(
 
     Args:
       fn: function of arrays.
-      in_axes: logical axes of each argument.
+      in_axes: logical axes of each argument, which may be None.
       out_axes: logical axes of the result, or a tuple of them for a tuple of results.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return fn
 
-    def call(*arguments: jax.Array) -> Any:
-        given = list(zip(in_axes, arguments, strict=True))
+    def call(*arguments: jax.Array | None) -> Any:
+        pairs = zip(in_axes, arguments, strict=True)
+        given = [(axes, argument) for axes, argument in pairs if argument is not None]
         spec = lambda axes: _fitting_spec(mesh, axes, given)
         several = isinstance(out_axes[0], tuple)
         out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
-        in_specs = tuple(map(spec, in_axes))
+        in_specs = tuple(
+            PartitionSpec() if argument is None else spec(axes)
+            for axes, argument in zip(in_axes, arguments, strict=True)
+        )
         return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
             *arguments
         )

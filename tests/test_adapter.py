@@ -27,7 +27,7 @@ def write_case(kind, folder):
     """A base file as a stage starts from it, and a run of one stage that has tuned it."""
     model = STATEFUL if kind == "state" else MODEL
     stage = Stage("tune", 24, 8, 1, 1e-2, trainable=kind, lora=LORA)
-    config = Config(model, (stage,), data=DataConfig(tokenizer="byte"))
+    config = Config(model, (stage,), data=DataConfig(reset_at_documents=False))
     shapes = {n: p.shape for n, p in flat(stage_params(abstract_model(model), stage)[0])}
     # Of bfloat16 values, as pretrained files have them; training holds them in float32.
     params = {n: p.astype(np.float32) for n, p in random_tensors(shapes, BF16).items()}

@@ -95,6 +95,14 @@ def test_a_value_of_before_it_was_renamed_resumes(tmp_path):
         RunConfig(sparse_attention="dense")
 
 
+def test_a_run_from_before_documents_began_anew_goes_on_as_it_was(tmp_path):
+    data = {k: v for k, v in PROGRESS["config"]["data"].items() if k != "reset_at_documents"}
+    old = {**PROGRESS, "config": {**PROGRESS["config"], "data": data}}
+    check_resumable(old, changed("data", reset_at_documents=False), TEXT, tmp_path)
+    with pytest.raises(ConfigError, match="data.reset_at_documents: False -> True"):
+        check_resumable(old, CURRICULUM, TEXT, tmp_path)
+
+
 def save_run(workdir, config, params, stage):
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(
@@ -153,7 +161,9 @@ def test_initial_parameters_have_to_fit(plain_run, tmp_path):
 
 @pytest.mark.thorough
 def test_learned_states_are_never_dropped_at_a_start(tmp_path):
-    stateful = changed("model", learned_state=True)
+    run_on = changed("data", reset_at_documents=False)
+    model = dataclasses.replace(MODEL, learned_state=True)
+    stateful = dataclasses.replace(run_on, model=model)
     params = random_params(stateful.model)
     save_run(tmp_path, stateful, params, 2)
     with pytest.raises(ConfigError, match="learned initial states.*model.learned_state is False"):

@@ -139,6 +139,12 @@ def tuned(model, **lora):
             lambda: ModelConfig(mixer="mamba2", attention_init="copy"),
             ['"copy"', '"mamba2"', 'use "zero" or "aligned"'],
         ),
+        (
+            lambda: dataclasses.replace(
+                CONFIG, model=dataclasses.replace(CONFIG.model, learned_state=True)
+            ),
+            ["model.learned_state", "would begin with zeros", "data.reset_at_documents=False"],
+        ),
         (lambda: ModelConfig(num_blocks=-1), ["num_blocks is -1", "0 for a Transformer"]),
         (
             lambda: ModelConfig(num_blocks=0, num_attention_blocks=0),

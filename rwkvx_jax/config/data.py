@@ -42,9 +42,9 @@ class SourceConfig(Checked):
     path: str = ""
     """File, directory or glob; empty: `data.path`, and if that is empty the embedded corpus."""
     samples: Literal["window", "document", "packed"] = "window"
-    """"window": windows of the stream of all documents; "document": each document by itself, cut
-    or padded to the length (for conversations); "packed": whole documents side by side in windows,
-    none of which learns to predict the next one."""
+    """"window": windows of the stream of all documents (see `data.reset_at_documents`); "document":
+    each document by itself, cut or padded to the length (for conversations); "packed": whole
+    documents side by side in windows, none of which sees or predicts another."""
     targets: Targets = "all"
     """Tokens of documents made on the fly that count in the loss: "answers" leaves out the text
     around them, so that a long document's few answers are not lost in it; "balanced" gives the
@@ -64,12 +64,12 @@ class SourceConfig(Checked):
             f"data source: {self.questions} questions about {self.pairs} pairs; ask for fewer",
         )
         require(
-            self.targets == "all" or self.kind not in ("text", "jsonl", "binidx"),
+            self.targets == "all" or not self.reads_text,
             f'data source "{self.kind}": targets is "{self.targets}", but text has no answers; use '
             '"all"',
         )
         require(
-            self.samples != "packed" or self.kind in ("text", "jsonl", "binidx"),
+            self.samples != "packed" or self.reads_text,
             f'data source "{self.kind}": samples is "packed", but its documents are made to fill '
             'windows, one each; leave samples at "window"',
         )
@@ -78,6 +78,11 @@ class SourceConfig(Checked):
             f'data source "pairs": pairs is {self.pairs}; a document has at least 2',
         )
         require(self.weight > 0, f"data source weight is {self.weight}: it must be positive")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether documents are read, not made on the fly."""
+        return self.kind in ("text", "jsonl", "binidx")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,9 @@ class DataConfig(Checked):
     order: Literal["shuffle", "rwkvx", "rwkv_lm"] = "shuffle"
     """"shuffle": another random order in each epoch; "rwkvx", "rwkv_lm": the magic-prime orders
     of the original trainers (with held_out=0 over exactly the same windows)."""
+    reset_at_documents: bool = True
+    """Where documents begin inside of samples="window" everything begins anew, as with "packed": no
+    document sees or predicts another. False: they run on into each other, as in the original."""
     align_documents: int = 1
     """Documents of samples="packed" start at multiples of it in their windows; model.chunk_size
     gives every document chunks of its own."""
@@ -129,5 +137,12 @@ class DataConfig(Checked):
 
     @property
     def packed(self) -> bool:
-        """Whether a source packs documents: all batches of the run then have segment ids."""
+        """Whether a source packs documents."""
         return any(source.samples == "packed" for source in self.sources)
+
+    @property
+    def segmented(self) -> bool:
+        """Whether a source puts several documents into a sample that do not see each other: all
+        batches of the run then have segment ids."""
+        windows = any(s.samples == "window" and s.reads_text for s in self.sources)
+        return self.packed or (windows and self.reset_at_documents)

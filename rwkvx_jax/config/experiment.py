@@ -230,6 +230,11 @@ class Config(Checked):
             f'model.mixer "rwkv4" has no context parallelism, but mesh.context is '
             f"{self.mesh.context}: set it to 1",
         )
+        require(
+            not (self.model.learned_state and self.data.segmented),
+            "model.learned_state: of several documents in a sample each would begin with zeros, "
+            'not with the learned state; use samples="document", or data.reset_at_documents=False',
+        )
         names = [stage.name for stage in self.stages]
         repeated = sorted({name for name in names if names.count(name) > 1})
         require(not repeated, f"stage names {repeated} occur twice: give each stage its own")

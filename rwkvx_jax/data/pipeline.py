@@ -105,8 +105,9 @@ class OpenData:
         Returns:
           A dataset whose item i is {"tokens": int32 [seq_len + 1], "mask": float32 [seq_len]};
           mask is what the target token weighs in the loss: 1 or 0, but in documents made on the
-          fly with targets="balanced". If a source is packed, all samples also have "segment_ids",
-          int32 [seq_len]: 1, 2, ... for the documents of a window, 0 for padding.
+          fly with targets="balanced". If documents of a window do not see each other (samples
+          "packed", or `reset_at_documents`), all samples also have "segment_ids", int32 [seq_len]:
+          1, 2, ... for the documents of a window, 0 for padding.
 
         Raises:
           ConfigError: a source that holds less than one sample, or none with anything to learn.
@@ -140,8 +141,8 @@ class OpenData:
 
     def _with_segments(self, samples: Windows | Documents | Packed | Synthetic):
         """Samples as those of all sources have to be that go into one batch."""
-        alone = isinstance(samples, Packed) or not self.config.packed
-        return samples if alone else OneSegment(samples)
+        numbered = isinstance(samples, Packed) or (isinstance(samples, Windows) and samples.reset)
+        return samples if numbered or not self.config.segmented else OneSegment(samples)
 
     def _synthetic(self, source: OpenSource, stage: Stage, split: Split):
         """The maker of documents of a source, a function of a generator."""
@@ -166,7 +167,7 @@ class OpenData:
     def _stream_samples(self, source: OpenSource, stage: Stage, split: Split):
         begin, end = self._bounds(source, split)
         make, noun = {
-            "window": (Windows, "window"),
+            "window": (self._windows, "window"),
             "document": (Documents, "document"),
             "packed": (self._packed, "packed window"),
         }[source.config.samples]
@@ -180,9 +181,12 @@ class OpenData:
                 f"stage {stage.name!r}: {source.name} has {end - begin} {what} tokens, not one "
                 f"{noun} of {stage.seq_len} + 1 tokens; {remedy}"
             )
-        if source.stream.masked or make is not Windows:
+        if source.stream.masked or source.config.samples != "window":
             _check_targets(samples, f"stage {stage.name!r}: {source.name}", noun)
         return samples
+
+    def _windows(self, stream: Binidx, begin: int, end: int, seq_len: int) -> Windows:
+        return Windows(stream, begin, end, seq_len, self.config.reset_at_documents)
 
     def _packed(self, stream: Binidx, begin: int, end: int, seq_len: int) -> Packed | tuple[()]:
         if begin == end:

@@ -27,23 +27,37 @@ class Windows:
     """Fixed windows of a token stream, across document boundaries.
 
     Window w starts at token begin + w * seq_len and shares its last target with the first input
-    of the next one.
+    of the next one. With `reset`, samples have segment ids, 1, 2, ... for the documents of a
+    window, and no document's last token has a target.
     """
 
     stream: Binidx
     begin: int
     end: int
     seq_len: int
+    reset: bool = False
 
     def __len__(self) -> int:
         return max(0, self.end - self.begin - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> Sample:
         start = self.first_token(index)
-        return {
+        sample = {
             "tokens": self.stream.read(start, self.seq_len + 1),
             "mask": self.stream.read_mask(start + 1, self.seq_len),
         }
+        if not self.reset:
+            return sample
+        # Documents of no tokens begin where the next one does, and count once.
+        begins = self.stream.starts
+        found = np.searchsorted(begins, (start, start + self.seq_len), side="right")
+        borders = np.unique(begins[slice(*found)]) - start  # from 1 to seq_len
+        places = np.arange(self.seq_len)
+        ids = 1 + np.searchsorted(borders, places, side="right")
+        sample["mask"] = np.where(np.isin(places + 1, borders), 0, sample["mask"]).astype(
+            np.float32
+        )
+        return {**sample, "segment_ids": ids.astype(np.int32)}
 
     def has_targets(self) -> np.ndarray:
         """Whether any token of each sample counts in the loss, bool [N]."""

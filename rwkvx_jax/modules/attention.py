@@ -24,6 +24,7 @@ from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter,
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import selector_of
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
@@ -63,9 +64,10 @@ class Attention(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         run: RunConfig,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attention of a whole sequence to itself."""
-        q, k, v, _ = self.project(h)
+        """Attention of a whole sequence to itself, or of each document packed in it."""
+        q, k, v, _ = self.project(h, segment_ids=segment_ids)
         if self.config.attention == "full":
             op = full_attention
         else:
@@ -77,10 +79,13 @@ class Attention(nnx.Module):
                 selector=selector_of(self.config),
             )
         if sequence_parts(h.shape[1]) > 1:
-            out = context.attention(op, q, k, v)
+            out = context.attention(op, q, k, v, segment_ids)
         else:
             tokens = ("batch", None, "heads", None)
-            out = per_device(op, (tokens,) * 3, tokens)(q, k, v)
+            attend = lambda q, k, v, ids: op(q, k, v, segment_ids=ids)
+            out = per_device(attend, (*(tokens,) * 3, ("batch", None)), tokens)(
+                q, k, v, segment_ids
+            )
         return self.combine(out)
 
     def cached(
@@ -120,6 +125,7 @@ class Attention(nnx.Module):
         position: Int[Array, " B"] | None = None,
         tail: Float[Array, "B X"] | None = None,
         lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[
         Float[Array, "B T H K"],
         Float[Array, "B T G K"],
@@ -134,11 +140,13 @@ class Attention(nnx.Module):
           tail: keys of the tokens before, oldest first, as `short_convolution` keeps them; None:
             h begins a text.
           lengths: valid tokens of each row, where there is a tail.
+          segment_ids: numbers of packed documents, where there is none; each is a text.
         """
         config = self.config
         q, k, v = (self._projected(h, name) for name in ("receptance", "key", "value"))
         if config.key_conv:
-            k, tail = short_convolution(k, self.key_conv[...], tail, lengths, added_to=k)
+            taps = self.key_conv[...]
+            k, tail = short_convolution(k, taps, tail, lengths, segment_ids, added_to=k)
         split = lambda x, heads: constrain(
             x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None
         )
@@ -146,6 +154,8 @@ class Attention(nnx.Module):
         if config.rope_theta:
             positions = jnp.arange(h.shape[1], dtype=jnp.int32)[None]
             positions = positions if position is None else position[:, None] + positions
+            if segment_ids is not None:
+                positions = positions - document_starts(segment_ids)
             q, k = rotate(q, positions, config), rotate(k, positions, config)
         return q, k, v, tail
 

@@ -46,15 +46,15 @@ class RWKVBlock(nnx.Module):
         run: RunConfig,
         state: BlockState | None = None,
         lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], BlockState]:
         """Returns x and v_first for the next block, and the new state."""
+        time_state, shift = (None, None) if state is None else state
         mixed, v_first, time_state = self.time_mix(
-            self.ln1(x), v_first, first, run, None if state is None else state.time_mix, lengths
+            self.ln1(x), v_first, first, run, time_state, lengths, segment_ids
         )
         x = keep(constrain(x + mixed, "batch", "time", None))
-        mixed, shift = self.channel_mix(
-            self.ln2(x), None if state is None else state.ffn_shift, lengths
-        )
+        mixed, shift = self.channel_mix(self.ln2(x), shift, lengths, segment_ids)
         x = constrain(x + mixed, "batch", "time", None)
         return x, v_first, BlockState(time_state, shift)
 
@@ -75,6 +75,7 @@ class AttentionBlock(nnx.Module):
         attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]],
         ffn_shift: Float[Array, "B X"] | None = None,
         lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B X"], Any]:
         """Returns x, the new shift, and what `attend` returns beside its output.
 
@@ -82,7 +83,7 @@ class AttentionBlock(nnx.Module):
         """
         mixed, kept = attend(self.attention, self.ln1(x))
         x = keep(constrain(x + mixed, "batch", "time", None))
-        mixed, ffn_shift = self.channel_mix(self.ln2(x), ffn_shift, lengths)
+        mixed, ffn_shift = self.channel_mix(self.ln2(x), ffn_shift, lengths, segment_ids)
         return constrain(x + mixed, "batch", "time", None), ffn_shift, kept
 
 

@@ -2,9 +2,10 @@
 
 A channel mix is a module with
 
-    channel_mix(h, shift, lengths) -> (output, new shift)
+    channel_mix(h, shift, lengths, segment_ids) -> (output, new shift)
 
-where the shift [B, X], of `config.channel_mix_shift` numbers, is what it needs of the token before.
+where the shift [B, X], of `config.channel_mix_shift` numbers, is what it needs of the token before,
+and `segment_ids` number packed documents, which do not see each other (`ops.documents`).
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class ChannelMix(nnx.Module):
         h: Float[Array, "B T D"],
         shift: Float[Array, "B D"] | None = None,
         lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
         """Returns the output [B, T, D] in h's dtype and the new shift [B, D]."""
-        x = h + (previous_token(h, shift) - h) * self.x_k[...][None, None].astype(h.dtype)
+        moved = previous_token(h, shift, segment_ids)
+        x = h + (moved - h) * self.x_k[...][None, None].astype(h.dtype)
         hidden = keep(constrain(project(x, self.key[...]), "batch", "time", "ffn"))
         out = project(jnp.square(jax.nn.relu(hidden)), self.value[...])
         return out, last_valid(h, shift, lengths)
@@ -68,6 +71,7 @@ class SwiGLU(nnx.Module):
         h: Float[Array, "B T D"],
         shift: Float[Array, "B 0"] | None = None,
         lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B 0"]]:
         """Returns the output [B, T, D] in h's dtype; there is no shift, so its row is empty."""
         inner = lambda matrix: keep(constrain(project(h, matrix[...]), "batch", "time", "ffn"))

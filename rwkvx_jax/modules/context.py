@@ -15,9 +15,10 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.modules.remat import keep
+from rwkvx_jax.ops.documents import beginnings
 from rwkvx_jax.sharding import per_device, rule, sequence_parts
 
 _log = logging.getLogger(__name__)
@@ -42,29 +43,37 @@ def recurrence(
     affine: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
     arrays: tuple[jax.Array, ...],
     state: Float32[Array, "B H V K"] | None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float32[Array, "B H V K"]]:
     """A recurrence over sequences cut along time, from `state` (None: zeros) at their beginning.
 
     Every device runs its stretch once, as an affine function of the state at its start; that state
     follows from the maps (M, G) of the stretches before, collected by doubling. What is sent does
-    not depend on the length of the sequence.
+    not depend on the length of the sequence. Where a stretch begins a document, M = 0.
 
     Args:
-      affine: y0, z, M and G of the arrays, as `ops.recurrence.wkv7_affine` returns them.
+      affine: y0, z, M and G of the arrays, as `ops.recurrence.wkv7_affine` returns them, and of
+        `segment_ids` as a keyword.
       arrays: [B, T, H, ..] each; those of a single head are for all heads.
       state: before the first token.
+      segment_ids: numbers of packed documents.
 
     Returns:
       y [B, T, H, V] in y0's dtype, and the final state [B, H, V, K] in float32.
     """
     axis, parts = rule("time"), sequence_parts(arrays[0].shape[1])
-    count, heads = len(arrays), max(x.shape[2] for x in arrays)
+    heads = max(x.shape[2] for x in arrays)
 
-    def stretch(*arrays_and_start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, z, m, g = affine(*arrays_and_start[:count])
+    def stretch(*arguments: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        *arrays, state, segment_ids, fresh = arguments
+        y, z, m, g = affine(*arrays, segment_ids=segment_ids)
+        # The op takes the first token of a stretch for one that goes on with a document.
+        begun = lambda x: x if fresh is None else jnp.where(fresh[:, :1] > 0, 0, x)
+        m = begun(m)
         start, before = _map_before(m, g, axis, parts)
-        for state in arrays_and_start[count:]:  # without one, nobody needs the map `before`
+        if state is not None:  # without one, nobody needs the map `before`
             start += _product(state, before)
+        start = begun(start)
         added = jnp.einsum("bhvk,bthk->bthv", start, z.astype(jnp.float32), precision="highest")
         y = (y.astype(jnp.float32) + added).astype(y.dtype)
         return y, (_product(start, m) + g)[None]
@@ -72,9 +81,10 @@ def recurrence(
     place = lambda x: _TOKENS if x.shape[2] == heads else ("batch", "time", None, None)
     ends = ("time", "batch", "heads", None, None)  # of all stretches: only the last is read
     matrix = ("batch", "heads", None, None)
-    starts = () if state is None else (state,)
-    run = per_device(stretch, (*map(place, arrays), *(matrix for _ in starts)), (_TOKENS, ends))
-    y, states = run(*arrays, *starts)
+    fresh = None if segment_ids is None else beginnings(segment_ids)
+    documents = ("batch", "time"), ("batch", "time", None, None)
+    run = per_device(stretch, (*map(place, arrays), matrix, *documents), (_TOKENS, ends))
+    y, states = run(*arrays, state, segment_ids, fresh)
     return y, states[-1]
 
 
@@ -83,6 +93,7 @@ def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H V"]:
     """`op(q, k, v)` over sequences cut along time.
 
@@ -93,29 +104,34 @@ def attention(
     then the last device has the most to do.
 
     Args:
-      op: attention of queries that begin at position `q_offset` (a keyword) to keys from 0 on.
+      op: attention of queries that begin at position `q_offset` (a keyword) to keys from 0 on,
+        whose documents `segment_ids` (another) number.
       q: queries.
       k: keys.
       v: values.
+      segment_ids: numbers of packed documents; every device has those of all tokens.
     """
     axis, parts = rule("time"), sequence_parts(q.shape[1])
 
-    def stretch(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def stretch(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
         heads, groups = q.shape[2], k.shape[2]
         copies = _copies(heads, groups, parts)
         each, each_key = -(-heads // parts), -(-groups * copies // parts)
         if each + each_key > heads:
             _log_choice(f"{parts} devices collect the keys and values of all tokens")
             k, v = (keep(jax.lax.all_gather(x, axis, axis=1, tiled=True)) for x in (k, v))
-            return op(q, k, v, q_offset=jax.lax.axis_index(axis) * q.shape[1])
+            offset = jax.lax.axis_index(axis) * q.shape[1]
+            return op(q, k, v, q_offset=offset, segment_ids=ids)
         _log_choice(f"{heads} heads over {parts} devices, {each} on each")
         trade = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
         fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % parts), (0, 0)])
         q, k, v = (keep(trade(fill(x), split_axis=2, concat_axis=1)) for x in (q, k, v))
-        return trade(op(q, k, v), split_axis=1, concat_axis=2)[:, :, :heads]
+        out = op(q, k, v, segment_ids=ids)
+        return trade(out, split_axis=1, concat_axis=2)[:, :, :heads]
 
-    return per_device(stretch, (_TOKENS,) * 3, _TOKENS)(q, k, v)
+    inputs = (*(_TOKENS,) * 3, ("batch", None))
+    return per_device(stretch, inputs, _TOKENS)(q, k, v, segment_ids)
 
 
 def _copies(heads: int, groups: int, parts: int) -> int:

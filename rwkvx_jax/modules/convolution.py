@@ -25,6 +25,7 @@ def convolutions(
     taps: Float[Array, "n X"],
     before: Float[Array, "B _"] | None,
     lengths: Int[Array, " B"] | None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[list[jax.Array], Float[Array, "B _"]]:
     """`short_convolution` of several arrays, X channels together.
 
@@ -37,7 +38,7 @@ def convolutions(
     if before is not None:
         each_before = jnp.split(before, [kept * end for end in ends], axis=-1)
     results = [
-        short_convolution(x, own, start, lengths)
+        short_convolution(x, own, start, lengths, segment_ids)
         for x, own, start in zip(inputs, each_taps, each_before, strict=True)
     ]
     return [out for out, _ in results], jnp.concatenate([last for _, last in results], axis=-1)
@@ -48,6 +49,7 @@ def short_convolution(
     taps: Float[Array, "n X"],
     before: Float[Array, "B _"] | None,
     lengths: Int[Array, " B"] | None,
+    segment_ids: Int[Array, "B T"] | None = None,
     added_to: Float[Array, "B T X"] | None = None,
 ) -> tuple[Float[Array, "B T X"], Float[Array, "B _"]]:
     """Sum over j of taps[j] x[t - j]: a causal convolution of each channel.
@@ -57,6 +59,8 @@ def short_convolution(
       taps: weights, that of the token itself first.
       before: the n - 1 inputs before x, oldest first, [B, (n - 1) X]; None: zeros.
       lengths: valid tokens of each row.
+      segment_ids: numbers of packed documents, where nothing came `before`: no tap reaches into
+        another.
       added_to: what the sum is added to; None: zeros.
 
     Returns:
@@ -68,7 +72,7 @@ def short_convolution(
     if before is None:
         moved, out = x, taps[0] * x if added_to is None else added_to + taps[0] * x
         for tap in taps[1:]:
-            moved = previous_token(moved, None)
+            moved = previous_token(moved, None, segment_ids)
             out += tap * moved
         padded = jnp.pad(x[:, max(0, time - count) :], ((0, 0), (max(0, count - time), 0), (0, 0)))
         return out, padded.reshape(batch, -1)

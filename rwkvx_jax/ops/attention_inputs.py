@@ -8,11 +8,13 @@ and wrong shapes are refused before anything is traced.
 
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int32, Integer
 
+from rwkvx_jax.ops.documents import document_starts, first_keys
 from rwkvx_jax.ops.placement import local, vary_together
 
 Offset = Integer[ArrayLike, ""] | Integer[ArrayLike, " B"]
@@ -130,6 +132,14 @@ def offset_of_rows(q_offset: Offset, batch: int) -> Int32[Array, " {batch}"]:
     return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
 
 
+def rows_of(
+    q_offset: Offset, starts: Int32[Array, "B Tk"] | None, batch: int
+) -> tuple[jax.Array, ...]:
+    """What belongs to a batch row, for `heads.map_heads`: q_offset, and `starts` if given."""
+    offset = offset_of_rows(q_offset, batch)
+    return (offset,) if starts is None else (offset, starts)
+
+
 def known_or_rows(q_offset: Offset, batch: int) -> int | Int32[Array, " {batch}"]:
     """q_offset as an int where it is one, which kernels make use of, else as int32 [B]."""
     if isinstance(q_offset, numbers.Integral):
@@ -143,11 +153,20 @@ def query_positions(q_offset: Offset, batch: int, length: int) -> Int32[Array, "
     return offset_of_rows(q_offset, batch)[:, None] + steps[None, :]
 
 
+def query_starts(
+    starts: Int32[Array, "B Tk"], q_offset: Offset, length: int
+) -> Int32[Array, "B {length}"]:
+    """Where the documents of the queries begin, of keys' `documents.document_starts`."""
+    offset = offset_of_rows(q_offset, starts.shape[0])
+    return jax.vmap(lambda starts, offset: first_keys(starts, offset, length))(starts, offset)
+
+
 def run_attention(
     run: Callable[..., jax.Array],
     arrays: Sequence[jax.Array],
     q_offset,
     *,
+    segment_ids: jax.Array | None = None,
     check_vma: bool = True,
 ) -> jax.Array:
     """`run(*arrays, q_offset=...)`, by each device for its own rows and heads (`placement.local`).
@@ -156,21 +175,18 @@ def run_attention(
       run: function of arrays [B, T, H, ...], with a keyword argument q_offset, that returns one.
       arrays: its arguments.
       q_offset: int, integer scalar or integer [B]; stays an int where it is one.
+      segment_ids: of the keys; with them `run` gets `starts` (`documents.document_starts`).
       check_vma: as in `jax.shard_map`.
     """
-    offset = known_or_rows(q_offset, arrays[0].shape[0])
-    rows: tuple[jax.Array, ...] = ()
-    if isinstance(offset, int):
-        shard = lambda *arrays: run(*vary_together(*arrays), q_offset=offset)
-    else:
-        shard, rows = _with_rows(run), (offset,)
-    axes = ("B.H.",) * len(arrays) + ("B",) * len(rows)
-    return local(shard, (*arrays, *rows), axes, "B.H.", check_vma=check_vma)
+    given: dict[str, Any] = {"q_offset": known_or_rows(q_offset, arrays[0].shape[0])}
+    if segment_ids is not None:
+        given["starts"] = document_starts(segment_ids)
+    rows = {name: x for name, x in given.items() if not isinstance(x, int)}
 
+    def shard(*arrays_and_rows):
+        values = vary_together(*arrays_and_rows)
+        named = dict(zip(rows, values[len(arrays) :], strict=True))
+        return run(*values[: len(arrays)], **(given | named))
 
-def _with_rows(run):
-    def shard(*arrays_and_offset):
-        *arrays, offset = vary_together(*arrays_and_offset)
-        return run(*arrays, q_offset=offset)
-
-    return shard
+    axes = ("B.H.",) * len(arrays) + tuple("B" + "." * (x.ndim - 1) for x in rows.values())
+    return local(shard, (*arrays, *rows.values()), axes, "B.H.", check_vma=check_vma)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from rwkvx_jax.ops.attention_inputs import Offset, query_positions
+from rwkvx_jax.ops.attention_inputs import Offset, query_positions, query_starts
 
 
 def sparse_attention_reference(
@@ -16,6 +16,7 @@ def sparse_attention_reference(
     chunk_size: int,
     scale: float,
     q_offset: Offset = 0,
+    starts: Int32[Array, "B Tk"] | None = None,
 ) -> Float[Array, "B Tq H V"]:
     """Oracle of `block_sparse.sparse_attention`, with the arguments of its XLA form."""
     batch, length = q.shape[:2]
@@ -29,6 +30,8 @@ def sparse_attention_reference(
     causal = keys[None, None, :] <= positions[:, :, None]
     same = (keys // chunk_size)[None, None, :] == own[:, :, None]
     visible |= (causal & same)[:, None]
+    if starts is not None:
+        visible &= _same_document(starts, q_offset, length)[:, None]
     return _masked_softmax_attention(q, k, v, visible, scale)
 
 
@@ -39,11 +42,19 @@ def full_attention_reference(
     *,
     scale: float,
     q_offset: Offset = 0,
+    starts: Int32[Array, "B Tk"] | None = None,
 ) -> Float[Array, "B Tq H V"]:
     """Oracle of `full_attention.full_attention`."""
     positions = query_positions(q_offset, q.shape[0], q.shape[1])
-    causal = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
-    return _masked_softmax_attention(q, k, v, causal[:, None], scale)
+    visible = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
+    if starts is not None:
+        visible &= _same_document(starts, q_offset, q.shape[1])
+    return _masked_softmax_attention(q, k, v, visible[:, None], scale)
+
+
+def _same_document(starts, q_offset, length):
+    """Whether a query and a key are of one document, [B, Tq, Tk]."""
+    return query_starts(starts, q_offset, length)[:, :, None] == starts[:, None, :]
 
 
 def _masked_softmax_attention(q, k, v, visible, scale):

@@ -21,6 +21,7 @@ from rwkvx_jax.ops.attention_inputs import (
     check_groups,
     check_scale,
     known_or_rows,
+    query_starts,
     run_attention,
 )
 from rwkvx_jax.ops.attention_reference import sparse_attention_reference
@@ -32,6 +33,7 @@ from rwkvx_jax.ops.block_sparse_masked import (
 from rwkvx_jax.ops.block_sparse_xla import sparse_attention_xla
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
+from rwkvx_jax.ops.documents import NO_DOCUMENTS, check_segment_ids, document_starts
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import MEAN, Selector, check_selector, select_chunks
 
@@ -45,6 +47,7 @@ def sparse_attention(
     top_k: int,
     selection: Int[Array, "B Tq S J"] | None = None,
     q_offset: Offset = 0,
+    segment_ids: Int[Array, "B Tk"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     selector: Selector = MEAN,
@@ -63,6 +66,10 @@ def sparse_attention(
         query head h uses choice h // (H / S). None calls `select_chunks`.
       q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
         last key are meaningless but finite.
+      segment_ids: numbers of packed documents (`documents`), of the keys and so of the queries at
+        their positions: no key of another document is read. Chunks are counted from position 0
+        whatever the documents; a chunk that ends before its query's document begins is ignored.
+        None: all tokens are of one.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
       implementation: "reference" (float32, quadratic memory), "xla" (gathers chunk by chunk),
         "masked" (scores everything, for texts that are not long and chunks up to 512), "full" (full
@@ -76,31 +83,54 @@ def sparse_attention(
       mode ("reference" in both); no gradient flows through the selection.
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit, chunk_size < 1, top_k < 1, a selector that
-        does not fit the chunk, a named implementation that cannot run here, or forward-mode
-        differentiation of another than "reference".
+      ValueError: on shapes or dtypes that do not fit, chunk_size < 1, top_k < 1, segment_ids that
+        number no documents, a selector that does not fit the chunk, a named implementation that
+        cannot run here, or forward-mode differentiation of another than "reference".
     """
     check_chunking(chunk_size, top_k)
     check_attention_inputs(q, k, v, q_offset)
     check_selector(selector, chunk_size, q.shape[2], k.shape[2])
     if selection is not None:
         _check_selection(selection, q, k, top_k)
+    if segment_ids is not None:
+        check_segment_ids("sparse_attention", segment_ids, *k.shape[:2])
     scale = check_scale(scale, q.shape[-1])
     everything = selection is None and k.shape[1] <= chunk_size * top_k
     choices = q.shape[2] // selector.together if selection is None else selection.shape[2]
-    candidates = _candidates(q, k, v, choices, top_k - 1, chunk_size, q_offset, everything)
+    candidates = _candidates(
+        q, k, v, choices, top_k - 1, chunk_size, q_offset, segment_ids, everything
+    )
     chosen = resolve("sparse_attention", implementation, candidates)
     if chosen == "full":
-        return full_attention(q, k, v, q_offset=q_offset, scale=scale, implementation="blocked")
+        return full_attention(
+            q, k, v,
+            q_offset=q_offset, segment_ids=segment_ids, scale=scale, implementation="blocked",
+        )  # fmt: skip
     if selection is None:
         selection = select_chunks(
-            q, k, chunk_size=chunk_size, top_k=top_k, q_offset=q_offset, selector=selector
-        )
+            q, k,
+            chunk_size=chunk_size, top_k=top_k, q_offset=q_offset, segment_ids=segment_ids,
+            selector=selector,
+        )  # fmt: skip
+    elif segment_ids is not None:
+        selection = _of_documents(selection, segment_ids, q_offset, chunk_size)
     selection = selection.astype(jnp.int32)  # numbers of chunks may not fit where entries do
     if chosen != "reference":
         q, k, v = reverse_only(NO_FORWARD_MODE.format("sparse_attention"), q, k, v)
     run = functools.partial(_IMPLEMENTATIONS[chosen], chunk_size=chunk_size, scale=scale)
-    return run_attention(run, (q, k, v, selection), q_offset, check_vma=chosen != "pallas")
+    return run_attention(
+        run,
+        (q, k, v, selection),
+        q_offset,
+        segment_ids=segment_ids,
+        check_vma=chosen != "pallas",
+    )
+
+
+def _of_documents(selection, segment_ids, q_offset, chunk_size):
+    """The selection without chunks that end before their query's document begins."""
+    first = query_starts(document_starts(segment_ids), q_offset, selection.shape[1])
+    return jnp.where(selection >= (first // chunk_size)[:, :, None, None], selection, -1)
 
 
 def _check_selection(selection, q, k, top_k) -> None:
@@ -115,8 +145,12 @@ def _check_selection(selection, q, k, top_k) -> None:
     check_groups(q.shape[2], k.shape[2], selection.shape[2])
 
 
-def _candidates(q, k, v, choices, slots, chunk_size, q_offset, everything) -> list[Candidate]:
+def _candidates(
+    q, k, v, choices, slots, chunk_size, q_offset, segment_ids, everything
+) -> list[Candidate]:
     def problem(platform: str) -> str | None:
+        if segment_ids is not None:
+            return NO_DOCUMENTS
         if choices != k.shape[2]:
             return f"{k.shape[2]} key heads have {choices} choices of chunks, not one each"
         offset = known_or_rows(q_offset, q.shape[0])

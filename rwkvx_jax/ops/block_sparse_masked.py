@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from rwkvx_jax.ops import blocked_attention as blocked
-from rwkvx_jax.ops.attention_inputs import Offset, offset_of_rows
+from rwkvx_jax.ops.attention_inputs import Offset, rows_of
 from rwkvx_jax.ops.block_sparse_xla import attend_heads
+from rwkvx_jax.ops.documents import first_keys
 
 # The time to gather and scatter a query's rows for one chunk, in that of so many scores: about what
 # separates the faster from the slower form in the table of docs/attention.md (CPU).
@@ -52,22 +53,27 @@ def sparse_attention_masked(
     chunk_size: int,
     scale: float,
     q_offset: Offset = 0,
+    starts: Int32[Array, "B Tk"] | None = None,
 ) -> Float[Array, "B Tq H V"]:
     """Own chunk causally and the selected past chunks; arguments as in `sparse_attention_xla`."""
-    offset = offset_of_rows(q_offset, q.shape[0])
+    rows = rows_of(q_offset, starts, q.shape[0])
     forms = _forward_group, _backward_group
-    return attend_heads(q, k, v, selection, offset, forms, chunk_size, scale)
+    return attend_heads(q, k, v, selection, rows, forms, chunk_size, scale)
 
 
-def _forward_group(q, k, v, selection, offset, *, chunk_size, scale):
-    seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
-    options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
+def _visible(selection, keys, offset, starts, chunk_size):
+    first = None if starts is None else first_keys(starts, offset, selection.shape[0])
+    seen = _seen_chunks(selection, offset, keys, chunk_size)
+    return {"chunk_size": chunk_size, "seen": seen, "first": first}
+
+
+def _forward_group(q, k, v, selection, offset, starts=None, *, chunk_size, scale):
+    options = {"scale": scale} | _visible(selection, k.shape[0], offset, starts, chunk_size)
     return blocked.softmax_finish(blocked.causal_forward(q, k, v, offset, **options), scale)
 
 
-def _backward_group(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
-    seen = _seen_chunks(selection, offset, k.shape[0], chunk_size)
-    options = {"scale": scale, "chunk_size": chunk_size, "seen": seen}
+def _backward_group(q, k, v, selection, out, lse, grad, offset, starts=None, *, chunk_size, scale):
+    options = {"scale": scale} | _visible(selection, k.shape[0], offset, starts, chunk_size)
     delta = blocked.output_dot(grad, out)
     return blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
 

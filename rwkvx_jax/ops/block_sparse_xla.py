@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from rwkvx_jax.ops import blocked_attention as blocked
-from rwkvx_jax.ops.attention_inputs import Offset, offset_of_rows
+from rwkvx_jax.ops.attention_inputs import Offset, rows_of
+from rwkvx_jax.ops.documents import first_keys
 from rwkvx_jax.ops.heads import map_heads
 from rwkvx_jax.ops.loop_bounds import at_most
 
@@ -37,6 +38,7 @@ def sparse_attention_xla(
     chunk_size: int,
     scale: float,
     q_offset: Offset = 0,
+    starts: Int32[Array, "B Tk"] | None = None,
 ) -> Float[Array, "B Tq H V"]:
     """Own chunk causally and the selected past chunks; see `block_sparse.sparse_attention`.
 
@@ -48,82 +50,92 @@ def sparse_attention_xla(
       chunk_size: tokens in a chunk.
       scale: positive float.
       q_offset: int, integer scalar or integer [B].
+      starts: of packed documents (`documents.document_starts`); the selection has no chunks then
+        that end before its query's document begins.
 
     Returns:
       [B, Tq, H, V] in q's dtype.
     """
-    offset = offset_of_rows(q_offset, q.shape[0])
+    rows = rows_of(q_offset, starts, q.shape[0])
     forms = _forward_group, _backward_group
-    return attend_heads(q, k, v, selection, offset, forms, chunk_size, scale)
+    return attend_heads(q, k, v, selection, rows, forms, chunk_size, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def attend_heads(q, k, v, selection, offset, forms, chunk_size, scale):
+def attend_heads(q, k, v, selection, rows, forms, chunk_size, scale):
     """Attention that is computed key head by key head, with gradients that are written out.
 
     All arrays vary over the same manual mesh axes (`placement.vary_together`).
 
     Args:
       q, k, v, selection, chunk_size, scale: as in `sparse_attention_xla`.
-      offset: int32 [B].
+      rows: offset int32 [B] and, where documents are packed, starts int32 [B, Tk].
       forms: (forward, backward) of one key head, with keyword arguments chunk_size and scale.
-        forward: q [Tq, M, K], k [Tk, K], v [Tk, V], selection [Tq, P, J], offset -> output
+        forward: q [Tq, M, K], k [Tk, K], v [Tk, V], selection [Tq, P, J], *rows -> output
         [Tq, M, V], log-sum-exp [Tq, M]; M is H / G, P is S / G. backward: q, k, v, selection,
-        output, log-sum-exp, gradient of the output, offset -> float32 gradients of q, k, v.
+        output, log-sum-exp, gradient of the output, *rows -> float32 gradients of q, k, v.
 
     Returns:
       [B, Tq, H, V] in q's dtype.
     """
-    return _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale)[0]
+    return _attend_heads_fwd(q, k, v, selection, rows, forms, chunk_size, scale)[0]
 
 
-def _attend_heads_fwd(q, k, v, selection, offset, forms, chunk_size, scale):
+def _attend_heads_fwd(q, k, v, selection, rows, forms, chunk_size, scale):
     def forward(q, k, v, *more):
         return forms[0](q, k[:, 0], v[:, 0], *more, chunk_size=chunk_size, scale=scale)
 
-    out, lse = map_heads(forward, (q, k, v, selection), offset)
+    out, lse = map_heads(forward, (q, k, v, selection), rows)
     out = out.astype(q.dtype)
-    return out, (q, k, v, selection, offset, out, lse)
+    return out, (q, k, v, selection, rows, out, lse)
 
 
 def _attend_heads_bwd(forms, chunk_size, scale, saved, grad):
-    q, k, v, selection, offset, out, lse = saved
+    q, k, v, selection, rows, out, lse = saved
 
     def backward(q, k, v, *more):
         gradients = forms[1](q, k[:, 0], v[:, 0], *more, chunk_size=chunk_size, scale=scale)
         return gradients[0], *(x[:, None] for x in gradients[1:])
 
-    dq, dk, dv = map_heads(backward, (q, k, v, selection, out, lse, grad), offset)
+    dq, dk, dv = map_heads(backward, (q, k, v, selection, out, lse, grad), rows)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 attend_heads.defvjp(_attend_heads_fwd, _attend_heads_bwd)
 
 
-def _forward_group(q, k, v, selection, offset, *, chunk_size, scale):
+def _own_chunk(q, offset, starts, chunk_size, scale):
+    """Options of the causal pass over the diagonal."""
+    first = None if starts is None else first_keys(starts, offset, q.shape[0])
+    return {"scale": scale, "chunk_size": chunk_size, "first": first}
+
+
+def _forward_group(q, k, v, selection, offset, starts=None, *, chunk_size, scale):
     """`forward` of `attend_heads`."""
-    running = blocked.causal_forward(q, k, v, offset, scale=scale, chunk_size=chunk_size)
+    options = _own_chunk(q, offset, starts, chunk_size, scale)
+    running = blocked.causal_forward(q, k, v, offset, **options)
     chunks = k.shape[0] // chunk_size
     if selection.size and chunks:
-        running = _add_past(running, q, k, v, selection, offset, chunk_size, scale)
+        running = _add_past(running, q, k, v, selection, offset, starts, chunk_size, scale)
     return blocked.softmax_finish(running, scale)
 
 
-def _add_past(running, q, k, v, selection, offset, chunk_size, scale):
+def _add_past(running, q, k, v, selection, offset, starts, chunk_size, scale):
     chunks = k.shape[0] // chunk_size
     tiles = _Tiles(q, selection, offset, chunk_size, chunks)
     rows = tiles.rows(q)
 
     def chunk_step(running, numbered):
-        chunk, k_chunk, v_chunk = numbered
+        chunk, k_chunk, v_chunk, visible = numbered
 
         def add_tile(t, running):
-            return _add_rows(running, rows, tiles(chunk, t), k_chunk, v_chunk, scale)
+            return _add_rows(running, rows, tiles(chunk, t), k_chunk, v_chunk, scale, visible)
 
         with at_most(tiles.most / chunks):
             return jax.lax.fori_loop(0, tiles.of(chunk), add_tile, running), None
 
-    numbered = jnp.arange(chunks, dtype=jnp.int32), *_complete(chunk_size, k, v)
+    visible = _visible_in_chunks(starts, chunk_size, chunks)
+    numbered = jnp.arange(chunks, dtype=jnp.int32), *_complete(chunk_size, k, v), visible
     past = jax.lax.scan(chunk_step, tuple(map(tiles.rows, running)), numbered)[0]
     return tuple(x.reshape(like.shape) for x, like in zip(past, running, strict=True))
 
@@ -157,22 +169,32 @@ def add_past(running, q, read_chunk, chunks, selection, offset, *, chunk_size, s
     return tuple(x.reshape(like.shape) for x, like in zip(past, running, strict=True))
 
 
-def _add_rows(running, q, rows, k_chunk, v_chunk, scale):
+def _visible_in_chunks(starts, chunk_size, chunks):
+    """Which keys of each chunk queries behind it may read, bool [N, 1, chunk_size]; None: all.
+
+    Only queries of the document that a chunk ends with are behind it, and so all see the same.
+    """
+    if starts is None:
+        return None
+    keys = jnp.arange(chunks * chunk_size, dtype=jnp.int32).reshape(chunks, 1, chunk_size)
+    return keys >= starts[chunk_size - 1 :: chunk_size][:chunks, None, None]
+
+
+def _add_rows(running, q, rows, k_chunk, v_chunk, scale, visible=None):
     """Takes one chunk into the running softmax of some rows; indices beyond them are ignored."""
     own = [_take(x, rows) for x in running]
-    own = blocked.softmax_add(own, _take(q, rows), k_chunk, v_chunk, scale)
+    own = blocked.softmax_add(own, _take(q, rows), k_chunk, v_chunk, scale, visible)
     return tuple(
         x.at[rows].set(new.reshape(-1, *x.shape[1:]), mode="drop", unique_indices=True)
         for x, new in zip(running, own, strict=True)
     )
 
 
-def _backward_group(q, k, v, selection, out, lse, grad, offset, *, chunk_size, scale):
+def _backward_group(q, k, v, selection, out, lse, grad, offset, starts=None, *, chunk_size, scale):
     """`backward` of `attend_heads`."""
     delta = blocked.output_dot(grad, out)
-    dq, dk, dv = blocked.causal_backward(
-        q, k, v, grad, lse, delta, offset, scale=scale, chunk_size=chunk_size
-    )
+    options = _own_chunk(q, offset, starts, chunk_size, scale)
+    dq, dk, dv = blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
     chunks = k.shape[0] // chunk_size
     if not (selection.size and chunks):
         return dq, dk, dv
@@ -180,7 +202,7 @@ def _backward_group(q, k, v, selection, out, lse, grad, offset, *, chunk_size, s
     dq, q, grad, lse, delta = map(tiles.rows, (dq, q, grad, lse, delta))
 
     def chunk_step(dq, numbered):
-        chunk, k_chunk, v_chunk = numbered
+        chunk, k_chunk, v_chunk, visible = numbered
 
         def add_tile(t, carry):
             dq, dk_chunk, dv_chunk = carry
@@ -191,7 +213,7 @@ def _backward_group(q, k, v, selection, out, lse, grad, offset, *, chunk_size, s
             grad_rows = jnp.where(real, _take(grad, rows), 0)
             delta_rows = jnp.where(real[:, 0], delta_rows, 0)
             dq_rows, dk_tile, dv_tile = blocked.block_gradients(
-                q_rows, k_chunk, v_chunk, grad_rows, lse_rows, delta_rows, scale
+                q_rows, k_chunk, v_chunk, grad_rows, lse_rows, delta_rows, scale, visible
             )
             dq_rows = dq_rows.reshape(-1, *dq.shape[1:]) * scale
             dq = dq.at[rows].add(dq_rows, mode="drop", unique_indices=True)
@@ -205,7 +227,8 @@ def _backward_group(q, k, v, selection, out, lse, grad, offset, *, chunk_size, s
         return dq, (dk_chunk.T * scale, dv_chunk.T)
 
     numbers = jnp.arange(chunks, dtype=jnp.int32)
-    dq, past = jax.lax.scan(chunk_step, dq, (numbers, *_complete(chunk_size, k, v)))
+    visible = _visible_in_chunks(starts, chunk_size, chunks)
+    dq, past = jax.lax.scan(chunk_step, dq, (numbers, *_complete(chunk_size, k, v), visible))
     rest = ((0, k.shape[0] - chunks * chunk_size), (0, 0))  # of a chunk that is not complete
     dk_past, dv_past = (jnp.pad(x.reshape(chunks * chunk_size, -1), rest) for x in past)
     return dq.reshape(shape), dk + dk_past, dv + dv_past

@@ -159,7 +159,7 @@ def split_rows(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(blocks, rows, *x.shape[1:])
 
 
-def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None):
+def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None, first=None):
     """Causal attention to one key head: to all earlier keys, to those of the query's own chunk, or
     to those of given chunks.
 
@@ -172,6 +172,8 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None):
       chunk_size: restricts each query to its own chunk; None for everything.
       seen: bool [Tq, P, ceil(Tk / chunk_size)], restricts each query to these chunks instead, which
         hold at most MAX_BLOCK keys; P divides M, and M / P neighbouring heads see the same.
+      first: int32 [Tq], restricts each query to the keys from this position on, where its document
+        begins; does not decrease, and is not behind the query. None: to all of these.
 
     Returns:
       The running softmax of the queries, with [Tq, M] for the rows of `softmax_start`.
@@ -180,7 +182,9 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None):
     k_blocks, v_blocks = split_rows(k, cols), split_rows(v, cols)
     read = lambda j: (k_blocks[j], v_blocks[j])
     blocks = KeyBlocks(read, cols, k_blocks.shape[0], k.shape[0], v.shape[1])
-    return causal_over_blocks(q, blocks, offset, scale=scale, chunk_size=chunk_size, seen=seen)
+    return causal_over_blocks(
+        q, blocks, offset, scale=scale, chunk_size=chunk_size, seen=seen, first=first
+    )
 
 
 class KeyBlocks(NamedTuple):
@@ -193,28 +197,31 @@ class KeyBlocks(NamedTuple):
     value_size: int
 
 
-def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, seen=None):
+def causal_over_blocks(
+    q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, seen=None, first=None
+):
     """`causal_forward` with keys and values that are read where they lie."""
     length, heads = q.shape[:2]
     cols = blocks.cols
     rows = tokens_at_once(block_size(chunk_size, seen is not None), length, heads)
     q = split_rows(q, rows)
-    mask = _Mask(rows, cols, heads, chunk_size, seen)
+    first = _first_seen(first, offset, chunk_size, seen)
+    mask = _Mask(rows, cols, heads, chunk_size, seen, first)
 
     def query_block(numbered):
         index, block = numbered
         block = block.reshape(rows * heads, -1)
-        first = offset + index * rows
+        position = offset + index * rows
 
         def add_keys(masked):
             def body(j, running):
-                visible = mask(first, index, j) if masked else None
+                visible = mask(position, index, j) if masked else None
                 return softmax_add(running, block, *blocks.read(j), scale, visible)
 
             return body
 
         running = softmax_start(block, blocks.value_size)
-        for start, stop, masked in mask.key_blocks(first, blocks.blocks, blocks.keys):
+        for start, stop, masked in mask.key_blocks(position, index, blocks):
             with at_most(mask.most_blocks(masked, rows, cols, blocks.blocks)):
                 running = jax.lax.fori_loop(start, stop, add_keys(masked), running)
         return running
@@ -223,11 +230,13 @@ def causal_over_blocks(q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, 
     return jax.tree.map(lambda x: x.reshape(-1, heads, *x.shape[2:])[:length], running)
 
 
-def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None, seen=None):
+def causal_backward(
+    q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None, seen=None, first=None
+):
     """Gradients of `causal_forward`, given the log-sum-exp over everything a query attends to.
 
     Args:
-      q, k, v, offset, scale, chunk_size, seen: as in `causal_forward`.
+      q, k, v, offset, scale, chunk_size, seen, first: as in `causal_forward`.
       grad: [Tq, M, V] gradient of the output.
       lse: [Tq, M] log-sum-exp; over more keys than visible here, if the caller adds others.
       delta: [Tq, M] sum over V of grad * output.
@@ -239,7 +248,8 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
     length, heads = shape[:2]
     side = block_size(chunk_size, seen is not None)
     rows, cols = tokens_at_once(side, length, heads), min(side, keys)
-    mask = _Mask(rows, cols, heads, chunk_size, seen)
+    first = _first_seen(first, offset, chunk_size, seen)
+    mask = _Mask(rows, cols, heads, chunk_size, seen, first)
     blocks = (split_rows(x, rows) for x in (q, grad, lse, delta))
     q, grad, lse, delta = (x.reshape(-1, rows * heads, *x.shape[3:]) for x in blocks)
 
@@ -272,15 +282,29 @@ def causal_backward(q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None
     return dq, dk.reshape(-1, k.shape[1])[:keys], dv.reshape(-1, v.shape[1])[:keys]
 
 
+def _first_seen(first, offset, chunk_size, seen):
+    """`first` of `causal_forward`, with what restricts queries to their own chunk taken into it."""
+    if first is None or chunk_size is None or seen is not None:
+        return first
+    queries = offset + jnp.arange(first.shape[0], dtype=jnp.int32)
+    return jnp.maximum(first, queries // chunk_size * chunk_size)
+
+
 class _Mask:
     """What the queries of `rows` tokens and `heads` heads see in blocks of `cols` keys; the other
-    fields as in `causal_forward`."""
+    fields as in `causal_forward`, `first` as `_first_seen` returns it."""
 
-    def __init__(self, rows: int, cols: int, heads: int, chunk_size: int | None, seen):
+    def __init__(self, rows: int, cols: int, heads: int, chunk_size: int | None, seen, first):
         self.rows, self.cols, self.heads = rows, cols, heads
-        self.own = chunk_size if seen is None else None  # the chunk size, where only own chunks are
         self.chunk_size = chunk_size
-        self.seen = None
+        self.within = (
+            chunk_size if seen is None else None
+        )  # the chunk size where only own chunks are
+        self.own = self.within if first is None else None  # the same, where chunks alone say so
+        self.first, self.seen = first, None
+        if first is not None:
+            padded = jnp.pad(first, (0, -first.shape[0] % rows), mode="edge")
+            self.first_blocks = padded.reshape(-1, rows)
         if seen is not None:
             assert chunk_size is not None  # `seen` is of chunks
             per_block = -(-cols // chunk_size)
@@ -294,6 +318,9 @@ class _Mask:
         visible = keys <= queries
         if self.own is not None:
             visible &= keys >= queries // self.own * self.own
+        if self.first is not None:
+            first = jax.lax.dynamic_index_in_dim(self.first_blocks, row_block, 0, False)
+            visible &= keys >= first[:, None]
         visible = visible[:, None]
         if self.seen is not None:
             chunks = -(-self.cols // self.chunk_size)
@@ -302,23 +329,32 @@ class _Mask:
             visible &= jnp.repeat(seen, self.chunk_size, axis=2)[..., : self.cols]
         return jnp.repeat(visible, self.heads // visible.shape[1], axis=1).reshape(-1, self.cols)
 
-    def key_blocks(self, position, blocks, keys):
+    @property
+    def masks_all(self) -> bool:
+        """Whether every block has something to be masked."""
+        return self.seen is not None or (self.within is not None and self.within <= self.cols)
+
+    def key_blocks(self, position, row_block, blocks: KeyBlocks):
         """Ranges of key blocks that queries position .. position + rows - 1 see: (start, stop,
         masked). They follow one another; in an unmasked one every query sees every key."""
-        rows, cols = self.rows, self.cols
+        rows, cols, own = self.rows, self.cols, self.own
         last = position + rows - 1
-        stop = jnp.clip(last // cols + 1, 0, blocks)
-        if self.seen is not None:
+        stop = jnp.clip(last // cols + 1, 0, blocks.blocks)
+        if self.first is not None:
+            low, high = self.first_blocks[row_block, 0], self.first_blocks[row_block, -1]
+        elif own is not None:
+            low, high = position // own * own, last // own * own
+        elif self.seen is not None:
             return ((0, stop, True),)
-        if self.own is None:
-            inner_stop = jnp.clip((position + 1) // cols, 0, keys // cols)
+        else:
+            inner_stop = jnp.clip((position + 1) // cols, 0, blocks.keys // cols)
             return (0, inner_stop, False), (inner_stop, stop, True)
-        own = self.own
-        start = jnp.clip(position // own * own // cols, 0, stop)
-        if own <= cols:
+        start = jnp.clip(low // cols, 0, stop)
+        if self.masks_all:
             return ((start, stop, True),)
-        inner_start = jnp.clip(-(-(last // own * own) // cols), start, stop)
-        inner_stop = jnp.clip(jnp.minimum((position + 1) // cols, keys // cols), inner_start, stop)
+        inner_start = jnp.clip(-(-high // cols), start, stop)
+        inner_stop = jnp.minimum((position + 1) // cols, blocks.keys // cols)
+        inner_stop = jnp.clip(inner_stop, inner_start, stop)
         return (
             (start, inner_start, True),
             (inner_start, inner_stop, False),
@@ -330,18 +366,20 @@ class _Mask:
         rows, own = self.rows, self.own
         last = key + self.cols - 1
         start = jnp.clip((key - offset) // rows, 0, blocks)
-        if self.seen is not None:
+        if self.first is not None:
+            until = lambda key: jnp.sum(self.first <= key, dtype=jnp.int32)  # queries: none behind
+        elif own is not None:
+            until = lambda key: (key // own + 1) * own - offset
+        elif self.seen is not None:
             return ((start, blocks, True),)
-        if own is None:
+        else:
             inner_start = jnp.clip(-(-(last - offset) // rows), start, blocks)
             return (start, inner_start, True), (inner_start, blocks, False)
-        seen_until = (last // own + 1) * own
-        stop = jnp.clip(-(-(seen_until - offset) // rows), start, blocks)
-        if own <= self.cols:
+        stop = jnp.clip(-(-until(last) // rows), start, blocks)
+        if self.masks_all:
             return ((start, stop, True),)
         inner_start = jnp.clip(-(-(last - offset) // rows), start, stop)
-        inner_stop = ((key // own + 1) * own - offset) // rows
-        inner_stop = jnp.clip(inner_stop, inner_start, stop)
+        inner_stop = jnp.clip(until(key) // rows, inner_start, stop)
         return (
             (start, inner_start, True),
             (inner_start, inner_stop, False),
@@ -350,9 +388,10 @@ class _Mask:
 
     def most_blocks(self, masked: bool, side: int, other: int, blocks: int) -> int:
         """Most iterations of one of those ranges, for a block of `side` rows that meets `blocks` of
-        `other` rows: without `seen`, masked ones lie at the edges of what is visible."""
+        `other` rows: masked ones lie at the edges of what is visible, unless documents or chosen
+        chunks begin and end anywhere."""
         if self.seen is not None:
             return blocks
         edge = side // other + 2
-        reach = blocks if self.own is None else self.own // other + edge
-        return min(blocks, edge if masked else reach)
+        reach = blocks if self.within is None else self.within // other + edge
+        return min(blocks, edge if masked and self.first is None else reach)

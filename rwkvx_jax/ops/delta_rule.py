@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 from rwkvx_jax.ops.delta_rule_chunked import chunked, leaf_of
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
-from rwkvx_jax.ops.documents import NO_DOCUMENTS, beginnings, check_segment_ids
+from rwkvx_jax.ops.documents import as_decays, beginnings, check_segment_ids
 from rwkvx_jax.ops.placement import automatic_axes, local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
 from rwkvx_jax.ops.recurrence_sequential import sequential
@@ -188,9 +188,13 @@ def _form(implementation, chunk_size, dtype, read, decay_bound):
         return functools.partial(sequential, reads_before=read == "before")
     if implementation == "pallas":
         kernel = importlib.import_module(_KERNEL).generalized_delta_rule
-        return lambda tokens, state: kernel(
-            **tokens, state=state, read=read, decay_bound=decay_bound
-        )
+
+        def by_kernel(tokens, state):
+            bound = None if "fresh" in tokens else decay_bound  # a document begins with a reset
+            tokens = as_decays(tokens, reads_before=read == "before")
+            return kernel(**tokens, state=state, read=read, decay_bound=bound)
+
+        return by_kernel
     platform = current_platform()
     associative = implementation == "associative"
     plan = Plan(
@@ -208,14 +212,13 @@ def _candidates(r, v, log_w, decay_bound, segment_ids) -> tuple[Candidate, ...]:
     """Implementations, fastest first."""
 
     def kernel_problem(platform: str) -> str | None:
-        if segment_ids is not None:
-            return NO_DOCUMENTS
+        bound = decay_bound if segment_ids is None else None
         return missing_module(_KERNEL) or importlib.import_module(_KERNEL).unsupported_reason(
             r.shape[-1],
             v.shape[-1],
             r.dtype,
             scalar=log_w.shape[-1] == 1,
-            decay_bound=decay_bound,
+            decay_bound=bound,
         )
 
     return (

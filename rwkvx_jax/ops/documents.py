@@ -2,6 +2,8 @@
 
 `segment_ids` [B, T] number the documents of a row 1, 2, ... in their order; 0 is padding, before,
 between or behind them. It is the convention of flax. A token sees nothing of another document.
+Padding is treated as a document of its own wherever it lies: it sees itself alone, nobody sees it,
+and what it gives is finite and means nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32, Int, Int32
 
 NO_DOCUMENTS = "it takes no segment_ids yet: documents are packed by the forms in XLA alone"
-"""Why a kernel does not run."""
+"""Why a kernel does not run where there are some."""
 
 
 def check_segment_ids(op: str, segment_ids: jax.Array, batch: int, time: int) -> None:
@@ -51,3 +53,46 @@ def beginnings(segment_ids: Int[Array, "B T"]) -> Float32[Array, "B T 1 1"]:
     state before it, if there is one, belongs to."""
     fresh = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(fresh, ((0, 0), (1, 0)))[..., None, None].astype(jnp.float32)
+
+
+def as_decays(
+    tokens: dict[str, jax.Array], *, reads_before: bool = False
+) -> dict[str, jax.Array]:
+    """A recurrence over packed documents as one that knows of none, for decays down to -inf.
+
+    Args:
+      tokens: arguments of `recurrence_sequential.sequential`.
+      reads_before: as there.
+
+    Returns:
+      The same without `fresh`: where it is set, the state before decays to 0, and nothing is removed
+      from it or read of it.
+    """
+    tokens = dict(tokens)
+    if (fresh := tokens.pop("fresh", None)) is None:
+        return tokens
+    empty = {"log_w": -jnp.inf, "a": 0, "r": 0}
+    given = {"log_w", "a", "r"} if reads_before else {"log_w", "a"}
+    for name in given & tokens.keys():
+        tokens[name] = jnp.where(fresh > 0, empty[name], tokens[name])
+    return tokens
+
+
+def document_starts(segment_ids: Int[Array, "B T"]) -> Int32[Array, "B T"]:
+    """Position at which the document of each token begins: a token sees nothing before it."""
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    fresh = beginnings(segment_ids)[..., 0, 0] > 0
+    return jax.lax.cummax(jnp.where(fresh, positions, 0), axis=1)
+
+
+def first_keys(
+    starts: Int32[Array, " Tk"], offset: Int32[Array, ""], queries: int
+) -> Int32[Array, " {queries}"]:
+    """The first key that each of some queries sees, those at positions offset, offset + 1, ...
+
+    Args:
+      starts: of one row, as `document_starts` returns them.
+      offset: position of the first query.
+      queries: how many; those beyond the keys are of the last key's document.
+    """
+    return jnp.take(starts, offset + jnp.arange(queries, dtype=jnp.int32), mode="clip")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import (
@@ -19,12 +19,13 @@ from rwkvx_jax.ops.attention_inputs import (
     Offset,
     check_attention_inputs,
     check_scale,
-    offset_of_rows,
+    rows_of,
     run_attention,
 )
 from rwkvx_jax.ops.attention_reference import full_attention_reference
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, resolve
+from rwkvx_jax.ops.documents import NO_DOCUMENTS, check_segment_ids, first_keys
 from rwkvx_jax.ops.heads import map_heads
 
 # Blocks of the splash kernel, lengths below which the whole sequence is one block.
@@ -39,6 +40,7 @@ def full_attention(
     v: Float[Array, "B Tk G V"],
     *,
     q_offset: Offset = 0,
+    segment_ids: Int[Array, "B Tk"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Tq H V"]:
@@ -51,6 +53,8 @@ def full_attention(
       v: [B, Tk, G, V] values.
       q_offset: int, integer scalar or integer [B] (may be traced). Outputs at positions beyond the
         last key are meaningless but finite.
+      segment_ids: numbers of packed documents (`documents`), of the keys and so of the queries at
+        their positions: no key of another document is read. None: all tokens are of one.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
       implementation: "reference" (float32, quadratic memory), "blocked", "splash" (TPU),
         "cudnn" (GPU), or None to choose by platform, shapes and dtype.
@@ -59,14 +63,18 @@ def full_attention(
       [B, Tq, H, V] in q's dtype, differentiable in q, k, v in reverse mode ("reference" in both).
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit, a named implementation that cannot run here,
-        or forward-mode differentiation of another than "reference".
+      ValueError: on shapes or dtypes that do not fit, segment_ids that number no documents, a named
+        implementation that cannot run here, or forward-mode differentiation of another than
+        "reference".
     """
     check_attention_inputs(q, k, v, q_offset)
     scale = check_scale(scale, q.shape[-1])
+    if segment_ids is not None:
+        check_segment_ids("full_attention", segment_ids, *k.shape[:2])
+    cudnn_obstacle = lambda _: _cudnn_obstacle(q, k, v, q_offset, segment_ids)
     candidates = (
         Candidate("splash", ("tpu",), lambda _: _splash_obstacle(q, k, v, q_offset)),
-        Candidate("cudnn", ("gpu",), lambda _: _cudnn_obstacle(q, k, v, q_offset)),
+        Candidate("cudnn", ("gpu",), cudnn_obstacle),
         Candidate("blocked"),
         Candidate("reference"),
     )
@@ -74,7 +82,8 @@ def full_attention(
     if chosen != "reference":
         q, k, v = reverse_only(NO_FORWARD_MODE.format("full_attention"), q, k, v)
     run = functools.partial(_IMPLEMENTATIONS[chosen], scale=scale)
-    return run_attention(run, (q, k, v), q_offset, check_vma=chosen in ("blocked", "reference"))
+    by_xla = chosen in ("blocked", "reference")
+    return run_attention(run, (q, k, v), q_offset, segment_ids=segment_ids, check_vma=by_xla)
 
 
 def _splash_obstacle(q, k, v, q_offset) -> str | None:
@@ -88,8 +97,10 @@ def _splash_obstacle(q, k, v, q_offset) -> str | None:
     return None
 
 
-def _cudnn_obstacle(q, k, v, q_offset) -> str | None:
+def _cudnn_obstacle(q, k, v, q_offset, segment_ids) -> str | None:
     """Why cuDNN cannot compute this call, None if it can."""
+    if segment_ids is not None:
+        return NO_DOCUMENTS
     if not isinstance(q_offset, numbers.Integral) or q_offset != 0:
         return f"q_offset is {q_offset} and cuDNN's causal mask starts at position 0"
     if q.shape[1] != k.shape[1]:
@@ -108,7 +119,7 @@ def _cudnn_attention(q, k, v, *, scale, q_offset):
     )
 
 
-def _splash_attention(q, k, v, *, scale, q_offset, interpret=False):
+def _splash_attention(q, k, v, *, scale, q_offset, starts=None, interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, keys, heads = q.shape[1], k.shape[1], q.shape[2]
@@ -129,7 +140,14 @@ def _splash_attention(q, k, v, *, scale, q_offset, interpret=False):
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
     )
-    out = jax.vmap(kernel)(*(jnp.moveaxis(x, 2, 1) for x in (q, k, v)))
+    arrays = tuple(jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    if starts is None:
+        out = jax.vmap(kernel)(*arrays)
+    else:  # where a document begins is as good a number for it as any
+        edge = lambda x, size: jnp.pad(x, ((0, 0), (0, size - x.shape[1])), mode="edge")
+        of_queries = edge(starts[:, q_offset : q_offset + length], q.shape[1])
+        ids = splash.SegmentIds(q=of_queries, kv=edge(starts, k.shape[1]))
+        out = jax.vmap(kernel)(*arrays, ids)
     return jnp.moveaxis(out, 1, 2)[:, :length].astype(q.dtype)
 
 
@@ -142,35 +160,40 @@ def _pad_time(x, multiple):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
 
-def _blocked_attention(q, k, v, *, scale, q_offset):
-    return _blocked(q, k, v, offset_of_rows(q_offset, q.shape[0]), scale)
+def _blocked_attention(q, k, v, *, scale, q_offset, starts=None):
+    return _blocked(q, k, v, rows_of(q_offset, starts, q.shape[0]), scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q, k, v, offset, scale):
-    return _blocked_fwd(q, k, v, offset, scale)[0]
+def _blocked(q, k, v, rows, scale):
+    return _blocked_fwd(q, k, v, rows, scale)[0]
 
 
-def _blocked_fwd(q, k, v, offset, scale):
-    def forward(q, k, v, offset):
-        running = blocked.causal_forward(q, k[:, 0], v[:, 0], offset, scale=scale)
+def _first(starts, offset, q):
+    return None if starts is None else first_keys(starts, offset, q.shape[0])
+
+
+def _blocked_fwd(q, k, v, rows, scale):
+    def forward(q, k, v, offset, starts=None):
+        options = {"scale": scale, "first": _first(starts, offset, q)}
+        running = blocked.causal_forward(q, k[:, 0], v[:, 0], offset, **options)
         return blocked.softmax_finish(running, scale)
 
-    out, lse = map_heads(forward, (q, k, v), offset)
+    out, lse = map_heads(forward, (q, k, v), rows)
     out = out.astype(q.dtype)
-    return out, (q, k, v, offset, out, lse)
+    return out, (q, k, v, rows, out, lse)
 
 
 def _blocked_bwd(scale, saved, grad):
-    q, k, v, offset, out, lse = saved
+    q, k, v, rows, out, lse = saved
 
-    def backward(q, k, v, out, lse, grad, offset):
+    def backward(q, k, v, out, lse, grad, offset, starts=None):
         delta = blocked.output_dot(grad, out)
-        k, v = k[:, 0], v[:, 0]
-        dq, dk, dv = blocked.causal_backward(q, k, v, grad, lse, delta, offset, scale=scale)
+        k, v, options = k[:, 0], v[:, 0], {"scale": scale, "first": _first(starts, offset, q)}
+        dq, dk, dv = blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
         return dq, dk[:, None], dv[:, None]
 
-    dq, dk, dv = map_heads(backward, (q, k, v, out, lse, grad), offset)
+    dq, dk, dv = map_heads(backward, (q, k, v, out, lse, grad), rows)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -43,26 +43,26 @@ def fold_vmapped(function):
     return folded
 
 
-def map_heads(function, arrays, offset):
+def map_heads(function, arrays, rows):
     """Applies a function of one key head to every key head of every batch row, one after the other.
 
     Differentiable in forward mode only.
 
     Args:
-      function: (*arrays [T, n, ...], offset int32 scalar) -> tuple of arrays [T, n, ...]. n differs
+      function: (*arrays [T, n, ...], *rows [...]) -> tuple of arrays [T, n, ...]. n differs
         between arrays: 1 for those that have a head for each key head, M for those with M.
       arrays: tuple of [B, T, n * G, ...]; G, the number of key heads, is the smallest of all.
-      offset: int32 [B].
+      rows: tuple of integers [B] or [B, T] that all heads of a batch row share.
 
     Returns:
       Tuple of arrays [B, T, n * G, ...].
     """
-    groups = min(x.shape[2] for x in arrays)
+    groups, count = min(x.shape[2] for x in arrays), len(arrays)
     split = lambda x: x.reshape(*x.shape[:2], groups, x.shape[2] // groups, *x.shape[3:])
     join = lambda x: x.reshape(*x.shape[:2], groups * x.shape[3], *x.shape[4:])
 
-    def all_heads(*arrays_and_offset):
-        *arrays, offset = arrays_and_offset
+    def all_heads(*arrays_and_rows):
+        arrays, rows = arrays_and_rows[:count], arrays_and_rows[count:]
         batch, _, groups = arrays[0].shape[:3]
 
         def flat(x):
@@ -72,9 +72,9 @@ def map_heads(function, arrays, offset):
         def unflat(x):
             return jnp.moveaxis(x.reshape(batch, groups, *x.shape[1:]), 1, 2)
 
-        inputs = (*map(flat, arrays), jnp.repeat(offset, groups))
+        inputs = (*map(flat, arrays), *(jnp.repeat(x, groups, axis=0) for x in rows))
         return jax.tree.map(unflat, jax.lax.map(lambda x: function(*x), inputs))
 
     run = fold_vmapped(functools.partial(partitioned, all_heads))
-    results = forward_only(_NO_SECOND_REVERSE, run, all_heads)(*map(split, arrays), offset)
+    results = forward_only(_NO_SECOND_REVERSE, run, all_heads)(*map(split, arrays), *rows)
     return jax.tree.map(join, results)

@@ -70,7 +70,7 @@ def partitioned(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
 
     Args:
       fn: function of the arrays, row by row and head by head; returns a tuple of arrays.
-      arrays: [B], or [B, T, H, ...], as the results are.
+      arrays: [B], [B, T] or [B, T, H, ...], as the results are.
     """
     mesh = _mesh_with(AxisType.Auto, arrays)
     if mesh is None or mesh.size == 1 or _axes_of(AxisType.Manual, mesh):

@@ -8,6 +8,7 @@ Source: RWKV-X (arXiv 2504.21463), per-head gate.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,11 @@ from rwkvx_jax.ops.attention_inputs import (
     check_chunking,
     check_offset,
     query_positions,
+    query_starts,
     run_attention,
 )
 from rwkvx_jax.ops.dispatch import Candidate, resolve
+from rwkvx_jax.ops.documents import NO_DOCUMENTS, check_segment_ids
 from rwkvx_jax.ops.selectors import MEAN, Selector, check_selector
 
 # Scores held at once, over batch and heads. About a million of them stay in cache; a block of fewer
@@ -44,6 +47,13 @@ PREFIXES = 8
 MIN_CHUNKS_PER_PREFIX = 128
 
 
+class PackedChunks(NamedTuple):
+    """What the documents of a packed sequence leave of its chunks."""
+
+    counts: Float32[Array, "B NR"] | None  # as `Selector.counts` returns them
+    first_chunk: Int32[Array, "B Tq"]  # that in which each query's document begins
+
+
 def selector_of(config: ModelConfig) -> Selector:
     """The selector that a configuration names."""
     parts = config.selector_blocks if config.selector in ("max", "pooled") else 1
@@ -58,6 +68,7 @@ def select_from_rows(
     chunk_size: int,
     count: int,
     selector: Selector = MEAN,
+    packed: PackedChunks | None = None,
 ) -> Int32[Array, "B Tq S {count}"]:
     """The `count` past chunks with the highest scores, for queries at given positions.
 
@@ -72,6 +83,7 @@ def select_from_rows(
       chunk_size: tokens in a chunk.
       count: how many chunks to choose.
       selector: how a chunk is scored.
+      packed: where documents are packed, what of each chunk may be read by whom.
 
     Returns:
       int32 [B, Tq, S, count], by descending score, ties to the lower index, padded with -1; S is
@@ -84,9 +96,14 @@ def select_from_rows(
     if taken == 0:
         return jnp.full((batch, length, heads // selector.together, count), -1, jnp.int32)
     q, rows = jax.lax.stop_gradient((q, rows.astype(jnp.float32)))
+    counts = first_chunk = None
+    if packed is not None:
+        counts, first_chunk = packed.counts, packed.first_chunk
+        counts = None if counts is None else counts[:, None]  # for all heads
     # Heads before time, once: the keys of a head lie together, as products want them.
-    q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size)
+    q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size, counts)
     own = positions // chunk_size
+    weights = None if counts is None else counts[:, :, None] / (chunk_size // selector.rows)
 
     few = length < MIN_QUERIES_TO_BRANCH
     step = chunks if few else max(MIN_CHUNKS_PER_PREFIX, -(-chunks // PREFIXES))
@@ -94,46 +111,56 @@ def select_from_rows(
     prefixes = [partial(among, min(n, chunks)) for n in range(step, chunks + step, step)]
 
     def select_block(block):
-        q, own = block  # [B, H, block, K], [B, block]
+        q, own, first_chunk = block  # [B, H, block, K], [B, block] twice
         needed = jnp.clip((own.max() - 1) // step, 0, len(prefixes) - 1)
-        return jax.lax.switch(needed, prefixes, q, keys, own)
+        return jax.lax.switch(needed, prefixes, q, keys, own, first_chunk, weights)
 
     block = max(MIN_QUERIES_PER_BLOCK, SCORES_PER_BLOCK // (batch * heads * keys.shape[2]))
-    chosen = _map_blocks(select_block, q, own, min(length, block))
+    chosen = _map_blocks(select_block, q, (own, first_chunk), min(length, block))
     return _pad_choices(chosen.swapaxes(1, 2), count)
 
 
-def _map_blocks(select_block, q, own, block):
-    """(q [B, H, block, K], own [B, block]) -> [B, S, block, J], for every block: [B, S, T, J]."""
+def _map_blocks(select_block, q, rows, block):
+    """(q [B, H, block, K], *rows [B, block]) -> [B, S, block, J], for every block: [B, S, T, J]."""
     batch, heads, length, size = q.shape
     blocks = -(-length // block)
     if blocks == 1:
-        return select_block((q, own))
+        return select_block((q, *rows))
     pad = blocks * block - length
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0)))
     q = jnp.moveaxis(q.reshape(batch, heads, blocks, block, size), 2, 0)
-    own = jnp.pad(own, ((0, 0), (0, pad)))
-    own = jnp.moveaxis(own.reshape(batch, blocks, block), 1, 0)
-    chosen = jnp.moveaxis(jax.lax.map(select_block, (q, own)), 0, 2)
+
+    def split(row):
+        return jnp.moveaxis(jnp.pad(row, ((0, 0), (0, pad))).reshape(batch, blocks, block), 1, 0)
+
+    chosen = jax.lax.map(select_block, (q, *jax.tree.map(split, rows)))
+    chosen = jnp.moveaxis(chosen, 0, 2)
     return chosen.reshape(*chosen.shape[:2], blocks * block, -1)[:, :, :length]
 
 
-def _select_among(first, q, keys, own, *, count, selector, key_size):
+def _select_among(first, q, keys, own, first_chunk, weights, *, count, selector, key_size):
     """Choices [B, S, T, count] from the `first` chunks alone.
 
-    q: [B, H, T, K]; keys: [B, G, N * keys_per_chunk, F]; own: int32 [B, T], own chunks.
+    q: [B, H, T, K]; keys: [B, G, N * keys_per_chunk, F]; own: int32 [B, T], own chunks; first_chunk
+    and weights as in `choose_past`.
     """
     some = keys[:, :, : first * selector.keys_per_chunk]
+    if weights is not None:
+        weights = weights[..., : some.shape[2]]
     q = selector.queries(q.astype(jnp.float32), 1)
     rows = q.reshape(*keys.shape[:2], -1, q.shape[3])  # the queries of a key head
     products = jnp.einsum("bgmf,bgnf->bgmn", rows, some, precision=jax.lax.Precision.HIGHEST)
     products = products.reshape(*q.shape[:3], -1)
-    return choose_past(products, own, count=count, selector=selector, key_size=key_size)
+    return choose_past(
+        products, own, first_chunk, weights, count=count, selector=selector, key_size=key_size
+    )
 
 
 def choose_past(
     products: Float32[Array, "B H T keys"],
     own: Int32[Array, "B T"],  # own chunks of the queries
+    first_chunk: Int32[Array, "B T"] | None = None,  # those in which their documents begin
+    weights: Float32[Array, "B 1 1 keys"] | None = None,  # as in `Selector.combine`
     *,
     count: int,
     selector: Selector,
@@ -141,9 +168,11 @@ def choose_past(
 ) -> Int32[Array, "B S T J"]:
     """The best `count` of the chunks before the own one, by the products of queries and keys that
     `Selector.queries` and `Selector.keys` make: int32 [B, S, T, count], -1 for none."""
-    scores = selector.combine(products, key_size)
+    scores = selector.combine(products, key_size, weights)
     chunks = scores.shape[-1]
     past = jnp.arange(chunks)[None, None, None] < own[:, None, :, None]
+    if first_chunk is not None:
+        past &= jnp.arange(chunks)[None, None, None] >= first_chunk[:, None, :, None]
     scores = jnp.where(past, scores, -jnp.inf)
     return _pad_choices(_best(scores, min(count, chunks)), count)
 
@@ -176,6 +205,7 @@ def select_chunks(
     chunk_size: int,
     top_k: int,
     q_offset: Offset = 0,
+    segment_ids: Int[Array, "B Tk"] | None = None,
     implementation: str | None = None,
     selector: Selector = MEAN,
 ) -> Int32[Array, "B Tq S {top_k}-1"]:
@@ -188,6 +218,10 @@ def select_chunks(
       chunk_size: tokens in a chunk, counted from position 0.
       top_k: chunks a query attends to, its own included.
       q_offset: int, integer scalar or integer [B] (may be traced).
+      segment_ids: numbers of packed documents (`documents`), of the keys and so of the queries at
+        their positions. A query chooses among the chunks from that on in which its document begins,
+        and a chunk is scored by the keys of the document it ends with alone: queries behind it are
+        of no other. None: all tokens are of one document.
       implementation: "pallas" (TPU, selector "mean" or "bounds"), "xla", or None to choose by
         platform.
       selector: how a query scores a chunk, and which heads choose together.
@@ -198,14 +232,18 @@ def select_chunks(
       The own chunk, later chunks and a trailing partial chunk are never chosen. No gradient.
 
     Raises:
-      ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1, a negative q_offset, or a
-        chunk that can't be cut into the selector's blocks, heads that can't be grouped, or a named
-        implementation that cannot run here.
+      ValueError: on shapes that do not fit, chunk_size < 1, top_k < 1, a negative q_offset,
+        segment_ids that number no documents, a chunk that can't be cut into the selector's blocks,
+        heads that can't be grouped, or a named implementation that cannot run here.
     """
     _check(q, k, chunk_size, top_k, q_offset, selector)
+    if segment_ids is not None:
+        check_segment_ids("select_chunks", segment_ids, *k.shape[:2])
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
+        if segment_ids is not None:
+            return NO_DOCUMENTS
         if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
         if not selector.sums_queries:
@@ -220,7 +258,8 @@ def select_chunks(
     by_kernel = chosen == "pallas" and complete > 0 and top_k > 1
     options = {"chunk_size": chunk_size, "count": top_k - 1, "selector": selector}
     run = partial(_select_by_kernel if by_kernel else _select_in_xla, **options)
-    return run_attention(run, jax.lax.stop_gradient((q, k)), q_offset, check_vma=not by_kernel)
+    arrays = jax.lax.stop_gradient((q, k))
+    return run_attention(run, arrays, q_offset, segment_ids=segment_ids, check_vma=not by_kernel)
 
 
 def _select_by_kernel(q, k, *, chunk_size, count, selector, q_offset):
@@ -228,12 +267,22 @@ def _select_by_kernel(q, k, *, chunk_size, count, selector, q_offset):
     return selection_tpu.select_by_keys(*factors, q_offset, chunk_size=chunk_size, count=count)
 
 
-def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset):
+def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset, starts=None):
     positions = query_positions(q_offset, q.shape[0], q.shape[1])
-    rows = selector.rows_of(k[:, : k.shape[1] // chunk_size * chunk_size], chunk_size)
-    return select_from_rows(
-        q, rows, positions, chunk_size=chunk_size, count=count, selector=selector
-    )
+    k, counted, packed = k[:, : k.shape[1] // chunk_size * chunk_size], None, None
+    if starts is not None:
+        first = query_starts(starts, q_offset, q.shape[1])
+        counted = _readable_keys(starts[:, : k.shape[1]], chunk_size)
+        packed = PackedChunks(selector.counts(counted, chunk_size), first // chunk_size)
+    rows = selector.rows_of(k, chunk_size, counted)
+    options = {"chunk_size": chunk_size, "count": count, "selector": selector}
+    return select_from_rows(q, rows, positions, packed=packed, **options)
+
+
+def _readable_keys(starts, chunk_size):
+    """Which keys of complete chunks are of the document that their chunk ends with, bool [B, T]."""
+    begin = jnp.repeat(starts[:, chunk_size - 1 :: chunk_size], chunk_size, axis=1)
+    return jnp.arange(starts.shape[1])[None] >= begin
 
 
 def kernel_factors(q, k, chunk_size, selector):

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from rwkvx_jax.ops.attention_inputs import check_groups
 
@@ -40,19 +40,27 @@ class Selector(NamedTuple):
         """Rows kept of each chunk."""
         return {"mean": 1, "bounds": 2}.get(self.kind, self.blocks)
 
-    def rows_of(self, k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array, "B NR H K"]:
+    def rows_of(
+        self,
+        k: Float[Array, "B T H K"],
+        chunk_size: int,
+        counted: Bool[Array, "B T"] | None = None,
+    ) -> Float32[Array, "B NR H K"]:
         """What is kept of keys [B, T, H, K] in chunks: float32 [B, ceil(T / chunk_size) * rows, H,
         K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k; a
-        trailing partial chunk as far as it goes.
+        trailing partial chunk as far as it goes. Keys that are not `counted` are left out.
         """
+        counts = None if counted is None else counted[..., None, None]
+        only = lambda x, empty: x if counts is None else jnp.where(counts, x, empty)
         if self.kind != "bounds":
+            k = only(k, 0)
             sums = chunk_key_sums(k, chunk_size // self.rows)
             missing = -(-k.shape[1] // chunk_size) * self.rows - sums.shape[1]
             return jnp.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0)))
         batch, length, heads, size = k.shape
         chunks = -(-length // chunk_size)
         padding = ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0))
-        split = lambda x: jnp.pad(x, padding, constant_values=-jnp.inf).reshape(
+        split = lambda x: jnp.pad(only(x, -jnp.inf), padding, constant_values=-jnp.inf).reshape(
             batch, chunks, chunk_size, heads, size
         )
         k = k.astype(jnp.float32)
@@ -69,13 +77,28 @@ class Selector(NamedTuple):
         """Keys that `keys` makes of each chunk."""
         return 1 if self.kind == "bounds" else self.rows
 
+    def counts(
+        self, counted: Bool[Array, "B T"], chunk_size: int
+    ) -> Float32[Array, "B keys"] | None:
+        """How many keys of each part of complete chunks are counted: [B, N * rows]; None where
+        nobody asks ("bounds")."""
+        if self.kind == "bounds":
+            return None
+        parts = counted.reshape(counted.shape[0], -1, chunk_size // self.rows)
+        return parts.sum(-1, dtype=jnp.float32)
+
     def keys(
-        self, rows: Float32[Array, "*any NR K"], chunk_size: int
+        self,
+        rows: Float32[Array, "*any NR K"],
+        chunk_size: int,
+        counts: Float32[Array, "*some NR"] | None = None,
     ) -> Float32[Array, "*any keys F"]:
         """What queries are multiplied with: float32 [..., N * rows, K] -> [..., N *
-        keys_per_chunk, F]. F is K, and for "bounds" 2 K: [-smallest, largest]."""
+        keys_per_chunk, F]. F is K, and for "bounds" 2 K: [-smallest, largest]. `counts` says of how
+        many keys the sums are, where not of whole parts."""
         if self.kind != "bounds":
-            return rows / (chunk_size // self.rows)
+            whole = chunk_size // self.rows
+            return rows / (whole if counts is None else jnp.maximum(counts, 1)[..., None])
         return rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
 
     @property
@@ -94,15 +117,23 @@ class Selector(NamedTuple):
         return self._of_heads(q.astype(jnp.float32), axis).sum(axis + 1)
 
     def combine(
-        self, products: Float32[Array, "B H T keys"], key_size: int
+        self,
+        products: Float32[Array, "B H T keys"],
+        key_size: int,
+        weights: Float32[Array, "B 1 1 keys"] | None = None,
     ) -> Float32[Array, "B S T N"]:
         """Scores [B, S, T, N] from the products of `queries` with all keys: [B, H, T, N *
-        keys_per_chunk], or [B, S, ...] where it `sums_queries`."""
+        keys_per_chunk], or [B, S, ...] where it `sums_queries`. `weights` are the shares of the
+        keys that count in each part, where not all do: in "max" parts without any are left out, in
+        "pooled" each part weighs as much."""
         scores = products
         if not self.is_product:
-            products = products.reshape(*products.shape[:-1], -1, self.rows)
-            pooled = lambda x: jax.nn.logsumexp(x * key_size**-0.5, axis=-1)
-            scores = products.max(-1) if self.kind == "max" else pooled(products)
+            parts = lambda x: x.reshape(*x.shape[:-1], -1, self.rows)
+            products, largest = parts(products), self.kind == "max"
+            products = products if largest else products * key_size**-0.5
+            if weights is not None:
+                products += jnp.log(parts(jnp.sign(weights) if largest else weights))
+            scores = products.max(-1) if largest else jax.nn.logsumexp(products, axis=-1)
         if self.sums_queries:
             return scores
         scores = self._of_heads(scores, 1)

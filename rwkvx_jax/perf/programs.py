@@ -90,7 +90,7 @@ def train_program(config: Config, stage: Stage, mesh: Mesh) -> Program:
             "tokens": array(stage.seq_len + 1, jnp.int32),
             "mask": array(stage.seq_len, jnp.float32),
         }
-        if config.data.packed:
+        if config.data.segmented:
             batch["segment_ids"] = array(stage.seq_len, jnp.int32)
         return program.train_step.lower(program.abstract_state(), batch)
 

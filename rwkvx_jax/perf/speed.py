@@ -1,7 +1,7 @@
 """Decode time per token against context length, beside the bytes that a token makes the model read.
 
 Three models are timed in turn, step by step, so that their ratios come from one run: the hybrid
-with sparse attention, the same weights with full attention, and RWKV-7 with as many blocks. A
+with sparse attention, the same weights with full attention, and as many recurrent blocks alone. A
 decode step costs the same whatever the weights and the cache hold, so caches are not filled by
 reading text: their length is set and their pages hold random rows. The machine's read bandwidth is
 measured in between, and says how close a step comes to what memory allows.

@@ -1,4 +1,5 @@
-"""The models that `speed` and `prefill` time: a hybrid, its full-attention twin, and RWKV-7.
+"""The models that `speed` and `prefill` time: one with sparse attention, the same with full
+attention, and as many recurrent blocks of its kind.
 
 They come from a checkpoint, or have random weights: times do not depend on them.
 """
@@ -21,9 +22,9 @@ from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
 
 LABELS = {
-    "sparse": "RWKV-X (sparse attention)",
-    "rwkv": "RWKV-7 with as many blocks",
-    "full": "full-attention hybrid",
+    "sparse": "sparse attention",
+    "rwkv": "recurrent blocks alone",
+    "full": "full attention",
 }
 TIMED = "model"
 """Label of the only model of a results file."""

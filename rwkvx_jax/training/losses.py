@@ -71,10 +71,7 @@ def token_losses(
       block_tokens: tokens whose logits exist at once (rounded to whole time steps).
       segment_ids: [B, T] int32, the document of each input, or None: a row is one text.
     """
-    # The one place where a loss calls the model. `RWKVX.features` takes no segment ids yet: states
-    # and attention still reach across the documents of a row, as they do in samples="window".
-    del segment_ids
-    features, targets = model.features(tokens[:, :-1]), tokens[:, 1:]
+    features, targets = model.features(tokens[:, :-1], segment_ids), tokens[:, 1:]
     # Parts of a sequence that lie on several devices become rows, so that none has to move.
     shape, parts = targets.shape, sequence_parts(targets.shape[1])
     rows, time = shape[0] * parts, shape[1] // parts

@@ -239,8 +239,8 @@ def test_batches_have_segment_ids(texts):
         "mask": ((8, 60), "float32"),
         "segment_ids": ((8, 60), "int32"),
     }
-    windows = opened(texts, source=SourceConfig("jsonl")).dataset(STAGE)
-    assert set(windows[0]) == {"tokens", "mask"}
+    run_on = opened(texts, source=SourceConfig("jsonl"), reset_at_documents=False).dataset(STAGE)
+    assert set(run_on[0]) == {"tokens", "mask"}
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.thorough)])
@@ -331,7 +331,7 @@ def test_other_samples_beside_packed_ones_are_one_segment(tmp_path):
     stage = dataclasses.replace(STAGE, seq_len=128)
     others = (SourceConfig("passkey"), SourceConfig("jsonl"))
     others += (SourceConfig("jsonl", samples="document"),)
-    data = opened(tmp_path / "t.jsonl", sources=(PACKED, *others))
+    data = opened(tmp_path / "t.jsonl", sources=(PACKED, *others), reset_at_documents=False)
     whole = {"segment_ids": [1] * 128}
     for index in (1, 2):
         only = dataclasses.replace(stage, source_weights=tuple(np.eye(4)[index].tolist()))

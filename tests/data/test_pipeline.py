@@ -52,7 +52,7 @@ def rows(batch_list):
 
 def test_samples_have_the_contracted_form(opened):
     sample = opened.dataset(STAGE)[0]
-    assert set(sample) == {"tokens", "mask"}
+    assert set(sample) == {"tokens", "mask", "segment_ids"}
     assert sample["tokens"].shape == (65,) and sample["tokens"].dtype == np.int32
     assert sample["mask"].shape == (64,) and sample["mask"].dtype == np.float32
     assert (sample["mask"] == 1).all()
@@ -334,6 +334,56 @@ def test_document_samples_are_cut_and_padded(tmp_path):
     assert short["tokens"].tolist() == [98, 98, 98] + [0] * 62
     assert short["mask"].tolist() == [1, 1, 1] + [0] * 61  # the end of the document counts
     assert found["e" * 65]["mask"].sum() == 64
+
+
+@pytest.fixture
+def numbered_documents(tmp_path):
+    """Texts of 0 to 15 digits of 3-digit numbers: no two windows are alike."""
+    sizes = np.cumsum([3 * (1 + i % 5) if i % 4 else 0 for i in range(16)])
+    digits = "".join(f"{i:03d}" for i in range(sizes[-1]))
+    texts = [digits[a:b] for a, b in zip((0, *sizes), sizes, strict=False)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("order", ["shuffle", "rwkvx"])
+def test_windows_know_where_documents_begin(numbered_documents, order, tmp_path):
+    """Ids count the documents of each window from 1, and no document predicts the next."""
+    source = (SourceConfig("jsonl"),)
+    stage = dataclasses.replace(STAGE, seq_len=7)
+    opened = open_numbers(numbered_documents, tmp_path, sources=source, order=order, held_out=0.0)
+    stream, dataset = opened.sources[0].stream, opened.dataset(stage)
+    plain = Windows(stream, 0, len(stream), 7)
+    document = np.repeat(np.arange(len(stream.sizes)), stream.sizes)
+    found = set()
+    for i in range(12):
+        sample = dataset[i]
+        (w,) = [
+            w for w in range(len(plain))
+            if np.array_equal(plain[w]["tokens"], sample["tokens"])
+        ]  # fmt: skip
+        numbers = document[7 * w : 7 * w + 8]
+        expected = np.cumsum(np.diff(numbers[:-1], prepend=numbers[0]) != 0) + 1
+        np.testing.assert_array_equal(sample["segment_ids"], expected)
+        np.testing.assert_array_equal(sample["mask"], numbers[1:] == numbers[:-1])
+        assert sample["segment_ids"].dtype == np.int32 and sample["mask"].dtype == np.float32
+        found |= set(expected.tolist())
+    assert {1, 2, 3} <= found
+    off = dataclasses.replace(opened.config, reset_at_documents=False)
+    sample = dataclasses.replace(opened, config=off).dataset(stage)[0]
+    assert set(sample) == {"tokens", "mask"} and sample["mask"].all()
+
+
+def test_what_has_segment_ids():
+    synthetic, windows, chats = (
+        SourceConfig("passkey"), SourceConfig("text"), SourceConfig("jsonl", samples="document")
+    )  # fmt: skip
+    assert not DataConfig(sources=(synthetic, chats)).segmented
+    assert DataConfig(sources=(synthetic, windows)).segmented
+    assert not DataConfig(sources=(windows,), reset_at_documents=False).segmented
+    packed = SourceConfig("jsonl", samples="packed")
+    assert DataConfig(sources=(packed,), reset_at_documents=False).segmented
 
 
 def test_magic_prime_of_the_published_runs():

@@ -5,6 +5,7 @@ all gradients to 1e-5 of the largest entry; and what one document's outputs owe 
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from rwkvx_jax import generalized_delta_rule, wkv7
-from rwkvx_jax.ops import recurrences
+from rwkvx_jax.ops import dispatch, recurrences
 from rwkvx_jax.ops.delta_rule import affine
 from rwkvx_jax.ops.documents import beginnings, check_segment_ids
 from rwkvx_jax.ops.recurrence import wkv7_affine
@@ -141,6 +143,40 @@ def test_nothing_crosses_a_border(kind, form):
     _, gradients = packed(kind, form)(inputs, ids, (np.where(behind, 0, y), np.zeros_like(end)))
     for name in inputs.keys() - {"state"}:
         assert not np.asarray(gradients[name])[:, border:].any(), name
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rwkv7",
+        pytest.param("vector-linear", marks=pytest.mark.thorough),  # reads before it writes
+        pytest.param("scalar-delta", marks=pytest.mark.thorough),
+        pytest.param("bounded-delta", marks=pytest.mark.thorough),
+    ],
+)
+def test_the_interpreted_tpu_kernel(kind, monkeypatch):
+    """Values and all gradients through the op; the kernel gets resets and knows of no documents."""
+    monkeypatch.setattr(sys.modules[__name__], "KEYS", 32)
+    monkeypatch.setattr(sys.modules[__name__], "VALUES", 32)
+    op, *_, options = KINDS[kind]
+    lengths = (1, 15, 16, 1, 1, 20)
+    inputs, cotangents = make_inputs(kind, lengths), cotangents_of(lengths)
+
+    def run(form):
+        run = lambda inputs: op(
+            **inputs, segment_ids=ids_of(lengths), implementation=form, **options
+        )
+        outputs, pull_back = jax.vjp(run, {n: jnp.asarray(x) for n, x in inputs.items()})
+        return outputs, pull_back(cotangents)[0]
+
+    expected = jax.jit(run, static_argnums=0)("sequential")
+    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    with pltpu.force_tpu_interpret_mode():
+        found = jax.jit(run, static_argnums=0)("pallas")
+    for name, x, y in zip(("y", "state"), found[0], expected[0], strict=True):
+        assert_close(x, y, rel=1e-5, name=name)
+    for name, y in expected[1].items():
+        assert_close(found[1][name], y, rel=2e-5, name=f"gradient of {name}")
 
 
 def test_no_ids_cost_nothing():

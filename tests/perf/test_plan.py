@@ -15,6 +15,7 @@ from pallas_kernels.chips import GIB, TPUS
 from rwkvx_jax.config import (
     Config,
     ConfigError,
+    DataConfig,
     LongCEConfig,
     LoRAConfig,
     MeshConfig,
@@ -129,11 +130,14 @@ def test_visible_keys_are_those_that_attention_reads(time):
     assert model_flops.visible_keys(config, time) == pytest.approx((weights > 0).sum() / time)
 
 
+RUN_ON = DataConfig(reset_at_documents=False)  # a learned state begins no packed document
+
+
 def test_what_is_frozen_needs_no_gradient_of_its_own():
     model = ModelConfig(vocab_size=96, num_blocks=4, num_attention_blocks=2, width=128)
     model = dataclasses.replace(model, learned_state=True)
     flops = lambda **changes: model_flops.step_flops(
-        Config(model=model, stages=(stage := Stage("s", 64, 2, 1, 1e-3, **changes),)), stage
+        Config(model, (stage := Stage("s", 64, 2, 1, 1e-3, **changes),), data=RUN_ON), stage
     )
     trained = model_flops.attention_block_flops(model, 64) * model.num_attention_blocks
     recurrence = model_flops.recurrence_flops(model) * model.num_blocks

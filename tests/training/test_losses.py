@@ -28,7 +28,7 @@ class Linear:
     def __init__(self, table, weight):
         self.table, self.weight = table, weight
 
-    def features(self, tokens):
+    def features(self, tokens, segment_ids=None):  # sees no other token, whatever its document
         return self.table[tokens]
 
     def head(self, x):
@@ -92,7 +92,7 @@ def test_l2wrap_gradient_is_the_original_rule(linear, tokens):
     logits = linear[0][tokens[:, :-1]] @ linear[1]
 
     class Given(Linear):
-        def features(self, tokens):
+        def features(self, tokens, segment_ids=None):
             return self.table
 
         def head(self, x):

@@ -68,30 +68,48 @@ def test_accumulation_is_the_big_batch(whole, batch, average):
         assert_close(found, expected, rel=1e-5, name=name)
 
 
-def test_borders_of_documents_are_no_targets(whole, batch):
-    """The loss, the counts and the parameters are those of a mask that leaves them out."""
-    ids = random_segments(8, TIME)
-    following = np.concatenate([ids[:, 1:], ids[:, -1:]], axis=1)
-    masked = {**batch, "mask": batch["mask"] * ((ids == following) & (ids > 0))}
-    expected, wanted = run(whole, masked)
-    found, metrics = run(make(ALL), {**batch, "segment_ids": ids})
-    assert float(metrics.pop("padding")) == pytest.approx(np.mean(ids == 0))
-    for name, value in wanted.items():
-        assert_close(metrics[name], value, rel=1e-6, name=name)
-    for a, b in zip(*map(jax.tree.leaves, (gradients(found), gradients(expected))), strict=True):
-        assert_close(a, b, rel=1e-6)
+FIRST = (8, 16, 8, 16, 8, 8, 16, 8)  # tokens of each row's first document: whole chunks
+SECOND = (9, 5, 16, 8, 1, 14, 2, 16)  # of its second one; the rest is padding
+
+
+def packed_and_apart(batch):
+    """The batch with two documents a row, and the same documents, a row each."""
+    places = np.arange(TIME)[None]
+    ends = np.array(FIRST)[:, None], np.array(FIRST)[:, None] + np.array(SECOND)[:, None]
+    ids = np.where(places < ends[0], 1, np.where(places < ends[1], 2, 0)).astype(np.int32)
+    tokens = np.zeros((16, TIME + 1), np.int32)
+    mask = np.zeros((16, TIME), np.float32)
+    for row in range(8):
+        for which, (start, stop) in enumerate(((0, ends[0][row, 0]), (FIRST[row], ends[1][row, 0]))):
+            size = stop - start
+            tokens[2 * row + which, :size] = batch["tokens"][row, start:stop]
+            mask[2 * row + which, : size - 1] = batch["mask"][row, start : stop - 1]
+            if stop == TIME:  # the target behind the row is of the last document
+                tokens[2 * row + which, size] = batch["tokens"][row, -1]
+                mask[2 * row + which, size - 1] = batch["mask"][row, -1]
+    return {**batch, "segment_ids": ids}, {"tokens": tokens, "mask": mask}
+
+
+def test_a_step_on_packed_documents_is_one_on_documents(batch):
+    """Loss and gradients are those of the documents in rows of their own."""
+    packed, apart = packed_and_apart(batch)
+    expected, wanted = run(make(dataclasses.replace(ALL, global_batch=16)), apart)
+    found, metrics = run(make(ALL), packed)
+    assert float(metrics["padding"]) == pytest.approx(np.mean(packed["segment_ids"] == 0))
+    for name in ("loss", "objective", "grad_norm"):
+        assert_close(metrics[name], wanted[name], rel=1e-5, name=name)
+    for (name, a), (_, b) in zip(flat(gradients(found)), flat(gradients(expected)), strict=True):
+        assert_close(a, b, rel=1e-5, name=name)
 
 
 @pytest.mark.thorough
-def test_held_out_losses_leave_borders_out(whole, batch):
-    ids = random_segments(8, TIME)
+def test_held_out_losses_of_packed_documents_are_those_of_documents(whole, batch):
+    packed, apart = (jax.tree.map(jnp.asarray, x) for x in packed_and_apart(batch))
     params = whole.start(random_params(MODEL), None).params
-    loss, count = whole.eval_step(params, {**batch, "segment_ids": jnp.asarray(ids)})
-    following = np.concatenate([ids[:, 1:], ids[:, -1:]], axis=1)
-    masked = {**batch, "mask": batch["mask"] * ((ids == following) & (ids > 0))}
-    expected, wanted = whole.eval_step(params, jax.tree.map(jnp.asarray, masked))
-    assert float(count) == float(wanted) == masked["mask"].sum()
-    assert_close(loss, expected, rel=1e-6)
+    loss, count = whole.eval_step(params, packed)
+    expected, wanted = make(dataclasses.replace(ALL, global_batch=16)).eval_step(params, apart)
+    assert float(count) == float(wanted) == float(apart["mask"].sum())
+    assert_close(loss, expected, rel=1e-5)
 
 
 @pytest.mark.thorough

@@ -13,6 +13,7 @@ from rwkvx_jax.config import (
     ADAPTERS,
     INITIAL_STATE,
     Config,
+    DataConfig,
     LoRAConfig,
     MeshConfig,
     OptimizerConfig,
@@ -34,7 +35,6 @@ from rwkvx_jax.training.under_way import StepWatch
 from tests.helpers import assert_close
 from tests.model_cases import random_params
 from tests.training.training_cases import (
-    CURRICULUM,
     MODEL,
     RUN,
     one_device_mesh,
@@ -56,7 +56,8 @@ def config_of(kind, **changes):
     """One stage that trains adapters or states of a random model."""
     model = STATEFUL if kind == "state" else MODEL
     stage = dataclasses.replace(STAGE[kind], **changes)
-    return Config(model, (stage,), optimizer=OPTIMIZER, run=RUN)
+    data = DataConfig(reset_at_documents=False)  # a learned state begins no packed document
+    return Config(model, (stage,), data=data, optimizer=OPTIMIZER, run=RUN)
 
 
 def begin(config, mesh=None, seed=0):
@@ -200,7 +201,7 @@ def settings(tmp_path_factory):
     """Config fields that let the runs of this file share compiled programs and tokens."""
     shared = tmp_path_factory.mktemp("shared")
     run = dataclasses.replace(RUN, compilation_cache=str(shared / "programs"), checkpoint_every=1)
-    data = dataclasses.replace(CURRICULUM.data, cache_dir=str(shared / "tokens"))
+    data = DataConfig(reset_at_documents=False, cache_dir=str(shared / "tokens"))
     return {"run": run, "data": data, "mesh": MeshConfig(data=8)}
 
 

@@ -2,7 +2,7 @@
 
 A mixer is a module with
 
-    mixer(h, v_first, first, run, state, lengths) -> (output, v_first, new state)
+    mixer(h, v_first, first, run, state, lengths, segment_ids) -> (output, v_first, new state)
 
 as `LinearMixer.__call__` documents. The sizes of its state and its parameters are those of
 `config.mixer_sizes`. A new mixer over the general recurrence derives from `LinearMixer`, says what
@@ -56,6 +56,7 @@ class LinearMixer(nnx.Module):
         h: Float[Array, "B T D"],
         shift: Float[Array, "B X"] | None,
         lengths: Int[Array, " B"] | None,
+        segment_ids: Int[Array, "B T"] | None,
     ) -> Fed:
         """What the recurrence is fed for inputs h, given the shift of the piece before."""
         raise NotImplementedError
@@ -76,29 +77,30 @@ class LinearMixer(nnx.Module):
         run: RunConfig,
         state: TimeMixState | None = None,
         lengths: Int[Array, " B"] | None = None,  # valid tokens of each row
+        segment_ids: Int[Array, "B T"] | None = None,  # numbers of packed documents
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], TimeMixState]:
         """Returns the output [B, T, D], v_first as it came, and the new state.
 
-        Rows beyond `lengths` leave the state as it is; their outputs mean nothing.
+        Rows beyond `lengths` leave the state as it is; their outputs mean nothing. Documents begin
+        with zeros.
         """
-        fed = self.feed(h, None if state is None else state.shift, lengths)
+        fed = self.feed(h, None if state is None else state.shift, lengths, segment_ids)
         tokens = fed.tokens if lengths is None else without_padding(fed.tokens, lengths)
-        options = {
+        options: dict[str, Any] = {
             "read": self.read,
             "decay_bound": self.decay_bound,
             "implementation": implementation_for(h, run),
         }
-        named = lambda op: lambda *arrays: op(**dict(zip(tokens, arrays, strict=True)), **options)
 
-        def whole(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            start = arrays[len(tokens)] if len(arrays) > len(tokens) else None
-            return named(partial(generalized_delta_rule, state=start))(*arrays[: len(tokens)])
+        def named(op):
+            return lambda *arrays, **more: op(**dict(zip(tokens, arrays, strict=True)), **more)
 
         y, wkv = across_devices(
-            whole,
-            named(affine),
+            named(partial(generalized_delta_rule, **options)),
+            named(partial(affine, **options)),
             tuple(tokens.values()),
             None if state is None else state.wkv,
+            segment_ids,
             whole_texts=state is None,
         )
         return self.finish(y, fed.rest), v_first, TimeMixState(fed.shift, wkv)
@@ -122,6 +124,7 @@ def across_devices(
     stretch: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]],
     arrays: tuple[jax.Array, ...],
     start: jax.Array | None,
+    segment_ids: jax.Array | None,
     *,
     whole_texts: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -130,21 +133,26 @@ def across_devices(
     Sequences are sharded over time where they are whole texts; pieces read into a cache are not.
 
     Args:
-      whole: the op, of the arrays and, if there is one, the state.
-      stretch: the same as an affine function of the state (see `context.recurrence`).
+      whole: the op, of the arrays, and `state` and `segment_ids` as keywords.
+      stretch: the same without `state`, an affine function of it (see `context.recurrence`).
       arrays: [B, T, H, ..] each; those of one head are for all heads.
       start: the state before the first token; None: zeros.
+      segment_ids: numbers of packed documents [B, T], or None.
       whole_texts: whether nothing came before.
     """
     heads = max(x.shape[2] for x in arrays)
     place = lambda x: ("batch", None, "heads" if x.shape[2] == heads else None, None)
     if whole_texts and sequence_parts(arrays[0].shape[1]) > 1:
-        return context.recurrence(stretch, arrays, start)
+        return context.recurrence(stretch, arrays, start, segment_ids)
     matrix = ("batch", "heads", None, None)
     outputs = (("batch", None, "heads", None), matrix)
-    starts = () if start is None else (start,)
-    inputs = (*map(place, arrays), *(matrix for _ in starts))
-    return per_device(whole, inputs, outputs)(*arrays, *starts)
+
+    def run(*arguments: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        *arrays, start, segment_ids = arguments
+        return whole(*arrays, state=start, segment_ids=segment_ids)
+
+    inputs = (*map(place, arrays), matrix, ("batch", None))
+    return per_device(run, inputs, outputs)(*arrays, start, segment_ids)
 
 
 def split_heads(x: Float[Array, "B T X"], heads: int) -> Float[Array, "B T H K"]:
@@ -168,11 +176,14 @@ def per_channel(weight: nnx.Param | jax.Array, dtype=jnp.float32) -> Float[Array
 
 
 def mixed(
-    h: Float[Array, "B T D"], shift: Float[Array, "B D"] | None, lengths: jax.Array | None
+    h: Float[Array, "B T D"],
+    shift: Float[Array, "B D"] | None,
+    lengths: Int[Array, " B"] | None,
+    segment_ids: Int[Array, "B T"] | None,
 ) -> tuple[Callable[[nnx.Param | jax.Array], jax.Array], jax.Array]:
     """RWKV's token shift: a function that mixes each token with the one before, by a share of that
     one per channel (and token); and the shift of the next piece."""
-    difference = previous_token(h, shift) - h
+    difference = previous_token(h, shift, segment_ids) - h
 
     def mix(share: nnx.Param | jax.Array) -> jax.Array:
         share = share[...]

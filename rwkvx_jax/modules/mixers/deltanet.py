@@ -57,8 +57,8 @@ class GatedDeltaNet(LinearMixer):
             self.step = parameter(first_steps(rngs, self.heads), "heads")
         self.norm = parameter(jnp.ones(config.head_size), "head_size")
 
-    def feed(self, h, shift, lengths) -> Fed:
-        q, k, v, last = convolved(self, h, shift, lengths)
+    def feed(self, h, shift, lengths, segment_ids) -> Fed:
+        q, k, v, last = convolved(self, h, shift, lengths, segment_ids)
         beta = jax.nn.sigmoid(project(h, self.beta[...]).astype(jnp.float32))[..., None]
         log_w = jnp.zeros(beta.shape, jnp.float32)
         if self.decays:
@@ -74,11 +74,11 @@ class GatedDeltaNet(LinearMixer):
         return project(y, self.output[...])
 
 
-def convolved(mixer, h, shift, lengths) -> tuple[jax.Array, ...]:
+def convolved(mixer, h, shift, lengths, segment_ids) -> tuple[jax.Array, ...]:
     """Queries and keys of unit length (queries over sqrt(K)) and values [B, T, H, K] of a mixer
     after its convolution and SiLU, and the shift of the next piece."""
     projections = [project(h, w[...]) for w in (mixer.receptance, mixer.key, mixer.value)]
-    parts, last = convolutions(projections, mixer.conv[...], shift, lengths)
+    parts, last = convolutions(projections, mixer.conv[...], shift, lengths, segment_ids)
     q, k, v = (split_heads(jax.nn.silu(x), mixer.heads) for x in parts)
     return _unit(q) * q.shape[-1] ** -0.5, _unit(k), v, last
 

@@ -51,8 +51,8 @@ class KDA(LinearMixer):
         self.rate = parameter(first_rates(rngs, self.heads), "heads")
         self.norm = parameter(jnp.ones(size), "head_size")
 
-    def feed(self, h, shift, lengths) -> Fed:
-        q, k, v, last = convolved(self, h, shift, lengths)
+    def feed(self, h, shift, lengths, segment_ids) -> Fed:
+        q, k, v, last = convolved(self, h, shift, lengths, segment_ids)
         beta = jax.nn.sigmoid(project(h, self.beta[...]).astype(jnp.float32))[..., None]
         pair = lambda first, second: project(project(h, first[...]), second[...])
         raw = pair(self.w1, self.w2).astype(jnp.float32) + per_channel(self.step)

@@ -39,7 +39,7 @@ class Lightning(LinearMixer):
         slope = 2.0 ** (-8.0 * head / self.heads) * (left + 1e-5)
         self.slope = parameter(slope, "heads")
 
-    def feed(self, h, shift, lengths) -> Fed:
+    def feed(self, h, shift, lengths, segment_ids) -> Fed:
         split = lambda matrix: split_heads(jax.nn.silu(project(h, matrix[...])), self.heads)
         tokens = {"r": split(self.receptance), "k": split(self.key), "v": split(self.value)}
         slope = jax.lax.stop_gradient(self.slope[...])  # fixed: no gradient, no decay of weights

@@ -56,9 +56,9 @@ class Mamba2(LinearMixer):
         self.norm = parameter(jnp.ones(inner), "vector")
         self.output = parameter(jnp.zeros((inner, width)), "heads", "embed")
 
-    def feed(self, h, shift, lengths) -> Fed:
+    def feed(self, h, shift, lengths, segment_ids) -> Fed:
         inputs = [project(h, matrix[...]) for matrix in (self.value, self.key, self.receptance)]
-        parts, last = convolutions(inputs, self.conv[...], shift, lengths)
+        parts, last = convolutions(inputs, self.conv[...], shift, lengths, segment_ids)
         inner, keys = inputs[0].shape[-1], inputs[1].shape[-1]
         biases = jnp.split(per_channel(self.conv_bias, h.dtype), (inner, inner + keys), axis=-1)
         x, b, c = (jax.nn.silu(y + bias) for y, bias in zip(parts, biases, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,11 @@ class RWKV4(nnx.Module):
         """`state`: texts begin with zeros."""
         return state
 
-    def __call__(self, h, v_first, first, run, state=None, lengths=None):
+    def __call__(self, h, v_first, first, run, state=None, lengths=None, segment_ids=None):
         """As `LinearMixer.__call__`."""
         if sequence_parts(h.shape[1]) > 1 and state is None:
             raise ConfigError('mixer "rwkv4" has no context parallelism: set mesh.context to 1')
-        mix, last = mixed(h, None if state is None else state.shift, lengths)
+        mix, last = mixed(h, None if state is None else state.shift, lengths, segment_ids)
         r = jax.nn.sigmoid(project(mix(self.x_r), self.receptance[...]))
         k = project(mix(self.x_k), self.key[...]).astype(jnp.float32)
         v = project(mix(self.x_v), self.value[...])
@@ -56,10 +57,15 @@ class RWKV4(nnx.Module):
         start = jnp.zeros((h.shape[0], 3, h.shape[2])) if state is None else state.wkv[:, 0]
         implementation = "sequential" if h.shape[1] == 1 else None
         tokens, channels, rows = ("batch", None, "heads"), ("heads",), ("batch", None, "heads")
+
+        def run_wkv4(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+            *arguments, ids = arrays
+            return wkv4(*arguments, segment_ids=ids, implementation=implementation)
+
         y, end = per_device(
-            partial(wkv4, implementation=implementation),
-            (channels, channels, tokens, tokens, rows, ("batch", None)),
+            run_wkv4,
+            (channels, channels, tokens, tokens, rows, ("batch", None), ("batch", None)),
             (tokens, rows),
-        )(self.w0[...], self.u[...], k, v, start, valid)
+        )(self.w0[...], self.u[...], k, v, start, valid, segment_ids)
         out = project((r * y).astype(h.dtype), self.output[...])
         return out, v_first, TimeMixState(last, end[:, None])

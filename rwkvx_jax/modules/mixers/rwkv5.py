@@ -36,7 +36,7 @@ class RWKV5(RWKV6):
         self.output = parameter(jnp.zeros((width, width)), "heads", "embed")
         self.ln_x = GroupNorm(vector(jnp.ones(width)), vector(jnp.zeros(width)), 64e-5)
 
-    def feed(self, h, shift, lengths) -> Fed:
-        mix, last = mixed(h, shift, lengths)
+    def feed(self, h, shift, lengths, segment_ids) -> Fed:
+        mix, last = mixed(h, shift, lengths, segment_ids)
         log_w = jnp.broadcast_to(-jnp.exp(self.w0[...])[None, None], h.shape)
         return self.fed(mix(self.x_r), log_w, mix(self.x_k), mix(self.x_v), mix(self.x_g), last)

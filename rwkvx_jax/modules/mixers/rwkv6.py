@@ -66,8 +66,8 @@ class RWKV6(LinearMixer):
         vector = lambda fill: parameter(jnp.full(width, fill), "vector")
         self.ln_x = GroupNorm(vector(1.0), vector(0.0), 64e-5)
 
-    def feed(self, h, shift, lengths) -> Fed:
-        mix, last = mixed(h, shift, lengths)
+    def feed(self, h, shift, lengths, segment_ids) -> Fed:
+        mix, last = mixed(h, shift, lengths, segment_ids)
         for_w, for_k, for_v, for_r, for_g = map(mix, self._shares(h, mix))
         low_rank = project(jnp.tanh(project(for_w, self.w1[...])), self.w2[...])
         log_w = -jnp.exp(per_channel(self.w0) + low_rank.astype(jnp.float32))

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 
 from rwkvx_jax.cache import TimeMixState
 from rwkvx_jax.config import ModelConfig, RunConfig
+from rwkvx_jax.config.values import require
 from rwkvx_jax.modules.mixers.base import (
     GroupNorm,
     across_devices,
@@ -90,15 +91,24 @@ class TimeMix(nnx.Module):
         run: RunConfig,
         state: TimeMixState | None = None,
         lengths: Int[Array, " B"] | None = None,  # valid tokens of each row
+        segment_ids: Int[Array, "B T"] | None = None,  # numbers of packed documents
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], TimeMixState]:
         """Returns the output [B, T, D], v_first for the next layer, and the new state.
 
         Rows beyond `lengths` leave the state as it is; their outputs mean nothing.
+
+        Raises:
+          ConfigError: packed documents, and a learned state that each of them would begin with.
         """
+        require(
+            segment_ids is None or not self.learned_state,
+            "model.learned_state: packed documents begin with zeros, not with a learned state; run "
+            "each by itself, or without segment_ids",
+        )
         heads = self.r_k.shape[0]
         split = partial(split_heads, heads=heads)
         before = None if state is None else state.shift
-        r, log_w, k, v, a, g, residual = self.projections(h, before)
+        r, log_w, k, v, a, g, residual = self.projections(h, before, segment_ids)
         v_first = jnp.where(first, v, v_first)
         v = v + (v_first - v) * residual  # layer 0: the difference is exactly zero
         kk = unit_heads(split(k * per_channel(self.k_k, k.dtype)))
@@ -114,6 +124,7 @@ class TimeMix(nnx.Module):
             partial(wkv7_affine, implementation=implementation),
             tuple(tokens.values()),
             self._start(h.shape[0]) if state is None else state.wkv,
+            segment_ids,
             whole_texts=state is None,
         )
         bonus = (r * k).astype(jnp.float32) * self.r_k[...][None, None]
@@ -131,10 +142,13 @@ class TimeMix(nnx.Module):
         return constrain(whole, "batch", "heads", None, None)
 
     def projections(
-        self, h: Float[Array, "B T D"], shift: Float[Array, "B D"] | None
+        self,
+        h: Float[Array, "B T D"],
+        shift: Float[Array, "B D"] | None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], ...]:
         """r, log_w (float32), k, v, a (float32), g and the share of v_first in v: [B, T, D]."""
-        difference = previous_token(h, shift) - h
+        difference = previous_token(h, shift, segment_ids) - h
         mix = lambda share: h + difference * per_channel(share, h.dtype)
         for_r, for_w, for_k = mix(self.x_r), mix(self.x_w), mix(self.x_k)
         for_v, for_a, for_g = mix(self.x_v), mix(self.x_a), mix(self.x_g)

@@ -1,0 +1,348 @@
+"""Packed documents in attention: no key of another document is read, by any form.
+
+Oracles against loops over single queries, every form against the oracle in values and gradients,
+the selection against a loop over a document's own keys, and what crosses a border: exactly nothing.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkvx_jax.ops import blocked_attention, dispatch, selection
+from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.documents import check_segment_ids, document_starts
+from rwkvx_jax.ops.full_attention import _splash_attention, full_attention
+from rwkvx_jax.ops.selection import Selector, select_chunks
+from tests.helpers import assert_close
+from tests.ops.attention_cases import (
+    compare,
+    random_qkv,
+    random_selection,
+    value_and_gradients,
+)
+
+LENGTHS = (1, 6, 1, 15, 8, 20, 13, 3)
+TIME = sum(LENGTHS)
+SPARSE = ("xla", "masked")
+
+
+def ids_of(*rows):
+    """Segment ids [B, T] of rows of lengths; a negative one is padding."""
+    ids = []
+    for lengths in rows:
+        numbers = np.cumsum([n > 0 for n in lengths]) * [n > 0 for n in lengths]
+        ids.append(np.repeat(numbers, np.abs(lengths)))
+    ids = jnp.asarray(ids, jnp.int32)
+    check_segment_ids("test", ids, *ids.shape)
+    return ids
+
+
+IDS = ids_of(LENGTHS, (-3, 6, 14, -9, 30, -1, 4))
+
+
+def runs_of(ids):
+    """The number of the run of equal ids that each token is in."""
+    fresh = np.diff(np.asarray(ids), axis=1, prepend=-1) != 0
+    return np.cumsum(fresh, axis=1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Many blocks at small lengths."""
+    monkeypatch.setattr(blocked_attention, "MAX_BLOCK", 16)
+    monkeypatch.setattr(blocked_attention, "MIN_BLOCK", 4)
+
+
+def numpy_attention(q, k, v, read):
+    """One query at a time; read(b, t, h) lists the positions of its keys."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        keys = read(b, t, h)
+        weight = np.exp(k[b, keys, h] @ q[b, t, h] / np.sqrt(q.shape[3]))
+        out[b, t, h] = weight @ v[b, keys, h] / weight.sum()
+    return out
+
+
+def test_oracles_follow_the_definition():
+    """Queries in the middle; a selection that names chunks of other documents."""
+    offsets, length, chunk = (40, 7), 25, 6
+    q, k, v = random_qkv(0, 2, length, TIME, values=5)
+    chosen = random_selection(0, 2, length, 2, chunk, 4, offsets)
+    runs = runs_of(IDS)
+
+    def read(b, t, h, everything=True):
+        at = offsets[b] + t
+        chunks = {at // chunk} | set(np.asarray(chosen)[b, t, h].tolist())
+        keys = [s for s in range(at + 1) if runs[b, s] == runs[b, at]]
+        return [s for s in keys if everything or s // chunk in chunks]
+
+    common = {"q_offset": jnp.array(offsets), "segment_ids": IDS, "implementation": "reference"}
+    assert_close(full_attention(q, k, v, **common), numpy_attention(q, k, v, read), rel=1e-5)
+    found = sparse_attention(q, k, v, chunk_size=chunk, top_k=4, selection=chosen, **common)
+    read = functools.partial(read, everything=False)
+    assert_close(found, numpy_attention(q, k, v, read), rel=1e-5)
+
+
+def test_where_documents_start():
+    expected = [[0, 0, 2, 3, 3, 5]]
+    assert document_starts(jnp.asarray([[1, 1, 2, 0, 0, 3]])).tolist() == expected
+
+
+CASES = {  # queries, offset, query and key heads
+    "whole": (TIME, 0, 2, 2),
+    "piece": (21, 38, 2, 1),
+    "rows": (21, (46, 3), 4, 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_full_attention_matches_its_oracle(small_blocks, case):
+    length, offset, heads, groups = CASES[case]
+    q = random_qkv(1, 2, length, heads=heads)[0]
+    _, k, v = random_qkv(2, 2, TIME, heads=groups, values=12)
+    offset = jnp.array(offset) if isinstance(offset, tuple) else offset
+    options = {"q_offset": offset, "segment_ids": IDS}
+    run = lambda name: value_and_gradients(
+        functools.partial(full_attention, implementation=name, **options)
+    )
+    compare(run("blocked")(q, k, v), run("reference")(q, k, v))
+
+
+@pytest.mark.parametrize("chunk", [6, 40])  # smaller and larger than a block
+@pytest.mark.parametrize("case", CASES)
+def test_sparse_attention_matches_its_oracle(small_blocks, case, chunk):
+    length, offset, heads, groups = CASES[case]
+    q = random_qkv(1, 2, length, heads=heads)[0]
+    _, k, v = random_qkv(2, 2, TIME, heads=groups, values=12)
+    chosen = random_selection(0, 2, length, heads, chunk, 3, offset)
+    offset = jnp.array(offset) if isinstance(offset, tuple) else offset
+    options = {"chunk_size": chunk, "top_k": 3, "selection": chosen, "q_offset": offset}
+    run = lambda name: value_and_gradients(
+        functools.partial(sparse_attention, implementation=name, segment_ids=IDS, **options)
+    )
+    expected = run("reference")(q, k, v)
+    for name in SPARSE if chunk <= 16 else SPARSE[:1]:
+        compare(run(name)(q, k, v), expected)
+
+
+@pytest.mark.parametrize("length, keys, offset", [(256, 256, 0), (70, 200, 130)])
+def test_splash_matches_the_oracle_when_interpreted(length, keys, offset):
+    qkv = random_qkv(7, 1, length, keys, heads=1, size=64)
+    ids = ids_of((-3, 60, 1, 73, keys - 150, 13))
+    starts = document_starts(ids)
+    fast = functools.partial(
+        _splash_attention, scale=0.125, q_offset=offset, starts=starts, interpret=True
+    )
+    oracle = functools.partial(
+        full_attention, q_offset=offset, segment_ids=ids, implementation="reference"
+    )
+    compare(value_and_gradients(fast)(*qkv), value_and_gradients(oracle)(*qkv))
+
+
+# ------------------------------------------------------------------------------------- selection
+
+
+def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
+    """The rule, one query at a time, over the keys of its own document."""
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    together = selector.together
+    out = np.full((*q.shape[:2], q.shape[2] // together, top_k - 1), -1)
+
+    def score(query, keys):  # keys: of the chunk's places, None where of another document
+        found = lambda some: np.array([key for key in some if key is not None])
+        if selector.kind == "mean":
+            return query @ found(keys).mean(0)
+        if selector.kind == "bounds":
+            low, high = found(keys).min(0), found(keys).max(0)
+            return np.maximum(query * low, query * high).sum()
+        size = chunk // selector.blocks
+        parts = [found(keys[i : i + size]) for i in range(0, chunk, size)]
+        means = [(len(p), query @ p.mean(0)) for p in parts if len(p)]
+        if selector.kind == "max":
+            return max(mean for _, mean in means)
+        return np.log(sum(n / size * np.exp(m / np.sqrt(len(query))) for n, m in means))
+
+    for b, t, s in np.ndindex(*out.shape[:3]):
+        at, scored = offsets[b] + t, []
+        for c in range(min(at // chunk, k.shape[1] // chunk)):
+            places = range(c * chunk, (c + 1) * chunk)
+            if not any(runs[b, p] == runs[b, at] for p in places):
+                continue
+            heads = range(s * together, (s + 1) * together)
+            scores = [
+                score(
+                    q[b, t, h], [k[b, p, h] if runs[b, p] == runs[b, at] else None for p in places]
+                )
+                for h in heads
+            ]
+            scored.append((-(sum(scores) if selector.joined == "sum" else max(scores)), c))
+        best = [c for _, c in sorted(scored)[: top_k - 1]]
+        out[b, t, s, : len(best)] = best
+    return out
+
+
+@pytest.mark.parametrize("blocks", ["one block", "many blocks"])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        Selector(),
+        Selector("bounds"),
+        Selector("max", 3),
+        Selector("pooled", 2, together=2, joined="max"),
+    ],
+    ids=lambda selector: selector.kind,
+)
+def test_chunks_are_chosen_by_a_documents_own_keys(selector, blocks, monkeypatch):
+    if blocks == "many blocks":
+        monkeypatch.setattr(selection, "SCORES_PER_BLOCK", 64)
+        monkeypatch.setattr(selection, "MIN_QUERIES_PER_BLOCK", 8)
+        monkeypatch.setattr(selection, "MIN_QUERIES_TO_BRANCH", 8)
+        monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
+    offsets = (7, 27)
+    q, _, _ = random_qkv(3, 2, 40)
+    _, k, _ = random_qkv(4, 2, TIME, heads=2 if selector.together == 1 else 1)
+    found = select_chunks(
+        q, k, chunk_size=6, top_k=3, q_offset=jnp.array(offsets), segment_ids=IDS, selector=selector
+    )
+    expected = numpy_selection(q, k, runs_of(IDS), 6, 3, offsets, selector)
+    np.testing.assert_array_equal(found, expected)
+
+
+# ------------------------------------------------------------------------ documents by themselves
+
+CHUNK, TOP_K = 8, 3
+
+
+@functools.cache
+def packed(kind, form):
+    op = full_attention
+    if kind == "sparse":
+        op = functools.partial(sparse_attention, chunk_size=CHUNK, top_k=TOP_K)
+
+    @jax.jit
+    def run(q, k, v, ids, cotangent):
+        attend = functools.partial(op, segment_ids=ids, implementation=form)
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(cotangent)
+
+    return run
+
+
+@functools.cache
+def alone(kind):
+    """The document that begins at `start`, moved to the beginning: what follows it is not seen."""
+    op = full_attention
+    if kind == "sparse":
+        op = functools.partial(sparse_attention, chunk_size=CHUNK, top_k=TOP_K)
+    op = functools.partial(op, implementation="reference")
+
+    @jax.jit
+    def run(q, k, v, cotangent, start, stop):
+        move = lambda x, by: jnp.roll(x, by, axis=1)
+        own = jnp.arange(q.shape[1])[None, :, None, None] < stop - start
+        out, pull_back = jax.vjp(op, *(move(x, -start) for x in (q, k, v)))
+        gradients = pull_back(jnp.where(own, move(cotangent, -start), 0))
+        return tuple(move(x, start) for x in (out, *gradients))
+
+    return run
+
+
+def as_if_alone(start, stop):
+    """Whether a document is read as if it were alone: it begins at a chunk, or lies in TOP_K."""
+    return start % CHUNK == 0 or (stop - 1) // CHUNK - start // CHUNK < TOP_K
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.sampled_from([1, 2, 7, 8, 9, 16, 31, 40]), min_size=1, max_size=9))
+def test_documents_are_read_as_if_alone(lengths):
+    total = 72
+    borders = [0, *(b for b in np.cumsum(lengths).tolist() if b < total), total]
+    ids = ids_of(np.diff(borders))
+    q, k, v = random_qkv(5, 1, total)
+    cotangent = random_qkv(6, 1, total)[2]
+    for kind, form in (("full", "blocked"), ("sparse", "xla"), ("sparse", "masked")):
+        found = packed(kind, form)(q, k, v, ids, cotangent)
+        for a, b in itertools.pairwise(borders):
+            if kind == "full" or as_if_alone(a, b):
+                exact = alone(kind)(q, k, v, cotangent, a, b)
+                for x, y in zip(found, map(np.asarray, exact), strict=True):
+                    if np.abs(y[:, a:b]).max() > 1e-6:
+                        assert_close(x[:, a:b], y[:, a:b], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, form", [("full", "blocked"), *(("sparse", f) for f in SPARSE)])
+def test_nothing_crosses_a_border(kind, form):
+    """Long documents that begin anywhere, and padding before, between and behind."""
+    lengths = (-3, 45, 1, -6, 38, 60, -7)
+    ids = ids_of(lengths)
+    q, k, v = random_qkv(8, 1, ids.shape[1])
+    cotangent = random_qkv(9, 1, ids.shape[1])[2]
+    runs = runs_of(ids)[0]
+    for run in np.unique(runs):
+        own = (runs == run)[None, :, None, None]
+        out, *gradients = packed(kind, form)(q, k, v, ids, jnp.where(own, cotangent, 0))
+        assert np.isfinite(out).all()
+        for name, gradient in zip("qkv", gradients, strict=True):
+            gradient = np.asarray(gradient)
+            assert not np.where(own, 0, gradient).any(), (run, name)
+            assert gradient.any() or (runs == run).sum() == 1, (run, name)
+
+
+@pytest.mark.parametrize("kind", ["full", "sparse"])
+def test_no_ids_leave_no_trace(kind):
+    q, k, v = random_qkv(0, 1, 64)
+    op = full_attention
+    if kind == "sparse":
+        op = functools.partial(sparse_attention, chunk_size=8, top_k=3)
+    text = lambda **ids: str(jax.make_jaxpr(lambda *x: op(*x, **ids))(q, k, v))
+    one = jnp.ones((1, 64), jnp.int32)
+    assert text() == text(segment_ids=None) != text(segment_ids=one)
+    with_ids = jax.jit(lambda *x: op(*x, segment_ids=one))
+    assert_close(with_ids(q, k, v), jax.jit(op)(q, k, v), rel=1e-6)
+
+
+def test_what_takes_no_ids_is_passed_over(monkeypatch, caplog):
+    q, k, v = random_qkv(0, 1, 16, size=64, dtype=jnp.bfloat16)
+    ids = jnp.ones((1, 16), jnp.int32)
+    sparse = functools.partial(sparse_attention, chunk_size=8, top_k=2, segment_ids=ids)
+    for platform, op, name in (
+        ("tpu", sparse, "pallas"),
+        ("gpu", sparse, "pallas"),
+        ("gpu", functools.partial(full_attention, segment_ids=ids), "cudnn"),
+        ("tpu", lambda q, k, v, implementation=None: select_chunks(
+            q, k, chunk_size=8, top_k=2, segment_ids=ids, implementation=implementation
+        ), "pallas"),
+    ):  # fmt: skip
+        monkeypatch.setattr(dispatch, "current_platform", lambda platform=platform: platform)
+        dispatch.forget_choices()
+        caplog.clear()
+        with pytest.raises(ValueError, match="takes no segment_ids yet"):
+            op(q, k, v, implementation=name)
+        op(q, k, v)
+        assert "falling back" in caplog.text and "takes no segment_ids" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([[1] * 15], r"segment_ids must be int32 \[1, 16\]"),
+        ([[2] * 8 + [1] * 8], "go from 2 to 1 at token 8"),
+    ],
+)
+def test_ids_that_number_no_documents(ids, message):
+    q, k, v = random_qkv(0, 1, 16)
+    for op in (
+        full_attention,
+        functools.partial(sparse_attention, chunk_size=8, top_k=2),
+        lambda q, k, v, **ids: select_chunks(q, k, chunk_size=8, top_k=2, **ids),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(q, k, v, segment_ids=jnp.asarray(ids))
