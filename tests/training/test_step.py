@@ -80,7 +80,9 @@ def packed_and_apart(batch):
     tokens = np.zeros((16, TIME + 1), np.int32)
     mask = np.zeros((16, TIME), np.float32)
     for row in range(8):
-        for which, (start, stop) in enumerate(((0, ends[0][row, 0]), (FIRST[row], ends[1][row, 0]))):
+        for which, (start, stop) in enumerate(
+            ((0, ends[0][row, 0]), (FIRST[row], ends[1][row, 0]))
+        ):
             size = stop - start
             tokens[2 * row + which, :size] = batch["tokens"][row, start:stop]
             mask[2 * row + which, : size - 1] = batch["mask"][row, start : stop - 1]
