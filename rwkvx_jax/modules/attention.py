@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
+from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
+from rwkvx_jax.modules.cached_attention import attend_cached
 from rwkvx_jax.modules.convolution import short_convolution
 from rwkvx_jax.modules.indexer import Indexer
 from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter, project
@@ -27,13 +28,7 @@ from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
-from rwkvx_jax.ops.selection import (
-    repeated_choices,
-    select_chunks,
-    select_from_rows,
-    selector_of,
-)
+from rwkvx_jax.ops.selection import repeated_choices, select_chunks, selector_of
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
@@ -159,9 +154,8 @@ class Attention(nnx.Module):
           The output [B, T, D]; pages with the piece appended, and the new tail.
         """
         q, k, v, new_tail = self.project(h, position, tail, lengths)
-        selector = selector_of(self.config)
-        asked, scored = self.scored(q, k)
         if policy is not None:
+            selector = selector_of(self.config)
             due = policy.due(start) & (lengths > 0)
             of_keys = lambda k: self.scored(q, k)[1]
             squeeze = lambda pages: compress(
@@ -169,82 +163,11 @@ class Attention(nnx.Module):
             )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
-        pages = write_rows(pages, layer, k, v, start, lengths, selector, scored)
-        chosen = self._choose(q, asked, pages, layer, start, gate)
-        read = self._read_one if h.shape[1] == 1 else self._read_piece
-        tokens, stored = ("batch", None, "heads", None), ("layers", "batch", "heads", *[None] * 3)
-        arrays = (q, *pages[:2], layer, start) + (() if chosen is None else (chosen,))
-        axes = (tokens, stored, stored, (), ("batch",), tokens)[: len(arrays)]
-        out = per_device(read, axes, tokens)(*arrays)
-        return self.combine(out.astype(h.dtype)), (pages, new_tail)
-
-    def _choose(self, q, asked, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
-        """Past pages of each token and choice, [B, T, S, J]; None: all of them (full attention)."""
-        if self.config.attention == "full":
-            return None
-        batch, time, heads, size = q.shape
-        chunk, top_k = self.config.chunk_size, self.config.top_k
-        positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
-        if gate == "per_head":
-            chosen = select_pages(
-                asked,
-                pages.key_sums,
-                layer,
-                positions,
-                chunk_size=chunk,
-                count=top_k - 1,
-                selector=selector_of(self.config),
-                span_rows=pages.span_rows,
-            )
-            return repeated_choices(chosen, self.config.kv_heads)
-        # One score over all channels, and top_k past chunks beside the own one.
-        rows = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
-        rows = rows.swapaxes(1, 2).reshape(batch, -1, 1, heads * size)  # [B, N, 1, D]
-        q = q.reshape(batch, time, 1, heads * size)
-        chosen = select_from_rows(q, rows, positions, chunk_size=chunk, count=top_k)
-        return jnp.broadcast_to(chosen, (batch, time, heads, top_k))
-
-    def _read_one(self, q, keys, values, layer, start, chosen=None) -> jax.Array:
-        """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
-        _, batch, groups, count, chunk, size = keys.shape
-        own = (start // chunk)[:, None, None]  # [B, 1, 1]
-        # Queries of one key head are read together where they see the same pages.
-        readers = groups if chosen is None else chosen.shape[2]
-        if chosen is None:
-            chosen = jnp.broadcast_to(jnp.arange(count), (batch, readers, count))
-            visible = jnp.clip(start[:, None, None] + 1 - chosen * chunk, 0, chunk)
-        else:
-            own = jnp.broadcast_to(own, (batch, readers, 1))
-            visible = jnp.where(chosen[:, 0] >= 0, chunk, 0)
-            chosen = jnp.concatenate([jnp.maximum(chosen[:, 0], 0), own], axis=-1)
-            filled = jnp.broadcast_to((start % chunk + 1)[:, None, None], own.shape)
-            visible = jnp.concatenate([visible, filled], axis=-1)
-        row = jnp.arange(batch * readers).reshape(batch, readers, 1) // (readers // groups)
-        flat = (layer * batch * groups + row) * count + chosen
-        out = attend_pages(
-            q.reshape(batch * readers, -1, size),
-            keys.reshape(-1, chunk, size),
-            values.reshape(-1, chunk, size),
-            flat.reshape(batch * readers, -1),
-            visible.reshape(batch * readers, -1),
-            scale=size**-0.5,
+        index = self.scored(q, k) if self.config.selector == "index" else ()
+        out, pages = attend_cached(
+            q, k, v, pages, layer, start, lengths, *index, config=self.config, gate=gate
         )
-        return out.reshape(batch, 1, -1, size)
-
-    def _read_piece(self, q, keys, values, layer, start, chosen=None) -> jax.Array:
-        """Many tokens at once, [B, T, H, K]."""
-        _, batch, groups, count, chunk, size = keys.shape
-        return attend_piece(
-            q,
-            keys.reshape(-1, count * chunk, size),
-            values.reshape(-1, count * chunk, size),
-            layer * batch * groups,
-            chosen,
-            start,
-            chunk_size=chunk,
-            scale=size**-0.5,
-            key_heads=groups,
-        )
+        return self.combine(out), (pages, new_tail)
 
     def project(
         self,

@@ -38,6 +38,8 @@ _FREE = {
     "domain",
 }
 _READS_PART = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
+"""Operations that change a part of their first operand in place; the operand with the new part."""
 _RENAMES = ("bitcast", "reshape", "transpose", "copy", "convert")
 
 
@@ -213,12 +215,10 @@ class _Reader:
                 for number, operand in enumerate(operands)
             )
             return reads + self._written(inner, instruction)
-        if opcode == "dynamic-update-slice":
-            return operands[1].array.hbm_bytes + _smaller(instruction.array, operands[1].array)
-        if opcode == "scatter":
-            return sum(x.array.hbm_bytes for x in operands[1:]) + _smaller(
-                instruction.array, operands[-1].array
-            )
+        if opcode in _UPDATES:
+            part = operands[_UPDATES[opcode]].array
+            given = operands[1:] if opcode == "scatter" else operands[1:2]  # else scalars follow
+            return sum(x.array.hbm_bytes for x in given) + _smaller(instruction.array, part)
         writes = sum(array.hbm_bytes for array in instruction.arrays)
         if opcode in _READS_PART:
             return writes + _smaller(operands[0].array, instruction.array)
@@ -232,7 +232,7 @@ class _Reader:
             first = user.operands[0] == value.name
             if user.opcode in _READS_PART and first:
                 total += user.array.bytes
-            elif user.opcode == "dynamic-update-slice" and first:
+            elif user.opcode in _UPDATES and first:
                 total += 0.0  # updated in place
             elif user.opcode in _RENAMES and user is not computation.root:
                 total += self._read(computation, user)
@@ -246,7 +246,7 @@ class _Reader:
         return min(whole, total)
 
     def _written(self, computation: Computation, instruction: Instruction) -> float:
-        """Bytes that a fusion writes; one that updates a slice in place writes that slice."""
+        """Bytes that a fusion writes; one that updates a part in place writes that part."""
         root = computation.root
         roots = computation.operands(root) if root.opcode == "tuple" else [root]
         if len(roots) != len(instruction.arrays):
@@ -255,8 +255,9 @@ class _Reader:
         for array, value in zip(instruction.arrays, roots, strict=True):
             while value.opcode in ("bitcast", "reshape") and value.operands:
                 value = computation.instructions[value.operands[0]]
-            if value.opcode == "dynamic-update-slice":
-                total += _smaller(array, computation.operands(value)[1].array)
+            if value.opcode in _UPDATES:
+                part = computation.operands(value)[_UPDATES[value.opcode]]
+                total += _smaller(array, part.array)
             else:
                 total += array.hbm_bytes
         return total

@@ -40,9 +40,10 @@ from rwkvx_jax.evals.plots import (
 )
 from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.model import abstract_model, with_params
+from rwkvx_jax.model import with_params
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
+from rwkvx_jax.sharding import whole
 
 _NAMES = {
     "own": "the model's own",
@@ -83,8 +84,7 @@ class Observer:
     def __init__(self, model: EvalModel, options: SelectionOptions):
         config = model.config
         self._positions = positions_of(config, options.length, options.queries)
-        self._model = abstract_model(config, model.run)
-        self._params = jax.device_put(model.params)
+        self._model, self._params = model.abstract, model.placed()
         self._named = selectors(config, options.blocks)
         self._run = jax.jit(self._measure_all)
 
@@ -102,7 +102,8 @@ class Observer:
 
         _, seen = model.observe(tokens[None], look)
         one = partial(measure, config=model.config, named=self._named)
-        return jax.lax.map(lambda seen: one(*seen, jnp.asarray(self._positions)), seen)
+        positions = jnp.asarray(self._positions)
+        return whole(jax.lax.map(lambda seen: one(*seen, positions), seen))
 
 
 def check_model(model: EvalModel, options: SelectionOptions) -> None:
