@@ -55,9 +55,7 @@ def beginnings(segment_ids: Int[Array, "B T"]) -> Float32[Array, "B T 1 1"]:
     return jnp.pad(fresh, ((0, 0), (1, 0)))[..., None, None].astype(jnp.float32)
 
 
-def as_decays(
-    tokens: dict[str, jax.Array], *, reads_before: bool = False
-) -> dict[str, jax.Array]:
+def as_decays(tokens: dict[str, jax.Array], *, reads_before: bool = False) -> dict[str, jax.Array]:
     """A recurrence over packed documents as one that knows of none, for decays down to -inf.
 
     Args:
@@ -65,8 +63,8 @@ def as_decays(
       reads_before: as there.
 
     Returns:
-      The same without `fresh`: where it is set, the state before decays to 0, and nothing is removed
-      from it or read of it.
+      The same without `fresh`: where it is set, the state before decays to 0, and nothing is
+      removed from it or read of it.
     """
     tokens = dict(tokens)
     if (fresh := tokens.pop("fresh", None)) is None:

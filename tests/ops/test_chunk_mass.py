@@ -85,6 +85,40 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(heads, groups, choices
     assert not np.asarray(found[0]).any() and not np.asarray(found[1]).any()
 
 
+SIZES = (3 * CHUNK, 2 * CHUNK, 13)  # documents that begin at chunks
+
+
+def test_loss_of_packed_documents_is_that_of_each_alone():
+    xs = arrays(4, 2, 2, sum(SIZES))
+    ids = jnp.asarray(np.repeat([[1, 2, 3]], SIZES, axis=1).repeat(2, 0), jnp.int32)
+    loss = functools.partial(selection_loss, chunk_size=CHUNK, selector=Selector("bounds", 4))
+    ends = np.cumsum(SIZES)
+
+    def alone(*xs):
+        return sum(
+            loss(*(x[:, end - n : end] for x in xs)) for n, end in zip(SIZES, ends, strict=True)
+        )
+
+    assert_close(loss(*xs, ids), alone(*xs), rel=1e-5)
+    found = jax.jit(jax.grad(lambda *xs: loss(*xs, ids).sum(), (2, 3)))(*xs)
+    expected = jax.jit(jax.grad(lambda *xs: alone(*xs).sum(), (2, 3)))(*xs)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual, wanted, rel=1e-4)
+
+
+def test_a_document_adds_what_it_adds_alone_wherever_the_next_one_begins():
+    first = 21
+    xs, others = arrays(4, 2, 2, 53), arrays(4, 2, 2, 54)
+    others = [
+        jnp.concatenate([o[:, :first], x[:, first:]], 1) for o, x in zip(others, xs, strict=True)
+    ]
+    ids = jnp.asarray(np.repeat([[1, 2]], (first, 53 - first), axis=1).repeat(2, 0), jnp.int32)
+    loss = functools.partial(selection_loss, chunk_size=CHUNK, selector=Selector("bounds", 4))
+    alone = lambda xs: loss(*(x[:, :first] for x in xs))
+    change = loss(*xs, ids) - loss(*others, ids)
+    assert_close(change, alone(xs) - alone(others), rel=1e-4)
+
+
 def test_without_past_chunks_there_is_no_loss():
     few = [x[:, : CHUNK - 1] for x in arrays(2, 2, 2, 40)]
     options = {"chunk_size": CHUNK, "selector": Selector("bounds", 2)}
