@@ -5,14 +5,18 @@ attention block lie in pages of one chunk each, [M, B, G, N, C, K], so that read
 reads contiguous memory; R running rows of each page (its sum of keys, or what else the selector
 keeps) serve the gate. Rows are written in place: pages travel through the layer scan as a carry.
 
+Where a mesh is in force the cache is spread over it (`cache_axes`): texts over `data` and `fsdp`,
+heads over `tensor`, and over `context` each text's pages, in stretches of equal length.
+
 `CachePolicy` bounds the pages (the paper's K/V compression, spec section 4).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +25,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.ops.selection import MEAN, Selector, selector_of
+from rwkvx_jax.sharding import check_heads, constrain, ways
 
 Gate = Literal["per_head", "shared"]
+
+Axes = tuple[str | None, ...]
+"""Logical axes of an array, as `sharding.RULES` names them."""
 
 MOST_ROWS = 2**31 - 1
 """Rows of a cache: they are numbered by int32."""
@@ -54,7 +62,9 @@ class Pages(NamedTuple):
 
     keys: Float[Array, "M B G N C K"]
     values: Float[Array, "M B G N C K"]
-    key_sums: Float32[Array, "M B G NR K"]  # what the selector keeps of each page's keys
+    # What the selector keeps of each page's keys; G and K are those of what it scores.
+    key_sums: Float32[Array, "M B G2 NR K2"]
+    span_rows: Float32[Array, "M B G2 NS K2"] | None = None  # and of spans of pages, if it has some
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ class Snapshot(NamedTuple):
     blocks: BlockState
     attention: AttentionState | None
     key_sums: jax.Array
+    span_rows: jax.Array | None
 
 
 def check_room(cache: Cache, count: int | jax.Array) -> None:
@@ -146,7 +157,8 @@ def init_cache(
     gate: Gate = "per_head",
     policy: CachePolicy | None = None,
 ) -> Cache:
-    """An empty cache.
+    """An empty cache, spread over the mesh in force; then it may have some more pages, so that
+    `context` divides them.
 
     Args:
       config: the model.
@@ -157,22 +169,43 @@ def init_cache(
       policy: compression of the pages, or None to keep every row.
 
     Raises:
-      ConfigError: a size below 1 or beyond what rows are numbered by, or a gate that is not known.
+      ConfigError: a size below 1 or beyond what rows are numbered by, a gate that is not known,
+        heads that the mesh does not divide, or spans or forced chunks where it parts pages.
     """
     if batch < 1 or max_length < 1:
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
     _check_gate(gate, config)
-    layers, attention = config.num_blocks, config.num_attention_blocks
-    heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
-    mixer = config.mixer_sizes
     rows = _rows(config, max_length, policy)
     if rows > MOST_ROWS:
         raise ConfigError(
             f"a cache of {rows:,} rows: it can have {MOST_ROWS:,}; lower max_length, or give a "
             "CachePolicy"
         )
-    chunk, selector = config.chunk_size, selector_of(config)
-    pages = (attention, batch, heads, -(-rows // chunk), chunk, size)
+    arguments = config, dtype, batch, _page_count(config, max_length, policy), gate, policy
+    if jax.sharding.get_abstract_mesh().empty:
+        return _empty(*arguments)
+    if config.num_attention_blocks:
+        check_heads(config, ways("heads"))
+        _check_choice(config, ways("pages"))
+    # Compiled, so that every device makes its own part.
+    return jax.jit(lambda: spread(_empty(*arguments)))()
+
+
+def _empty(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    batch: int,
+    count: int,  # of pages
+    gate: Gate,
+    policy: CachePolicy | None,
+) -> Cache:
+    layers, attention = config.num_blocks, config.num_attention_blocks
+    heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
+    mixer, selector = config.mixer_sizes, selector_of(config)
+    pages = (attention, batch, heads, count, config.chunk_size, size)
+    scored = lambda rows: selector.start(
+        (attention, batch, config.scored_heads, rows, config.scored_size)
+    )
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
         position=jnp.zeros(batch, jnp.int32),
@@ -192,11 +225,48 @@ def init_cache(
         pages=Pages(
             jnp.zeros(pages, dtype),
             jnp.zeros(pages, dtype),
-            selector.start((*pages[:3], pages[3] * selector.rows, size)),
+            scored(count * selector.rows),
+            scored(count // selector.span * 2) if selector.span else None,
         ),
         gate=gate,
         policy=policy,
     )
+
+
+def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes, Axes]:
+    """Logical axes of `Pages`. Under the shared gate, which scores a chunk by the keys of all
+    heads, every device has the sums of all."""
+    rows = ("layers", "batch", "heads", "pages", None, None)
+    scored = "heads" if gate == "per_head" else None
+    sums = ("layers", "batch", scored)
+    return rows, rows, (*sums, "pages", None), (*sums, None, None)
+
+
+def cache_axes(cache: Cache) -> Any:
+    """Logical axes of every array of a cache, as a tree with tuples for leaves."""
+    texts, rows, states = ("batch",), ("layers", "batch", None), ("layers", "batch", "heads")
+    axes: Any = (texts, texts, rows, (*states, None, None))
+    length, position, shift, wkv = axes
+    pages = zip(page_axes(cache.gate), cache.pages, strict=True)
+    return replace(
+        cache,
+        length=length,
+        position=position,
+        blocks=BlockState(TimeMixState(shift, wkv), shift),
+        attention=None if cache.attention is None else AttentionState(shift, shift),
+        pages=Pages._make(None if x is None else axes for axes, x in pages),
+    )
+
+
+def over_cache(fn: Callable[..., Any], cache: Cache) -> Cache:
+    """The cache with `fn(axes, array)` in place of each array."""
+    leaf = lambda x: type(x) is tuple
+    return jax.tree.map(fn, cache_axes(cache), cache, is_leaf=leaf)
+
+
+def spread(cache: Cache) -> Cache:
+    """The cache, asked to lie over the mesh in force by its logical axes."""
+    return over_cache(lambda axes, x: constrain(x, *axes), cache)
 
 
 def _check_gate(gate: Gate, config: ModelConfig) -> None:
@@ -215,11 +285,27 @@ def _check_gate(gate: Gate, config: ModelConfig) -> None:
         )
 
 
+def _check_choice(config: ModelConfig, parts: int) -> None:
+    """Raises ConfigError where pages are chosen that no device along `context` can name alone."""
+    if parts > 1 and (config.selection_span or config.forced_chunks != "none"):
+        raise ConfigError(
+            f"mesh.context {parts} parts the pages of a text, among which model.selection_span "
+            f"{config.selection_span} and model.forced_chunks {config.forced_chunks!r} need them "
+            "all: spread texts over mesh.data or heads over mesh.tensor instead"
+        )
+
+
 def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:
     """Rows of an attention block's pages; without any such block nothing is kept in them."""
     if not config.num_attention_blocks:
         return 1
     return max_length if policy is None else min(max_length, policy.trigger + 1)
+
+
+def _page_count(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:
+    """Pages of a text: whole spans of them, and as many on each device along `context`."""
+    each = (config.selection_span or 1) * ways("pages")
+    return -(-_rows(config, max_length, policy) // (config.chunk_size * each)) * each
 
 
 def cache_bytes(
@@ -229,17 +315,24 @@ def cache_bytes(
     max_length: int,
     policy: CachePolicy | None = None,
 ) -> int:
-    """Bytes of the cache that `init_cache` would make, known without making it."""
+    """Bytes of the cache that `init_cache` would make, on all devices of the mesh in force
+    together, known without making it."""
     bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    one = jax.eval_shape(lambda: init_cache(config, dtype, 1, 1))  # with a single page
-    page, count = bytes_of(one.pages), -(-_rows(config, max_length, policy) // config.chunk_size)
-    return batch * (bytes_of(one) - page + count * page)
+    least = config.selection_span or 1
+    some = jax.eval_shape(lambda: _empty(config, dtype, 1, least, "per_head", None))
+    pages, count = bytes_of(some.pages), _page_count(config, max_length, policy) // least
+    return batch * (bytes_of(some) - pages + count * pages)
 
 
 def snapshot(cache: Cache) -> Snapshot:
     """What `rewind` needs to come back here after further reading."""
     return Snapshot(
-        cache.length, cache.position, cache.blocks, cache.attention, cache.pages.key_sums
+        cache.length,
+        cache.position,
+        cache.blocks,
+        cache.attention,
+        cache.pages.key_sums,
+        cache.pages.span_rows,
     )
 
 
@@ -255,8 +348,19 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
         position=snapshot.position,
         blocks=snapshot.blocks,
         attention=snapshot.attention,
-        pages=cache.pages._replace(key_sums=snapshot.key_sums),
+        pages=cache.pages._replace(key_sums=snapshot.key_sums, span_rows=snapshot.span_rows),
     )
+
+
+def wiped(cache: Cache, texts: Bool[Array, " B"]) -> Cache:
+    """The cache, with zeros for keys and values beyond the length of some texts."""
+    count, chunk = cache.pages.keys.shape[3:5]
+    row = jnp.arange(count * chunk).reshape(1, 1, 1, count, chunk, 1)
+    own = lambda x: x.reshape(1, -1, 1, 1, 1, 1)
+    gone = own(texts) & (row >= own(cache.length))
+    zero = lambda x: jnp.where(gone, jnp.zeros((), x.dtype), x)
+    pages = cache.pages
+    return replace(cache, pages=pages._replace(keys=zero(pages.keys), values=zero(pages.values)))
 
 
 def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
@@ -279,24 +383,38 @@ def write_rows(
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
+    scored: Float[Array, "B T G2 K2"] | None = None,
 ) -> Pages:
-    """Appends the valid rows of k and v to the pages of one attention block."""
+    """Appends the valid rows of k and v to the pages of one attention block; those outside the
+    pages (which may be a stretch of a text's) are dropped.
+
+    The selector keeps what it needs of `scored`, the keys as the gate sees them (None: k).
+    """
     chunk = pages.keys.shape[4]
-    batch, time, heads, _ = k.shape
-    row = start[:, None] + jnp.arange(time)[None]  # [B, T]
-    valid = jnp.arange(time)[None] < lengths[:, None]
+    row = start[:, None] + jnp.arange(k.shape[1])[None]  # [B, T]
+    valid = (jnp.arange(k.shape[1])[None] < lengths[:, None]) & (row >= 0)
     page = jnp.where(valid, row // chunk, pages.keys.shape[3])[:, :, None]  # beyond: dropped
-    where = (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None], page)
     slot = (row % chunk)[:, :, None]
-    put = partial(_put, index=(*where, slot))
-    k32, parts = k.astype(jnp.float32), pages.key_sums.shape[3] // pages.keys.shape[3]
-    at = lambda part: pages.key_sums.at[(*where[:3], page * parts + part)]
+    rows_of = lambda x: (
+        layer,
+        jnp.arange(x.shape[0])[:, None, None],
+        jnp.arange(x.shape[2])[None, None],
+    )
+    put = partial(_put, index=(*rows_of(k), page, slot))
+    scored = (k if scored is None else scored).astype(jnp.float32)
+    where, part = rows_of(scored), slot // (chunk // selector.keys_per_chunk)
+    at = lambda sums, row: sums.at[(*where, page * selector.rows + row)]
+    spans = pages.span_rows
     if selector.kind == "bounds":
-        low = at(0).max(-k32, mode="drop")
-        sums = low.at[(*where[:3], page * parts + 1)].max(k32, mode="drop")
+        sums = at(pages.key_sums, 2 * part).max(-scored, mode="drop")
+        sums = at(sums, 2 * part + 1).max(scored, mode="drop")
     else:
-        sums = at(slot // (chunk // parts)).add(k32, mode="drop")
-    return Pages(put(pages.keys, k), put(pages.values, v), sums)
+        sums = at(pages.key_sums, part).add(scored, mode="drop")
+    if spans is not None:
+        first = 2 * (page // selector.span)
+        spans = spans.at[(*where, first)].max(-scored, mode="drop")
+        spans = spans.at[(*where, first + 1)].max(scored, mode="drop")
+    return Pages(put(pages.keys, k), put(pages.values, v), sums, spans)
 
 
 def _put(target: jax.Array, rows: jax.Array, index: tuple) -> jax.Array:
@@ -310,11 +428,12 @@ def compress(
     length: Int[Array, " B"],
     due: Bool[Array, " B"],
     policy: CachePolicy,
-    selector: Selector = MEAN,
+    selector: Selector,
+    scored: Callable[[jax.Array], jax.Array],  # keys [B, T, G, K] -> what the selector scores
 ) -> Pages:
     """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-    old_keys, old_values, old_sums = (take(x) for x in pages)
+    old_keys, old_values, old_sums = (take(x) for x in pages[:3])
     batch, heads, count, chunk, size = old_keys.shape
     keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
     row = jnp.arange(keys.shape[2])
@@ -335,11 +454,14 @@ def compress(
 
     new_keys, new_values = repack(keys, old_keys), repack(values, old_values)
     kept_keys = new_keys.reshape(batch, heads, -1, size)[:, :, : policy.keep].swapaxes(1, 2)
-    sums = selector.rows_of(kept_keys, chunk).swapaxes(1, 2)  # of the first pages, others are empty
-    empty = selector.start((batch, heads, old_sums.shape[2] - sums.shape[2], size))
+    # Of the first pages; others are empty.
+    sums = selector.rows_of(scored(kept_keys), chunk).swapaxes(1, 2)
+    shape = list(old_sums.shape)
+    shape[2] -= sums.shape[2]
+    empty = selector.start(tuple(shape))
     sums = jnp.concatenate([sums, empty], axis=2)
     new_sums = jnp.where(due[:, None, None, None], sums, old_sums)
     put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)
-    return Pages(
-        put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
-    )
+    new = put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
+    spans = pages.span_rows
+    return Pages(*new, None if spans is None else put(spans, selector.span_rows(new_sums)))

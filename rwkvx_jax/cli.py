@@ -30,6 +30,7 @@ from rwkvx_jax.cli_help import fields_help
 from rwkvx_jax.config import Config, ConfigError, UserError
 from rwkvx_jax.experiment_files import load_config
 from rwkvx_jax.generate.terminal import printable
+from rwkvx_jax.hosts import join_hosts
 
 _log = logging.getLogger(__name__)
 
@@ -230,6 +231,17 @@ def add_host_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="SECONDS",
         help="silence after which a host counts as dead, which ends the job (default: 100)",
+    )
+
+
+def join_by_flags(flags: argparse.Namespace) -> None:
+    """`hosts.join_hosts`, as the flags of `add_host_flags` say."""
+    join_hosts(
+        flags.coordinator,
+        flags.num_processes,
+        flags.process_id,
+        detect=accelerator_attached(),
+        heartbeat_timeout=flags.heartbeat_timeout,
     )
 
 

@@ -1,14 +1,22 @@
 """Evaluates checkpoints: `rwkvx eval TASK`, or `python eval.py TASK`.
 
-Run again with the same output directory, it does only what is not finished yet.
+Run again with the same output directory, it does only what is not finished yet. With --mesh it runs
+on several devices; on several hosts the same command runs on each of them, as for training.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
 import tyro
 
-from rwkvx_jax.cli import UsageError, command_line, settle_platform
+from rwkvx_jax.cli import (
+    UsageError,
+    add_host_flags,
+    command_line,
+    join_by_flags,
+    settle_platform,
+)
 from rwkvx_jax.cli_help import nearest
 from rwkvx_jax.evals import report
 from rwkvx_jax.evals.short import task as short
@@ -60,7 +68,11 @@ def parse(argv: list[str], prog: str = "eval.py") -> Any:
 def main(argv: list[str], prog: str = "eval.py") -> None:
     settle_platform()
     with command_line(prog, argv):
+        hosts = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+        add_host_flags(hosts)
+        flags, argv = hosts.parse_known_args(argv)
         options = parse(argv, prog)
+        join_by_flags(flags)
         for kind, run in TASKS.values():
             if type(options) is kind:
                 run(options)

@@ -5,12 +5,14 @@ Every host runs the same program. Where it needs to know that it is not alone, t
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from rwkvx_jax.config import ConfigError
+from rwkvx_jax.records import RecordFile
 
 _log = logging.getLogger(__name__)
 
@@ -150,10 +153,27 @@ def first_does(act: Callable[[], Any], failure: str) -> None:
     Raises:
       ConfigError: on every process, if it failed.
     """
-    problem = None
+
+    def done() -> None:
+        act()
+
+    first_tells(done, failure)
+
+
+def first_tells(find: Callable[[], Any], failure: str) -> Any:
+    """What `find` returned on process 0, a JSON value, on every process.
+
+    Args:
+      find: what only one process may do, such as reading a file that it alone writes.
+      failure: what it means that the operating system refuses.
+
+    Raises:
+      ConfigError: on every process, if it failed.
+    """
+    problem = value = None
     if jax.process_index() == 0:
         try:
-            act()
+            value = find()
         except ConfigError as error:
             problem = error
         except OSError as error:
@@ -162,9 +182,43 @@ def first_does(act: Callable[[], Any], failure: str) -> None:
             problem = error
     failed = problem is not None
     if jax.process_count() > 1:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+        failed, value = json.loads(_told(json.dumps([failed, value]).encode()))
     if failed:
         raise problem or ConfigError(f"{failure}: the message of process 0 says why")
+    return value
+
+
+def _told(text: bytes) -> bytes:
+    """The text of process 0, on every process."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    own = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        own[:] = np.frombuffer(text, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes()
+
+
+def record_file(path: Path) -> RecordFile:
+    """A file of JSON lines that process 0 alone reads and writes, and tells the others of."""
+    return RecordFile(path) if jax.process_count() == 1 else _FirstsFile(path)
+
+
+class _FirstsFile(RecordFile):
+    """See `record_file`; every process has to make the same calls."""
+
+    @contextmanager
+    def locked(self, *, busy: str | None = None) -> Iterator[None]:
+        with ExitStack() as held:
+            lock = super().locked(busy=busy)
+            first_does(lambda: held.enter_context(lock), f"{self.path} can't be locked")
+            yield
+
+    def new(self, begins: bytes = b"") -> list[Any]:
+        read = super().new
+        return first_tells(lambda: read(begins), f"{self.path} can't be read")
+
+    def append(self, values: Sequence[Any]) -> None:
+        write = super().append
+        first_does(lambda: write(values), f"{self.path} can't be written")
 
 
 def any_process(flag: bool) -> bool:

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Float32, Int, Int32
 
-from rwkvx_jax.cache import AttentionState, Cache, CachePolicy, Gate, check_room, init_cache
+from rwkvx_jax.cache import (
+    AttentionState,
+    Cache,
+    CachePolicy,
+    Gate,
+    check_room,
+    init_cache,
+    spread,
+)
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
@@ -253,7 +261,7 @@ class RWKVX(nnx.Module):
             attention=attention,
             pages=pages,
         )
-        return self.ln_out(x), cache
+        return self.ln_out(x), spread(cache)
 
     def _read_in_segments(
         self, tokens: Int[Array, "B T"], cache: Cache, lengths: Int[Array, " B"]

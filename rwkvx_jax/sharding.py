@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rwkvx_jax.config import Config, ConfigError, MeshConfig
+from rwkvx_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ RULES: dict[str, Any] = {
     "batch": ("data", "fsdp"),
     "replica": "data",  # rows, while the width lies over fsdp
     "time": "context",
+    "pages": "context",  # of a cache: stretches of its rows
 }
 
 # Activations of many short texts: rows take the context axis as well, and no text is cut.
@@ -50,6 +51,7 @@ _WHOLE_SEQUENCES = RULES | {
     "batch": ("data", "fsdp", "context"),
     "replica": ("data", "context"),
     "time": None,
+    "pages": None,
 }
 _in_force: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
     "rules in force", default=None
@@ -80,9 +82,41 @@ def sequence_parts(length: int) -> int:
 
     A length that the context axis does not divide stays whole.
     """
-    mesh, axis = jax.sharding.get_abstract_mesh(), rule("time")
-    parts = 1 if mesh.empty or axis is None else mesh.shape[axis]
+    parts = ways("time")
     return parts if length % parts == 0 else 1
+
+
+def ways(axis: str) -> int:
+    """Over how many devices the mesh in force spreads a logical axis that they divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(mesh, rule(axis))
+
+
+def mesh_in_force() -> Mesh | None:
+    """The mesh that `jax.set_mesh` put in force, with its devices; None where there is none."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def even_rows(rows: int) -> int:
+    """The least number of batch rows, from `rows` on, that the mesh in force spreads evenly."""
+    return -(-rows // ways("batch")) * ways("batch")
+
+
+def whole(tree: Any) -> Any:
+    """Arrays asked to lie whole on every device, where a mesh is set: so any host reads them."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
+
+
+def cut_along(axis: str, *sizes: int) -> Any:
+    """The mesh axis along which `per_device` cuts a logical axis; None: it stays whole.
+
+    Args:
+      axis: logical.
+      sizes: of the dimensions along it.
+    """
+    count = ways(axis)
+    return rule(axis) if count > 1 and math.gcd(*sizes) % count == 0 else None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -145,15 +179,27 @@ def _fill_boxes(devices: Sequence[jax.Device]) -> bool:
     return all(len({tuple(d.coords) for d in box}) == full(box) for box in boxes.values())
 
 
-def check_fits(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
-    model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
-    for heads, what in ((model.num_heads, ""), (model.kv_heads, " of keys and values")):
+def check_heads(model: ModelConfig, tensor: int) -> None:
+    """Raises ConfigError where so many devices along `tensor` do not divide the model's heads."""
+    choices = model.choices, " that choose chunks"
+    for heads, what in ((model.num_heads, ""), (model.kv_heads, " of keys and values"), choices):
         if heads % tensor:
             raise ConfigError(
                 f"the model has {heads} heads{what}, which mesh.tensor {tensor} does not divide: "
                 "use a divisor of the number of heads"
             )
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
+    model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
+    check_heads(model, tensor)
+    if parts > 1 and model.selector != "index" and model.selection_groups // tensor % parts:
+        raise ConfigError(
+            f"mesh.context {parts} would part heads that choose chunks together: make "
+            f"model.selection_groups {model.selection_groups} a multiple of mesh.tensor x "
+            f'mesh.context = {tensor * parts}, or use selector="index"'
+        )
     for stage in config.stages:
         batch_sharding(mesh, stage.global_batch)
         model = config.stage_model(stage)
@@ -187,9 +233,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    sizes = dict(zip(axes, x.shape, strict=True))
-    spec = PartitionSpec(*(_fitting(mesh, axis, sizes) for axis in axes))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, _fitting_spec(mesh, axes, [(axes, x)]))
 
 
 def named_sharding(
@@ -198,12 +242,11 @@ def named_sharding(
     """Sharding of an array called `name`; a dimension that is not divisible is an error."""
     spec = partition_spec(axes)
     for dimension, (size, mesh_axes) in enumerate(zip(shape, spec, strict=True)):
-        parts = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
-        ways = math.prod(mesh.shape[part] for part in parts)
-        if size % ways:
+        if size % (count := _ways(mesh, mesh_axes)):
+            parts = [mesh_axes] if isinstance(mesh_axes, str) else list(mesh_axes)
             raise ConfigError(
                 f"{name}: dimension {dimension} ({axes[dimension]}) of size {size} is not "
-                f"divisible by {ways}, the size of mesh axes {list(parts)}; change the mesh"
+                f"divisible by {count}, the size of mesh axes {parts}; change the mesh"
             )
     return NamedSharding(mesh, spec)
 
@@ -215,7 +258,7 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     inside the step. Rows that the data axes do not divide lie on every device of one host; on
     several hosts, each of which reads rows of its own, they are an error.
     """
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    ways = _ways(mesh, RULES["batch"])
     if rows % ways == 0:
         return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
     if jax.process_count() > 1:
@@ -235,6 +278,11 @@ def _warn_uneven(rows: int, ways: int) -> None:
     )
 
 
+def fitting_sharding(mesh: Mesh, axes: Sequence[str | None], x: Any) -> NamedSharding:
+    """Where `constrain` puts x (an array or its shape): what the mesh does not divide is whole."""
+    return NamedSharding(mesh, _fitting_spec(mesh, axes, [(axes, x)]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -245,7 +293,8 @@ def per_device(
     """`fn`, run by each device on its own part of the arguments where a mesh is set.
 
     For operations that work row by row and head by head, which the partitioner can't see (kernels,
-    loops of data-dependent length). A dimension that the mesh does not divide stays whole.
+    loops of data-dependent length). An axis that the mesh does not divide, in all arguments that
+    have it, stays whole.
 
     Args:
       fn: function of arrays.
@@ -257,13 +306,9 @@ def per_device(
         return fn
 
     def call(*arguments: jax.Array | None) -> Any:
-        sizes = {
-            axis: size
-            for axes, argument in zip(in_axes, arguments, strict=True)
-            if argument is not None
-            for axis, size in zip(axes, argument.shape, strict=True)
-        }
-        spec = lambda axes: PartitionSpec(*(_fitting(mesh, axis, sizes) for axis in axes))
+        pairs = zip(in_axes, arguments, strict=True)
+        given = [(axes, argument) for axes, argument in pairs if argument is not None]
+        spec = lambda axes: _fitting_spec(mesh, axes, given)
         several = isinstance(out_axes[0], tuple)
         out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
         in_specs = tuple(
@@ -277,9 +322,22 @@ def per_device(
     return call
 
 
-def _fitting(mesh: Any, axis: str | None, sizes: dict[str | None, int]) -> Any:
-    """Mesh axes of a logical axis, or None where they do not divide its size."""
-    mesh_axes = rule(axis)
+def _fitting_spec(mesh: Any, axes: Sequence[str | None], given: Sequence[Any]) -> PartitionSpec:
+    """Mesh axes of `axes`, None where they do not divide it in all arrays: (axes, array) each."""
+
+    def fits(axis: str | None) -> Any:
+        sizes = (
+            size
+            for own, array in given
+            for name, size in zip(own, array.shape, strict=True)
+            if name == axis
+        )
+        return rule(axis) if math.gcd(*sizes) % _ways(mesh, rule(axis)) == 0 else None
+
+    return PartitionSpec(*map(fits, axes))
+
+
+def _ways(mesh: Any, mesh_axes: Any) -> int:
+    """Devices along a mesh axis, several, or none."""
     parts = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
-    ways = math.prod(mesh.shape[part] for part in parts)
-    return mesh_axes if sizes[axis] % ways == 0 else None
+    return math.prod(mesh.shape[part] for part in parts)

@@ -8,14 +8,13 @@ import argparse
 from pathlib import Path
 
 from rwkvx_jax.cli import (
-    accelerator_attached,
     add_host_flags,
     command_line,
+    join_by_flags,
     parse_with_overrides,
     settle_platform,
 )
 from rwkvx_jax.experiment_files import experiment_name
-from rwkvx_jax.hosts import join_hosts
 from rwkvx_jax.storage import work_path
 from rwkvx_jax.training.loop import fit
 from rwkvx_jax.xla_flags import apply_xla_flags
@@ -49,12 +48,6 @@ def main(argv: list[str], prog: str = "train.py") -> None:
         flags, config = parse_with_overrides(make_parser(prog), argv)
         if xla_flags := apply_xla_flags(config.run.xla_flags):
             print(f"flags of the TPU compiler: {' '.join(xla_flags)}", flush=True)
-        join_hosts(
-            flags.coordinator,
-            flags.num_processes,
-            flags.process_id,
-            detect=accelerator_attached(),
-            heartbeat_timeout=flags.heartbeat_timeout,
-        )
+        join_by_flags(flags)
         workdir = work_path(flags.workdir or Path("runs") / experiment_name(flags.config))
         fit(config, workdir, init_from=flags.init_from, resume_step=flags.resume_step)

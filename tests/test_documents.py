@@ -32,11 +32,13 @@ from rwkvx_jax.evals import report
 from rwkvx_jax.evals.short.convert import Options as TaskOptions
 from rwkvx_jax.expand_checkpoint import Options as ExpandOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
+from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.perf.plan_command import make_parser as plan_parser
 from rwkvx_jax.train import make_parser as train_parser
 from tests.convert.convert_checkpoints import official_tensors
 from tests.evals.eval_models import QUIET, FakeReader, make_model
 from tests.helpers import ROOT
+from tests.model_cases import FLOAT32, TINY, random_params
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -284,7 +286,7 @@ def run(page: str, number: int = 0, **names) -> dict:
 
 
 def on_shapes(page: str, make_names=dict) -> None:
-    """Traces the only block of a page: nothing is compiled or computed."""
+    """Traces the first block of a page: nothing is compiled or computed."""
     jax.eval_shape(lambda: run(page, **make_names()) and 0)
 
 
@@ -296,7 +298,7 @@ def test_every_program_is_run_by_a_test():
         "docs/convert.md": 1,
         "docs/data.md": 3,
         "docs/evaluation.md": 1,
-        "docs/generation.md": 1,
+        "docs/generation.md": 2,
         "docs/recurrences.md": 2,
         "docs/research.md": 3,
     }
@@ -356,6 +358,13 @@ def test_programs_that_show_calls():
             "token": tokens[:, 0],
         },
     )
+
+
+@pytest.mark.thorough
+def test_serving_requests():
+    model = with_params(abstract_model(TINY, FLOAT32), random_params(TINY))
+    names = run("docs/generation.md", 1, model=model, prompts=[[1, 2], [3]], system_prompt=[4])
+    assert names["number"] in (0, 1) and len(names["tokens"]) <= 100 and not names["problem"]
 
 
 def test_programs_of_conversion_and_data(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.memory import memory_left
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
+from rwkvx_jax.sharding import even_rows
 from rwkvx_jax.tokenizer import Tokenizer
 
 _PREFILL_CHUNK = {"cpu": 256}  # longer ones are no faster there
@@ -267,7 +268,8 @@ def _answer(
     most, step = max(map(len, by_length)), _step_tokens(chunk, longest)
     batch = options.batch or affordable_batch(model, longest + count, chunk, step, policy)
     batch = min(most, batch)
-    batch = -(-most // -(-most // batch))  # as many batches, but the last one as full as the others
+    # As many batches, but the last one as full as the others.
+    batch = even_rows(-(-most // -(-most // batch)))
     reader = make_reader(model, prefill_chunk=chunk, batch=batch, longest=longest, policy=policy)
     for chosen in (part for same in by_length for part in even_batches(same, batch)):
         progress.describe(f"{model.label}, length {chosen[0].length:,}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,12 +14,15 @@ import numpy as np
 import tyro
 
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
-from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig, to_dict
+from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.generate.sampling import check_seed
 from rwkvx_jax.generate.terminal import one_line
-from rwkvx_jax.model import Params, get_params
+from rwkvx_jax.hosts import place
+from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params
+from rwkvx_jax.sharding import make_mesh, mesh_in_force
 from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
+from rwkvx_jax.training.step import param_shardings
 
 _ADDED = (  # fields of ModelConfig since version 0.2.0
     "learned_state",
@@ -31,6 +35,12 @@ _ADDED = (  # fields of ModelConfig since version 0.2.0
     "rope_theta",
     "rope_scaling",
     "shared_attention",
+    "index_size",
+    "selection_groups",
+    "selection_join",
+    "forced_chunks",
+    "selection_span",
+    "selection_spans",
 )
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""
@@ -68,6 +78,9 @@ class EvalOptions:
     """Replaces the way in which a query scores chunks; see docs/attention.md."""
     vocab_file: str = ""
     """Vocabulary of the World tokenizer, where pyrwkv-tokenizer is not installed."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """Devices along each mesh axis, as for training: prompts over data, heads over tensor, the
+    cache of a long prompt over context. By default one device alone."""
 
     def __post_init__(self):
         if not self.checkpoint:
@@ -104,9 +117,9 @@ def check_output(path: Path) -> None:
         except OSError as error:
             raise ConfigError(f"--output can't be written: {error}") from error
         return
-    for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
-            raise ConfigError(f"--output {path}: {place} is a file; name a folder")
+    for folder in (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--output {path}: {folder} is a file; name a folder")
 
 
 class EvalModel(NamedTuple):
@@ -120,6 +133,22 @@ class EvalModel(NamedTuple):
     checkpoint: str
     step: int | None
     trained_length: int | None  # longest training sequence so far, if known
+
+    @property
+    def abstract(self) -> RWKVX:
+        """The model with shapes in place of arrays."""
+        return abstract_model(self.config, self.run)
+
+    def placed(self) -> Params:
+        """The parameters on the device, or over the mesh in force.
+
+        Raises:
+          ConfigError: a mesh that does not divide them.
+        """
+        mesh = mesh_in_force()
+        if mesh is None:
+            return jax.device_put(self.params)
+        return place(self.params, param_shardings(self.abstract, mesh))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -144,6 +173,17 @@ class EvalModel(NamedTuple):
             config=self.config.without_attention(),
             params=params,
         )
+
+
+def over_devices(config: MeshConfig) -> contextlib.AbstractContextManager[Any]:
+    """Puts the mesh of an evaluation in force; one device alone needs none.
+
+    Raises:
+      ConfigError: sizes that do not multiply to the number of devices.
+    """
+    if jax.process_count() == 1 and set(config.sizes.values()) == {1}:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_mesh(config))
 
 
 def open_models(options: EvalOptions) -> list[EvalModel]:

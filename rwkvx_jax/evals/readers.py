@@ -1,13 +1,13 @@
 """Readers: what a model makes of prompts and texts, reporting how far they are read.
 
-Prompts are read in prefill chunks through the decode cache. All share a cache that holds the
-longest, hence one compilation: reading a chunk hardly costs more in a large cache, while compiling
-anew costs more than reading many short prompts.
+Prompts are read in prefill chunks through the decode cache, on one device or over the mesh in
+force. All share a cache that holds the longest, hence one compilation: reading a chunk hardly costs
+more in a large cache, while compiling anew costs more than reading many short prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,9 @@ from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.engine import Engine, Mark, Session
 from rwkvx_jax.generate.sampling import NOT_FINITE
-from rwkvx_jax.model import RWKVX, abstract_model, with_params
+from rwkvx_jax.generate.serving import Request, serve
+from rwkvx_jax.model import RWKVX, with_params
+from rwkvx_jax.sharding import even_rows, mesh_in_force, ways, whole
 
 _BLOCK_LOGITS = 1 << 26  # at most so many at once, a quarter of a gigabyte
 # On a CPU a block should stay in cache between its products and their sums.
@@ -53,7 +55,7 @@ class GreedyReader:
           longest: tokens of the longest prompt to come; a longer one is compiled for anew.
           policy: compression of the cache; None keeps every key and value.
         """
-        self._model, self._batch, self._policy = model, batch, policy
+        self._model, self._batch, self._policy = model, even_rows(batch), policy
         self._chunk, self._chunks = prefill_chunk, -(-longest // prefill_chunk)
         self._rows = 0
         self._engine: Engine | None = None
@@ -106,6 +108,32 @@ class GreedyReader:
             self._session = self._mark = None
         return answers
 
+    def answer_all(
+        self,
+        prompts: Sequence[np.ndarray],
+        count: int,
+        advance: Callable[[int], None],
+        ended: Callable[[np.ndarray], bool] = lambda answer: False,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Continues any number of prompts of any length, each as soon as a row is free.
+
+        Args: as of the call, but that a prompt is told of when its answer is whole.
+
+        Yields:
+          The number of a prompt, and its answer [count], as the call returns it.
+        """
+        self._chunks = max(self._chunks, -(-max(map(len, prompts)) // self._chunk))
+        engine = self._engine_for(self._chunks * self._chunk + count)
+        self._session = self._mark = None  # frees its cache before the next one is made
+        shared = _common(prompts)
+        requests = (Request(prompt[shared:], count, stop=()) for prompt in prompts)
+        done = lambda _, tokens: ended(np.asarray(tokens, np.int32))
+        for found in serve(engine, requests, prefix=prompts[0][:shared], ended=done):
+            answer = np.full(count, NOT_FINITE if found.problem else 0, np.int32)
+            answer[: len(found.tokens)] = found.tokens
+            advance(len(prompts[found.number]))
+            yield found.number, answer
+
     def _read_shared(self, engine: Engine, prompts: Sequence[np.ndarray], advance) -> int:
         """Reads what all prompts begin with, in whole chunks; returns how many tokens that is.
 
@@ -137,10 +165,8 @@ class GreedyReader:
         if rows > self._rows:
             self._engine = None  # frees its parameters before they are copied again
             self._session = self._mark = None
-            abstract = abstract_model(self._model.config, self._model.run)
-            model = with_params(abstract, jax.device_put(self._model.params))
             self._engine = Engine(
-                model,
+                with_params(self._model.abstract, self._model.placed()),
                 max_length=rows,
                 batch=self._batch,
                 piece=self._chunk,
@@ -216,10 +242,9 @@ class TextScorer:
           batch: texts side by side; smaller batches are padded.
           longest: predictions of the longest text.
         """
-        self._chunk, self._batch = prefill_chunk, batch
+        self._chunk, self._batch = prefill_chunk, even_rows(batch)
         self._rows = -(-longest // prefill_chunk) * prefill_chunk
-        self._model = abstract_model(model.config, model.run)
-        self._params = jax.device_put(model.params)
+        self._model, self._params = model.abstract, model.placed()
         self._score = jax.jit(self._score_chunk, donate_argnums=2)
 
     def __call__(
@@ -253,7 +278,7 @@ class TextScorer:
         batch, time, width = features.shape
         every, targets = jnp.arange(batch * time), tokens[1].reshape(-1, 1)
         logs, hits = score_places(model, features.reshape(-1, width), every, targets, every.size)
-        return (-logs.reshape(batch, time), hits.reshape(batch, time)), cache
+        return whole((-logs.reshape(batch, time), hits.reshape(batch, time))), cache
 
 
 def affordable_batch(
@@ -263,10 +288,13 @@ def affordable_batch(
     tokens: int = STEP_TOKENS,
     policy: CachePolicy | None = None,
 ) -> int:
-    """Prompts of this length to read side by side: at least 1, else as many as fit into so many
-    tokens read at once and into about a gigabyte."""
-    most = _BATCH_BYTES // _prompt_bytes(model, length, prefill_chunk, policy)
-    return max(1, min(tokens // prefill_chunk, most))
+    """Prompts of this length to read side by side: at least 1 on each device along the data axes,
+    else as many as fit into so many tokens that each reads at once, and into about a gigabyte of
+    each device."""
+    mesh = mesh_in_force()
+    most = _BATCH_BYTES * (mesh.size if mesh else 1)
+    most //= _prompt_bytes(model, length, prefill_chunk, policy)
+    return even_rows(max(1, min(ways("batch") * tokens // prefill_chunk, most)))
 
 
 def check_memory(
@@ -290,7 +318,7 @@ def check_memory(
     Raises:
       ConfigError: says how much is needed.
     """
-    needed = (batch or 1) * _prompt_bytes(model, length, prefill_chunk, policy)
+    needed = even_rows(batch or 1) * _prompt_bytes(model, length, prefill_chunk, policy)
     if free is not None and needed > free:
         what = "a prompt" if batch is None else f"a batch of {batch:,} prompts"
         raise ConfigError(

@@ -23,8 +23,9 @@ import jax
 from rwkvx_jax import records
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.evals.models import IDENTITY_FIELDS
+from rwkvx_jax.hosts import first_does, first_tells, record_file
 from rwkvx_jax.progress import Progress
-from rwkvx_jax.records import Record, RecordFile
+from rwkvx_jax.records import Record
 
 FORMAT = 2
 _BEGINS = b'{"format": '
@@ -198,9 +199,9 @@ class Results:
             "models": models,
         }
         self._header: Record = json.loads(records.as_text(header))
-        self._file, self._contents = RecordFile(path), Contents(path)
-        _refuse_other_forms(path)
-        if path.exists():
+        self._file, self._contents = record_file(path), Contents(path)
+        first_does(lambda: _refuse_other_forms(path), f"{path} can't be read")
+        if first_tells(path.exists, f"{path} can't be read"):
             with self._file.locked():
                 self._take_over()
         self._written = any(_without_run(h) == _without_run(self._header) for h in self._headers)

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import jax
 from rich.console import Console
 
-from rwkvx_jax.evals.models import EvalModel, EvalOptions, open_models
+from rwkvx_jax.evals.models import EvalModel, EvalOptions, open_models, over_devices
 from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
@@ -62,10 +63,12 @@ def run(
 ) -> None:
     """A task's command: loads the models, evaluates them, and shows what was found."""
     console = open_console()
-    models = open_models(options)
-    with until_interrupted(console):
-        found = evaluate(options, models, console)
-    show(found, models, console)
+    with over_devices(options.mesh):
+        models = open_models(options)
+        with until_interrupted(console):
+            found = evaluate(options, models, console)
+    if jax.process_index() == 0:
+        show(found, models, console)
 
 
 def show(
@@ -93,11 +96,13 @@ def shows(
 
 
 def open_console() -> Console:
-    """The standard output; wide where it is a file, so that tables are never squeezed.
+    """The standard output of the first process; wide where it is a file, so that tables are never
+    squeezed.
 
     Names are shown as they are (`[b]` is no markup), but for control characters.
     """
-    console = Console(highlight=False, markup=False, emoji=False)
+    quiet = jax.process_index() != 0
+    console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 240
     return console

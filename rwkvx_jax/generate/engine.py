@@ -3,8 +3,9 @@
 Pieces have one length and the cache one size, so that each of the two functions is compiled once;
 the cache is donated and written in place. What a text gets does not depend on its neighbours: one
 that has ended stays as it is while the others go on. On a CPU each layer's weights lie in arrays of
-their own (`model.unstack`), which a decode step reads at the speed of memory. Tokens reach the
-caller as they come, as text that never ends inside a UTF-8 character.
+their own (`model.unstack`), which a decode step reads at the speed of memory. Where a mesh is in
+force, texts, states and pages lie over it. Tokens reach the caller as they come, as text that never
+ends inside a UTF-8 character.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.cache import Cache, CachePolicy, Snapshot, rewind, snapshot
+from rwkvx_jax.cache import Cache, CachePolicy, Snapshot, choose, rewind, snapshot, spread, wiped
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.memory import check_memory
 from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed, count_token, sample
 from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
 from rwkvx_jax.ops.dispatch import current_platform
+from rwkvx_jax.sharding import constrain, whole
 from rwkvx_jax.tokenizer import Tokenizer
 
 ENDED = -1
@@ -44,6 +46,18 @@ class Progress(NamedTuple):
     logits: jax.Array  # [B, W], of the next token
     keys: jax.Array  # [B] PRNG keys
     counts: jax.Array | None  # [B, W] float32, what was generated so far
+
+    def spread(self) -> Progress:
+        """Itself, asked to lie over the mesh in force."""
+        tokens = lambda x: constrain(x, "batch", "vocab")
+        counts = None if self.counts is None else tokens(self.counts)
+        return Progress(tokens(self.logits), whole(self.keys), counts)
+
+
+def _pick(rows: jax.Array, new: Progress, old: Progress) -> Progress:
+    """`new` of the texts where rows [B], `old` elsewhere."""
+    pick = lambda x, y: jnp.where(rows.reshape(-1, *[1] * (y.ndim - 1)), x, y)
+    return jax.tree.map(pick, new, old)
 
 
 @dataclass
@@ -73,6 +87,13 @@ class Session:
     speed: Speed = field(default_factory=Speed)
     marks: weakref.WeakSet[Mark] = field(default_factory=weakref.WeakSet)  # that still hold
 
+    def go_back(self, read: np.ndarray) -> None:
+        """Notes that so much of each text is left: marks behind it no longer hold."""
+        for mark in list(self.marks):
+            if (mark.read > read).any():
+                self.marks.discard(mark)
+        self.read = read.copy()
+
 
 Tokens = Sequence[int] | np.ndarray
 """Of one text."""
@@ -85,6 +106,11 @@ class Mark:
     state: Snapshot
     progress: Progress
     read: np.ndarray
+
+
+def _check_mark(session: Session, mark: Mark) -> None:
+    if mark not in session.marks:
+        raise ConfigError("this mark is not of these texts, or lies behind an earlier rewind")
 
 
 class Engine:
@@ -109,7 +135,8 @@ class Engine:
     ):
         """
         Args:
-          model: its parameters are copied on a CPU (layer by layer).
+          model: its parameters are copied on a CPU (layer by layer); they lie where the mesh in
+            force wants them, which has to be in force at every later call as well.
           max_length: rows of the cache for each text.
           batch: texts side by side.
           piece: prompt tokens read at once.
@@ -133,8 +160,12 @@ class Engine:
         layered = unstack(model) if current_platform() == "cpu" else model
         self.params = get_params(layered)
         self._abstract = jax.eval_shape(lambda: layered)
+        self._begin = jax.jit(self._nothing_read)
         self._read = jax.jit(self._read_piece, donate_argnums=(2, 3))
         self._step = jax.jit(self._next_token, donate_argnums=(1, 2))
+        self._restart = jax.jit(
+            self._begun_anew, donate_argnums=(0, 1), static_argnames="wipe", keep_unused=True
+        )
 
     def start(self, prompts: Sequence[Tokens], seeds: Sequence[int] | None = None) -> Session:
         """Reads prompts (as many as `batch`; none empty).
@@ -170,14 +201,8 @@ class Engine:
             raise ConfigError(f"{len(seeds)} seeds for an engine of batch {self.batch}")
         for seed in seeds:
             check_seed(seed)
-        model = with_params(self._abstract, self.params)
-        shape = (self.batch, self.vocab_size)
-        progress = Progress(
-            jnp.zeros(shape, jnp.float32),
-            jnp.stack([jax.random.key(seed) for seed in seeds]),
-            jnp.zeros(shape, jnp.float32) if self.sampling.penalizes else None,
-        )
-        cache = model.init_cache(self.batch, self._rows, policy=self._policy)
+        cache = self._abstract.init_cache(self.batch, self._rows, policy=self._policy)
+        progress = self._begin(np.asarray(seeds, np.uint32))
         return Session(cache, progress, np.zeros(self.batch, np.int64))
 
     def feed(self, session: Session, texts: Sequence[Tokens]) -> None:
@@ -195,13 +220,18 @@ class Engine:
         session.speed.prompt_tokens += int(lengths.sum())
         session.speed.prompt_seconds += time.perf_counter() - begin
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether texts can be taken back to a mark: not where a policy drops rows."""
+        return self._policy is None
+
     def mark(self, session: Session) -> Mark:
         """Where the texts are now.
 
         Raises:
           ConfigError: under a policy, which can't be undone.
         """
-        if self._policy is not None:
+        if not self.rewinds:
             raise ConfigError("texts read under a cache policy can't be rewound: read them anew")
         # Reading on donates the originals.
         state, progress = jax.tree.map(jnp.copy, (snapshot(session.cache), session.progress))
@@ -216,14 +246,41 @@ class Engine:
           ConfigError: a mark of other texts, or one behind a point that the session was taken back
             to: what it stands for has been overwritten.
         """
-        if mark not in session.marks:
-            raise ConfigError("this mark is not of these texts, or lies behind an earlier rewind")
+        _check_mark(session, mark)
         state, progress = jax.tree.map(jnp.copy, (mark.state, mark.progress))
         session.cache, session.progress = rewind(session.cache, state), progress
-        session.read = mark.read.copy()
-        for other in list(session.marks):
-            if (other.read > mark.read).any():
-                session.marks.discard(other)
+        session.go_back(mark.read)
+
+    def restart(
+        self,
+        session: Session,
+        rows: np.ndarray,
+        seeds: np.ndarray,
+        mark: Mark | None = None,
+        *,
+        wipe: bool = False,
+    ) -> None:
+        """Ends some texts, and begins others in their place.
+
+        Args:
+          session: the texts.
+          rows: bool [B], which are to end; the others stay as they are.
+          seeds: uint32 [B], of the new ones.
+          mark: where the new ones begin, with penalties of nothing; None: nothing has been read.
+          wipe: also overwrites the keys and values that the ended texts leave behind, where their
+            logits were not finite: out of reach, they would still spoil sums.
+
+        Raises:
+          ConfigError: a mark that does not hold (see `rewind`).
+        """
+        begin = None
+        if mark is not None:
+            _check_mark(session, mark)
+            begin = mark.state, mark.progress.logits
+        session.cache, session.progress = self._restart(
+            session.cache, session.progress, begin, rows, seeds, wipe=wipe
+        )
+        session.go_back(np.where(rows, 0 if mark is None else mark.read, session.read))
 
     def next_tokens(self, session: Session, active: np.ndarray | None = None) -> np.ndarray:
         """Chooses the next token of each text and reads it.
@@ -296,25 +353,50 @@ class Engine:
             )
 
     def _checked(self, index: int, tokens: Tokens, session: Session) -> np.ndarray:
+        self.check_tokens(f"prompt {index}", tokens)
+        self.check_length(f"prompt {index}", int(session.read[index]) + len(tokens))
+        return np.asarray(tokens, np.int32)
+
+    def check_tokens(self, name: str, tokens: Tokens) -> None:
+        """Raises ConfigError for ids outside the vocabulary, in a text called `name`."""
         text = np.asarray(tokens, np.int64)
         outside = text[(text < 0) | (text >= self.vocab_size)]
         if outside.size:
             raise ConfigError(
-                f"prompt {index} has token {outside[0]}, outside the vocabulary of "
-                f"{self.vocab_size}: use the tokenizer that the model was trained with"
+                f"{name} has token {outside[0]}, outside the vocabulary of {self.vocab_size}: use "
+                "the tokenizer that the model was trained with"
             )
-        total = int(session.read[index]) + len(text)
-        if self.max_length is not None and total > self.max_length:
+
+    def check_length(self, name: str, tokens: int) -> None:
+        """Raises ConfigError for more tokens than a text may have."""
+        if self.max_length is not None and tokens > self.max_length:
             raise ConfigError(
-                f"prompt {index} makes {total} tokens, more than max_length {self.max_length}: "
-                "raise max_length, or give a CachePolicy that drops old rows"
+                f"{name} makes {tokens} tokens, more than max_length {self.max_length}: raise "
+                "max_length, or give a CachePolicy that drops old rows"
             )
-        return text.astype(np.int32)
+
+    def _nothing_read(self, seeds: jax.Array) -> Progress:
+        logits = jnp.zeros((self.batch, self.vocab_size), jnp.float32)
+        counts = jnp.zeros_like(logits) if self.sampling.penalizes else None
+        return Progress(logits, jax.vmap(jax.random.key)(seeds), counts).spread()
+
+    def _begun_anew(self, cache: Cache, progress: Progress, begin, rows, seeds, *, wipe: bool):
+        fresh = self._nothing_read(seeds)
+        if begin is None:
+            empty = self._abstract.init_cache(self.batch, self._rows, policy=self._policy)
+            begin = snapshot(empty), fresh.logits
+        state, logits = begin
+        cache = rewind(cache, choose(rows, state, snapshot(cache)))
+        if wipe:
+            cache = wiped(cache, rows)
+        new = fresh._replace(logits=logits)
+        return spread(cache), _pick(rows, new, progress).spread()
 
     def _read_piece(self, params, part, logits, cache, valid):
         model = with_params(self._abstract, params)
         new, cache = model.prefill(part, cache, valid)
-        return jnp.where((valid > 0)[:, None], new, logits), cache
+        logits = jnp.where((valid > 0)[:, None], new, logits)
+        return constrain(logits, "batch", "vocab"), cache
 
     def decode(self, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """`model.decode` under given parameters (`self.params`), to be jitted with the cache
@@ -331,9 +413,8 @@ class Engine:
         features, cache = model.read(token[:, None], cache, active.astype(jnp.int32))
         new = Progress(model.head(features[:, 0]), split[:, 0], counts)
         if self.batch > 1:  # a single text has no neighbour that goes on without it
-            keep = lambda x, old: jnp.where(active.reshape(-1, *[1] * (old.ndim - 1)), x, old)
-            new = jax.tree.map(keep, new, progress)
-        return jnp.where(active, token, ENDED), new, cache
+            new = _pick(active, new, progress)
+        return whole(jnp.where(active, token, ENDED)), new.spread(), cache
 
 
 class TextStream:

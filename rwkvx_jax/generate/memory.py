@@ -9,13 +9,18 @@ import jax
 from rwkvx_jax.cache import CachePolicy, cache_bytes
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.model import RWKVX
+from rwkvx_jax.sharding import mesh_in_force
 
 
 def memory_left(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that the first device (on a CPU: the machine) still has; None where nobody tells."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    """Bytes that all devices of the mesh in force, or the first device (on a CPU: the machine),
+    still have; None where nobody tells. Each counts as much as the fullest of this process."""
+    mesh = mesh_in_force()
+    devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in own for own in stats):
+        least = min(own["bytes_limit"] - own.get("bytes_in_use", 0) for own in stats)
+        return least * (1 if mesh is None else mesh.size)
     if jax.default_backend() == "cpu" and meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

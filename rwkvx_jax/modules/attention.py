@@ -13,20 +13,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress, write_rows
+from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
+from rwkvx_jax.modules.cached_attention import attend_cached
 from rwkvx_jax.modules.convolution import short_convolution
+from rwkvx_jax.modules.indexer import Indexer
 from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter, project
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
-from rwkvx_jax.ops.selection import select_from_rows, selector_of
+from rwkvx_jax.ops.selection import repeated_choices, select_chunks, selector_of
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
@@ -34,7 +36,7 @@ class Attention(nnx.Module):
     """Matrices, stored [in, out]: receptance (the query) and output [D, D], key and value [D, X],
     X = config.kv_width; with config.qkv_bias also receptance_bias [D], key_bias and value_bias [X].
     key_conv [config.key_conv, X], if that is not 0: what is added to each key, tap j of the key j
-    tokens before."""
+    tokens before. indexer: with the selector "index"."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -59,6 +61,8 @@ class Attention(nnx.Module):
             # Past the last tap (key_conv=1) nothing is set.
             taps = jnp.zeros((config.key_conv, kv_width)).at[1].set(float(aligned), mode="drop")
             self.key_conv = parameter(taps, "taps", "vector")
+        if config.selector == "index":
+            self.indexer = Indexer(config, rngs)
 
     def __call__(
         self,
@@ -68,25 +72,67 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of a whole sequence to itself, or of each document packed in it."""
         q, k, v, _ = self.project(h, segment_ids=segment_ids)
+        index: tuple[jax.Array, ...] = ()
         if self.config.attention == "full":
             op = full_attention
         else:
-            op = partial(
-                sparse_attention,
-                chunk_size=self.config.chunk_size,
-                top_k=self.config.top_k,
-                implementation=run.sparse_attention,
-                selector=selector_of(self.config),
-            )
+            op = partial(self._attend, implementation=run.sparse_attention)
+            if self.config.selector == "index":
+                index = self.scored(q, k)
         if sequence_parts(h.shape[1]) > 1:
-            out = context.attention(op, q, k, v, segment_ids)
+            out = context.attention(op, q, k, v, segment_ids, *index)
         else:
             tokens = ("batch", None, "heads", None)
-            attend = lambda q, k, v, ids: op(q, k, v, segment_ids=ids)
-            out = per_device(attend, (*(tokens,) * 3, ("batch", None)), tokens)(
-                q, k, v, segment_ids
-            )
+            attend = lambda ids, *arrays: op(*arrays, segment_ids=ids)
+            axes = ("batch", None), *[tokens] * (3 + len(index))
+            out = per_device(attend, axes, tokens)(segment_ids, q, k, v, *index)
         return self.combine(out)
+
+    def _attend(self, q, k, v, *index, implementation, q_offset=0, segment_ids=None) -> jax.Array:
+        """Sparse attention, chunks chosen by q and k or by an index query and key a choice."""
+        chunk_size, top_k = self.config.chunk_size, self.config.top_k
+        selector = selector_of(self.config)
+        attend = partial(
+            sparse_attention,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            q_offset=q_offset,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+        if not index:
+            return attend(q, k, v, selector=selector)
+        if k.shape[1] <= chunk_size * top_k:  # whatever is chosen, everything is read
+            return attend(q, k, v)
+        selection = select_chunks(
+            *index,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            q_offset=q_offset,
+            segment_ids=segment_ids,
+            selector=selector,
+        )
+        return attend(q, k, v, selection=repeated_choices(selection, k.shape[2]))
+
+    def selection_loss(
+        self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float32[Array, "B S"]:
+        """`ops.chunk_mass.selection_loss` of whole sequences; only the indexer gets a gradient."""
+        q, k = jax.lax.stop_gradient(self.project(h, segment_ids=segment_ids)[:2])
+        op = partial(
+            selection_loss, chunk_size=self.config.chunk_size, selector=selector_of(self.config)
+        )
+        tokens = ("batch", None, "heads", None)
+        axes = *[tokens] * 4, ("batch", None)
+        return per_device(op, axes, ("batch", "heads"))(q, k, *self.scored(q, k), segment_ids)
+
+    def scored(
+        self, q: Float[Array, "B Tq H K"], k: Float[Array, "B Tk G K"]
+    ) -> tuple[Float[Array, "B Tq H2 I"], Float[Array, "B Tk G2 I"]]:
+        """What the selector asks with and what it scores: queries and keys, or the indexer's."""
+        if self.config.selector != "index":
+            return q, k
+        return self.indexer.queries(q), self.indexer.keys(k)
 
     def cached(
         self,
@@ -108,86 +154,20 @@ class Attention(nnx.Module):
           The output [B, T, D]; pages with the piece appended, and the new tail.
         """
         q, k, v, new_tail = self.project(h, position, tail, lengths)
-        selector = selector_of(self.config)
         if policy is not None:
+            selector = selector_of(self.config)
             due = policy.due(start) & (lengths > 0)
-            squeeze = lambda pages: compress(pages, layer, q[:, 0], start, due, policy, selector)
+            of_keys = lambda k: self.scored(q, k)[1]
+            squeeze = lambda pages: compress(
+                pages, layer, q[:, 0], start, due, policy, selector, of_keys
+            )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
-        pages = write_rows(pages, layer, k, v, start, lengths, selector)
-        chosen = self._choose(q, pages, layer, start, gate)
-        read = self._read_one if h.shape[1] == 1 else self._read_piece
-        tokens, stored = ("batch", None, "heads", None), ("layers", "batch", "heads", *[None] * 3)
-        arrays = (q, *pages[:2], layer, start) + (() if chosen is None else (chosen,))
-        axes = (tokens, stored, stored, (), ("batch",), tokens)[: len(arrays)]
-        out = per_device(read, axes, tokens)(*arrays)
-        return self.combine(out.astype(h.dtype)), (pages, new_tail)
-
-    def _choose(self, q, pages: Pages, layer, start, gate: Gate) -> jax.Array | None:
-        """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
-        if self.config.attention == "full":
-            return None
-        batch, time, heads, size = q.shape
-        chunk, top_k = self.config.chunk_size, self.config.top_k
-        positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
-        if gate == "per_head":
-            return select_pages(
-                q,
-                pages.key_sums,
-                layer,
-                positions,
-                chunk_size=chunk,
-                count=top_k - 1,
-                selector=selector_of(self.config),
-            )
-        # One score over all channels, and top_k past chunks beside the own one.
-        rows = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
-        rows = rows.swapaxes(1, 2).reshape(batch, -1, 1, heads * size)  # [B, N, 1, D]
-        q = q.reshape(batch, time, 1, heads * size)
-        chosen = select_from_rows(q, rows, positions, chunk_size=chunk, count=top_k)
-        return jnp.broadcast_to(chosen, (batch, time, heads, top_k))
-
-    def _read_one(self, q, keys, values, layer, start, chosen=None) -> jax.Array:
-        """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
-        _, batch, groups, count, chunk, size = keys.shape
-        own = (start // chunk)[:, None, None]  # [B, 1, 1]
-        # Queries of one key head are read together where they see the same pages.
-        readers = groups if chosen is None else chosen.shape[2]
-        if chosen is None:
-            chosen = jnp.broadcast_to(jnp.arange(count), (batch, readers, count))
-            visible = jnp.clip(start[:, None, None] + 1 - chosen * chunk, 0, chunk)
-        else:
-            own = jnp.broadcast_to(own, (batch, readers, 1))
-            visible = jnp.where(chosen[:, 0] >= 0, chunk, 0)
-            chosen = jnp.concatenate([jnp.maximum(chosen[:, 0], 0), own], axis=-1)
-            filled = jnp.broadcast_to((start % chunk + 1)[:, None, None], own.shape)
-            visible = jnp.concatenate([visible, filled], axis=-1)
-        row = jnp.arange(batch * readers).reshape(batch, readers, 1) // (readers // groups)
-        flat = (layer * batch * groups + row) * count + chosen
-        out = attend_pages(
-            q.reshape(batch * readers, -1, size),
-            keys.reshape(-1, chunk, size),
-            values.reshape(-1, chunk, size),
-            flat.reshape(batch * readers, -1),
-            visible.reshape(batch * readers, -1),
-            scale=size**-0.5,
+        index = self.scored(q, k) if self.config.selector == "index" else ()
+        out, pages = attend_cached(
+            q, k, v, pages, layer, start, lengths, *index, config=self.config, gate=gate
         )
-        return out.reshape(batch, 1, -1, size)
-
-    def _read_piece(self, q, keys, values, layer, start, chosen=None) -> jax.Array:
-        """Many tokens at once, [B, T, H, K]."""
-        _, batch, groups, count, chunk, size = keys.shape
-        return attend_piece(
-            q,
-            keys.reshape(-1, count * chunk, size),
-            values.reshape(-1, count * chunk, size),
-            layer * batch * groups,
-            chosen,
-            start,
-            chunk_size=chunk,
-            scale=size**-0.5,
-            key_heads=groups,
-        )
+        return self.combine(out), (pages, new_tail)
 
     def project(
         self,

@@ -4,13 +4,16 @@ Pages hold one chunk of keys or values each, for one attention block, batch row 
 buffer is large (gigabytes, for all blocks of a model) and only a few pages of it count for a token,
 so nothing here ever copies, transposes or slices the buffer as a whole: `attend_pages` serves one
 token a row (decoding), `attend_piece` a piece of text (prefill); `select_pages` chooses for both,
-the heads of a choice together. The loops on a CPU are meant for one device.
+the heads of a choice together. The loops on a CPU are meant for one device. `page_softmax` and
+`piece_softmax` are the same attention before the division, to be joined with what other devices
+hold (`paged_mesh`).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +23,16 @@ from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import check_groups
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.block_sparse_xla import add_past
-from rwkvx_jax.ops.dispatch import Candidate, resolve
+from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.selection import MEAN, Selector, choose_past, select_from_rows
+from rwkvx_jax.ops.selection import (
+    MEAN,
+    Selector,
+    best_spans,
+    choose_numbered,
+    choose_past,
+    select_from_rows,
+)
 
 # Rows of a page that are read at once on a CPU: they stay in the second-level cache, and a partly
 # filled page costs little more than what it holds.
@@ -36,6 +46,17 @@ SCORED_BYTES = 1 << 18
 ROWS_ALIKE = 8
 
 
+class Softmax(NamedTuple):
+    """Attention before the division: the output is values / total.
+
+    Weights are relative to exp(largest); a query that saw nothing has MASKED there.
+    """
+
+    values: Float32[Array, "*any V"]
+    largest: Float32[Array, "*any"]  # score, with the scale
+    total: Float32[Array, "*any"]
+
+
 def select_pages(
     q: Float[Array, "B T H K"],
     rows: Float32[Array, "M B G NR K"],
@@ -45,6 +66,7 @@ def select_pages(
     chunk_size: int,
     count: int,
     selector: Selector = MEAN,
+    span_rows: Float32[Array, "M B G NS K"] | None = None,
     implementation: str | None = None,
 ) -> Int32[Array, "B T S {count}"]:
     """The `count` past pages that each token and head reads in one attention block.
@@ -58,8 +80,11 @@ def select_pages(
       chunk_size: tokens in a page.
       count: how many pages to choose.
       selector: how a page is scored, and which heads choose together.
-      implementation: "in_place" (CPU, one token: reads the rows where they lie, block by block, as
-        far as the longest text goes), "slice" (cuts the attention block's rows out and calls
+      span_rows: what is kept of the spans of a selector that has some, of whose chunks N is then a
+        multiple.
+      implementation: "spans" (one token: reads what is kept of all spans, and of the pages of the
+        best), "in_place" (CPU, one token: reads the rows where they lie, block by block, as far as
+        the longest text goes), "slice" (cuts the attention block's rows out and calls
         `select_from_rows`; also the oracle), or None to choose by platform.
 
     Returns:
@@ -72,13 +97,21 @@ def select_pages(
     tokens = q.shape[1]
     if implementation is None and tokens > 1:  # a piece of text is no fall back
         implementation = "slice"
-    problem = lambda platform: f"it serves one token, not {tokens}" if tokens > 1 else None
-    candidates = (Candidate("in_place", ("cpu",), problem), Candidate("slice"))
+    one = lambda platform: f"it serves one token, not {tokens}" if tokens > 1 else None
+    spans = lambda platform: (
+        one(platform)
+        or (None if selector.span and span_rows is not None else "the selector has no spans")
+    )
+    all_pages = lambda platform: one(platform) or ("it knows no spans" if selector.span else None)
+    candidates = [Candidate("in_place", ("cpu",), all_pages), Candidate("slice")]
+    if selector.span or implementation == "spans":
+        candidates.insert(0, Candidate("spans", problem=spans))
     chosen = resolve("select_pages", implementation, candidates)
+    options = {"chunk_size": chunk_size, "count": count, "selector": selector}
+    if chosen == "spans" and count and rows.shape[3]:
+        return _select_in_spans(q, rows, span_rows, layer, positions, **options)
     if chosen == "in_place" and count and rows.shape[3]:
-        return _select_in_place(
-            q[:, 0], rows, layer, positions, chunk_size=chunk_size, count=count, selector=selector
-        )
+        return _select_in_place(q[:, 0], rows, layer, positions, **options)
     block = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False).swapaxes(1, 2)
     return select_from_rows(
         q, block, positions, chunk_size=chunk_size, count=count, selector=selector
@@ -117,6 +150,36 @@ def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
     return chosen.swapaxes(1, 2)
 
 
+def _select_in_spans(q, rows, span_rows, layer, positions, *, chunk_size, count, selector):
+    """`select_pages` for one token: the best spans, then the best pages of these."""
+    _, batch, groups, stored, size = rows.shape
+    own = positions // chunk_size  # [B, 1]
+    q, rows, span_rows = jax.lax.stop_gradient((q, rows, span_rows))
+    q = q.astype(jnp.float32).swapaxes(1, 2)  # [B, H, 1, K]
+    choices = q.shape[1] // selector.together
+
+    def scored(selector, keys):  # keys [B, R, n, F], R dividing the queries -> [B, S, 1, N]
+        queries = selector.queries(q, 1)
+        rows = queries.reshape(*keys.shape[:2], -1, queries.shape[3])
+        found = jnp.einsum("brmf,brnf->brmn", rows, keys, precision=jax.lax.Precision.HIGHEST)
+        return selector.combine(found.reshape(batch, queries.shape[1], 1, -1), size)
+
+    spans = jax.lax.dynamic_index_in_dim(span_rows, layer, 0, keepdims=False)
+    scores = scored(selector.coarse, selector.coarse.keys(spans, chunk_size))
+    best = jnp.sort(best_spans(scores, own, None, selector), axis=-1)  # [B, S, 1, J], -1 first
+    head = jnp.arange(batch * choices).reshape(batch, choices, 1, 1) // (choices // groups)
+    row = jnp.broadcast_to(layer * batch * groups + head, best.shape)
+    flat, each = rows.reshape(-1, stored, size), selector.span * selector.rows
+    read = lambda row, span: jax.lax.dynamic_slice(flat, (row, span * each, 0), (1, each, size))
+    some = jax.vmap(read)(row.reshape(-1), jnp.maximum(best, 0).reshape(-1))
+    keys = selector.keys(some.reshape(batch, choices, -1, size), chunk_size)
+    numbers = best[..., None] * selector.span + jnp.arange(selector.span)[None, None, None, None]
+    numbers = jnp.where(best[..., None] >= 0, numbers, -1).reshape(*best.shape[:3], -1)
+    scores = scored(selector, keys)
+    chosen = choose_numbered(scores, numbers, own, count=count, selector=selector)
+    return chosen.swapaxes(1, 2)
+
+
 def attend_pages(
     q: Float[Array, "R *M K"],
     keys: Float[Array, "P C K"],
@@ -145,15 +208,31 @@ def attend_pages(
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
     """
+    found = page_softmax(q, keys, values, page, visible, scale=scale, implementation=implementation)
+    return found.values / found.total[..., None]
+
+
+def page_softmax(
+    q: Float[Array, "R *M K"],
+    keys: Float[Array, "P C K"],
+    values: Float[Array, "P C V"],
+    page: Int32[Array, "R J"],
+    visible: Int32[Array, "R J"],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> Softmax:
+    """`attend_pages` before the division: [R, V] or [R, M, V], and [R] or [R, M] twice."""
     candidates = (Candidate("tiles", ("cpu",)), Candidate("gather"))
     chosen = resolve("attend_pages", implementation, candidates)
-    run = _attend_tiles if chosen == "tiles" else attend_pages_reference
+    run = _attend_tiles if chosen == "tiles" else _attend_gathered
     rows = q.astype(jnp.float32).reshape(q.shape[0], -1, q.shape[-1])
-    out = run(rows, keys, values, page, visible, scale=scale)
-    return out.reshape(*q.shape[:-1], -1)
+    out, largest, total = run(rows, keys, values, page, visible, scale=scale)
+    shape = q.shape[:-1]
+    return Softmax(out.reshape(*shape, -1), largest.reshape(shape), total.reshape(shape))
 
 
-def attend_pages_reference(
+def _attend_gathered(
     q: Float[Array, "R M K"],
     keys: Float[Array, "P C K"],
     values: Float[Array, "P C V"],
@@ -161,17 +240,17 @@ def attend_pages_reference(
     visible: Int[Array, "R J"],
     *,
     scale: float,
-) -> Float32[Array, "R M V"]:
-    """`attend_pages` by one gather."""
+) -> Softmax:
+    """`page_softmax` by one gather."""
     keys, values = keys[page].astype(jnp.float32), values[page].astype(jnp.float32)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     scores = product("rmk,rjck->rmjc", q, keys) * scale
-    weights, total = _softmax(scores, visible)
-    return product("rmjc,rjcv->rmv", weights, values) / total
+    weights, largest, total = _softmax(scores, visible)
+    return Softmax(product("rmjc,rjcv->rmv", weights, values), largest, total)
 
 
-def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
-    """`attend_pages` by two loops over the tiles that hold visible rows, and no others."""
+def _attend_tiles(q, keys, values, page, visible, *, scale) -> Softmax:
+    """`page_softmax` by two loops over the tiles that hold visible rows, and no others."""
     rows, per_row = page.shape
     shared = q.shape[1]
     chunk, value_size = values.shape[1:]
@@ -195,7 +274,7 @@ def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
     scores = jax.lax.fori_loop(0, count, score, jnp.zeros((filled.size, shared * tile)))
     scores = scores.reshape(rows, per_row * parts, shared, tile).swapaxes(1, 2)
     scores = scores.reshape(rows, shared, per_row, chunk)
-    weights, total = _softmax(scores * scale, visible)
+    weights, largest, total = _softmax(scores * scale, visible)
     weights = weights.reshape(rows, shared, per_row * parts, tile).swapaxes(1, 2)
     weights = weights.reshape(filled.size, shared, tile)
 
@@ -205,17 +284,16 @@ def _attend_tiles(q, keys, values, page, visible, *, scale) -> jax.Array:
         return _put(sums, found, numbers[i])
 
     sums = jax.lax.fori_loop(0, count, add, jnp.zeros((filled.size, shared * value_size)))
-    return sums.reshape(rows, -1, shared, value_size).sum(1) / total
+    return Softmax(sums.reshape(rows, -1, shared, value_size).sum(1), largest, total)
 
 
-def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Exponentials [R, M, J, C] of the visible scores relative to the largest, and their sums
-    [R, M, 1], at least the smallest normal number."""
+def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Exponentials [R, M, J, C] of the visible scores relative to the largest, that [R, M], and
+    their sums [R, M], at least the smallest normal number."""
     counts = (jnp.arange(scores.shape[3])[None, None] < visible[..., None])[:, None]
-    top = jnp.max(jnp.where(counts, scores, -jnp.inf), axis=(2, 3), keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.where(counts, jnp.exp(scores - top), 0.0)
-    return weights, jnp.maximum(weights.sum((2, 3))[..., None], jnp.finfo(jnp.float32).tiny)
+    largest = jnp.max(jnp.where(counts, scores, blocked.MASKED), axis=(2, 3))
+    weights = jnp.where(counts, jnp.exp(scores - largest[..., None, None]), 0.0)
+    return weights, largest, jnp.maximum(weights.sum((2, 3)), jnp.finfo(jnp.float32).tiny)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -281,8 +359,18 @@ def attend_piece(
     check_groups(q.shape[2], groups, None if selection is None else selection.shape[2])
     candidates = (Candidate("in_place", ("cpu",)), Candidate("slice"))
     if resolve("attend_piece", implementation, candidates) == "in_place":
-        options = {"chunk_size": chunk_size, "scale": scale, "groups": groups}
-        return _attend_in_place(q, keys, values, first, selection, offset, **options)
+        found = piece_softmax(
+            q,
+            keys,
+            values,
+            first,
+            selection,
+            offset,
+            chunk_size=chunk_size,
+            scale=scale,
+            key_heads=groups,
+        )
+        return (found.values / found.total[..., None]).astype(q.dtype)
     batch = q.shape[0]
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * groups)
     k, v = (cut(x).reshape(batch, groups, *x.shape[1:]).swapaxes(1, 2) for x in (keys, values))
@@ -300,10 +388,29 @@ def attend_piece(
     )
 
 
-def _attend_in_place(q, keys, values, first, selection, offset, *, chunk_size, scale, groups):
+def piece_softmax(
+    q: Float[Array, "B T H K"],
+    keys: Float[Array, "N R K"],
+    values: Float[Array, "N R V"],
+    first: Int[ArrayLike, ""],
+    selection: Int32[Array, "B T S J"] | None,
+    offset: Int32[Array, " B"],
+    *,
+    chunk_size: int,
+    scale: float,
+    key_heads: int,
+) -> Softmax:
+    """`attend_piece` in place and before the division: [B, T, H, V] and twice [B, T, H].
+
+    Queries may stand before the first of these rows (offset < 0) or beyond the last, where they see
+    what of their chunks is here.
+    """
     batch, time, heads, _ = q.shape
     stored = keys.shape[1]
     cols = _block_rows(stored)
+    if current_platform() != "cpu":  # whose compilers lay all of a buffer out anew for such loops
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * key_heads)
+        keys, values, first = cut(keys), cut(values), 0
 
     def one_key_head(row):
         q, selection, group, offset = row
@@ -328,17 +435,23 @@ def _attend_in_place(q, keys, values, first, selection, offset, *, chunk_size, s
                 chunk_size=chunk_size,
                 scale=scale,
             )
-        return blocked.softmax_finish(running, scale)[0]
+        out, largest, total = running
+        tiny = jnp.finfo(jnp.float32).tiny  # padding may stand where nothing is visible
+        return Softmax(out, largest * scale, jnp.maximum(total, tiny))
 
     def flat(x):
-        x = x.reshape(batch, time, groups, x.shape[2] // groups, x.shape[3])
-        return x.swapaxes(1, 2).reshape(batch * groups, time, *x.shape[3:])
+        x = x.reshape(batch, time, key_heads, x.shape[2] // key_heads, x.shape[3])
+        return x.swapaxes(1, 2).reshape(batch * key_heads, time, *x.shape[3:])
 
-    numbers = first + jnp.arange(batch * groups, dtype=jnp.int32)
+    numbers = first + jnp.arange(batch * key_heads, dtype=jnp.int32)
     chosen = None if selection is None else flat(selection)
-    out = jax.lax.map(one_key_head, (flat(q), chosen, numbers, jnp.repeat(offset, groups)))
-    out = out.reshape(batch, groups, time, heads // groups, -1).swapaxes(1, 2)
-    return out.reshape(batch, time, heads, -1).astype(q.dtype)
+    rows = flat(q), chosen, numbers, jnp.repeat(offset, key_heads)
+
+    def whole(x):
+        x = x.reshape(batch, key_heads, time, heads // key_heads, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(batch, time, heads, *x.shape[4:])
+
+    return jax.tree.map(whole, jax.lax.map(one_key_head, rows))
 
 
 def _block_rows(stored: int) -> int:

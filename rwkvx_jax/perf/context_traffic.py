@@ -1,6 +1,7 @@
 """What devices that share a sequence send each other, read from the compiled program.
 
-Counted is what one device sends, each operation once.
+Counted is what one device sends: of a block each operation once, of a decode step as often as its
+loops over layers run it.
 """
 
 from functools import partial
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from rwkvx_jax.config import ModelConfig, RunConfig
+from rwkvx_jax.config import Config, ModelConfig, RunConfig
 from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.modules import context
 from rwkvx_jax.ops.block_sparse import sparse_attention
-from rwkvx_jax.perf import collectives, hlo
+from rwkvx_jax.perf import collectives, hlo, work
+from rwkvx_jax.perf.programs import read_program
 from rwkvx_jax.sharding import partition_spec
 
 
@@ -76,3 +78,22 @@ def attention_traffic(
     x = _spread(mesh, ("batch", "time", "heads", None), (1, length, heads, 64), jnp.bfloat16)
     text = _compiled(jax.grad(loss, (0, 1, 2)), mesh, x, x, x)
     return _sent(text, mesh.size)
+
+
+def decode_traffic(config: Config, mesh: Mesh, length: int, batch: int = 1) -> dict[str, float]:
+    """Bytes by kind of collective: one decode step with a cache of `length` rows.
+
+    Args:
+      config: the experiment.
+      mesh: texts lie along its data axes, heads along `tensor`, pages along `context`.
+      length: rows of the cache.
+      batch: texts.
+    """
+    with jax.set_mesh(mesh):
+        text = read_program(config, mesh, batch, length, 1).lower().compile().as_text()
+    totals: dict[str, float] = {}
+    for one in work.read_work(hlo.parse(text), mesh.size)[0]:
+        if one.collective:
+            kind, sent = one.collective.kind, one.times * one.collective.wire_bytes
+            totals[kind] = totals.get(kind, 0.0) + sent
+    return totals

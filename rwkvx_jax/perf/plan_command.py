@@ -33,7 +33,7 @@ from rwkvx_jax.perf.programs import (
     train_size,
 )
 from rwkvx_jax.progress import Progress
-from rwkvx_jax.sharding import check_fits, make_mesh
+from rwkvx_jax.sharding import check_fits, check_heads, make_mesh
 from rwkvx_jax.storage import work_path, write_whole
 from rwkvx_jax.xla_flags import apply_xla_flags
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str], prog: str = "python -m rwkvx_jax.plan") -> int:
         if flags.sweep:
             return _sweep(flags, config)
         mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology, flags.slices))
-        check_fits(config, mesh)
+        check_heads(config.model, mesh.shape["tensor"])
         sizes = dict(mesh.shape)
         programs = list(_programs(flags, config, mesh, TPUS[generation].hbm * mesh.size))
         records, fits = [], True
@@ -166,6 +166,7 @@ def _programs(
     if unknown := [name for name in flags.stage or () if name not in names]:
         raise ConfigError(f"no stage {unknown} in {flags.config}; it has {names}")
     if "train" in kinds:
+        check_fits(config, mesh)
         for stage in config.stages:
             if not flags.stage or stage.name in flags.stage:
                 check_possible(*train_size(config, stage), memory)

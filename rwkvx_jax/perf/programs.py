@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from pallas_kernels.chips import GIB
-from rwkvx_jax.cache import Cache
+from rwkvx_jax.cache import Cache, over_cache
 from rwkvx_jax.config import Config, ConfigError, ModelConfig, Stage
 from rwkvx_jax.model import abstract_model, get_params, with_params
-from rwkvx_jax.sharding import batch_sharding, partition_spec
+from rwkvx_jax.sharding import batch_sharding, fitting_sharding
 from rwkvx_jax.training import model_flops
 from rwkvx_jax.training.step import param_shardings, stage_program
 
@@ -110,7 +111,8 @@ def read_program(config: Config, mesh: Mesh, batch: int, length: int, piece: int
 
     Args:
       config: the experiment; its last stage's model is used.
-      mesh: rows of the batch lie along its data axes, heads along `tensor`.
+      mesh: rows of the batch lie along its data axes, heads along `tensor`, pages of the cache
+        along `context`.
       batch: texts.
       length: rows of the cache.
       piece: tokens of each text at once: 1 is a decode step, more a piece of prefill. The figures
@@ -154,20 +156,5 @@ def _variant(model: ModelConfig) -> tuple[str, ...]:
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
-    """Texts over the data axes, heads over `tensor`; a dimension that these do not divide is whole
-    everywhere."""
-
-    def one(leaf):
-        axes = ["layers", "batch"][-leaf.ndim :] + [None] * (leaf.ndim - 2)  # `length`: no layers
-        if leaf.ndim >= 5:  # the others are token shifts, of all channels
-            axes[2] = "heads"
-        spec = []
-        for size, mesh_axes in zip(leaf.shape, partition_spec(axes), strict=True):
-            names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
-            ways = 1
-            for name in names:
-                ways *= mesh.shape[name]
-            spec.append(mesh_axes if size % ways == 0 else None)
-        return NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-
-    return jax.tree.map(one, cache)
+    """Where a cache lies on a mesh; a dimension that this does not divide is whole everywhere."""
+    return over_cache(partial(fitting_sharding, mesh), cache)

@@ -38,6 +38,8 @@ _FREE = {
     "domain",
 }
 _READS_PART = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
+"""Operations that change a part of their first operand in place; the operand with the new part."""
 _RENAMES = ("bitcast", "reshape", "transpose", "copy", "convert")
 
 
@@ -125,7 +127,7 @@ class _Reader:
         parallel_steps = None
         if instruction.opcode == "custom-call":
             flops = passes = _estimated_flops(instruction)
-            if '"tpu_custom_call"' in instruction.attributes:
+            if is_kernel(instruction):
                 kernel = instruction.name.split(".")[0]
                 given = (a for x in computation.operands(instruction) for a in x.arrays)
                 kernel_bytes = sum(a.bytes for a in (*given, *instruction.arrays))
@@ -175,7 +177,7 @@ class _Reader:
         for instruction in inner.instructions.values():
             if collectives.kind_of(instruction):
                 channel = instruction.attribute("channel_id")
-                if channel in self._started(computation) and not _starts(fusion):
+                if channel in self._started(computation) and not starts(fusion):
                     return None
                 found = collectives.read(instruction, inner, self.devices)
                 if found and found.kind == "all-reduce" and "scatter" in inner.name:
@@ -186,8 +188,8 @@ class _Reader:
     def _started(self, computation: Computation) -> set[str]:
         """Channels of the asynchronous collectives that fusions of a computation start."""
         if computation.name not in self.channels:
-            starts = filter(_starts, computation.instructions.values())
-            inner = (self.module.computations[x.called("calls")] for x in starts)
+            fusions = filter(starts, computation.instructions.values())
+            inner = (self.module.computations[x.called("calls")] for x in fusions)
             found = (x.attribute("channel_id") for y in inner for x in y.instructions.values())
             self.channels[computation.name] = {channel for channel in found if channel}
         return self.channels[computation.name]
@@ -202,7 +204,7 @@ class _Reader:
             moved = _moved(instruction)
             source = operands[0].array
             return moved.hbm_bytes + (moved.bytes if source.space == 0 else 0)
-        if opcode == "custom-call" and "tpu_custom_call" not in instruction.attributes:
+        if opcode == "custom-call" and not is_kernel(instruction):
             return 0.0  # the compiler's own markers: buffers, index checks
         if opcode.endswith("-start"):
             return sum(x.array.hbm_bytes for x in operands) * 2.0
@@ -213,12 +215,10 @@ class _Reader:
                 for number, operand in enumerate(operands)
             )
             return reads + self._written(inner, instruction)
-        if opcode == "dynamic-update-slice":
-            return operands[1].array.hbm_bytes + _smaller(instruction.array, operands[1].array)
-        if opcode == "scatter":
-            return sum(x.array.hbm_bytes for x in operands[1:]) + _smaller(
-                instruction.array, operands[-1].array
-            )
+        if opcode in _UPDATES:
+            part = operands[_UPDATES[opcode]].array
+            given = operands[1:] if opcode == "scatter" else operands[1:2]  # else scalars follow
+            return sum(x.array.hbm_bytes for x in given) + _smaller(instruction.array, part)
         writes = sum(array.hbm_bytes for array in instruction.arrays)
         if opcode in _READS_PART:
             return writes + _smaller(operands[0].array, instruction.array)
@@ -232,7 +232,7 @@ class _Reader:
             first = user.operands[0] == value.name
             if user.opcode in _READS_PART and first:
                 total += user.array.bytes
-            elif user.opcode == "dynamic-update-slice" and first:
+            elif user.opcode in _UPDATES and first:
                 total += 0.0  # updated in place
             elif user.opcode in _RENAMES and user is not computation.root:
                 total += self._read(computation, user)
@@ -246,7 +246,7 @@ class _Reader:
         return min(whole, total)
 
     def _written(self, computation: Computation, instruction: Instruction) -> float:
-        """Bytes that a fusion writes; one that updates a slice in place writes that slice."""
+        """Bytes that a fusion writes; one that updates a part in place writes that part."""
         root = computation.root
         roots = computation.operands(root) if root.opcode == "tuple" else [root]
         if len(roots) != len(instruction.arrays):
@@ -255,8 +255,9 @@ class _Reader:
         for array, value in zip(instruction.arrays, roots, strict=True):
             while value.opcode in ("bitcast", "reshape") and value.operands:
                 value = computation.instructions[value.operands[0]]
-            if value.opcode == "dynamic-update-slice":
-                total += _smaller(array, computation.operands(value)[1].array)
+            if value.opcode in _UPDATES:
+                part = computation.operands(value)[_UPDATES[value.opcode]]
+                total += _smaller(array, part.array)
             else:
                 total += array.hbm_bytes
         return total
@@ -366,6 +367,11 @@ def _window_pairs(inputs: int, outputs: int, window: dict[str, int]) -> int:
     return total
 
 
-def _starts(instruction: Instruction) -> bool:
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a Pallas kernel."""
+    return instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes
+
+
+def starts(instruction: Instruction) -> bool:
     """Whether it is a fusion that starts an asynchronous collective, as libtpu names them."""
     return instruction.opcode == "fusion" and instruction.name.startswith("async-collective-start")

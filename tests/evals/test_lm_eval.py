@@ -248,16 +248,17 @@ def test_an_answer_in_a_chat_ends_with_its_turn(chatting, monkeypatch):
 
     text, stopped = " Blue.\n\nUser: And now?", []
 
-    def reader(tested, **_):
-        def answer(rows, count, advance, ended):
+    class Reader:
+        def __init__(self, tested, **_):
+            self.tokenizer = tested.tokenizer
+
+        def answer_all(self, rows, count, advance, ended):
             tokens = np.zeros(count, np.int32)  # 0 ends a document
-            tokens[: len(text)] = tested.tokenizer.encode(text)
+            tokens[: len(text)] = self.tokenizer.encode(text)
             stopped.append(ended(tokens[: len(text)]))
-            return np.stack([tokens] * len(rows))
+            yield from enumerate([tokens] * len(rows))
 
-        return answer
-
-    monkeypatch.setattr(harness, "GreedyReader", reader)
+    monkeypatch.setattr(harness, "GreedyReader", Reader)
     options = {"until": [], "max_gen_toks": 40}
     contexts = ["User: The sky?\n\nAssistant: ", "The sky?"]
     requests = [

@@ -175,11 +175,11 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
         found = lambda some: np.array([key for key in some if key is not None])
         if selector.kind == "mean":
             return query @ found(keys).mean(0)
-        if selector.kind == "bounds":
-            low, high = found(keys).min(0), found(keys).max(0)
-            return np.maximum(query * low, query * high).sum()
         size = chunk // selector.blocks
         parts = [found(keys[i : i + size]) for i in range(0, chunk, size)]
+        if selector.kind == "bounds":
+            bound = lambda p: np.maximum(query * p.min(0), query * p.max(0)).sum()
+            return max(bound(p) for p in parts if len(p))
         means = [(len(p), query @ p.mean(0)) for p in parts if len(p)]
         if selector.kind == "max":
             return max(mean for _, mean in means)
@@ -198,7 +198,9 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
                 )
                 for h in heads
             ]
-            scored.append((-(sum(scores) if selector.joined == "sum" else max(scores)), c))
+            score_of_all = sum(scores) if selector.joined == "sum" else max(scores)
+            forced = selector.forced == "both" and (not scored or c == at // chunk - 1)
+            scored.append((-np.inf if forced else -score_of_all, c))
         best = [c for _, c in sorted(scored)[: top_k - 1]]
         out[b, t, s, : len(best)] = best
     return out
@@ -211,9 +213,11 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
         (Selector("pooled", 2, together=2, joined="max"), "many blocks"),
         (Selector("bounds"), "one block"),
         (Selector("max", 3), "one block"),
+        (Selector("bounds", 3, forced="both"), "many blocks"),
+        pytest.param(Selector("bounds", 6, together=2), "one block", marks=pytest.mark.thorough),
         pytest.param(Selector(), "many blocks", marks=pytest.mark.thorough),
     ],
-    ids=lambda x: getattr(x, "kind", x),
+    ids=lambda x: x if isinstance(x, str) else f"{x.kind}-{x.blocks}",
 )
 def test_chunks_are_chosen_by_a_documents_own_keys(selector, blocks, monkeypatch):
     if blocks == "many blocks":
@@ -229,6 +233,25 @@ def test_chunks_are_chosen_by_a_documents_own_keys(selector, blocks, monkeypatch
     found = jax.jit(choose)(q, k)
     expected = numpy_selection(q, k, runs_of(IDS), 6, 3, offsets, selector)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("forced", ["none", "both"])
+def test_no_other_document_decides_into_which_spans_a_query_looks(forced):
+    lengths = (23, 60, 37)
+    ids = ids_of(lengths, lengths[::-1])
+    q, k, _ = random_qkv(3, 2, sum(lengths))
+    other = random_qkv(4, 2, sum(lengths))[1]
+    selector = Selector("bounds", 2, forced=forced, span=2, spans=3)
+    choose = functools.partial(
+        select_chunks, chunk_size=4, top_k=4, segment_ids=ids, selector=selector
+    )
+    found = choose(q, k)
+    first = document_starts(ids)[..., None, None] // 4
+    assert bool(((found == -1) | (found >= first)).all())
+    for document in (1, 2, 3):
+        own = (ids == document)[..., None, None]
+        same = (choose(q, jnp.where(own, k, other)) == found) | ~own
+        assert bool(same.all())
 
 
 # ------------------------------------------------------------------------ documents by themselves

@@ -516,7 +516,7 @@ def test_caches_lie_by_texts_and_heads():
     assert found.length.spec == P(batch)
     assert found.blocks.time_mix.shift.spec == P(None, batch, None)
     assert found.blocks.time_mix.wkv.spec == P(None, batch, "tensor", None, None)
-    assert found.pages.keys.spec == P(None, batch, "tensor", None, None, None)
+    assert found.pages.keys.spec == P(None, batch, "tensor", "context", None, None)
     three = cache_shardings(jax.eval_shape(lambda: model.init_cache(3, 256)), mesh)
     assert three.length.spec == P(None)
 

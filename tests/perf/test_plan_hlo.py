@@ -310,3 +310,31 @@ custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
     works, _ = read_work(hlo.parse(text), 1)
     (kernel,) = [one for one in works if one.kernel]
     assert (kernel.kernel, kernel.parallel_steps) == ("wkv7_forward", 6)
+
+
+def test_a_scatter_in_a_fusion_changes_its_array_in_place():
+    """As XLA writes rows of a cache: not the whole array moves, but the rows and their numbers."""
+    text = """HloModule jit_f, entry_computation_layout={()->f32[64,32]{1,0}}
+
+%keep (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+
+%fused (cache: f32[64,32], rows: s32[5,1], new: f32[5,32]) -> f32[64,32] {
+  %cache = f32[64,32]{1,0} parameter(0)
+  %rows = s32[5,1]{1,0} parameter(1)
+  %new = f32[5,32]{1,0} parameter(2)
+  ROOT %put = f32[64,32]{1,0} scatter(%cache, %rows, %new), update_window_dims={1}, \
+inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%keep
+}
+
+ENTRY %main (cache: f32[64,32], rows: s32[5,1], new: f32[5,32]) -> f32[64,32] {
+  %cache.1 = f32[64,32]{1,0} parameter(0)
+  %rows.1 = s32[5,1]{1,0} parameter(1)
+  %new.1 = f32[5,32]{1,0} parameter(2)
+  ROOT %fusion = f32[64,32]{1,0} fusion(%cache.1, %rows.1, %new.1), kind=kCustom, calls=%fused
+}
+"""
+    works, _ = read_work(hlo.parse(text), 1)
+    assert sum(one.times * one.bytes for one in works) == 5 * 4 + 2 * 5 * 32 * 4

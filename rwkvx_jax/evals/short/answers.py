@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.records import NOT_FINITE_REMEDY, RecordFile, as_text, not_finite
+from rwkvx_jax.hosts import record_file
+from rwkvx_jax.records import NOT_FINITE_REMEDY, as_text, not_finite
 
 
 class Answers:
@@ -45,7 +46,7 @@ class AnswerFile(Answers):
           ConfigError: a malformed line elsewhere (with its number), such as one with NaN.
         """
         super().__init__()
-        self._file = RecordFile(path)
+        self._file = record_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         for number, value in enumerate(self._file.new(), 1):
             match value:
@@ -63,7 +64,7 @@ class AnswerFile(Answers):
           ConfigError: another process has it open, or as the constructor does.
         """
         busy = f"another evaluation writes {path}: wait for it, or use another --output"
-        with RecordFile(path).locked(busy=busy):
+        with record_file(path).locked(busy=busy):
             yield cls(path)
 
     def _written(self, answers: dict[str, Any]) -> None:

@@ -32,7 +32,8 @@ from rwkvx_jax.evals.short.batching import (
     pack,
     plan_calls,
 )
-from rwkvx_jax.model import RWKVX, abstract_model, with_params
+from rwkvx_jax.model import RWKVX, with_params
+from rwkvx_jax.sharding import even_rows, whole
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
@@ -72,8 +73,7 @@ class HarnessModel(TemplateLM):
         self._height, self._start = batch, start
         self._tokens = _BATCH_TOKENS.get(jax.default_backend(), _DEFAULT_BATCH_TOKENS)
         self._line_break = [int(token) for token in model.tokenizer.encode("\n")]
-        self._model = abstract_model(model.config, model.run)
-        self._params = jax.device_put(model.params)
+        self._model, self._params = model.abstract, model.placed()
         self._score = jax.jit(self._score_call, static_argnames="rows")
         self.requests = 0
 
@@ -168,7 +168,7 @@ class HarnessModel(TemplateLM):
         groups = group_rows(list(pending.values()))
         longest = max(len(row.inputs) for group in groups for row in group.rows)
         lanes = self._height or affordable_batch(self._tested, longest, _STEP_TOKENS, self._tokens)
-        lanes = min(lanes, len(groups))
+        lanes = even_rows(min(lanes, len(groups)))
         calls = plan_calls(groups, lanes, _STEP_TOKENS)
         sizes = common_sizes(calls, lanes, _STEP_TOKENS)
         advance = self._start("loglikelihoods", sum(self._tokens_of(call) for call in calls))
@@ -195,7 +195,8 @@ class HarnessModel(TemplateLM):
         """Log-probabilities and greediness of all targets; see `Packed`."""
         model = with_params(self._model, params)
         features = _read_lanes(model, packed, rows)
-        return score_places(model, features, packed.places, packed.targets, packed.place_count)
+        asked = packed.places, packed.targets, packed.place_count
+        return whole(score_places(model, features, *asked))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -277,21 +278,17 @@ class HarnessModel(TemplateLM):
         self, rows: dict[str, np.ndarray], count: int, stops: list[str], advance
     ) -> list[str]:
         """Answers requests of the same settings; those whose logits are not finite."""
-        order = sorted(rows, key=lambda key: len(rows[key]))
-        longest = len(rows[order[-1]])
+        order = sorted(rows, key=lambda key: -len(rows[key]))
+        longest = len(rows[order[0]])
         chunk = min(self._chunk, longest)
         height = min(len(order), self._height or max(1, self._tokens // chunk))
         reader = GreedyReader(self._tested, prefill_chunk=chunk, batch=height, longest=longest)
         ended, failed = lambda answer: self._cut(answer, stops)[1], []
-        for i in range(0, len(order), height):
-            chosen = order[i : i + height]
-            answers = reader([rows[key] for key in chosen], count, advance, ended)
-            texts = {
-                key: self._cut(answer, stops)[0] if (answer >= 0).all() else math.nan
-                for key, answer in zip(chosen, answers, strict=True)
-            }
-            failed += self._answers.add(texts)
-            self.requests += len(chosen)
+        prompts = [rows[key] for key in order]
+        for number, answer in reader.answer_all(prompts, count, advance, ended):
+            text = self._cut(answer, stops)[0] if (answer >= 0).all() else math.nan
+            failed += self._answers.add({order[number]: text})
+            self.requests += 1
         return failed
 
     def _cut(self, answer: np.ndarray, stops: Sequence[str]) -> tuple[str, bool]:

@@ -30,6 +30,7 @@ from rwkvx_jax.evals.short import data as data_files
 from rwkvx_jax.evals.short.files import check_samples, folder_of, write_results
 from rwkvx_jax.evals.short.loading import Benchmarks, fingerprint, load_tasks
 from rwkvx_jax.evals.short.table import draw, print_table, summarize
+from rwkvx_jax.hosts import first_does
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record, as_text
 
@@ -118,7 +119,10 @@ def evaluate(options: ShortOptions, models: Sequence[EvalModel], console: Consol
     )
     results = runner.evaluate(task, options.output, models, console)
     for model in models if options.log_samples else ():
-        check_samples(options.output, model.checkpoint, counts)
+        first_does(
+            partial(check_samples, options.output, model.checkpoint, counts),
+            f"{options.output} can't be read",
+        )
     return results
 
 
@@ -147,7 +151,10 @@ def _answer(
             start=partial(_begin, progress, model.label),
         )
         results, general = _evaluate(options, found, harness, model.checkpoint)
-    write_results(options.output, results, general, options.log_samples)
+    first_does(
+        lambda: write_results(options.output, results, general, options.log_samples),
+        f"{options.output} can't be written",
+    )
     yield [
         _trial(task, data[task], samples)
         for task, all_samples in results["samples"].items()

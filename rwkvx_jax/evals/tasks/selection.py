@@ -40,9 +40,10 @@ from rwkvx_jax.evals.plots import (
 )
 from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.model import abstract_model, with_params
+from rwkvx_jax.model import with_params
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
+from rwkvx_jax.sharding import whole
 
 _NAMES = {
     "own": "the model's own",
@@ -50,6 +51,7 @@ _NAMES = {
     "max": "best block",
     "pooled": "pooled blocks",
     "bounds": "bounds",
+    "index": "learned",
     "recent": "most recent chunks",
     "oracle": "oracle (most mass)",
 }
@@ -82,8 +84,7 @@ class Observer:
     def __init__(self, model: EvalModel, options: SelectionOptions):
         config = model.config
         self._positions = positions_of(config, options.length, options.queries)
-        self._model = abstract_model(config, model.run)
-        self._params = jax.device_put(model.params)
+        self._model, self._params = model.abstract, model.placed()
         self._named = selectors(config, options.blocks)
         self._run = jax.jit(self._measure_all)
 
@@ -93,11 +94,16 @@ class Observer:
 
     def _measure_all(self, params, tokens):
         model = with_params(self._model, params)
-        look = lambda attention, h: attention.project(h)[:2]
-        _, (q, k) = model.observe(tokens[None], look)
-        k = jnp.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)  # of each head of queries
+
+        def look(attention, h):
+            q, k, _, _ = attention.project(h)
+            own = attention.scored(q, k)
+            return q[0], jnp.repeat(k[0], q.shape[2] // k.shape[2], axis=1), [x[0] for x in own]
+
+        _, seen = model.observe(tokens[None], look)
         one = partial(measure, config=model.config, named=self._named)
-        return jax.lax.map(lambda qk: one(*qk, jnp.asarray(self._positions)), (q[:, 0], k[:, 0]))
+        positions = jnp.asarray(self._positions)
+        return whole(jax.lax.map(lambda seen: one(*seen, positions), seen))
 
 
 def check_model(model: EvalModel, options: SelectionOptions) -> None:

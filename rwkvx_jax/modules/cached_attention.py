@@ -1,0 +1,192 @@
+"""Attention of a piece of text to itself and to the pages of a cache, on any mesh.
+
+Each device has its texts, its heads and, where there is a `context` axis, a stretch of each text's
+pages: it writes the new rows that fall into its stretch, and counts rows from the first there. What
+it tells the others is in `ops.paged_mesh`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rwkvx_jax.cache import Gate, Pages, page_axes, write_rows
+from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.ops.paged import (
+    Softmax,
+    attend_pages,
+    attend_piece,
+    page_softmax,
+    piece_softmax,
+    select_pages,
+)
+from rwkvx_jax.ops.paged_mesh import choose_together, join
+from rwkvx_jax.ops.selection import MEAN, repeated_choices, select_from_rows, selector_of
+from rwkvx_jax.sharding import cut_along, per_device
+
+_TOKENS = ("batch", None, "heads", None)
+
+
+def attend_cached(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    pages: Pages,
+    layer: Int[Array, ""],
+    start: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    *index: Float[Array, "B T S I"],
+    config: ModelConfig,
+    gate: Gate,
+) -> tuple[Float[Array, "B T H K"], Pages]:
+    """Appends a piece to the pages, and attends to them.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      pages: of all attention blocks.
+      layer: index of this block in the pages.
+      start: rows in the pages before this piece.
+      lengths: valid tokens of the piece.
+      index: what the selector asks with and what it scores, where that is not q and k.
+      config: the model.
+      gate: how past pages are chosen.
+
+    Returns:
+      The output, and the pages with the piece appended.
+    """
+    context = cut_along("pages", pages.keys.shape[3])
+    tensor = cut_along("heads", q.shape[2], k.shape[2])
+    reader = _Reader(config, gate, context, tensor)
+    held = [x for x in pages if x is not None]
+    stored = page_axes(gate)[: len(held)]
+    vectors = q, k, v, *index
+    inputs = (*stored, (), ("batch",), ("batch",), *[_TOKENS] * len(vectors))
+    run = per_device(reader.__call__, inputs, (_TOKENS, *stored))
+    out, *written = run(*held, layer, start, lengths, *vectors)
+    return out, Pages(*written)
+
+
+class _Reader(NamedTuple):
+    """`attend_cached` on one device.
+
+    Attributes:
+      config: the model.
+      gate: how past pages are chosen.
+      context: mesh axis along which pages lie; None: all are here.
+      tensor: mesh axis along which heads lie; None: all are here.
+    """
+
+    config: ModelConfig
+    gate: Gate
+    context: str | None
+    tensor: str | None
+
+    def __call__(self, *arguments):
+        *held, layer, start, lengths, q, k, v = arguments[: -2 if self.by_index else None]
+        asked, scored = arguments[-2:] if self.by_index else (q, k)
+        pages = Pages(*held)
+        count, chunk = pages.keys.shape[3:5]
+        if self.context is not None:
+            start = start - jax.lax.axis_index(self.context) * (count * chunk)
+        if self.gate == "shared":
+            scored = self._all_heads(scored)
+        pages = write_rows(pages, layer, k, v, start, lengths, self._selector, scored)
+        chosen = self._choose(asked, pages, layer, start, q.shape[2])
+        read = self._read_one if q.shape[1] == 1 else self._read_piece
+        out = read(q, pages, layer, start, chosen)
+        return out.astype(q.dtype), *[x for x in pages if x is not None]
+
+    @property
+    def by_index(self) -> bool:
+        """Whether other vectors than queries and keys choose the pages."""
+        return self.config.selector == "index" and self.config.attention == "sparse"
+
+    @property
+    def _selector(self):
+        return selector_of(self.config)
+
+    def _all_heads(self, x: Float[Array, "B T H K"]) -> Float[Array, "B T heads K"]:
+        if self.tensor is None:
+            return x
+        return jax.lax.all_gather(x, self.tensor, axis=2, tiled=True)
+
+    def _choose(self, q, pages: Pages, layer, start, heads: int) -> jax.Array | None:
+        """Past pages of each token and choice, [B, T, S, J], as q chooses them for so many heads;
+        None: all of them (full attention)."""
+        if self.config.attention == "full":
+            return None
+        rows = pages.keys.shape[3] * pages.keys.shape[4]
+        positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        positions = jnp.clip(positions, 0, rows)  # beyond a stretch all its pages are past
+        selector = self._selector if self.gate == "per_head" else MEAN
+        options: dict[str, Any] = {"chunk_size": self.config.chunk_size, "selector": selector}
+        if self.gate == "per_head":
+            count, sums = self.config.top_k - 1, pages.key_sums
+            chosen = select_pages(
+                q, sums, layer, positions, count=count, span_rows=pages.span_rows, **options
+            )
+        else:  # one score over all channels, and top_k past chunks beside the own one
+            flat = lambda x: x.reshape(*x.shape[:-2], 1, -1)
+            q = flat(self._all_heads(q))
+            own = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
+            own = flat(own.swapaxes(1, 2))  # [B, N, 1, D]
+            chosen = select_from_rows(q, own, positions, count=self.config.top_k, **options)
+            sums, layer = own.swapaxes(1, 2)[None], jnp.int32(0)
+        if self.context is not None and chosen.shape[-1]:
+            chosen = choose_together(q, sums, layer, chosen, self.context, **options)
+        if self.gate == "per_head":
+            return repeated_choices(chosen, pages.keys.shape[2])
+        return jnp.broadcast_to(chosen, (*chosen.shape[:2], heads, chosen.shape[3]))
+
+    def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
+        """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
+        _, batch, groups, count, chunk, size = pages.keys.shape
+        # Queries of one key head are read together where they see the same pages.
+        readers = groups if chosen is None else chosen.shape[2]
+        if chosen is None:
+            chosen = jnp.broadcast_to(jnp.arange(count), (batch, readers, count))
+            visible = jnp.clip(start[:, None, None] + 1 - chosen * chunk, 0, chunk)
+        else:
+            own = jnp.broadcast_to((start // chunk)[:, None, None], (batch, readers, 1))
+            filled = jnp.broadcast_to((start % chunk + 1)[:, None, None], own.shape)
+            filled = jnp.where((own >= 0) & (own < count), filled, 0)
+            visible = jnp.where(chosen[:, 0] >= 0, chunk, 0)
+            visible = jnp.concatenate([visible, filled], axis=-1)
+            chosen = jnp.concatenate([chosen[:, 0], own], axis=-1)
+            chosen = jnp.clip(chosen, 0, count - 1)
+        row = jnp.arange(batch * readers).reshape(batch, readers, 1) // (readers // groups)
+        flat = (layer * batch * groups + row) * count + chosen
+        arguments = (
+            q.reshape(batch * readers, -1, size),
+            pages.keys.reshape(-1, chunk, size),
+            pages.values.reshape(-1, chunk, size),
+            flat.reshape(batch * readers, -1),
+            visible.reshape(batch * readers, -1),
+        )
+        if self.context is None:
+            out = attend_pages(*arguments, scale=size**-0.5)
+        else:
+            out = join(page_softmax(*arguments, scale=size**-0.5), self.context)
+        return out.reshape(batch, 1, -1, size)
+
+    def _read_piece(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
+        """Many tokens at once, [B, T, H, K]."""
+        _, batch, groups, count, chunk, size = pages.keys.shape
+        arguments = (
+            q,
+            pages.keys.reshape(-1, count * chunk, size),
+            pages.values.reshape(-1, count * chunk, size),
+            layer * batch * groups,
+            chosen,
+            start,
+        )
+        options = {"chunk_size": chunk, "scale": size**-0.5, "key_heads": groups}
+        if self.context is None:
+            return attend_piece(*arguments, **options)
+        found: Softmax = piece_softmax(*arguments, **options)
+        return join(found, self.context)
