@@ -17,6 +17,9 @@ Variants, such as `--config configs/recall_64k.py:rwkv7`:
              16,384 bytes only, as its time per byte grows with the length
     small    the same in small, for ablations: 3.3 M tokens, lengths up to 4,096, LongCE at the end.
              Change one thing on the command line, such as `--model.top-k 4`
+    small-index  `small` with chunks of 128 bytes instead of 32, of which a query reads 16, chosen
+             by learned vectors (docs/selectors.md). They are taught from 1,024 bytes on: at 256,
+             every chunk is read
 """
 
 import dataclasses
@@ -47,7 +50,7 @@ SOURCES = (
     (SourceConfig("book-recall", pairs=64, questions=32, **BALANCED), (0, 0, 0.25, 0.3, 0.2)),
 )
 
-VARIANTS = ("rwkv7", "full", "small")
+VARIANTS = ("rwkv7", "full", "small", "small-index")
 
 
 def hybrid() -> Config:
@@ -152,6 +155,20 @@ def small_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return (*first, last)
 
 
+# Factors of the loss that teaches which chunks to choose.
+SELECTION_LOSS = {"preheat": 1.0, "grow-1024": 0.1, "grow-4096": 0.1}
+
+
+def small_index(config: Config) -> Config:
+    stages = {stage.name: stage for stage in small_stages(config.stages)}
+    longer = {name: getattr(stages["grow-1024"], name) for name in ("seq_len", "source_weights")}
+    stages["preheat"] = dataclasses.replace(stages["preheat"], global_batch=2, **longer)
+    for name, factor in SELECTION_LOSS.items():
+        stages[name] = dataclasses.replace(stages[name], selection_loss=factor)
+    model = dataclasses.replace(config.model, chunk_size=128, top_k=16, selector="index")
+    return dataclasses.replace(config, model=model, stages=tuple(stages.values()))
+
+
 def get_config(variant: str = "") -> Config:
     config = hybrid()
     match variant:
@@ -171,4 +188,6 @@ def get_config(variant: str = "") -> Config:
             )
         case "small":
             return dataclasses.replace(config, stages=small_stages(config.stages))
+        case "small-index":
+            return small_index(config)
     return config

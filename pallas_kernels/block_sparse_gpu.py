@@ -12,6 +12,8 @@ programs run in any order. Pairs of a query and a chunk are sorted by chunk (`ro
 
 Everything that names Triton is in this file and wkv7_gpu.py. The backend is deprecated from jax
 0.11 on, but still what runs on Ampere and Hopper alike; it is imported where a kernel is built.
+block_sparse_mosaic_gpu.py has the same forward pass for its successor, and takes routing, backward
+pass and the op's frame (`attend`) from here.
 
 Sizes: see `common`; a tile is `rows` pairs (16 to 64), a block of queries as many queries, a block
 of keys `keys` keys of one chunk; a place holds the result of one pair.
@@ -19,6 +21,7 @@ of keys `keys` keys of one chunk; a place holds the result of one pair.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +31,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels import alignment, routing
 from pallas_kernels.common import F32, LOG2_E, NT, TN, dot, iota, missing_triton, triton
 
-_NO_SCORE = -1e30  # finite, so that differences of it are numbers
-_BLOCK = 64  # queries begin on a multiple of this; a tile's rows divide it
+NO_SCORE = -1e30  # finite, so that differences of it are numbers
+BLOCK = 64  # queries begin on a multiple of this; a tile's rows divide it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +87,8 @@ def _iota(size: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Static sizes of a call: q [B, T, H, K], k and v [B, Tk, H, K].
+class Plan:
+    """Static sizes of a call: q [B, T, H, K], k and v [B, Tk, G, K].
 
     Attributes:
       queries, keys: T and Tk, multiples of 64; T whole segments, Tk whole chunks.
@@ -128,7 +131,7 @@ def _softmax_add(carry, scores, v):
 
 def _start(rows: int, head: int):
     return (
-        jnp.full((rows,), _NO_SCORE, F32),
+        jnp.full((rows,), NO_SCORE, F32),
         jnp.zeros((rows,), F32),
         jnp.zeros((rows, head), F32),
     )
@@ -138,13 +141,13 @@ def _score_gradients(q, k, do, v, lse, delta, log2_scale, seen=None):
     """Weights and gradients of the scores, without the scale, [R, C] in the inputs' dtype."""
     exponents = dot(q, k, NT) * log2_scale - lse[:, None]
     if seen is not None:
-        exponents = jnp.where(seen, exponents, _NO_SCORE)
+        exponents = jnp.where(seen, exponents, NO_SCORE)
     weights = jnp.exp2(exponents)
     gradient = weights * (dot(do, v, NT) - delta[:, None])
     return weights.astype(q.dtype), gradient.astype(q.dtype)
 
 
-def _pairs_of_tile(tables, plan: _Plan):
+def _pairs_of_tile(tables, plan: Plan):
     """Of this program's tile: its chunk; of each pair the place of its results, its query, and
     whether there is one, [R]; and the blocks of keys to meet."""
     pairs_ref, segment_ref, chunk_ref, start_ref, count_ref = tables
@@ -185,7 +188,7 @@ def _past_forward_kernel(
     out_ref,  # [places, K] normalized result of each pair
     lse_ref,  # [places] its log-sum-exp, base 2
     *,
-    plan: _Plan,
+    plan: Plan,
 ):  # fmt: skip
     tables = pairs_ref, segment_ref, chunk_ref, start_ref, count_ref
     chunk, target, query, used, blocks = _pairs_of_tile(tables, plan)
@@ -202,25 +205,25 @@ def _past_forward_kernel(
     triton().store(lse_ref.at[target], largest + jnp.log2(total))
 
 
-def _own_blocks(first_ref, plan: _Plan):
+def _own_blocks(first_ref, plan: Plan):
     """Of this program's block of queries: the first; its own chunk; positions; blocks of keys."""
     rows, keys = plan.tile.rows, plan.tile.keys
     index = pl.program_id(2) * rows
-    position = first_ref[0] * _BLOCK + index
+    position = first_ref[0] * BLOCK + index
     own = position // plan.chunk
     # From the chunk's beginning to the block's own diagonal.
     blocks = (position + rows - own * plan.chunk + keys - 1) // keys
     return index, own, position + _iota(rows), blocks
 
 
-def _own_keys(own, i, position, plan: _Plan):
+def _own_keys(own, i, position, plan: Plan):
     """Rows of block i of keys of the own chunk, and which of them each query may see."""
     first = own * plan.chunk + i * plan.tile.keys
     seen = (first + _iota(plan.tile.keys))[None, :] <= position[:, None]
     return pl.ds(first, plan.tile.keys), seen
 
 
-def _slot(selection_ref, j, index, own, plan: _Plan):
+def _slot(selection_ref, j, index, own, plan: Plan):
     """Where the results of the block's pairs in slot j lie, and which pairs there are."""
     chosen = selection_ref[pl.ds(index, plan.tile.rows), j]
     chosen = (chosen >= 0) & (chosen < jnp.minimum(own, plan.routing.chunks))
@@ -231,7 +234,7 @@ def _own_forward_kernel(
     first_ref,  # [1] block of keys that the first query stands at
     q_ref, k_ref, v_ref,  # [T, K], [Tk, K]
     *refs,  # if there are pairs: selection [T, J], their out [places, K], lse [places]; out, lse
-    plan: _Plan,
+    plan: Plan,
 ):  # fmt: skip
     *pair_refs, out_ref, lse_ref = refs
     index, own, position, blocks = _own_blocks(first_ref, plan)
@@ -241,12 +244,12 @@ def _own_forward_kernel(
     def step(i, carry):
         at, seen = _own_keys(own, i, position, plan)
         scores = dot(q, k_ref[at, :], NT) * plan.log2_scale
-        return _softmax_add(carry, jnp.where(seen, scores, _NO_SCORE), v_ref[at, :])
+        return _softmax_add(carry, jnp.where(seen, scores, NO_SCORE), v_ref[at, :])
 
     def merge(j, carry):
         selection_ref, out_pairs_ref, lse_pairs_ref = pair_refs
         at, chosen = _slot(selection_ref, j, index, own, plan)
-        lse = triton().load(lse_pairs_ref.at[at], mask=chosen, other=_NO_SCORE)
+        lse = triton().load(lse_pairs_ref.at[at], mask=chosen, other=NO_SCORE)
         largest, total, acc = carry
         new = jnp.maximum(largest, lse)
         weight, shrink = jnp.exp2(lse - new), jnp.exp2(largest - new)
@@ -268,7 +271,7 @@ def _past_dq_kernel(
     lse_ref, delta_ref,  # [T]
     dq_ref,  # [places, K] of each pair, without the scale
     *,
-    plan: _Plan,
+    plan: Plan,
 ):  # fmt: skip
     tables = pairs_ref, segment_ref, chunk_ref, start_ref, count_ref
     chunk, target, query, used, blocks = _pairs_of_tile(tables, plan)
@@ -287,7 +290,7 @@ def _past_dq_kernel(
 
 def _queries(q_ref, do_ref, lse_ref, delta_ref, at, mask):
     """q, dO and the statistics of some queries; those masked out contribute nothing."""
-    lse = triton().load(lse_ref.at[at], mask=mask, other=-_NO_SCORE)
+    lse = triton().load(lse_ref.at[at], mask=mask, other=-NO_SCORE)
     delta = triton().load(delta_ref.at[at], mask=mask, other=0.0)
     return _rows_at(q_ref, at, mask), _rows_at(do_ref, at, mask), lse, delta
 
@@ -297,7 +300,7 @@ def _own_dq_kernel(
     q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
     lse_ref, delta_ref,  # [T]
     *refs,  # if there are pairs: selection [T, J], their dQ [places, K]; dQ [T, K]
-    plan: _Plan,
+    plan: Plan,
 ):  # fmt: skip
     *pair_refs, dq_ref = refs
     index, own, position, blocks = _own_blocks(first_ref, plan)
@@ -325,7 +328,7 @@ def _dkv_kernel(
     q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
     lse_ref, delta_ref,  # [T]
     *refs,  # if there are pairs: pairs [segments * J * S], starts [segments * (N + 1)]; dK, dV
-    plan: _Plan,
+    plan: Plan,
 ):  # fmt: skip
     *pair_refs, dk_ref, dv_ref = refs
     rows, keys = plan.tile.rows, plan.tile.keys
@@ -333,7 +336,7 @@ def _dkv_kernel(
     at = pl.ds(first_key, keys)
     k, v = k_ref[at, :], v_ref[at, :]
     chunk = first_key // plan.chunk
-    position = first_ref[0] * _BLOCK
+    position = first_ref[0] * BLOCK
 
     def add(carry, query, mask, seen=None):
         dk, dv = carry
@@ -398,9 +401,12 @@ def _first(x: jax.Array) -> pl.BlockSpec:  # [B, 1] -> [1]
     return pl.BlockSpec((None, 1), lambda b, h, i: (b, 0))
 
 
-def _call(plan: _Plan, kernel, steps: int, inputs, outputs, products, scores, interpret, name):
+def _call(
+    plan: Plan, kernel, steps: int, inputs, outputs, products, scores, interpret, name, widened=1
+):
     """inputs: (array, its block spec maker); outputs the same with shapes. `products` products of
-    `scores` scores with the head size are its useful work."""
+    `scores` scores with the head size are its useful work. A program has `widened` times the
+    tile's warps, up to 8."""
     arrays = [x for x, _ in (*inputs, *outputs)]
     batch, _, heads, head = inputs[[spec for _, spec in inputs].index(_tokens)][0].shape
     return pl.pallas_call(
@@ -409,7 +415,9 @@ def _call(plan: _Plan, kernel, steps: int, inputs, outputs, products, scores, in
         in_specs=[spec(x) for x, spec in inputs],
         out_specs=[spec(x) for x, spec in outputs],
         out_shape=[x for x, _ in outputs],
-        compiler_params=triton().CompilerParams(num_warps=plan.tile.warps, num_stages=1),
+        compiler_params=triton().CompilerParams(
+            num_warps=min(8, widened * plan.tile.warps), num_stages=1
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * heads * scores * head,
             transcendentals=batch * heads * scores,
@@ -420,10 +428,10 @@ def _call(plan: _Plan, kernel, steps: int, inputs, outputs, products, scores, in
     )(*(x for x, _ in inputs))
 
 
-def _route(plan: _Plan, selection, first):
+def route(plan: Plan, selection, first):
     """Sorted pairs [B, H, segments * J * S], bounds of chunks, and the tables of tiles."""
     batch, _, heads, _ = selection.shape
-    position = first * _BLOCK + jnp.arange(plan.queries, dtype=jnp.int32)[None]
+    position = first * BLOCK + jnp.arange(plan.queries, dtype=jnp.int32)[None]
     pairs, starts = routing.sort_pairs(selection, position // plan.chunk, plan.routing)
     tables = routing.tile_tables(starts[..., 1:] - starts[..., :-1], plan.routing)
     per_head = lambda x: x.reshape(batch, heads, -1)
@@ -436,19 +444,19 @@ def _tile_inputs(routed):
     return [(pairs, _per_head), (segment, _table)] + [(x, _per_head) for x in (chunk, start, count)]
 
 
-def _scores(plan: _Plan) -> tuple[int, int]:
+def useful_scores(plan: Plan) -> tuple[int, int]:
     """Scores of the own chunks and of the past ones, every slot taken."""
     own = plan.queries * (plan.chunk + 1) // 2
     return own, plan.pairs * plan.chunk if plan.routing else 0
 
 
-def _forward(plan: _Plan, interpret, q, k, v, selection, first):
+def _forward(plan: Plan, interpret, q, k, v, selection, first):
     batch, time, heads, head = q.shape
-    own, past = _scores(plan)
+    own, past = useful_scores(plan)
     call = functools.partial(_call, plan, interpret=interpret)
     routed, pairs = None, []
     if plan.routing is not None:
-        routed = _route(plan, selection, first)
+        routed = route(plan, selection, first)
         shape = (batch, heads, plan.places)
         outputs = [jax.ShapeDtypeStruct((*shape, head), q.dtype), jax.ShapeDtypeStruct(shape, F32)]
         results = call(
@@ -476,20 +484,43 @@ def _forward(plan: _Plan, interpret, q, k, v, selection, first):
     return out, lse, routed
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, selection, first, plan, interpret):
-    return _forward(plan, interpret, q, k, v, selection, first)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, selection, first, plan, interpret, forward):
+    return forward(plan, interpret, q, k, v, selection, first)[0]
 
 
-def _attention_forward(q, k, v, selection, first, plan, interpret):
-    out, lse, routed = _forward(plan, interpret, q, k, v, selection, first)
+def _attention_forward(q, k, v, selection, first, plan, interpret, forward):
+    out, lse, routed = forward(plan, interpret, q, k, v, selection, first)
     return out, (q, k, v, selection, first, out, lse, routed)
 
 
-def _attention_backward(plan, interpret, saved, do):
+def _attention_backward(plan, interpret, forward, saved, do):
+    del forward
+    if reason := missing_triton():
+        raise ValueError(f"the gradient of block_sparse on GPU: {reason}")
     q, k, v, selection, first, out, lse, routed = saved
+    group = q.shape[2] // k.shape[2]
+    if group > 1:  # the kernels know no groups: every query head gets its own copies
+        k, v, selection = (jnp.repeat(x, group, axis=2) for x in (k, v, selection))
+        routed = routed and [x if x.ndim == 1 else jnp.repeat(x, group, axis=1) for x in routed]
+    dq, dk, dv = _gradients(
+        plan, bool(interpret), (q, k, v, selection, first), out, lse, routed, do
+    )
+    if group > 1:
+        dk, dv = (
+            jnp.sum(x.reshape(*x.shape[:2], -1, group, x.shape[3]), axis=3, dtype=F32).astype(
+                x.dtype
+            )
+            for x in (dk, dv)
+        )
+    return dq, dk, dv, None, None
+
+
+def _gradients(plan: Plan, interpret: bool, arrays, out, lse, routed, do):
+    """dq, dk, dv of the arrays that `_attention` takes, from its result and log-sum-exp."""
+    q, k, v, selection, first = arrays
     batch, time, heads, head = q.shape
-    own, past = _scores(plan)
+    own, past = useful_scores(plan)
     delta = jnp.sum(do.astype(F32) * out.astype(F32), axis=-1).transpose(0, 2, 1)
     inputs = [(x, _tokens) for x in (q, k, v, do)] + [(lse, _per_head), (delta, _per_head)]
     call = functools.partial(_call, plan, interpret=interpret)
@@ -523,8 +554,9 @@ def _attention_backward(plan, interpret, saved, do):
         products=4,
         scores=own + past,
         name="block_sparse_dkv",
+        widened=head // 64,  # both sums are [keys, K] in float32: four warps spill those of 128
     )
-    return dq, dk, dv, None, None
+    return dq, dk, dv
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -535,20 +567,20 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # --------------------------------------------------------------------------------------------
 
 
-def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int | None) -> _Plan:
+def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int | None) -> Plan:
     """Sizes for aligned queries that begin at block `first` (None: known when running)."""
     length, slots = q.shape[1], selection.shape[3]
     chunks = k.shape[1] // chunk_size
     limit = min(tile.segment, routing.largest_segment(chunks, slots, numbered=True))
-    segments = -(-length // max(_BLOCK, limit // _BLOCK * _BLOCK))
-    segment = -(-length // segments // _BLOCK) * _BLOCK
+    segments = -(-length // max(BLOCK, limit // BLOCK * BLOCK))
+    segment = -(-length // segments // BLOCK) * BLOCK
     queries = segment * segments
-    whole = max(chunk_size, _BLOCK)  # where queries begin, and where chunks end
+    whole = max(chunk_size, BLOCK)  # where queries begin, and where chunks end
     keys = -(-k.shape[1] // whole) * whole
-    room = queries if first is None else first * _BLOCK + queries - keys
+    room = queries if first is None else first * BLOCK + queries - keys
     keys += -(-max(room, 0) // whole) * whole
     if first is not None:
-        chunks = min(chunks, (first * _BLOCK + length - 1) // chunk_size)
+        chunks = min(chunks, (first * BLOCK + length - 1) // chunk_size)
     routed = None
     if slots and chunks:
         routed = routing.make_plan(
@@ -558,10 +590,58 @@ def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int 
             chunks=chunks,
             slots=slots,
             chunk_size=chunk_size,
-            first=None if first is None else first * _BLOCK,
+            first=None if first is None else first * BLOCK,
             numbered=True,
         )
-    return _Plan(queries, keys, chunk_size, scale, tile, routed)
+    return Plan(queries, keys, chunk_size, scale, tile, routed)
+
+
+def attend(
+    forward: Callable,
+    q: jax.Array,  # [B, Tq, H, K]
+    k: jax.Array,  # [B, Tk, G, K]
+    v: jax.Array,  # [B, Tk, G, K]
+    selection: jax.Array,  # [B, Tq, G, J]
+    *,
+    chunk_size: int,
+    scale: float,
+    q_offset,
+    tile: TileConfig | None,
+    interpret,
+) -> jax.Array:
+    """Checked arguments through a forward pass, with the backward pass of this file.
+
+    Args:
+      forward: (plan, interpret, q, k, v, selection, first) -> out [B, T, H, K], its log-sum-exp
+        [B, H, T] (base 2) and what `route` returned, None where no query can choose. Its arrays
+        have the plan's sizes; `first` [B, 1] is the block of 64 that the queries begin at.
+      interpret: handed to `forward`; where it is true the backward pass is interpreted too.
+      others: as in `block_sparse_attention`; G divides H.
+    """
+    tile = TileConfig() if tile is None else tile
+    fit = lambda size: min(size, chunk_size)
+    tile = dataclasses.replace(tile, rows=fit(tile.rows), keys=fit(tile.keys))
+    batch, length = q.shape[:2]
+    known = isinstance(q_offset, int)
+    q, shift = alignment.align(q, q_offset, BLOCK)
+    selection, _ = alignment.align(selection, q_offset, BLOCK, fill=-1)
+    first = alignment.first_block(q_offset, batch, BLOCK, k.shape[1])
+    plan = _make_plan(
+        q, k, selection, chunk_size, float(scale), tile, q_offset // BLOCK if known else None
+    )
+    pad = lambda x, time, fill=0: jnp.pad(
+        x, ((0, 0), (0, time - x.shape[1]), (0, 0), (0, 0)), constant_values=fill
+    )
+    out = _attention(
+        pad(q, plan.queries),
+        *(pad(x, plan.keys) for x in (k, v)),
+        pad(selection, plan.queries, -1),
+        first[:, None],
+        plan,
+        interpret,
+        forward,
+    )
+    return alignment.cut(out, shift, length)
 
 
 def block_sparse_attention(
@@ -581,30 +661,19 @@ def block_sparse_attention(
     Arguments, results and errors are those of
     `pallas_kernels.block_sparse_tpu.block_sparse_attention`.
     """
-    tile = TileConfig() if tile is None else tile
     alignment.check(q, k, v, selection)
     reason = unsupported_reason(q, k, v, selection.shape[3], chunk_size)
     if reason:
         raise ValueError(f"block_sparse on GPU: {reason}")
-    fit = lambda size: min(size, chunk_size)
-    tile = dataclasses.replace(tile, rows=fit(tile.rows), keys=fit(tile.keys))
-    batch, length = q.shape[:2]
-    known = isinstance(q_offset, int)
-    q, shift = alignment.align(q, q_offset, _BLOCK)
-    selection, _ = alignment.align(selection, q_offset, _BLOCK, fill=-1)
-    first = alignment.first_block(q_offset, batch, _BLOCK, k.shape[1])
-    plan = _make_plan(
-        q, k, selection, chunk_size, float(scale), tile, q_offset // _BLOCK if known else None
+    return attend(
+        _forward,
+        q,
+        k,
+        v,
+        selection,
+        chunk_size=chunk_size,
+        scale=scale,
+        q_offset=q_offset,
+        tile=tile,
+        interpret=interpret,
     )
-    pad = lambda x, time, fill=0: jnp.pad(
-        x, ((0, 0), (0, time - x.shape[1]), (0, 0), (0, 0)), constant_values=fill
-    )
-    out = _attention(
-        pad(q, plan.queries),
-        *(pad(x, plan.keys) for x in (k, v)),
-        pad(selection, plan.queries, -1),
-        first[:, None],
-        plan,
-        interpret,
-    )
-    return alignment.cut(out, shift, length)

@@ -62,7 +62,9 @@ class Pages(NamedTuple):
 
     keys: Float[Array, "M B G N C K"]
     values: Float[Array, "M B G N C K"]
-    key_sums: Float32[Array, "M B G NR K"]  # what the selector keeps of each page's keys
+    # What the selector keeps of each page's keys; G and K are those of what it scores.
+    key_sums: Float32[Array, "M B G2 NR K2"]
+    span_rows: Float32[Array, "M B G2 NS K2"] | None = None  # and of spans of pages, if it has some
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Snapshot(NamedTuple):
     blocks: BlockState
     attention: AttentionState | None
     key_sums: jax.Array
+    span_rows: jax.Array | None
 
 
 def check_room(cache: Cache, count: int | jax.Array) -> None:
@@ -178,11 +181,17 @@ def init_cache(
             f"a cache of {rows:,} rows: it can have {MOST_ROWS:,}; lower max_length, or give a "
             "CachePolicy"
         )
-    arguments = config, dtype, batch, _page_count(config, max_length, policy), gate, policy
+    count = _pages(config, rows)
+    arguments = config, dtype, batch, count, gate, policy
     if jax.sharding.get_abstract_mesh().empty:
         return _empty(*arguments)
     if config.num_attention_blocks:
         check_heads(config, ways("heads"))
+    if config.selection_span and ways("pages") > 1:
+        raise ConfigError(
+            f"mesh.context {ways('pages')} would part the spans of model.selection_span "
+            f"{config.selection_span}: use mesh.context 1, or selection_span 0"
+        )
     # Compiled, so that every device makes its own part.
     return jax.jit(lambda: spread(_empty(*arguments)))()
 
@@ -199,6 +208,9 @@ def _empty(
     heads, size, shift = config.kv_heads, config.head_size, config.channel_mix_shift
     mixer, selector = config.mixer_sizes, selector_of(config)
     pages = (attention, batch, heads, count, config.chunk_size, size)
+    scored = lambda rows: selector.start(
+        (attention, batch, config.scored_heads, rows, config.scored_size)
+    )
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
         position=jnp.zeros(batch, jnp.int32),
@@ -218,33 +230,35 @@ def _empty(
         pages=Pages(
             jnp.zeros(pages, dtype),
             jnp.zeros(pages, dtype),
-            selector.start((*pages[:3], pages[3] * selector.rows, size)),
+            scored(count * selector.rows),
+            scored(count // selector.span * 2) if selector.span else None,
         ),
         gate=gate,
         policy=policy,
     )
 
 
-def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes]:
+def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes, Axes]:
     """Logical axes of `Pages`. Under the shared gate, which scores a chunk by the keys of all
     heads, every device has the sums of all."""
     rows = ("layers", "batch", "heads", "pages", None, None)
     scored = "heads" if gate == "per_head" else None
-    return rows, rows, ("layers", "batch", scored, "pages", None)
+    sums = ("layers", "batch", scored, "pages", None)
+    return rows, rows, sums, sums
 
 
 def cache_axes(cache: Cache) -> Any:
     """Logical axes of every array of a cache, as a tree with tuples for leaves."""
     texts, rows, states = ("batch",), ("layers", "batch", None), ("layers", "batch", "heads")
     axes: Any = (texts, texts, rows, (*states, None, None), *page_axes(cache.gate))
-    length, position, shift, wkv, *pages = axes
+    length, position, shift, wkv, keys, values, sums, spans = axes
     return replace(
         cache,
         length=length,
         position=position,
         blocks=BlockState(TimeMixState(shift, wkv), shift),
         attention=None if cache.attention is None else AttentionState(shift, shift),
-        pages=Pages(*pages),
+        pages=Pages(keys, values, sums, None if cache.pages.span_rows is None else spans),
     )
 
 
@@ -282,10 +296,10 @@ def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> i
     return max_length if policy is None else min(max_length, policy.trigger + 1)
 
 
-def _page_count(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:
-    """Pages of a text, as many on each device along `context`."""
-    parts = ways("pages")
-    return -(-_rows(config, max_length, policy) // (config.chunk_size * parts)) * parts
+def _pages(config: ModelConfig, rows: int) -> int:
+    """Pages that hold so many rows: whole spans of them, as many on each device."""
+    unit = (config.selection_span or 1) * ways("pages")
+    return -(-rows // (config.chunk_size * unit)) * unit
 
 
 def cache_bytes(
@@ -298,15 +312,21 @@ def cache_bytes(
     """Bytes of the cache that `init_cache` would make, on all devices of the mesh in force
     together, known without making it."""
     bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    one = jax.eval_shape(lambda: _empty(config, dtype, 1, 1, "per_head", None))  # a single page
-    page, count = bytes_of(one.pages), _page_count(config, max_length, policy)
-    return batch * (bytes_of(one) - page + count * page)
+    least = _pages(config, 1)
+    one = jax.eval_shape(lambda: _empty(config, dtype, 1, least, "per_head", None))
+    pages, count = bytes_of(one.pages), _pages(config, _rows(config, max_length, policy)) // least
+    return batch * (bytes_of(one) - pages + count * pages)
 
 
 def snapshot(cache: Cache) -> Snapshot:
     """What `rewind` needs to come back here after further reading."""
     return Snapshot(
-        cache.length, cache.position, cache.blocks, cache.attention, cache.pages.key_sums
+        cache.length,
+        cache.position,
+        cache.blocks,
+        cache.attention,
+        cache.pages.key_sums,
+        cache.pages.span_rows,
     )
 
 
@@ -322,7 +342,7 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
         position=snapshot.position,
         blocks=snapshot.blocks,
         attention=snapshot.attention,
-        pages=cache.pages._replace(key_sums=snapshot.key_sums),
+        pages=cache.pages._replace(key_sums=snapshot.key_sums, span_rows=snapshot.span_rows),
     )
 
 
@@ -333,8 +353,8 @@ def wiped(cache: Cache, texts: Bool[Array, " B"]) -> Cache:
     own = lambda x: x.reshape(1, -1, 1, 1, 1, 1)
     gone = own(texts) & (row >= own(cache.length))
     zero = lambda x: jnp.where(gone, jnp.zeros((), x.dtype), x)
-    keys, values, sums = cache.pages
-    return replace(cache, pages=Pages(zero(keys), zero(values), sums))
+    pages = cache.pages._replace(keys=zero(cache.pages.keys), values=zero(cache.pages.values))
+    return replace(cache, pages=pages)
 
 
 def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
@@ -357,30 +377,35 @@ def write_rows(
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
-    scored: Float[Array, "B T S K"] | None = None,
+    scored: Float[Array, "B T G2 K2"] | None = None,  # what the selector scores; None: k
 ) -> Pages:
     """Appends the valid rows of k and v to the pages of one attention block; those outside the
-    pages (which may be a stretch of a text's) are dropped.
-
-    The selector keeps what it needs of `scored`, the keys as the gate sees them (None: k).
-    """
+    pages (which may be a stretch of a text's) are dropped."""
     chunk = pages.keys.shape[4]
-    batch, time, heads, _ = k.shape
-    row = start[:, None] + jnp.arange(time)[None]  # [B, T]
-    valid = (jnp.arange(time)[None] < lengths[:, None]) & (row >= 0)
+    row = start[:, None] + jnp.arange(k.shape[1])[None]  # [B, T]
+    valid = (jnp.arange(k.shape[1])[None] < lengths[:, None]) & (row >= 0)
     page = jnp.where(valid, row // chunk, pages.keys.shape[3])[:, :, None]  # beyond: dropped
-    where = lambda heads: (layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, None])
     slot = (row % chunk)[:, :, None]
-    put = partial(_put, index=(*where(heads), page, slot))
-    k32 = (k if scored is None else scored).astype(jnp.float32)
-    parts = pages.key_sums.shape[3] // pages.keys.shape[3]
-    at = lambda part: pages.key_sums.at[(*where(k32.shape[2]), page * parts + part)]
+    rows_of = lambda x: (
+        layer,
+        jnp.arange(x.shape[0])[:, None, None],
+        jnp.arange(x.shape[2])[None, None],
+    )
+    put = partial(_put, index=(*rows_of(k), page, slot))
+    scored = (k if scored is None else scored).astype(jnp.float32)
+    where, part = rows_of(scored), slot // (chunk // selector.keys_per_chunk)
+    at = lambda sums, row: sums.at[(*where, page * selector.rows + row)]
+    spans = pages.span_rows
     if selector.kind == "bounds":
-        low = at(0).max(-k32, mode="drop")
-        sums = low.at[(*where(k32.shape[2]), page * parts + 1)].max(k32, mode="drop")
+        sums = at(pages.key_sums, 2 * part).max(-scored, mode="drop")
+        sums = at(sums, 2 * part + 1).max(scored, mode="drop")
     else:
-        sums = at(slot // (chunk // parts)).add(k32, mode="drop")
-    return Pages(put(pages.keys, k), put(pages.values, v), sums)
+        sums = at(pages.key_sums, part).add(scored, mode="drop")
+    if spans is not None:
+        first = 2 * (page // selector.span)
+        spans = spans.at[(*where, first)].max(-scored, mode="drop")
+        spans = spans.at[(*where, first + 1)].max(scored, mode="drop")
+    return Pages(put(pages.keys, k), put(pages.values, v), sums, spans)
 
 
 def _put(target: jax.Array, rows: jax.Array, index: tuple) -> jax.Array:
@@ -394,11 +419,12 @@ def compress(
     length: Int[Array, " B"],
     due: Bool[Array, " B"],
     policy: CachePolicy,
-    selector: Selector = MEAN,
+    selector: Selector,
+    scored: Callable[[jax.Array], jax.Array],  # keys [B, T, G, K] -> what the selector scores
 ) -> Pages:
     """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-    old_keys, old_values, old_sums = (take(x) for x in pages)
+    old_keys, old_values, old_sums = (take(x) for x in pages[:3])
     batch, heads, count, chunk, size = old_keys.shape
     keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
     row = jnp.arange(keys.shape[2])
@@ -419,11 +445,14 @@ def compress(
 
     new_keys, new_values = repack(keys, old_keys), repack(values, old_values)
     kept_keys = new_keys.reshape(batch, heads, -1, size)[:, :, : policy.keep].swapaxes(1, 2)
-    sums = selector.rows_of(kept_keys, chunk).swapaxes(1, 2)  # of the first pages, others are empty
-    empty = selector.start((batch, heads, old_sums.shape[2] - sums.shape[2], size))
+    # Of the first pages; others are empty.
+    sums = selector.rows_of(scored(kept_keys), chunk).swapaxes(1, 2)
+    shape = list(old_sums.shape)
+    shape[2] -= sums.shape[2]
+    empty = selector.start(tuple(shape))
     sums = jnp.concatenate([sums, empty], axis=2)
     new_sums = jnp.where(due[:, None, None, None], sums, old_sums)
     put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)
-    return Pages(
-        put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
-    )
+    new = put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
+    spans = pages.span_rows
+    return Pages(*new, None if spans is None else put(spans, selector.span_rows(new_sums)))

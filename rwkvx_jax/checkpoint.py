@@ -35,7 +35,7 @@ from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import DTYPES, as_lazy, in_dtype
 from rwkvx_jax.digest import flat
 from rwkvx_jax.lora import merged, stage_params
-from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, with_params
+from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, select, with_params
 from rwkvx_jax.storage import bucket_errors, in_hub, work_path
 
 _log = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ def load_checkpoint(
       chunk_size: replaces the stored chunk size of the sparse attention.
       top_k: replaces the stored number of chunks that a query reads.
       run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
-      overrides: further fields of ModelConfig that do not change the parameters.
+      overrides: further fields of ModelConfig that do not change the parameters. With another
+        selector than "index" the indexers of a checkpoint are left out.
 
     Raises:
       ConfigError, ConversionError: nothing readable there, values that are not finite, or overrides
@@ -164,6 +165,8 @@ def load_checkpoint(
     changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
 
     def bound(config: ModelConfig, params: Params) -> RWKVX:
+        if config.selector == "index" and changes.get("selector", "index") != "index":
+            config, params = _without_indexers(config, params)
         config = dataclasses.replace(config, **changes)
         check_shapes(params, config, str(path))
         check_finite(dict(flat(params)), str(path))
@@ -180,6 +183,16 @@ def load_checkpoint(
         params = nested({name: jnp.asarray(p.read()) for name, p in own.params.items()})
     model = bound(own.config, params)
     return Loaded(model, own.tokenizer_name, "", None, *(own.trained or (None, None)))
+
+
+def _without_indexers(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model choosing chunks by bounds of its keys, heads together as far as they share
+    these."""
+    params = select(params, lambda name: ".indexer." not in name)
+    groups = config.selection_groups and max(config.selection_groups, config.kv_heads)
+    return dataclasses.replace(
+        config, selector="bounds", index_size=0, selection_groups=groups
+    ), params
 
 
 @contextlib.contextmanager

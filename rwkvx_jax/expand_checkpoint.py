@@ -35,6 +35,9 @@ _SETTINGS = (  # flags that are fields of ModelConfig
     "top_k",
     "selector",
     "selector_blocks",
+    "index_size",
+    "selection_groups",
+    "selection_join",
     "key_conv",
     "attention_init",
     "init_seed",
@@ -59,10 +62,16 @@ class Options:
     """Tokens of one chunk of the sparse attention."""
     top_k: Annotated[int | None, tyro.conf.arg(metavar="CHUNKS")] = None
     """Chunks that a query reads."""
-    selector: Literal["mean", "max", "pooled", "bounds"] | None = None
-    """How a query scores chunks; see docs/attention.md."""
+    selector: Literal["mean", "max", "pooled", "bounds", "index"] | None = None
+    """How a query scores chunks; see docs/selectors.md."""
     selector_blocks: int | None = None
-    """Parts of a chunk for the selectors max and pooled."""
+    """Parts of a chunk for the selectors max, pooled and index."""
+    index_size: int | None = None
+    """Channels of the vectors of the selector index; 0: as many as a head has."""
+    selection_groups: int | None = None
+    """Choices of chunks, each shared by neighbouring heads; 0: each head chooses for itself."""
+    selection_join: Literal["sum", "max"] | None = None
+    """What the scores of heads that choose together count as."""
     key_conv: int | None = None
     """Width of a causal convolution on the attention keys; 0 for none."""
     attention_init: Literal["zero", "copy", "aligned"] | None = None

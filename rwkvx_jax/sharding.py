@@ -181,7 +181,8 @@ def _fill_boxes(devices: Sequence[jax.Device]) -> bool:
 
 def check_heads(model: ModelConfig, tensor: int) -> None:
     """Raises ConfigError where so many devices along `tensor` do not divide the model's heads."""
-    for heads, what in ((model.num_heads, ""), (model.kv_heads, " of keys and values")):
+    choices = model.choices, " that choose chunks"
+    for heads, what in ((model.num_heads, ""), (model.kv_heads, " of keys and values"), choices):
         if heads % tensor:
             raise ConfigError(
                 f"the model has {heads} heads{what}, which mesh.tensor {tensor} does not divide: "
@@ -191,8 +192,14 @@ def check_heads(model: ModelConfig, tensor: int) -> None:
 
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
-    check_heads(config.model, mesh.shape["tensor"])
-    parts = mesh.shape["context"]
+    model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
+    check_heads(model, tensor)
+    if parts > 1 and model.selector != "index" and model.selection_groups // tensor % parts:
+        raise ConfigError(
+            f"mesh.context {parts} would part heads that choose chunks together: make "
+            f"model.selection_groups {model.selection_groups} a multiple of mesh.tensor x "
+            f'mesh.context = {tensor * parts}, or use selector="index"'
+        )
     for stage in config.stages:
         batch_sharding(mesh, stage.global_batch)
         model = config.stage_model(stage)

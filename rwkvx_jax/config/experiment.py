@@ -128,9 +128,10 @@ class Stage(Checked):
     """Samples per step over all hosts."""
     steps: int
     peak_lr: float
-    trainable: Literal["attention", "all", "lora", "state"] = "all"
-    """"attention": only the attention blocks train (the preheat stage); "lora": only low-rank
-    adapters beside frozen matrices; "state": only the initial states of `model.learned_state`."""
+    trainable: Literal["attention", "indexer", "all", "lora", "state"] = "all"
+    """"attention": only the attention blocks train (the preheat stage); "indexer": of these only
+    what `selection_loss` trains; "lora": only low-rank adapters beside frozen matrices; "state":
+    only the initial states of `model.learned_state`."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters of a stage with trainable="lora"."""
     expanded: bool = True
@@ -141,6 +142,11 @@ class Stage(Checked):
     """Mean over all valid tokens, or of the samples' own means (packed: of the documents')."""
     l2wrap: float = 0.5e-4
     """Factor of max_logit^2 per token in the loss; 0 turns it off."""
+    selection_loss: float = 0.0
+    """Factor of the loss that teaches the selector "index" which chunks full attention looks at:
+    the mean over queries, choices and blocks of the divergence of its scores from the mass of each
+    past chunk. Its gradient reaches the indexers alone. It costs the scores of full attention;
+    0 turns it off."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the learning rate from the end of the warm-up on."""
     final_lr: float = 0.0
@@ -167,7 +173,7 @@ class Stage(Checked):
             self.steps <= _MOST_STEPS, f"{owner}: steps is {self.steps}: at most {_MOST_STEPS} fit"
         )
         require(self.peak_lr > 0, f"{owner}: peak_lr is {self.peak_lr}: it must be positive")
-        for name in ("final_lr", "l2wrap"):
+        for name in ("final_lr", "l2wrap", "selection_loss"):
             value = getattr(self, name)
             require(value >= 0, f"{owner}: {name} is {value}: it must not be negative")
         require(
@@ -180,8 +186,19 @@ class Stage(Checked):
             f"{self.global_batch}",
         )
         require(
-            self.expanded or self.trainable != "attention",
-            f'{owner}: trainable="attention" needs expanded=True (it has no attention blocks)',
+            self.expanded or self.trainable not in ("attention", "indexer"),
+            f"{owner}: trainable={self.trainable!r} needs expanded=True (it has no attention "
+            "blocks)",
+        )
+        require(
+            self.selection_loss > 0 or self.trainable != "indexer",
+            f'{owner}: trainable="indexer", but nothing teaches it; set selection_loss',
+        )
+        require(
+            self.selection_loss == 0
+            or (self.expanded and self.trainable in ("attention", "indexer", "all")),
+            f"{owner}: selection_loss {self.selection_loss} trains indexers, which "
+            f"trainable={self.trainable!r} with expanded={self.expanded} does not: set it to 0",
         )
         if self.loss == "longce":
             require(
@@ -204,6 +221,8 @@ class Stage(Checked):
         match self.trainable:
             case "attention":
                 return name.startswith("attention_blocks.")
+            case "indexer":
+                return ".indexer." in name
             case "lora":
                 return name.startswith(f"{ADAPTERS}.")
             case "state":
@@ -267,6 +286,8 @@ class Config(Checked):
             )
             if stage.trainable == "lora":
                 self._check_adapters(stage)
+            if stage.selection_loss:
+                self._check_selection_loss(stage)
             weights, sources = stage.source_weights, self.data.sources
             require(
                 len(weights) in (0, len(sources)),
@@ -295,6 +316,26 @@ class Config(Checked):
             stage.lora.rank < model.width,
             f"{owner}.rank {stage.lora.rank} is not below model.width {model.width}: such adapters "
             'are no smaller than the matrices; lower it, or use trainable="all"',
+        )
+
+    def _check_selection_loss(self, stage: Stage) -> None:
+        """Raises ConfigError where there is nothing to learn from the loss of a selector."""
+        owner, chunk = f"stage {stage.name!r}: selection_loss", self.model.chunk_size
+        require(
+            self.model.selector == "index" and self.model.num_attention_blocks > 0,
+            f'{owner} trains the selector "index" of attention blocks, but model.selector is '
+            f"{self.model.selector!r} and model.num_attention_blocks "
+            f"{self.model.num_attention_blocks}: set it to 0, or change these",
+        )
+        require(
+            stage.seq_len > 2 * chunk,
+            f"{owner} needs a choice of past chunks: seq_len {stage.seq_len} must be above twice "
+            f"model.chunk_size {chunk}; set it to 0 in this stage, or lengthen it",
+        )
+        require(
+            self.mesh.context == 1,
+            f"{owner} needs whole sequences, but mesh.context is {self.mesh.context}: set it to 1, "
+            "or train the selector in a stage of shorter sequences before",
         )
 
     def stage_model(self, stage: Stage) -> ModelConfig:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rwkvx_jax.config.choices import check_choices
 from rwkvx_jax.config.mixers import MIXER_TITLES, MixerName, MixerSizes, mixer_sizes
 from rwkvx_jax.config.values import Checked, require, require_positive
 
@@ -82,11 +83,27 @@ class ModelConfig(Checked):
     """Tokens of one chunk of the sparse attention."""
     top_k: int = 3
     """Chunks a query reads: its own and the top_k - 1 best past ones."""
-    selector: Literal["mean", "max", "pooled", "bounds"] = "mean"
+    selector: Literal["mean", "max", "pooled", "bounds", "index"] = "mean"
     """How a query scores a past chunk: by its mean key (the paper), by the best or the pooled mean
-    keys of parts of it, or by bounds of its keys; see ops/selection.py."""
+    keys of parts of it, by bounds of its keys, or by learned vectors; see docs/selectors.md."""
     selector_blocks: int = 8
-    """Parts of a chunk for the selectors "max" and "pooled"; divides chunk_size."""
+    """Parts of a chunk for the selectors "max", "pooled" and "index"; divides chunk_size."""
+    index_size: int = 0
+    """Channels of the learned vectors of the selector "index"; 0: head_size."""
+    selection_groups: int = 0
+    """S: choices of chunks, each shared by H / S neighbouring heads of queries; 0: each head
+    chooses for itself."""
+    selection_join: Literal["sum", "max"] = "sum"
+    """What the scores of heads that choose together count as: their sum or the largest. The
+    selector "index" has one score a choice."""
+    forced_chunks: Literal["none", "previous", "first", "both"] = "none"
+    """Past chunks that every query reads, among its top_k: the one before its own, the first of the
+    text, or both."""
+    selection_span: int = 0
+    """Chunks of a span, with the selectors "bounds" and "index": queries choose spans by bounds of
+    all their keys first, and then chunks of these alone; 0: among all chunks."""
+    selection_spans: int = 8
+    """Spans that a query chooses among, its own included, if there are spans."""
     key_conv: int = 0
     """Width of a causal convolution over time on each channel of the attention keys (FlashMoBA,
     arXiv 2511.11571), the identity at first; 0 for none."""
@@ -140,6 +157,7 @@ class ModelConfig(Checked):
         )
         self._check_recurrent_blocks()
         self._check_attention()
+        check_choices(self)
         self._check_rotary()
         self._check_attention_init()
 
@@ -167,12 +185,6 @@ class ModelConfig(Checked):
     def _check_attention(self) -> None:
         """Raises ConfigError for options of attention that do not go together."""
         require(self.key_conv >= 0, f"model.key_conv is {self.key_conv}: use 0 for none")
-        require(
-            self.selector not in ("max", "pooled")
-            or (self.selector_blocks >= 1 and self.chunk_size % self.selector_blocks == 0),
-            f"model.selector_blocks {self.selector_blocks} does not divide model.chunk_size "
-            f"{self.chunk_size}, as the selector {self.selector!r} needs it to",
-        )
         require(
             self.num_kv_heads >= 0 and self.num_heads % self.kv_heads == 0,
             f"model.num_kv_heads is {self.num_kv_heads}: it must divide the {self.num_heads} heads "
@@ -244,6 +256,29 @@ class ModelConfig(Checked):
         return self.kv_heads * self.head_size
 
     @property
+    def choices(self) -> int:
+        """S: choices of chunks that a token makes in an attention block."""
+        return self.selection_groups or self.num_heads
+
+    @property
+    def scored_heads(self) -> int:
+        """Heads of what the selector keeps: of keys, or of the learned vectors."""
+        return self.choices if self.selector == "index" else self.kv_heads
+
+    @property
+    def scored_size(self) -> int:
+        """Channels of each of those heads."""
+        return self.index_size or self.head_size
+
+    @property
+    def indexer_matrices(self) -> int:
+        """Numbers in the matrices by which one attention block makes its learned vectors."""
+        if self.selector != "index":
+            return 0
+        heads = self.num_heads + max(self.choices, self.kv_heads)
+        return heads * self.head_size * self.scored_size
+
+    @property
     def hidden_width(self) -> int:
         return self.ffn_width or 4 * self.width
 
@@ -307,7 +342,8 @@ class ModelConfig(Checked):
         norm = width if llama else 2 * width
         channel_mix = self.channel_mix_matrices + (0 if llama else width)
         time_mix = self.mixer_sizes.parameters + self.learned_state * width * self.head_size
-        attention = self.attention_matrices + self.key_conv * self.kv_width
+        attention = self.attention_matrices + self.indexer_matrices
+        attention += self.key_conv * self.kv_width
         attention += self.qkv_bias * (width + 2 * self.kv_width)
         return (
             (1 if self.tied_embeddings else 2) * self.vocab_size * width

@@ -8,7 +8,7 @@ from typing import Literal
 from rwkvx_jax.config.values import Checked, require, require_positive
 
 Recurrence = Literal["pallas", "chunked", "associative", "sequential"]
-SparseAttention = Literal["pallas", "full", "xla", "masked", "reference"]
+SparseAttention = Literal["pallas", "mosaic_gpu", "full", "xla", "masked", "reference"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from rwkvx_jax.data.binidx import Binidx
 from rwkvx_jax.tasks.documents import Document
 from rwkvx_jax.tokenizer import Tokenizer
 
-# {"tokens": int32 [S + 1], "mask": float32 [S]}, and "segment_ids": int32 [S] where some are packed
+# {"tokens": int32 [S + 1], "mask": float32 [S]}, and "segment_ids": int32 [S] where several
+# documents of a sample do not see each other
 Sample = dict[str, np.ndarray]
 
 

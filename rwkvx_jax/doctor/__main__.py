@@ -97,6 +97,8 @@ def _case(options: Options, model: ModelConfig, dtype: str) -> Case:
             chunk_size=64,
             top_k=2,
             selector="mean",
+            selection_groups=0,
+            index_size=0,
         )
         return Case(model, dtype, length=200, timed=0, interpret=True)
     # Beyond what the queries read, so that chunks are chosen; no multiple of anything.

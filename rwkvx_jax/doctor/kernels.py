@@ -123,7 +123,8 @@ def _check_sparse(case: Case) -> tuple[str, Values]:
     def make(length: int, seed: int, heads: int | None = _ORACLE_HEADS):
         q, k, v = _qkv(case, length, seed, heads)
         # Chosen once: kernel and oracle must read the same chunks.
-        return q, k, v, select_chunks(q, k, **chunking, selector=selector_of(model))
+        selector = selector_of(model)._replace(together=1)
+        return q, k, v, select_chunks(q, k, **chunking, selector=selector)
 
     def run(implementation: str | None):
         def attend(q, k, v, selection):
@@ -155,7 +156,7 @@ def _check_selection(case: Case) -> tuple[str, Values]:
     """Choices equal those of the oracle, but where two chunks score the same to rounding."""
     model = case.model
     chunking = {"chunk_size": model.chunk_size, "top_k": model.top_k}
-    selector = selector_of(model)
+    selector = selector_of(model)._replace(together=1)  # of the keys here each head has its own
     q, k, _ = _qkv(case, case.length, 0)
     chosen = np.asarray(select_chunks(q, k, **chunking, selector=selector))
     expected = np.asarray(select_chunks_reference(q, k, **chunking, selector=selector))

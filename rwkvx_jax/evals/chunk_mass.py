@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.ops.chunk_mass import log_mass
 from rwkvx_jax.ops.selection import Selector, select_from_rows, selector_of
 
 MEASURES = ("share", "past", "recall")
@@ -41,6 +42,7 @@ def octaves(config: ModelConfig, length: int) -> int:
 def measure(
     q: jax.Array,  # [T, H, K]
     k: jax.Array,  # [T, H, K]
+    own: tuple[jax.Array, jax.Array],  # what the model's own selector asks with and scores
     positions: jax.Array,  # int32 [Q]
     config: ModelConfig,
     named: dict[str, Selector],
@@ -54,10 +56,12 @@ def measure(
       mass held at distances; "queries": [P], how many queries there are in each octave.
     """
     bins = octaves(config, k.shape[0])
-    rows = {name: selector.rows_of(k[None], config.chunk_size) for name, selector in named.items()}
+    scored = {name: own if name == "own" else (q, k) for name in named}
+    rows = {name: s.rows_of(scored[name][1][None], config.chunk_size) for name, s in named.items()}
     pad = -len(positions) % _QUERIES_AT_ONCE
     blocks = jnp.pad(positions, (0, pad), mode="edge").reshape(-1, _QUERIES_AT_ONCE)
-    one = lambda at: _measure_queries(q[at].astype(jnp.float32), k, at, config, named, rows)
+    asked = {name: x for name, (x, _) in scored.items()}
+    one = lambda at: _measure_queries(q, k, at, config, named, asked, rows)
     found = jax.lax.map(one, blocks)  # leaves [blocks, H, 64, ...]
     join = lambda x: jnp.moveaxis(x, 1, 0).reshape(x.shape[1], -1, *x.shape[3:])
     found = jax.tree.map(lambda x: join(x)[:, : len(positions)], found)
@@ -73,10 +77,10 @@ def measure(
     }
 
 
-def _measure_queries(q, k, at, config: ModelConfig, named: dict[str, Selector], rows):
-    """`measure` of a few queries [Q, H, K] at positions `at`, not summed: leaves [H, Q, ...]."""
+def _measure_queries(q, k, at, config: ModelConfig, named: dict[str, Selector], asked, rows):
+    """`measure` of a few queries at positions `at` [Q], not summed: leaves [H, Q, ...]."""
     chunk, count = config.chunk_size, config.top_k - 1
-    mass = _chunk_mass(q, k, at, chunk)  # [H, Q, N]
+    mass = _chunk_mass(q[at].astype(jnp.float32), k, at, chunk)  # [H, Q, N]
     chunks, own = mass.shape[-1], at // chunk
     distance = own[:, None] - jnp.arange(chunks)[None]  # [Q, N]
     past = distance > 0
@@ -91,7 +95,9 @@ def _measure_queries(q, k, at, config: ModelConfig, named: dict[str, Selector], 
     }
     for name, selector in named.items():
         options = {"chunk_size": chunk, "count": count, "selector": selector}
-        picks[name] = select_from_rows(q[None], rows[name], at[None], **options)[0].swapaxes(0, 1)
+        one = asked[name][at].astype(jnp.float32)[None]
+        chosen = select_from_rows(one, rows[name], at[None], **options)[0].swapaxes(0, 1)
+        picks[name] = jnp.repeat(chosen, q.shape[1] // chosen.shape[0], axis=0)
     masks = {name: _mask(pick, mass.shape) & past[None] for name, pick in picks.items()}
     found = {}
     for name, mask in masks.items():
@@ -108,12 +114,8 @@ def _measure_queries(q, k, at, config: ModelConfig, named: dict[str, Selector], 
 
 def _chunk_mass(q, k, at, chunk: int) -> jax.Array:
     """Mass of full attention in each chunk, [H, Q, N], for queries [Q, H, K] at positions `at`."""
-    length = k.shape[0]
-    scores = jnp.einsum("qhk,shk->hqs", q, k.astype(jnp.float32), precision="highest")
-    visible = jnp.arange(length)[None] <= at[:, None]
-    weights = jax.nn.softmax(jnp.where(visible[None], scores * q.shape[-1] ** -0.5, -jnp.inf), -1)
-    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, -length % chunk)))
-    return weights.reshape(*weights.shape[:2], -1, chunk).sum(-1)
+    weights = log_mass(q[None], k[None].astype(jnp.float32), at, chunk_size=chunk)[0]
+    return jax.nn.softmax(weights, axis=-1)
 
 
 def _octave(count: jax.Array) -> jax.Array:

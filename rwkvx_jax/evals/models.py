@@ -35,6 +35,12 @@ _ADDED = (  # fields of ModelConfig since version 0.2.0
     "rope_theta",
     "rope_scaling",
     "shared_attention",
+    "index_size",
+    "selection_groups",
+    "selection_join",
+    "forced_chunks",
+    "selection_span",
+    "selection_spans",
 )
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""

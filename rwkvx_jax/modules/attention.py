@@ -13,20 +13,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.cached_attention import attend_cached
 from rwkvx_jax.modules.convolution import short_convolution
+from rwkvx_jax.modules.indexer import Indexer
 from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter, project
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.selection import selector_of
+from rwkvx_jax.ops.selection import repeated_choices, select_chunks, selector_of
 from rwkvx_jax.sharding import constrain, per_device, sequence_parts
 
 
@@ -34,7 +36,7 @@ class Attention(nnx.Module):
     """Matrices, stored [in, out]: receptance (the query) and output [D, D], key and value [D, X],
     X = config.kv_width; with config.qkv_bias also receptance_bias [D], key_bias and value_bias [X].
     key_conv [config.key_conv, X], if that is not 0: what is added to each key, tap j of the key j
-    tokens before."""
+    tokens before. indexer: with the selector "index"."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -59,6 +61,8 @@ class Attention(nnx.Module):
             # Past the last tap (key_conv=1) nothing is set.
             taps = jnp.zeros((config.key_conv, kv_width)).at[1].set(float(aligned), mode="drop")
             self.key_conv = parameter(taps, "taps", "vector")
+        if config.selector == "index":
+            self.indexer = Indexer(config, rngs)
 
     def __call__(
         self,
@@ -68,25 +72,67 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of a whole sequence to itself, or of each document packed in it."""
         q, k, v, _ = self.project(h, segment_ids=segment_ids)
+        index: tuple[jax.Array, ...] = ()
         if self.config.attention == "full":
             op = full_attention
         else:
-            op = partial(
-                sparse_attention,
-                chunk_size=self.config.chunk_size,
-                top_k=self.config.top_k,
-                implementation=run.sparse_attention,
-                selector=selector_of(self.config),
-            )
+            op = partial(self._attend, implementation=run.sparse_attention)
+            if self.config.selector == "index":
+                index = self.scored(q, k)
         if sequence_parts(h.shape[1]) > 1:
-            out = context.attention(op, q, k, v, segment_ids)
+            out = context.attention(op, q, k, v, segment_ids, *index)
         else:
             tokens = ("batch", None, "heads", None)
-            attend = lambda q, k, v, ids: op(q, k, v, segment_ids=ids)
-            out = per_device(attend, (*(tokens,) * 3, ("batch", None)), tokens)(
-                q, k, v, segment_ids
-            )
+            attend = lambda ids, *arrays: op(*arrays, segment_ids=ids)
+            axes = ("batch", None), *[tokens] * (3 + len(index))
+            out = per_device(attend, axes, tokens)(segment_ids, q, k, v, *index)
         return self.combine(out)
+
+    def _attend(self, q, k, v, *index, implementation, q_offset=0, segment_ids=None) -> jax.Array:
+        """Sparse attention, chunks chosen by q and k or by an index query and key a choice."""
+        chunk_size, top_k = self.config.chunk_size, self.config.top_k
+        selector = selector_of(self.config)
+        attend = partial(
+            sparse_attention,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            q_offset=q_offset,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+        if not index:
+            return attend(q, k, v, selector=selector)
+        if k.shape[1] <= chunk_size * top_k:  # whatever is chosen, everything is read
+            return attend(q, k, v)
+        selection = select_chunks(
+            *index,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            q_offset=q_offset,
+            segment_ids=segment_ids,
+            selector=selector,
+        )
+        return attend(q, k, v, selection=repeated_choices(selection, k.shape[2]))
+
+    def selection_loss(
+        self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float32[Array, "B S"]:
+        """`ops.chunk_mass.selection_loss` of whole sequences; only the indexer gets a gradient."""
+        q, k = jax.lax.stop_gradient(self.project(h, segment_ids=segment_ids)[:2])
+        op = partial(
+            selection_loss, chunk_size=self.config.chunk_size, selector=selector_of(self.config)
+        )
+        tokens = ("batch", None, "heads", None)
+        axes = *[tokens] * 4, ("batch", None)
+        return per_device(op, axes, ("batch", "heads"))(q, k, *self.scored(q, k), segment_ids)
+
+    def scored(
+        self, q: Float[Array, "B Tq H K"], k: Float[Array, "B Tk G K"]
+    ) -> tuple[Float[Array, "B Tq H2 I"], Float[Array, "B Tk G2 I"]]:
+        """What the selector asks with and what it scores: queries and keys, or the indexer's."""
+        if self.config.selector != "index":
+            return q, k
+        return self.indexer.queries(q), self.indexer.keys(k)
 
     def cached(
         self,
@@ -108,14 +154,18 @@ class Attention(nnx.Module):
           The output [B, T, D]; pages with the piece appended, and the new tail.
         """
         q, k, v, new_tail = self.project(h, position, tail, lengths)
+        asked, scored = self.scored(q, k)
         if policy is not None:
             selector = selector_of(self.config)
             due = policy.due(start) & (lengths > 0)
-            squeeze = lambda pages: compress(pages, layer, q[:, 0], start, due, policy, selector)
+            of_keys = lambda k: self.scored(q, k)[1]
+            squeeze = lambda pages: compress(
+                pages, layer, q[:, 0], start, due, policy, selector, of_keys
+            )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
         out, pages = attend_cached(
-            q, k, v, pages, layer, start, lengths, config=self.config, gate=gate
+            q, k, v, asked, scored, pages, layer, start, lengths, config=self.config, gate=gate
         )
         return self.combine(out), (pages, new_tail)
 

@@ -24,7 +24,7 @@ from rwkvx_jax.ops.paged import (
     select_pages,
 )
 from rwkvx_jax.ops.paged_mesh import choose_together, join
-from rwkvx_jax.ops.selection import select_from_rows, selector_of
+from rwkvx_jax.ops.selection import repeated_choices, select_from_rows, selector_of
 from rwkvx_jax.sharding import cut_along, per_device
 
 _TOKENS = ("batch", None, "heads", None)
@@ -34,6 +34,8 @@ def attend_cached(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
+    asked: Float[Array, "B T H2 I"],
+    scored: Float[Array, "B T G2 I"],
     pages: Pages,
     layer: Int[Array, ""],
     start: Int[Array, " B"],
@@ -48,6 +50,8 @@ def attend_cached(
       q: queries.
       k: keys.
       v: values.
+      asked: what the selector asks with: q, or the queries of an indexer.
+      scored: what it scores: k, or the keys of an indexer.
       pages: of all attention blocks.
       layer: index of this block in the pages.
       start: rows in the pages before this piece.
@@ -59,12 +63,12 @@ def attend_cached(
       The output, and the pages with the piece appended.
     """
     context = cut_along("pages", pages.keys.shape[3])
-    tensor = cut_along("heads", q.shape[2], k.shape[2])
+    tensor = cut_along("heads", *(x.shape[2] for x in (q, k, asked, scored)))
     reader = _Reader(config, gate, context, tensor)
     stored = page_axes(gate)
-    inputs = (_TOKENS, _TOKENS, _TOKENS, *stored, (), ("batch",), ("batch",))
+    inputs = (*[_TOKENS] * 5, *stored, (), ("batch",), ("batch",))
     run = per_device(reader.__call__, inputs, (_TOKENS, *stored))
-    out, *written = run(q, k, v, *pages, layer, start, lengths)
+    out, *written = run(q, k, v, asked, scored, *pages, layer, start, lengths)
     return out, Pages(*written)
 
 
@@ -83,15 +87,15 @@ class _Reader(NamedTuple):
     context: str | None
     tensor: str | None
 
-    def __call__(self, q, k, v, keys, values, sums, layer, start, lengths):
+    def __call__(self, q, k, v, asked, scored, keys, values, sums, spans, layer, start, lengths):
         count, chunk = keys.shape[3:5]
         if self.context is not None:
             start = start - jax.lax.axis_index(self.context) * (count * chunk)
-        scored = k if self.gate == "per_head" else self._all_heads(k)
-        pages = write_rows(
-            Pages(keys, values, sums), layer, k, v, start, lengths, self._selector, scored
-        )
-        chosen = self._choose(q, pages, layer, start)
+        if self.gate == "shared":
+            scored = self._all_heads(k)
+        pages = Pages(keys, values, sums, spans)
+        pages = write_rows(pages, layer, k, v, start, lengths, self._selector, scored)
+        chosen = self._choose(q, asked, pages, layer, start)
         read = self._read_one if q.shape[1] == 1 else self._read_piece
         out = read(q, pages, layer, start, chosen)
         return out.astype(q.dtype), *pages
@@ -105,28 +109,36 @@ class _Reader(NamedTuple):
             return x
         return jax.lax.all_gather(x, self.tensor, axis=2, tiled=True)
 
-    def _choose(self, q, pages: Pages, layer, start) -> jax.Array | None:
-        """Past pages of each token and head, [B, T, H, J]; None: all of them (full attention)."""
+    def _choose(self, q, asked, pages: Pages, layer, start) -> jax.Array | None:
+        """Past pages of each token and choice, [B, T, S, J]; None: all of them (full attention)."""
         if self.config.attention == "full":
             return None
-        heads, rows = q.shape[2], pages.keys.shape[3] * pages.keys.shape[4]
+        heads, chunk = q.shape[2], pages.keys.shape[4]
+        rows = pages.keys.shape[3] * chunk
         positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.clip(positions, 0, rows)  # beyond a stretch all its pages are past
-        options = {"chunk_size": self.config.chunk_size, "selector": self._selector}
+        selector = self._selector
+        if self.context is not None:
+            positions = jnp.clip(positions, 0, rows)  # beyond a stretch all its pages are past
+            selector = selector._replace(forced="none")  # of a text, not of a stretch
+        options = {"chunk_size": self.config.chunk_size, "selector": selector}
         if self.gate == "per_head":
-            count, sums = self.config.top_k - 1, pages.key_sums
-            chosen = select_pages(q, sums, layer, positions, count=count, **options)
+            count, sums, spans = self.config.top_k - 1, pages.key_sums, pages.span_rows
+            chosen = select_pages(
+                asked, sums, layer, positions, count=count, span_rows=spans, **options
+            )
         else:  # one score over all channels, and top_k past chunks beside the own one
             flat = lambda x: x.reshape(*x.shape[:-2], 1, -1)
-            q = flat(self._all_heads(q))
+            asked = flat(self._all_heads(q))
             own = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
             own = flat(own.swapaxes(1, 2))  # [B, N, 1, D]
-            chosen = select_from_rows(q, own, positions, count=self.config.top_k, **options)
+            chosen = select_from_rows(asked, own, positions, count=self.config.top_k, **options)
             sums, layer = own.swapaxes(1, 2)[None], jnp.int32(0)
         if self.context is not None and chosen.shape[-1]:
-            chosen = choose_together(q, sums, layer, chosen, self.context, **options)
+            chosen = choose_together(
+                asked, sums, layer, chosen, start, self.context, self._selector, chunk
+            )
         if self.gate == "per_head":
-            return chosen
+            return repeated_choices(chosen, pages.keys.shape[2])
         return jnp.broadcast_to(chosen, (*chosen.shape[:2], heads, chosen.shape[3]))
 
     def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:

@@ -94,14 +94,16 @@ def attention(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
     segment_ids: Int[Array, "B T"] | None = None,
+    *index: Float[Array, "B T S I"],
 ) -> Float[Array, "B T H V"]:
-    """`op(q, k, v)` over sequences cut along time.
+    """`op(q, k, v, *index)` over sequences cut along time.
 
     Devices trade tokens for heads: each gets some heads of whole sequences, and gives their outputs
     back. Each device then sends (2 H + 2 G) / parts heads of its tokens (those of keys are repeated
     where parts does not divide G; heads of zeros fill up where it does not divide H). Where that is
     more than 2 H, as with very few heads, each collects the keys and values of all tokens instead:
-    then the last device has the most to do.
+    then the last device has the most to do. Index vectors travel as queries and keys do, those of
+    a choice to all devices that have a head of it.
 
     Args:
       op: attention of queries that begin at position `q_offset` (a keyword) to keys from 0 on,
@@ -110,28 +112,34 @@ def attention(
       k: keys.
       v: values.
       segment_ids: numbers of packed documents; every device has those of all tokens.
+      index: an index query and an index key a choice, or nothing; of S and G one divides the other.
     """
     axis, parts = rule("time"), sequence_parts(q.shape[1])
 
-    def stretch(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+    def stretch(
+        ids: jax.Array | None, q: jax.Array, k: jax.Array, v: jax.Array, *index: jax.Array
+    ) -> jax.Array:
         heads, groups = q.shape[2], k.shape[2]
-        copies = _copies(heads, groups, parts)
-        each, each_key = -(-heads // parts), -(-groups * copies // parts)
+        each, each_key = (-(-n // parts) for n in (heads, groups * _copies(heads, groups, parts)))
         if each + each_key > heads:
             _log_choice(f"{parts} devices collect the keys and values of all tokens")
-            k, v = (keep(jax.lax.all_gather(x, axis, axis=1, tiled=True)) for x in (k, v))
+            gather = lambda x: keep(jax.lax.all_gather(x, axis, axis=1, tiled=True))
+            index = (*index[:1], *map(gather, index[1:]))
             offset = jax.lax.axis_index(axis) * q.shape[1]
-            return op(q, k, v, q_offset=offset, segment_ids=ids)
+            return op(q, gather(k), gather(v), *index, q_offset=offset, segment_ids=ids)
         _log_choice(f"{heads} heads over {parts} devices, {each} on each")
         trade = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % parts), (0, 0)])
-        q, k, v = (keep(trade(fill(x), split_axis=2, concat_axis=1)) for x in (q, k, v))
-        out = op(q, k, v, segment_ids=ids)
+
+        def whole(x: jax.Array) -> jax.Array:
+            x = jnp.repeat(x, _copies(heads, x.shape[2], parts), axis=2)
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % parts), (0, 0)])
+            return keep(trade(x, split_axis=2, concat_axis=1))
+
+        out = op(*map(whole, (q, k, v, *index)), segment_ids=ids)
         return trade(out, split_axis=1, concat_axis=2)[:, :, :heads]
 
-    inputs = (*(_TOKENS,) * 3, ("batch", None))
-    return per_device(stretch, inputs, _TOKENS)(q, k, v, segment_ids)
+    axes = ("batch", None), *[_TOKENS] * (3 + len(index))
+    return per_device(stretch, axes, _TOKENS)(segment_ids, q, k, v, *index)
 
 
 def _copies(heads: int, groups: int, parts: int) -> int:

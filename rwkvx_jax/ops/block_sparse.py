@@ -8,11 +8,13 @@ Source: RWKV-X (arXiv 2504.21463), training form, per-head selection.
 """
 
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import block_sparse_gpu, block_sparse_tpu
+from pallas_kernels import block_sparse_gpu, block_sparse_mosaic_gpu, block_sparse_tpu
 from rwkvx_jax.ops.attention_inputs import (
     NO_FORWARD_MODE,
     Offset,
@@ -73,8 +75,8 @@ def sparse_attention(
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
       implementation: "reference" (float32, quadratic memory), "xla" (gathers chunk by chunk),
         "masked" (scores everything, for texts that are not long and chunks up to 512), "full" (full
-        attention, where no selection is given and every chunk is read), "pallas", or None to
-        choose by platform and shapes.
+        attention, where no selection is given and every chunk is read), "pallas", "mosaic_gpu"
+        (Hopper GPUs, jax 0.12 or newer; by name only), or None to choose by platform and shapes.
       selector: how `select_chunks` scores a chunk, and which heads choose together, where no
         selection is given.
 
@@ -123,7 +125,7 @@ def sparse_attention(
         (q, k, v, selection),
         q_offset,
         segment_ids=segment_ids,
-        check_vma=chosen != "pallas",
+        check_vma=chosen not in _KERNELS,
     )
 
 
@@ -148,13 +150,16 @@ def _check_selection(selection, q, k, top_k) -> None:
 def _candidates(
     q, k, v, choices, slots, chunk_size, q_offset, segment_ids, everything
 ) -> list[Candidate]:
-    def problem(platform: str) -> str | None:
+    def problem(kernels) -> str | None:
         if segment_ids is not None:
             return NO_DOCUMENTS
         if choices != k.shape[2]:
             return f"{k.shape[2]} key heads have {choices} choices of chunks, not one each"
         offset = known_or_rows(q_offset, q.shape[0])
-        return _kernels(platform).unsupported_reason(q, k, v, slots, chunk_size, offset)
+        return kernels.unsupported_reason(q, k, v, slots, chunk_size, offset)
+
+    def mosaic_problem(_) -> str | None:
+        return block_sparse_mosaic_gpu.unsupported_chip() or problem(block_sparse_mosaic_gpu)
 
     masked = Candidate("masked", problem=lambda _: masking_obstacle(chunk_size))
     forms = [Candidate("xla"), masked]
@@ -162,15 +167,20 @@ def _candidates(
         forms.reverse()
     if everything:
         forms.insert(0, Candidate("full"))
-    return [Candidate("pallas", ("tpu", "gpu"), problem), *forms, Candidate("reference")]
+    return [
+        Candidate("pallas", ("tpu", "gpu"), lambda platform: problem(_kernels(platform))),
+        *forms,
+        Candidate("mosaic_gpu", ("gpu",), mosaic_problem),  # after what runs anywhere: by name only
+        Candidate("reference"),
+    ]
 
 
 def _kernels(platform: str):
     return block_sparse_gpu if platform == "gpu" else block_sparse_tpu
 
 
-def _sparse_attention_pallas(q, k, v, selection, *, chunk_size, scale, q_offset=0):
-    return _kernels(current_platform()).block_sparse_attention(
+def _by_kernels(kernels, q, k, v, selection, *, chunk_size, scale, q_offset=0):
+    return kernels().block_sparse_attention(
         q,
         k,
         v,
@@ -181,8 +191,12 @@ def _sparse_attention_pallas(q, k, v, selection, *, chunk_size, scale, q_offset=
     )
 
 
-_IMPLEMENTATIONS = {
-    "pallas": _sparse_attention_pallas,
+_KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "pallas": functools.partial(_by_kernels, lambda: _kernels(current_platform())),
+    "mosaic_gpu": functools.partial(_by_kernels, lambda: block_sparse_mosaic_gpu),
+}
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    **_KERNELS,
     "xla": sparse_attention_xla,
     "masked": sparse_attention_masked,
     "reference": sparse_attention_reference,

@@ -341,18 +341,18 @@ class _Mask:
         last = position + rows - 1
         stop = jnp.clip(last // cols + 1, 0, blocks.blocks)
         if self.first is not None:
-            low, high = self.first_blocks[row_block, 0], self.first_blocks[row_block, -1]
+            first = lambda row: self.first_blocks[row_block, row]
         elif own is not None:
-            low, high = position // own * own, last // own * own
+            first = lambda row: (last if row else position) // own * own
         elif self.seen is not None:
             return ((0, stop, True),)
         else:
             inner_stop = jnp.clip((position + 1) // cols, 0, blocks.keys // cols)
             return (0, inner_stop, False), (inner_stop, stop, True)
-        start = jnp.clip(low // cols, 0, stop)
+        start = jnp.clip(first(0) // cols, 0, stop)
         if self.masks_all:
             return ((start, stop, True),)
-        inner_start = jnp.clip(-(-high // cols), start, stop)
+        inner_start = jnp.clip(-(-first(-1) // cols), start, stop)
         inner_stop = jnp.minimum((position + 1) // cols, blocks.keys // cols)
         inner_stop = jnp.clip(inner_stop, inner_start, stop)
         return (

@@ -63,8 +63,8 @@ def as_decays(tokens: dict[str, jax.Array], *, reads_before: bool = False) -> di
       reads_before: as there.
 
     Returns:
-      The same without `fresh`: where it is set, the state before decays to 0, and nothing is removed
-      from it or read of it.
+      The same without `fresh`: where it is set, the state before decays to 0, and nothing is
+      removed from it or read of it.
     """
     tokens = dict(tokens)
     if (fresh := tokens.pop("fresh", None)) is None:

@@ -25,7 +25,14 @@ from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.block_sparse_xla import add_past
 from rwkvx_jax.ops.dispatch import Candidate, resolve
 from rwkvx_jax.ops.full_attention import full_attention
-from rwkvx_jax.ops.selection import MEAN, Selector, choose_past, select_from_rows
+from rwkvx_jax.ops.selection import (
+    MEAN,
+    Selector,
+    best_spans,
+    choose_numbered,
+    choose_past,
+    select_from_rows,
+)
 
 # Rows of a page that are read at once on a CPU: they stay in the second-level cache, and a partly
 # filled page costs little more than what it holds.
@@ -59,6 +66,7 @@ def select_pages(
     chunk_size: int,
     count: int,
     selector: Selector = MEAN,
+    span_rows: Float32[Array, "M B G NS K"] | None = None,
     implementation: str | None = None,
 ) -> Int32[Array, "B T S {count}"]:
     """The `count` past pages that each token and head reads in one attention block.
@@ -72,8 +80,11 @@ def select_pages(
       chunk_size: tokens in a page.
       count: how many pages to choose.
       selector: how a page is scored, and which heads choose together.
-      implementation: "in_place" (CPU, one token: reads the rows where they lie, block by block, as
-        far as the longest text goes), "slice" (cuts the attention block's rows out and calls
+      span_rows: what is kept of the spans of a selector that has some, of whose chunks N is then a
+        multiple.
+      implementation: "spans" (one token: reads what is kept of all spans, and of the pages of the
+        best), "in_place" (CPU, one token: reads the rows where they lie, block by block, as far as
+        the longest text goes), "slice" (cuts the attention block's rows out and calls
         `select_from_rows`; also the oracle), or None to choose by platform.
 
     Returns:
@@ -86,13 +97,21 @@ def select_pages(
     tokens = q.shape[1]
     if implementation is None and tokens > 1:  # a piece of text is no fall back
         implementation = "slice"
-    problem = lambda platform: f"it serves one token, not {tokens}" if tokens > 1 else None
-    candidates = (Candidate("in_place", ("cpu",), problem), Candidate("slice"))
+    one = lambda platform: f"it serves one token, not {tokens}" if tokens > 1 else None
+    spans = lambda platform: (
+        one(platform)
+        or (None if selector.span and span_rows is not None else "the selector has no spans")
+    )
+    all_pages = lambda platform: one(platform) or ("it knows no spans" if selector.span else None)
+    candidates = [Candidate("in_place", ("cpu",), all_pages), Candidate("slice")]
+    if selector.span or implementation == "spans":
+        candidates.insert(0, Candidate("spans", problem=spans))
     chosen = resolve("select_pages", implementation, candidates)
+    options = {"chunk_size": chunk_size, "count": count, "selector": selector}
+    if chosen == "spans" and count and rows.shape[3]:
+        return _select_in_spans(q, rows, span_rows, layer, positions, **options)
     if chosen == "in_place" and count and rows.shape[3]:
-        return _select_in_place(
-            q[:, 0], rows, layer, positions, chunk_size=chunk_size, count=count, selector=selector
-        )
+        return _select_in_place(q[:, 0], rows, layer, positions, **options)
     block = jax.lax.dynamic_index_in_dim(rows, layer, 0, keepdims=False).swapaxes(1, 2)
     return select_from_rows(
         q, block, positions, chunk_size=chunk_size, count=count, selector=selector
@@ -128,6 +147,36 @@ def _select_in_place(q, rows, layer, positions, *, chunk_size, count, selector):
     products = jax.lax.fori_loop(0, batch * groups * turns, score, products)
     products = products.reshape(batch, -1, 1, pages * per_page)
     chosen = choose_past(products, own, count=count, selector=selector, key_size=size)
+    return chosen.swapaxes(1, 2)
+
+
+def _select_in_spans(q, rows, span_rows, layer, positions, *, chunk_size, count, selector):
+    """`select_pages` for one token: the best spans, then the best pages of these."""
+    _, batch, groups, stored, size = rows.shape
+    own = positions // chunk_size  # [B, 1]
+    q, rows, span_rows = jax.lax.stop_gradient((q, rows, span_rows))
+    q = q.astype(jnp.float32).swapaxes(1, 2)  # [B, H, 1, K]
+    choices = q.shape[1] // selector.together
+
+    def scored(selector, keys):  # keys [B, R, n, F], R dividing the queries -> [B, S, 1, N]
+        queries = selector.queries(q, 1)
+        rows = queries.reshape(*keys.shape[:2], -1, queries.shape[3])
+        found = jnp.einsum("brmf,brnf->brmn", rows, keys, precision=jax.lax.Precision.HIGHEST)
+        return selector.combine(found.reshape(batch, queries.shape[1], 1, -1), size)
+
+    spans = jax.lax.dynamic_index_in_dim(span_rows, layer, 0, keepdims=False)
+    scores = scored(selector.coarse, selector.coarse.keys(spans, chunk_size))
+    best = jnp.sort(best_spans(scores, own, None, selector), axis=-1)  # [B, S, 1, J], -1 first
+    head = jnp.arange(batch * choices).reshape(batch, choices, 1, 1) // (choices // groups)
+    row = jnp.broadcast_to(layer * batch * groups + head, best.shape)
+    flat, each = rows.reshape(-1, stored, size), selector.span * selector.rows
+    read = lambda row, span: jax.lax.dynamic_slice(flat, (row, span * each, 0), (1, each, size))
+    some = jax.vmap(read)(row.reshape(-1), jnp.maximum(best, 0).reshape(-1))
+    keys = selector.keys(some.reshape(batch, choices, -1, size), chunk_size)
+    numbers = best[..., None] * selector.span + jnp.arange(selector.span)[None, None, None, None]
+    numbers = jnp.where(best[..., None] >= 0, numbers, -1).reshape(*best.shape[:3], -1)
+    scores = scored(selector, keys)
+    chosen = choose_numbered(scores, numbers, own, count=count, selector=selector)
     return chosen.swapaxes(1, 2)
 
 

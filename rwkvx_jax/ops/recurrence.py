@@ -113,8 +113,8 @@ def wkv7(
 
 
 def _form(implementation: str, chunk_size: int | None, r: jax.Array, *, packed: bool):
-    """The function of the seven arrays (of eight where documents are packed) that runs, and how many
-    tokens it solves at once by dividing by decays: 0 for none."""
+    """The function of the seven arrays (of eight where documents are packed) that runs, and how
+    many tokens it solves at once by dividing by decays: 0 for none."""
     if implementation == "sequential":
         return wkv7_sequential, 0
     platform, associative = current_platform(), implementation == "associative"

@@ -7,12 +7,13 @@ is float32, and the scores exist for one block of queries at a time: [B, H, Tq, 
 Source: RWKV-X (arXiv 2504.21463), per-head gate.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import selection_tpu
 from rwkvx_jax.config import ModelConfig
@@ -50,14 +51,28 @@ MIN_CHUNKS_PER_PREFIX = 128
 class PackedChunks(NamedTuple):
     """What the documents of a packed sequence leave of its chunks."""
 
-    counts: Float32[Array, "B NR"] | None  # as `Selector.counts` returns them
+    counts: Float32[Array, "B keys"] | None  # as `Selector.counts` returns them
     first_chunk: Int32[Array, "B Tq"]  # that in which each query's document begins
 
 
 def selector_of(config: ModelConfig) -> Selector:
-    """The selector that a configuration names."""
-    parts = config.selector_blocks if config.selector in ("max", "pooled") else 1
-    return Selector(config.selector, parts)
+    """The selector that a configuration names: of queries and keys, or with "index" of the vectors
+    that `modules/indexer.py` makes of them."""
+    parts = config.selector_blocks if config.selector in ("max", "pooled", "index") else 1
+    if config.selector == "index":  # its queries and keys are those of the choices
+        selector = Selector("bounds", parts)
+    else:
+        together = config.num_heads // config.choices
+        selector = Selector(config.selector, parts, together, config.selection_join)
+    return selector._replace(
+        forced=config.forced_chunks, span=config.selection_span, spans=config.selection_spans
+    )
+
+
+def repeated_choices(selection: Int[Array, "B T S J"], key_heads: int) -> Int[Array, "B T R J"]:
+    """Choices repeated until `key_heads` divides their number, as attention takes them."""
+    choices = selection.shape[2]
+    return jnp.repeat(selection, math.lcm(choices, key_heads) // choices, axis=2)
 
 
 def select_from_rows(
@@ -103,7 +118,8 @@ def select_from_rows(
     # Heads before time, once: the keys of a head lie together, as products want them.
     q, keys = q.swapaxes(1, 2), selector.keys(rows.swapaxes(1, 2), chunk_size, counts)
     own = positions // chunk_size
-    weights = None if counts is None else counts[:, :, None] / (chunk_size // selector.rows)
+    part = chunk_size // selector.keys_per_chunk
+    weights = None if counts is None else counts[:, :, None] / part
 
     few = length < MIN_QUERIES_TO_BRANCH
     step = chunks if few else max(MIN_CHUNKS_PER_PREFIX, -(-chunks // PREFIXES))
@@ -147,13 +163,55 @@ def _select_among(first, q, keys, own, first_chunk, weights, *, count, selector,
     some = keys[:, :, : first * selector.keys_per_chunk]
     if weights is not None:
         weights = weights[..., : some.shape[2]]
-    q = selector.queries(q.astype(jnp.float32), 1)
-    rows = q.reshape(*keys.shape[:2], -1, q.shape[3])  # the queries of a key head
-    products = jnp.einsum("bgmf,bgnf->bgmn", rows, some, precision=jax.lax.Precision.HIGHEST)
-    products = products.reshape(*q.shape[:3], -1)
+
+    def products(selector, keys):
+        queries = selector.queries(q.astype(jnp.float32), 1)
+        rows = queries.reshape(*keys.shape[:2], -1, queries.shape[3])  # of a key head
+        found = jnp.einsum("bgmf,bgnf->bgmn", rows, keys, precision=jax.lax.Precision.HIGHEST)
+        return found.reshape(*queries.shape[:3], -1)
+
+    candidates = None
+    if selector.span:
+        spans = selector.span_rows(some.reshape(*some.shape[:2], -1, key_size))
+        spans = products(selector.coarse, spans.reshape(*some.shape[:2], -1, some.shape[3]))
+        best = best_spans(selector.coarse.combine(spans, key_size), own, first_chunk, selector)
+        numbers = jnp.arange(first) // selector.span
+        candidates = (best[..., None] == numbers[None, None, None, None]).any(3)
     return choose_past(
-        products, own, first_chunk, weights, count=count, selector=selector, key_size=key_size
+        products(selector, some),
+        own,
+        first_chunk,
+        weights,
+        count=count,
+        selector=selector,
+        key_size=key_size,
+        candidates=candidates,
     )
+
+
+def best_spans(
+    scores: Float32[Array, "B S T N"],
+    own: Int32[Array, "B T"],
+    first_chunk: Int32[Array, "B T"] | None,
+    selector: Selector,
+) -> Int32[Array, "B S T J"]:
+    """Spans whose chunks are candidates, the own one last: int32 [B, S, T, at most spans], -1 for
+    none. Scores of spans that are not whole before the own one, or hold chunks before the first,
+    may be anything: the one in which a packed document begins is taken before all others."""
+    own, first = _columns(own, first_chunk)
+    numbers, span = jnp.arange(scores.shape[3])[None, None, None], selector.span
+    scores = selector.prefer_forced(scores, numbers, own, first, span)
+    scores = jnp.where(numbers * span < first, jnp.inf, scores)
+    own_span = jnp.broadcast_to(own // span, (*scores.shape[:3], 1)).astype(jnp.int32)
+    whole = (numbers < own_span) & (numbers >= first // span)
+    best = _best(jnp.where(whole, scores, -jnp.inf), min(selector.spans - 1, scores.shape[3]))
+    return jnp.concatenate([best, own_span], axis=-1)
+
+
+def _columns(own, first_chunk):
+    """Own chunks [B, T], and those in which documents begin (None: 0), as [B, 1, T, 1]."""
+    own = own[:, None, :, None]
+    return own, 0 * own if first_chunk is None else first_chunk[:, None, :, None]
 
 
 def choose_past(
@@ -165,16 +223,40 @@ def choose_past(
     count: int,
     selector: Selector,
     key_size: int,
+    candidates: Bool[Array, "B S T N"] | None = None,
 ) -> Int32[Array, "B S T J"]:
-    """The best `count` of the chunks before the own one, by the products of queries and keys that
-    `Selector.queries` and `Selector.keys` make: int32 [B, S, T, count], -1 for none."""
+    """The best `count` of the chunks before the own one (of the candidates among them), by the
+    products of queries and keys that `Selector.queries` and `Selector.keys` make: int32 [B, S, T,
+    count], -1 for none."""
     scores = selector.combine(products, key_size, weights)
-    chunks = scores.shape[-1]
-    past = jnp.arange(chunks)[None, None, None] < own[:, None, :, None]
-    if first_chunk is not None:
-        past &= jnp.arange(chunks)[None, None, None] >= first_chunk[:, None, :, None]
-    scores = jnp.where(past, scores, -jnp.inf)
-    return _pad_choices(_best(scores, min(count, chunks)), count)
+    numbers = jnp.arange(scores.shape[-1])[None, None, None]
+    scores = _past_scores(scores, numbers, own, first_chunk, selector)
+    if candidates is not None:
+        scores = jnp.where(candidates, scores, -jnp.inf)
+    return _pad_choices(_best(scores, min(count, scores.shape[-1])), count)
+
+
+def choose_numbered(
+    scores: Float32[Array, "B S T N"],
+    numbers: Int32[Array, "B S T N"],  # ascending; -1 for no chunk
+    own: Int32[Array, "B T"],
+    *,
+    count: int,
+    selector: Selector,
+) -> Int32[Array, "B S T J"]:
+    """`choose_past` by the scores of the chunks with these numbers."""
+    scores = _past_scores(scores, numbers, own, None, selector)
+    best = _best(scores, min(count, scores.shape[-1]))
+    chosen = jnp.take_along_axis(numbers, jnp.maximum(best, 0), axis=-1)
+    return _pad_choices(jnp.where(best >= 0, chosen, -1), count)
+
+
+def _past_scores(scores, numbers, own, first_chunk, selector):
+    """Scores [B, S, T, N] of the chunks with these numbers: infinite where they are forced, and
+    minus infinity where they are not between the first and the own chunk."""
+    own, first = _columns(own, first_chunk)
+    past = (numbers >= first) & (numbers < own)
+    return jnp.where(past, selector.prefer_forced(scores, numbers, own, first), -jnp.inf)
 
 
 def _pad_choices(chosen, count):
@@ -221,7 +303,8 @@ def select_chunks(
       segment_ids: numbers of packed documents (`documents`), of the keys and so of the queries at
         their positions. A query chooses among the chunks from that on in which its document begins,
         and a chunk is scored by the keys of the document it ends with alone: queries behind it are
-        of no other. None: all tokens are of one document.
+        of no other. Of a selector's spans that one counts as forced which holds the document's
+        first chunk behind others. None: all tokens are of one document.
       implementation: "pallas" (TPU, selector "mean" or "bounds"), "xla", or None to choose by
         platform.
       selector: how a query scores a chunk, and which heads choose together.
@@ -246,6 +329,8 @@ def select_chunks(
             return NO_DOCUMENTS
         if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
+        if selector.span or selector.forced != "none":
+            return "the kernel scores all chunks alike, and has no spans and no forced chunks"
         if not selector.sums_queries:
             return "heads that choose together take the largest score and the kernel sums queries"
         reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
@@ -272,17 +357,23 @@ def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset, starts=None):
     k, counted, packed = k[:, : k.shape[1] // chunk_size * chunk_size], None, None
     if starts is not None:
         first = query_starts(starts, q_offset, q.shape[1])
-        counted = _readable_keys(starts[:, : k.shape[1]], chunk_size)
+        counted = readable_keys(starts[:, : k.shape[1]], chunk_size)
         packed = PackedChunks(selector.counts(counted, chunk_size), first // chunk_size)
     rows = selector.rows_of(k, chunk_size, counted)
     options = {"chunk_size": chunk_size, "count": count, "selector": selector}
     return select_from_rows(q, rows, positions, packed=packed, **options)
 
 
-def _readable_keys(starts, chunk_size):
-    """Which keys of complete chunks are of the document that their chunk ends with, bool [B, T]."""
+def readable_keys(starts: Int32[Array, "B T"], chunk_size: int) -> Bool[Array, "B complete"]:
+    """Which keys of complete chunks are of the document that their chunk ends with.
+
+    Args:
+      starts: where the document of each token begins; of padding, anywhere after it.
+      chunk_size: tokens in a chunk.
+    """
+    complete = starts.shape[1] // chunk_size * chunk_size
     begin = jnp.repeat(starts[:, chunk_size - 1 :: chunk_size], chunk_size, axis=1)
-    return jnp.arange(starts.shape[1])[None] >= begin
+    return jnp.arange(complete)[None] >= begin
 
 
 def kernel_factors(q, k, chunk_size, selector):
@@ -315,12 +406,33 @@ def select_chunks_reference(
     together = selector.together
     scores = scores.reshape(batch, length, heads // together, together, columns)
     scores = scores.sum(3) if selector.joined == "sum" else scores.max(3)
-    own = query_positions(q_offset, batch, length) // chunk_size
-    past = jnp.arange(columns)[None, None, :] < own[:, :, None]
-    scores = jnp.where(past[:, :, None, :], scores, -jnp.inf)
+    own = query_positions(q_offset, batch, length)[:, :, None, None] // chunk_size
+    past = jnp.arange(columns)[None, None, None] < own
+    if selector.span and chunks:
+        past &= _candidates_reference(q, k, own, columns, chunk_size, selector)
+    scores = selector.prefer_forced(scores, jnp.arange(columns)[None, None, None], own, 0 * own)
+    scores = jnp.where(past, scores, -jnp.inf)
     order = jnp.argsort(-scores, axis=-1, stable=True)[..., : top_k - 1]
     chosen = jnp.take_along_axis(scores, order, axis=-1)
     return jnp.where(chosen > -jnp.inf, order, -1).astype(jnp.int32)
+
+
+def _candidates_reference(q, k, own, columns, chunk_size, selector) -> jax.Array:
+    """Which chunks lie in spans that are looked into, bool [B, Tq, S, columns]."""
+    size = selector.span * chunk_size
+    every = Selector("bounds", together=selector.together, joined=selector.joined)
+    parts = [k[:, at : at + size] for at in range(0, k.shape[1], size)]
+    scores = jnp.stack([_score_reference(q, part, every) for part in parts], axis=-1)
+    scores = scores.reshape(*scores.shape[:2], -1, selector.together, len(parts))
+    scores = scores.sum(3) if selector.joined == "sum" else scores.max(3)
+    numbers = jnp.arange(len(parts))[None, None, None]
+    scores = selector.prefer_forced(scores, numbers, own, 0 * own, selector.span)
+    scores = jnp.where(numbers < own // selector.span, scores, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+    looked = (rank < selector.spans - 1) | (numbers == own // selector.span)
+    inside = jnp.repeat(looked, selector.span, axis=-1)[..., :columns]
+    missing = columns - inside.shape[-1]
+    return jnp.pad(inside, ((0, 0), (0, 0), (0, 0), (0, missing)))
 
 
 def _score_reference(q, chunk, selector: Selector) -> jax.Array:
@@ -328,10 +440,11 @@ def _score_reference(q, chunk, selector: Selector) -> jax.Array:
     dot = lambda key: jnp.sum(q * key[:, None], axis=-1)
     if selector.kind == "mean":
         return dot(jnp.mean(chunk, axis=1))
-    if selector.kind == "bounds":
-        low, high = chunk.min(1)[:, None], chunk.max(1)[:, None]
-        return jnp.sum(jnp.maximum(q * low, q * high), axis=-1)
     parts = jnp.split(chunk, selector.blocks, axis=1)
+    if selector.kind == "bounds":
+        bound = lambda low, high: jnp.sum(jnp.maximum(q * low, q * high), axis=-1)
+        bounds = [bound(part.min(1)[:, None], part.max(1)[:, None]) for part in parts]
+        return jnp.stack(bounds).max(0)
     scores = jnp.stack([dot(jnp.mean(part, axis=1)) for part in parts])
     if selector.kind == "max":
         return scores.max(0)

@@ -23,22 +23,31 @@ class Selector(NamedTuple):
       "pooled": log-sum-exp of q . mean key / sqrt(K) over the parts, so what the chunk would weigh
         in the softmax if every key were its part's mean.
       "bounds": sum over channels of the larger of q * smallest key and q * largest key, an upper
-        bound of q . k over the chunk (Quest, arXiv 2406.10774).
-    blocks: parts of a chunk, for "max" and "pooled".
+        bound of q . k over the chunk (Quest, arXiv 2406.10774); with `blocks`, the largest of
+        those of its parts. With parts of one token it is the largest q . k of the chunk.
+    blocks: parts of a chunk, for "max", "pooled" and "bounds".
     together: neighbouring query heads that share a choice, by the sum of their scores or the
       largest. They read one key head.
     joined: "sum" or "max".
+    forced: past chunks that are chosen before all others: the "previous" one, the "first", "both".
+    span: chunks of a span, for "bounds": only the chunks of `spans` spans are candidates, those of
+      the query's own span and of the best whole ones before it by the bounds of all their keys. 0:
+      all chunks are.
+    spans: spans whose chunks are candidates.
     """
 
     kind: Literal["mean", "max", "pooled", "bounds"] = "mean"
     blocks: int = 1
     together: int = 1
     joined: Literal["sum", "max"] = "sum"
+    forced: Literal["none", "previous", "first", "both"] = "none"
+    span: int = 0
+    spans: int = 8
 
     @property
     def rows(self) -> int:
         """Rows kept of each chunk."""
-        return {"mean": 1, "bounds": 2}.get(self.kind, self.blocks)
+        return {"mean": 1, "bounds": 2 * self.blocks}.get(self.kind, self.blocks)
 
     def rows_of(
         self,
@@ -47,8 +56,8 @@ class Selector(NamedTuple):
         counted: Bool[Array, "B T"] | None = None,
     ) -> Float32[Array, "B NR H K"]:
         """What is kept of keys [B, T, H, K] in chunks: float32 [B, ceil(T / chunk_size) * rows, H,
-        K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k; a
-        trailing partial chunk as far as it goes. Keys that are not `counted` are left out.
+        K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k in each
+        part; a trailing partial chunk as far as it goes. Keys that are not `counted` are left out.
         """
         counts = None if counted is None else counted[..., None, None]
         only = lambda x, empty: x if counts is None else jnp.where(counts, x, empty)
@@ -61,37 +70,37 @@ class Selector(NamedTuple):
         chunks = -(-length // chunk_size)
         padding = ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0))
         split = lambda x: jnp.pad(only(x, -jnp.inf), padding, constant_values=-jnp.inf).reshape(
-            batch, chunks, chunk_size, heads, size
+            batch, chunks * self.blocks, -1, heads, size
         )
         k = k.astype(jnp.float32)
         bounds = jnp.stack([split(-k).max(2), split(k).max(2)], axis=2)
-        return bounds.reshape(batch, chunks * 2, heads, size)
+        return bounds.reshape(batch, -1, heads, size)
 
     @property
     def is_product(self) -> bool:
         """Whether the score is a product of the query with one vector of the chunk."""
-        return self.kind in ("mean", "bounds")
+        return self.kind == "mean" or (self.kind == "bounds" and self.blocks == 1)
 
     @property
     def keys_per_chunk(self) -> int:
         """Keys that `keys` makes of each chunk."""
-        return 1 if self.kind == "bounds" else self.rows
+        return self.blocks if self.kind == "bounds" else self.rows
 
     def counts(
         self, counted: Bool[Array, "B T"], chunk_size: int
     ) -> Float32[Array, "B keys"] | None:
-        """How many keys of each part of complete chunks are counted: [B, N * rows]; None where
-        nobody asks ("bounds")."""
-        if self.kind == "bounds":
+        """How many keys of each part of complete chunks are counted: [B, N * keys_per_chunk]; None
+        where nobody asks ("bounds" of whole chunks)."""
+        if self.kind == "bounds" and self.blocks == 1:
             return None
-        parts = counted.reshape(counted.shape[0], -1, chunk_size // self.rows)
+        parts = counted.reshape(counted.shape[0], -1, chunk_size // self.keys_per_chunk)
         return parts.sum(-1, dtype=jnp.float32)
 
     def keys(
         self,
         rows: Float32[Array, "*any NR K"],
         chunk_size: int,
-        counts: Float32[Array, "*some NR"] | None = None,
+        counts: Float32[Array, "*some keys"] | None = None,
     ) -> Float32[Array, "*any keys F"]:
         """What queries are multiplied with: float32 [..., N * rows, K] -> [..., N *
         keys_per_chunk, F]. F is K, and for "bounds" 2 K: [-smallest, largest]. `counts` says of how
@@ -99,7 +108,8 @@ class Selector(NamedTuple):
         if self.kind != "bounds":
             whole = chunk_size // self.rows
             return rows / (whole if counts is None else jnp.maximum(counts, 1)[..., None])
-        return rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
+        keys = rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
+        return keys if counts is None else jnp.where(counts[..., None] > 0, keys, 0)
 
     @property
     def sums_queries(self) -> bool:
@@ -124,16 +134,16 @@ class Selector(NamedTuple):
     ) -> Float32[Array, "B S T N"]:
         """Scores [B, S, T, N] from the products of `queries` with all keys: [B, H, T, N *
         keys_per_chunk], or [B, S, ...] where it `sums_queries`. `weights` are the shares of the
-        keys that count in each part, where not all do: in "max" parts without any are left out, in
-        "pooled" each part weighs as much."""
+        keys that count in each part, where not all do: in "pooled" each part weighs as much, else
+        parts without any are left out."""
         scores = products
         if not self.is_product:
-            parts = lambda x: x.reshape(*x.shape[:-1], -1, self.rows)
-            products, largest = parts(products), self.kind == "max"
-            products = products if largest else products * key_size**-0.5
+            parts = lambda x: x.reshape(*x.shape[:-1], -1, self.keys_per_chunk)
+            products, pooled = parts(products), self.kind == "pooled"
+            products = products * key_size**-0.5 if pooled else products
             if weights is not None:
-                products += jnp.log(parts(jnp.sign(weights) if largest else weights))
-            scores = products.max(-1) if largest else jax.nn.logsumexp(products, axis=-1)
+                products += jnp.log(parts(weights if pooled else jnp.sign(weights)))
+            scores = jax.nn.logsumexp(products, axis=-1) if pooled else products.max(-1)
         if self.sums_queries:
             return scores
         scores = self._of_heads(scores, 1)
@@ -142,6 +152,42 @@ class Selector(NamedTuple):
     def _of_heads(self, x, axis: int):
         """[..., H, ...] -> [..., S, together, ...]."""
         return x.reshape(*x.shape[:axis], -1, self.together, *x.shape[axis + 1 :])
+
+    def products(self, heads: int, scored_heads: int) -> int:
+        """Numbers of the size of a key that scoring one chunk multiplies, for one token: `heads`
+        query heads that score `scored_heads` heads of keys."""
+        alike = heads // self.together if self.sums_queries else heads
+        return max(alike, scored_heads) * self.rows
+
+    @property
+    def coarse(self) -> "Selector":
+        """How spans are scored: by bounds that no chunk in them exceeds."""
+        return self._replace(blocks=1, forced="none", span=0)
+
+    def span_rows(self, rows: Float32[Array, "*any NR K"]) -> Float32[Array, "*any spans K"]:
+        """What is kept of each span, from the rows of its chunks (the last span may lack some):
+        float32 [..., N * rows, K] -> [..., ceil(N / span) * 2, K]."""
+        each, (*outer, count, size) = self.span * self.rows, rows.shape
+        missing = [(0, 0)] * len(outer) + [(0, -count % each), (0, 0)]
+        rows = jnp.pad(rows, missing, constant_values=-jnp.inf)
+        return rows.reshape(*outer, -1, each // 2, 2, size).max(-3).reshape(*outer, -1, size)
+
+    def prefer_forced(
+        self,
+        scores: Float32[Array, "B S T N"],
+        numbers: jax.Array,
+        own: jax.Array,
+        first: jax.Array,
+        unit: int = 1,
+    ) -> Float32[Array, "B S T N"]:
+        """Scores of chunks, or of spans of `unit` chunks, of these numbers: those of what is forced
+        for queries of the own chunks [B, 1, T, 1], whose texts begin in the chunks `first`, are
+        infinite."""
+        places = {"none": (), "previous": (own - 1,), "first": (first,)}
+        places["both"] = places["previous"] + places["first"]
+        for chunk in places[self.forced]:
+            scores = jnp.where(numbers == chunk // unit, jnp.inf, scores)
+        return scores
 
     def start(self, shape: tuple[int, ...]) -> Float32[Array, "..."]:
         """Rows of chunks without any key, float32."""
@@ -179,6 +225,16 @@ def check_selector(selector: Selector, chunk_size: int, heads: int, key_heads: i
         raise ValueError(
             f"a chunk of {chunk_size} tokens can't be cut into {selector.blocks} equal blocks: "
             "choose a divisor"
+        )
+    if selector.forced not in ("none", "previous", "first", "both"):
+        raise ValueError(
+            f"forced={selector.forced!r} of a selector is unknown: choose none, previous, first or "
+            "both"
+        )
+    if selector.span and (selector.kind != "bounds" or selector.span < 2 or selector.spans < 2):
+        raise ValueError(
+            f"{selector} scores {selector.spans} spans of {selector.span} chunks: both must be at "
+            'least 2, and its kind "bounds"; or make span 0'
         )
     if selector.joined not in ("sum", "max"):
         raise ValueError(f"joined={selector.joined!r} of a selector is unknown: choose sum or max")

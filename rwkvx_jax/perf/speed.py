@@ -249,8 +249,12 @@ def bytes_per_token(config: ModelConfig, run_config: RunConfig, params: Params, 
         rows, kept = length + 1, 0
     else:
         rows = min(past, config.top_k - 1) * chunk + filled
-        kept = past * selector_of(config).rows
-    attention = config.num_attention_blocks * config.kv_width * (2 * rows * item + 4 * kept)
+        selector = selector_of(config)
+        kept = past * selector.rows
+        if span := selector.span:  # bounds of all spans, and the rows of the chunks in some
+            kept = min(past, selector.spans * span) * selector.rows + 2 * -(-past // span)
+        kept *= config.scored_heads * config.scored_size
+    attention = config.num_attention_blocks * (config.kv_width * 2 * rows * item + 4 * kept)
     return weights + states + attention + config.width * 4
 
 
@@ -268,12 +272,14 @@ def _filled_cache(config: ModelConfig, run_config: RunConfig, length: int) -> Ca
     fill = jax.jit(lambda old, page: jnp.broadcast_to(page, old.shape) + 0 * old, donate_argnums=0)
     pages = cache.pages
     sums = jax.random.normal(keys[1], pages.key_sums.shape, jnp.float32) * config.chunk_size
+    selector = selector_of(config)
+    spans = selector.span_rows(sums) if selector.span else None
     pages = pages._replace(keys=fill(pages.keys, page), values=fill(pages.values, page))
     return replace(
         cache,
         length=jnp.full(1, length, jnp.int32),
         position=jnp.full(1, length, jnp.int32),
-        pages=pages._replace(key_sums=sums),
+        pages=pages._replace(key_sums=sums, span_rows=spans),
     )
 
 

@@ -127,7 +127,7 @@ class _Reader:
         parallel_steps = None
         if instruction.opcode == "custom-call":
             flops = passes = _estimated_flops(instruction)
-            if '"tpu_custom_call"' in instruction.attributes:
+            if is_kernel(instruction):
                 kernel = instruction.name.split(".")[0]
                 given = (a for x in computation.operands(instruction) for a in x.arrays)
                 kernel_bytes = sum(a.bytes for a in (*given, *instruction.arrays))
@@ -177,7 +177,7 @@ class _Reader:
         for instruction in inner.instructions.values():
             if collectives.kind_of(instruction):
                 channel = instruction.attribute("channel_id")
-                if channel in self._started(computation) and not _starts(fusion):
+                if channel in self._started(computation) and not starts(fusion):
                     return None
                 found = collectives.read(instruction, inner, self.devices)
                 if found and found.kind == "all-reduce" and "scatter" in inner.name:
@@ -188,8 +188,8 @@ class _Reader:
     def _started(self, computation: Computation) -> set[str]:
         """Channels of the asynchronous collectives that fusions of a computation start."""
         if computation.name not in self.channels:
-            starts = filter(_starts, computation.instructions.values())
-            inner = (self.module.computations[x.called("calls")] for x in starts)
+            fusions = filter(starts, computation.instructions.values())
+            inner = (self.module.computations[x.called("calls")] for x in fusions)
             found = (x.attribute("channel_id") for y in inner for x in y.instructions.values())
             self.channels[computation.name] = {channel for channel in found if channel}
         return self.channels[computation.name]
@@ -204,7 +204,7 @@ class _Reader:
             moved = _moved(instruction)
             source = operands[0].array
             return moved.hbm_bytes + (moved.bytes if source.space == 0 else 0)
-        if opcode == "custom-call" and "tpu_custom_call" not in instruction.attributes:
+        if opcode == "custom-call" and not is_kernel(instruction):
             return 0.0  # the compiler's own markers: buffers, index checks
         if opcode.endswith("-start"):
             return sum(x.array.hbm_bytes for x in operands) * 2.0
@@ -367,6 +367,11 @@ def _window_pairs(inputs: int, outputs: int, window: dict[str, int]) -> int:
     return total
 
 
-def _starts(instruction: Instruction) -> bool:
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a Pallas kernel."""
+    return instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes
+
+
+def starts(instruction: Instruction) -> bool:
     """Whether it is a fusion that starts an asynchronous collective, as libtpu names them."""
     return instruction.opcode == "fusion" and instruction.name.startswith("async-collective-start")

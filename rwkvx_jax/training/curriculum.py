@@ -11,7 +11,7 @@ from rwkvx_jax.digest import flat
 from rwkvx_jax.hosts import place
 from rwkvx_jax.lora import merged, new_adapters
 from rwkvx_jax.model import Params, select
-from rwkvx_jax.training.expand import expand, with_initial_states
+from rwkvx_jax.training.expand import expand, with_indexers, with_initial_states
 from rwkvx_jax.training.step import StageProgram, TrainState, fresh_shardings, stage_program
 
 
@@ -44,7 +44,8 @@ def next_stage(
 
     The moments go on where the same parameters train in both stages; otherwise they start afresh.
     Adapters that do not go on are added to their matrices. A plain RWKV-7 is expanded if this stage
-    wants the hybrid, and parameters that this stage adds (initial states, adapters) are made.
+    wants the hybrid, and parameters that this stage adds (initial states, indexers, adapters)
+    are made.
     """
     stage = config.stages[index]
     program = stage_program(config, stage, mesh)
@@ -60,6 +61,8 @@ def next_stage(
         params = expand(params, config.model, fresh_shardings(wanted["attention_blocks"]))
     if config.model.learned_state:
         params = with_initial_states(params, config.model)
+    if config.model.selector == "index" and "attention_blocks" in params:
+        params = with_indexers(params, config.model)
     if stage.trainable == "lora" and ADAPTERS not in params:
         shapes, seed = program.params[ADAPTERS], config.model.init_seed
         params = {**params, ADAPTERS: new_adapters(shapes, wanted[ADAPTERS], seed, index)}

@@ -72,6 +72,19 @@ def with_initial_states(params: Params, config: ModelConfig) -> Params:
     return joined(params, states)
 
 
+def with_indexers(params: Params, config: ModelConfig) -> Params:
+    """The parameters with indexers as they begin, where the attention blocks have none yet.
+
+    Args:
+      params: of a model that differs from `config` in these at most.
+      config: with the selector "index".
+    """
+    if "indexer" in params["attention_blocks"]["attention"]:
+        return params
+    indexer = jax.device_get(new_attention_blocks(config)["attention"]["indexer"])
+    return joined(params, {"attention_blocks": {"attention": {"indexer": indexer}}})
+
+
 @functools.partial(jax.jit, static_argnums=1)  # one program, whatever devices and hosts hold parts
 def _copies(blocks: Params, interval: int) -> Params:
     """The matrices of attention blocks that are those of every `interval`-th RWKV-7 block."""

@@ -108,8 +108,10 @@ def _check_usable(found: ModelConfig, config: Config, path: Path) -> None:
         raise ConfigError(
             f"{path} holds learned initial states, but model.learned_state is False: set it True"
         )
-    # States that are not there yet begin as zeros.
+    # States that are not there yet begin as zeros, indexers as a selector of queries and keys.
     wanted = dataclasses.replace(wanted, learned_state=found.learned_state)
+    if wanted.selector == "index" and found.selector != "index":
+        wanted = dataclasses.replace(wanted, selector="bounds", index_size=0, selection_groups=0)
     lines = [
         f"{name}: {there} there, {here} in the config"
         for name, there in _shape(found).items()
@@ -136,6 +138,10 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "model.shared_attention": config.shared_attention,
         # A convolution of attention keys, which a model without attention blocks has not.
         "model.key_conv": config.key_conv if config.num_attention_blocks else 0,
+        # An indexer likewise.
+        "model.selector": "index"
+        if config.indexer_matrices and config.num_attention_blocks
+        else "",
         "model.ffn_width": config.hidden_width,
         "model.low_rank_override": tuple(config.ranks) if config.mixer == "rwkv7" else (),
     }

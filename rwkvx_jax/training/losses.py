@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rwkvx_jax.config import LongCEConfig
+from rwkvx_jax.config import LongCEConfig, ModelConfig
 from rwkvx_jax.model import RWKVX
 from rwkvx_jax.sharding import constrain, sequence_parts, whole_sequences
 
 
 class TokenLosses(NamedTuple):
-    """Per-token terms, each [B, T] float32."""
+    """Per-token terms, each [B, T] float32, and what the forward pass says of its selection."""
 
     cross_entropy: jax.Array
     squared_max: jax.Array  # square of the largest logit (L2Wrap)
+    selection: jax.Array | None = None  # [], sum of `Attention.selection_loss`, if it is wanted
 
 
 def target_mask(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -60,8 +61,17 @@ def token_weights(mask: jax.Array, average: str, segment_ids: jax.Array | None =
     return mask / jnp.maximum(own, 1.0) / jnp.maximum((samples > 0).sum(), 1)
 
 
+def selecting_queries(model: ModelConfig, length: int) -> int:
+    """Choices among past chunks that one sequence of `length` tokens makes, over all blocks."""
+    return model.num_attention_blocks * model.choices * max(0, length - model.chunk_size)
+
+
 def token_losses(
-    model: RWKVX, tokens: jax.Array, block_tokens: int, segment_ids: jax.Array | None = None
+    model: RWKVX,
+    tokens: jax.Array,
+    block_tokens: int,
+    segment_ids: jax.Array | None = None,
+    selection: bool = False,
 ) -> TokenLosses:
     """Cross-entropy of predicting tokens[:, 1:] from tokens[:, :-1].
 
@@ -70,8 +80,11 @@ def token_losses(
       tokens: [B, T + 1] int32.
       block_tokens: tokens whose logits exist at once (rounded to whole time steps).
       segment_ids: [B, T] int32, the document of each input, or None: a row is one text.
+      selection: whether the loss of the selector "index" is wanted as well.
     """
-    features, targets = model.features(tokens[:, :-1], segment_ids), tokens[:, 1:]
+    look = lambda attention, h: attention.selection_loss(h, segment_ids) if selection else None
+    features, seen = model.observe(tokens[:, :-1], look, segment_ids)
+    targets = tokens[:, 1:]
     # Parts of a sequence that lie on several devices become rows, so that none has to move.
     shape, parts = targets.shape, sequence_parts(targets.shape[1])
     rows, time = shape[0] * parts, shape[1] // parts
@@ -95,7 +108,8 @@ def token_losses(
 
     losses = jax.lax.map(lambda xs: one_block(*xs), (split(features), split(targets)))
     join = lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :time].reshape(shape)
-    return jax.tree.map(join, losses)
+    found = jax.tree.map(join, losses)
+    return found._replace(selection=jnp.sum(seen)) if selection else found
 
 
 def longce_starts(length: int, config: LongCEConfig) -> list[int]:

@@ -8,6 +8,7 @@ here, so that a better implementation shows as a better utilisation.
 from __future__ import annotations
 
 from rwkvx_jax.config import Config, ModelConfig, Stage
+from rwkvx_jax.ops.selection import selector_of
 from rwkvx_jax.training.losses import longce_starts
 from rwkvx_jax.training.memory import parameter_counts
 
@@ -47,7 +48,17 @@ def attention_flops(config: ModelConfig, time: int) -> float:
     """Forward products of one token's attention itself: scores, weighted values and gate."""
     gate = 0.0
     if config.attention == "sparse":
-        gate = 2.0 * config.width * _past_chunks(config, time, time) / time
+        selector, heads = selector_of(config), (config.num_heads, config.scored_heads)
+        past = _past_chunks(config, time, time) / time
+        products = selector.products(*heads) * past
+        if selector.span:
+            products = (
+                selector.products(*heads)
+                * _past_chunks(config, time, selector.span * selector.spans)
+                / time
+                + selector.coarse.products(*heads) * past / selector.span
+            )
+        gate = 2.0 * (products * config.scored_size + config.indexer_matrices)
     return 4.0 * config.width * visible_keys(config, time) + gate
 
 
@@ -83,6 +94,8 @@ def step_flops(config: Config, stage: Stage) -> float:
             own = attention_block_flops(model, time) - attention_flops(model, time)
             frozen += model.num_attention_blocks * own
         total -= time * frozen
+    if stage.selection_loss:
+        total += 2.0 * model.num_attention_blocks * model.width * time * (time + 1) / 2
     if stage.loss == "longce":
         span = stage.longce.window + stage.longce.stride
         windows = len(longce_starts(time, stage.longce))

@@ -32,7 +32,13 @@ from rwkvx_jax.model import (
     with_params,
 )
 from rwkvx_jax.sharding import batch_sharding, named_sharding, replicated
-from rwkvx_jax.training.losses import longce_weights, target_mask, token_losses, token_weights
+from rwkvx_jax.training.losses import (
+    longce_weights,
+    selecting_queries,
+    target_mask,
+    token_losses,
+    token_weights,
+)
 from rwkvx_jax.training.optimizer import (
     learning_rate,
     make_optimizer,
@@ -233,14 +239,16 @@ def stage_program(config: Config, stage: Stage, mesh: Mesh) -> StageProgram:
 
 
 def _objective(config: Config, stage: Stage, model: RWKVX) -> Callable:
-    """loss(trainable, frozen, tokens, weights, segment_ids) -> (loss, cross-entropy), both
-    weighted sums; segment_ids may be None."""
+    """loss(trainable, frozen, tokens, weights, segment_ids) -> (objective, its terms); segment_ids
+    may be None. All are sums over parts of the batch: weighted ones over tokens, and shares of the
+    mean over all choices of chunks."""
     block = config.run.loss_block
+    choices = stage.global_batch * selecting_queries(model.config, stage.seq_len)
 
     def loss(trainable: Params, frozen: Params, tokens, weights, segment_ids):
         params = joined(frozen, trainable)
         bound = bind(model, params, stage)
-        losses = token_losses(bound, tokens, block, segment_ids)
+        losses = token_losses(bound, tokens, block, segment_ids, stage.selection_loss > 0)
         factors = weights
         if stage.loss == "longce":
             fixed = bind(model, jax.lax.stop_gradient(params), stage)
@@ -253,7 +261,11 @@ def _objective(config: Config, stage: Stage, model: RWKVX) -> Callable:
         total = jnp.sum(factors * losses.cross_entropy)
         if stage.l2wrap:
             total += stage.l2wrap * jnp.sum(weights * losses.squared_max)
-        return total, jnp.sum(weights * losses.cross_entropy)
+        terms = {"loss": jnp.sum(weights * losses.cross_entropy)}
+        if losses.selection is not None:
+            terms["selection_loss"] = losses.selection / choices
+            total += stage.selection_loss * terms["selection_loss"]
+        return total, terms
 
     return loss
 
@@ -274,13 +286,16 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
 
         # Part i takes every accumulation-th row, so that each part stays spread over the devices.
         parts = lambda x: x.reshape(-1, stage.accumulation, *x.shape[1:]).swapaxes(0, 1)
-        zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trainable))
-        return jax.lax.scan(part, zeros, jax.tree.map(parts, rows))[0]
+        rows = jax.tree.map(parts, rows)
+        one = jax.tree.map(lambda x: x[0], rows)
+        values, _ = jax.eval_shape(value_and_grad, trainable, frozen, *one)
+        zeros = jax.tree.map(jnp.zeros_like, (values, trainable))
+        return jax.lax.scan(part, zeros, rows)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = _without_borders(batch)
         trainable, frozen = split_trainable(state.params, stage)
-        (loss, cross_entropy), grads = gradients(trainable, frozen, batch)
+        (loss, terms), grads = gradients(trainable, frozen, batch)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         rate = schedule(state.step)
@@ -298,7 +313,7 @@ def _train_step(config, stage, model, optimizer, factors) -> Callable:
             guard,
         )
         metrics = {
-            "loss": cross_entropy,
+            **terms,
             "objective": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate, jnp.float32),

@@ -66,7 +66,7 @@ def test_measures_equal_a_plain_computation():
     positions = positions_of(CONFIG, 60, 20)
     assert positions[0] == 24 and positions[-1] == 59 and len(positions) == 20
     named = selectors(CONFIG, 4)
-    run = jax.jit(lambda q, k: measure(q, k, jnp.asarray(positions), CONFIG, named))
+    run = jax.jit(lambda q, k: measure(q, k, (q, k), jnp.asarray(positions), CONFIG, named))
     found = run(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32))
     own = positions // 8
     octave = np.floor(np.log2(own)).astype(int)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,26 @@ def test_without_triton_all_but_the_gpu_kernels_works():
         assert f"{op}: falling back to" in result.stderr
 
 
+def assembler():
+    """NVIDIA's `ptxas` that XLA takes, where it is installed: of the wheel nvidia-cuda-nvcc, else
+    of the path. An older one cannot read the PTX that XLA writes for it."""
+    package = find_spec("nvidia")
+    wheels = (
+        [Path(x, "cu13/bin/ptxas") for x in package.submodule_search_locations] if package else []
+    )
+    return next((str(x) for x in wheels if x.exists()), shutil.which("ptxas"))
+
+
+def compiles_for_h100(test):
+    """Marks a test that compiles in a process of its own."""
+    for missing, what in (
+        (not find_spec("jax_cuda13_plugin"), "jax's CUDA plugin"),
+        (not assembler(), "ptxas, of the CUDA toolkit"),
+    ):
+        test = pytest.mark.skipif(missing, reason=f"needs {what}")(test)
+    return pytest.mark.slow(test)
+
+
 COMPILE = """
 import sys
 import jax
@@ -158,9 +179,7 @@ with jax.set_mesh(mesh):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="needs jax's CUDA plugin")
-@pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas, of the CUDA toolkit")
+@compiles_for_h100
 @pytest.mark.parametrize("head", [64, 128])
 @pytest.mark.parametrize(
     "prefix, names",
@@ -176,7 +195,8 @@ with jax.set_mesh(mesh):
     ],
 )
 def test_h100_does_not_spill(prefix, names, head, tmp_path):
-    flags = f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=.*"  # newer jax: PTX only with both
+    # Newer jax writes PTX only if asked; asked for everything, it took 12 times as long.
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=ptx"
     subprocess.run(
         [sys.executable, "-c", COMPILE, str(head), prefix],
         cwd=ROOT,
@@ -188,10 +208,12 @@ def test_h100_does_not_spill(prefix, names, head, tmp_path):
     for ptx in (
         x for x in tmp_path.glob("*.ptx") if re.search(r"entry (wkv7|block)", x.read_text())
     ):
-        command = ["ptxas", "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
-        report += subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [assembler(), "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        report += result.stderr
     found = r"entry function '((?:wkv7|block)_\w+)'.*?(\d+) bytes spill stores"
     kernels = re.findall(found, report, re.S)
     assert {name for name, _ in kernels} == set(names)
     for name, spilled in kernels:
-        assert int(spilled) <= 64, f"{name} at head size {head} spills {spilled} bytes:\n{report}"
+        assert int(spilled) == 0, f"{name} at head size {head} spills {spilled} bytes:\n{report}"

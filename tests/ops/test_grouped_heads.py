@@ -92,7 +92,7 @@ def test_splash_takes_grouped_heads():
 
 SELECTORS = [
     Selector(kind, blocks, together, joined)
-    for kind, blocks in (("mean", 1), ("max", 4), ("pooled", 2), ("bounds", 1))
+    for kind, blocks in (("mean", 1), ("max", 4), ("pooled", 2), ("bounds", 1), ("bounds", 4))
     for together, joined in ((1, "sum"), (2, "sum"), (2, "max"))
 ]
 

@@ -24,6 +24,10 @@ def test_bytes_of_a_token(selector, kept):
     assert bytes_per_token(config, run, {}, 43) == rest + attention
     shared = replace(config, num_kv_heads=1)
     assert bytes_per_token(shared, run, {}, 43) == rest + attention // config.num_heads
+    if selector == "bounds":  # bounds of both spans of two chunks, and the chunks of all spans
+        spans = replace(config, selection_span=4, selection_spans=2)
+        spans_kept = TINY.num_attention_blocks * TINY.width * 2 * 2 * 4
+        assert bytes_per_token(spans, run, {}, 43) == rest + attention + spans_kept
     full = TINY.num_attention_blocks * TINY.width * 2 * 44 * 2
     assert bytes_per_token(replace(config, attention="full"), run, {}, 43) == rest + full
 

@@ -51,6 +51,7 @@ _NAMES = {
     "max": "best block",
     "pooled": "pooled blocks",
     "bounds": "bounds",
+    "index": "learned",
     "recent": "most recent chunks",
     "oracle": "oracle (most mass)",
 }
@@ -93,12 +94,16 @@ class Observer:
 
     def _measure_all(self, params, tokens):
         model = with_params(self._model, params)
-        look = lambda attention, h: attention.project(h)[:2]
-        _, (q, k) = model.observe(tokens[None], look)
-        k = jnp.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)  # of each head of queries
+
+        def look(attention, h):
+            q, k, _, _ = attention.project(h)
+            own = attention.scored(q, k)
+            return q[0], jnp.repeat(k[0], q.shape[2] // k.shape[2], axis=1), [x[0] for x in own]
+
+        _, seen = model.observe(tokens[None], look)
         one = partial(measure, config=model.config, named=self._named)
-        look = lambda qk: one(*qk, jnp.asarray(self._positions))
-        return whole(jax.lax.map(look, (q[:, 0], k[:, 0])))
+        look = lambda seen: one(*seen, jnp.asarray(self._positions))
+        return whole(jax.lax.map(look, seen))
 
 
 def check_model(model: EvalModel, options: SelectionOptions) -> None:

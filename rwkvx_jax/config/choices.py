@@ -1,0 +1,57 @@
+"""Which options of the choice of chunks go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rwkvx_jax.config.values import require
+
+if TYPE_CHECKING:
+    from rwkvx_jax.config.model import ModelConfig
+
+
+def check_choices(config: ModelConfig) -> None:
+    """Raises ConfigError for options of the choice of chunks that do not go together."""
+    require(
+        config.selector not in ("max", "pooled", "index")
+        or (config.selector_blocks >= 1 and config.chunk_size % config.selector_blocks == 0),
+        f"model.selector_blocks {config.selector_blocks} does not divide model.chunk_size "
+        f"{config.chunk_size}, as the selector {config.selector!r} needs it to",
+    )
+    learned, heads = config.selector == "index", config.num_heads
+    require(
+        config.selection_groups >= 0 and heads % config.choices == 0,
+        f"model.selection_groups is {config.selection_groups}: it must divide the {heads} heads "
+        "of queries, or be 0 for a choice of each head",
+    )
+    within = config.choices % config.kv_heads == 0
+    require(
+        within or learned,
+        f"model.selection_groups is {config.selection_groups}, but heads that choose together by "
+        f"the selector {config.selector!r} score the same keys: use a multiple of the "
+        f'{config.kv_heads} heads of keys (model.num_kv_heads), or selector="index"',
+    )
+    require(
+        within or config.kv_heads % config.choices == 0,
+        f"model.selection_groups is {config.selection_groups}: of it and of the {config.kv_heads} "
+        "heads of keys (model.num_kv_heads) one must divide the other",
+    )
+    require(
+        config.index_size >= 0 and (learned or config.index_size == 0),
+        f'model.index_size is {config.index_size}: it is of the selector "index", not of '
+        f"{config.selector!r}, and 0 is head_size",
+    )
+    if not config.selection_span:
+        return
+    require(
+        config.selection_span > 1 and config.selector in ("bounds", "index"),
+        f"model.selection_span is {config.selection_span} with the selector {config.selector!r}: "
+        'spans have 2 chunks or more, and are chosen by the selectors "bounds" and "index"; '
+        "use 0 for none",
+    )
+    require(
+        (config.selection_spans - 1) * config.selection_span >= config.top_k - 1,
+        f"model.selection_spans {config.selection_spans} of model.selection_span "
+        f"{config.selection_span} chunks may hold fewer past chunks than model.top_k "
+        f"{config.top_k} asks for: raise one of them",
+    )
