@@ -169,8 +169,8 @@ def init_cache(
       policy: compression of the pages, or None to keep every row.
 
     Raises:
-      ConfigError: a size below 1 or beyond what rows are numbered by, a gate that is not known, or
-        heads that the mesh does not divide.
+      ConfigError: a size below 1 or beyond what rows are numbered by, a gate that is not known,
+        heads that the mesh does not divide, or spans or forced chunks where it parts pages.
     """
     if batch < 1 or max_length < 1:
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
@@ -187,11 +187,7 @@ def init_cache(
         return _empty(*arguments)
     if config.num_attention_blocks:
         check_heads(config, ways("heads"))
-    if config.selection_span and ways("pages") > 1:
-        raise ConfigError(
-            f"mesh.context {ways('pages')} would part the spans of model.selection_span "
-            f"{config.selection_span}: use mesh.context 1, or selection_span 0"
-        )
+    check_spans(config)
     # Compiled, so that every device makes its own part.
     return jax.jit(lambda: spread(_empty(*arguments)))()
 
@@ -286,6 +282,15 @@ def _check_gate(gate: Gate, config: ModelConfig) -> None:
         raise ConfigError(
             f'gate "shared" scores a chunk by all channels of queries and keys, of which there are '
             f'{config.width} and {config.kv_width}: use gate="per_head"'
+        )
+
+
+def check_spans(config: ModelConfig) -> None:
+    """Raises ConfigError where the mesh in force would part the spans of a selector."""
+    if config.selection_span and ways("pages") > 1:
+        raise ConfigError(
+            f"mesh.context {ways('pages')} would part the spans of model.selection_span "
+            f"{config.selection_span}: use mesh.context 1, or selection_span 0"
         )
 
 

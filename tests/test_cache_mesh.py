@@ -111,6 +111,18 @@ POLICY = CachePolicy(trigger=22, keep=12, window=5)
         ({}, {"gate": "shared"}, "tensor 2 x context 4"),
         ({"selector": "bounds"}, {"policy": POLICY}, "data 2 x tensor 2 x context 2"),
         pytest.param(
+            {"selector": "index", "selector_blocks": 2, "index_size": 4},
+            {"policy": POLICY},
+            "data 2 x tensor 2 x context 2",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            {"selector": "bounds", "selection_span": 2, "forced_chunks": "both", "top_k": 4},
+            {},
+            "data 8",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
             {}, {"gate": "shared", "policy": POLICY}, "context 8", marks=pytest.mark.thorough
         ),
         pytest.param({"attention": "full"}, {}, "context 8", marks=pytest.mark.thorough),
@@ -127,21 +139,16 @@ POLICY = CachePolicy(trigger=22, keep=12, window=5)
             marks=pytest.mark.thorough,
         ),
         pytest.param({"top_k": 1}, {}, "context 8", marks=pytest.mark.thorough),
-        (
-            {"forced_chunks": "both", "top_k": 4, "selection_groups": 2, "num_kv_heads": 2},
-            {},
-            "tensor 2 x context 4",
-        ),
         pytest.param(
-            {"selector": "index", "selector_blocks": 2, "selection_groups": 2},
+            {"forced_chunks": "both", "top_k": 4, "selection_groups": 2, "num_kv_heads": 2},
             {},
             "tensor 2 x context 4",
             marks=pytest.mark.thorough,
         ),
         pytest.param(
-            {"selector": "bounds", "selection_span": 2},
+            {"selector": "index", "selector_blocks": 2, "selection_groups": 2},
             {},
-            "data 8",
+            "tensor 2 x context 4",
             marks=pytest.mark.thorough,
         ),
         pytest.param({"num_attention_blocks": 0}, {}, "context 8", marks=pytest.mark.thorough),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rwkvx_jax.cache import Gate, Pages, page_axes, write_rows
+from rwkvx_jax.cache import Gate, Pages, check_spans, page_axes, write_rows
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.ops.paged import (
     Softmax,
@@ -24,7 +24,7 @@ from rwkvx_jax.ops.paged import (
     select_pages,
 )
 from rwkvx_jax.ops.paged_mesh import choose_together, join
-from rwkvx_jax.ops.selection import repeated_choices, select_from_rows, selector_of
+from rwkvx_jax.ops.selection import MEAN, repeated_choices, select_from_rows, selector_of
 from rwkvx_jax.sharding import cut_along, per_device
 
 _TOKENS = ("batch", None, "heads", None)
@@ -40,7 +40,7 @@ def attend_cached(
     layer: Int[Array, ""],
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
-    *,
+    *index: Float[Array, "B T S I"],
     config: ModelConfig,
     gate: Gate,
 ) -> tuple[Float[Array, "B T H K"], Pages]:
@@ -56,6 +56,7 @@ def attend_cached(
       layer: index of this block in the pages.
       start: rows in the pages before this piece.
       lengths: valid tokens of the piece.
+      index: what the selector asks with and what it scores, where that is not q and k.
       config: the model.
       gate: how past pages are chosen.
 
@@ -63,6 +64,8 @@ def attend_cached(
       The output, and the pages with the piece appended.
     """
     context = cut_along("pages", pages.keys.shape[3])
+    if context is not None:
+        check_spans(config)
     tensor = cut_along("heads", *(x.shape[2] for x in (q, k, asked, scored)))
     reader = _Reader(config, gate, context, tensor)
     stored = page_axes(gate)
@@ -102,7 +105,8 @@ class _Reader(NamedTuple):
 
     @property
     def _selector(self):
-        return selector_of(self.config)
+        """The model's, or that of the original package, which is no other."""
+        return selector_of(self.config) if self.gate == "per_head" else MEAN
 
     def _all_heads(self, x: Float[Array, "B T H K"]) -> Float[Array, "B T heads K"]:
         if self.tensor is None:
