@@ -327,11 +327,15 @@ def test_two_cores_route():
     )
     own = jnp.arange(256, dtype=jnp.int32)[None] // 64
     chosen = random_selection(19, 1, 256, 2, 64, 3)
-    found = routing.route(chosen, own, plan, interpret=interpreted_by_cores(2))
+
+    def run(interpret):
+        route = lambda *x: dataclasses.astuple(routing.route(*x, plan, interpret=interpret))
+        return jax.jit(route)(chosen, own)
+
+    found = run(interpreted_by_cores(2))
     assert_no_races()
-    expected = routing.route(chosen, own, plan, interpret=True)
-    for name in ("rows", "chunk", "count"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    for name, x, y in zip(("rows", "chunk", "count"), found, run(True), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
 
 
 @pytest.mark.slow
