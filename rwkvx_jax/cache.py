@@ -181,12 +181,13 @@ def init_cache(
             f"a cache of {rows:,} rows: it can have {MOST_ROWS:,}; lower max_length, or give a "
             "CachePolicy"
         )
-    arguments = config, dtype, batch, _page_count(config, max_length, policy), gate, policy
+    count = _pages(config, rows)
+    arguments = config, dtype, batch, count, gate, policy
     if jax.sharding.get_abstract_mesh().empty:
         return _empty(*arguments)
     if config.num_attention_blocks:
         check_heads(config, ways("heads"))
-        _check_choice(config, ways("pages"))
+    check_spans(config)
     # Compiled, so that every device makes its own part.
     return jax.jit(lambda: spread(_empty(*arguments)))()
 
@@ -238,23 +239,22 @@ def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes, Axes]:
     heads, every device has the sums of all."""
     rows = ("layers", "batch", "heads", "pages", None, None)
     scored = "heads" if gate == "per_head" else None
-    sums = ("layers", "batch", scored)
-    return rows, rows, (*sums, "pages", None), (*sums, None, None)
+    sums = ("layers", "batch", scored, "pages", None)
+    return rows, rows, sums, sums
 
 
 def cache_axes(cache: Cache) -> Any:
     """Logical axes of every array of a cache, as a tree with tuples for leaves."""
     texts, rows, states = ("batch",), ("layers", "batch", None), ("layers", "batch", "heads")
-    axes: Any = (texts, texts, rows, (*states, None, None))
-    length, position, shift, wkv = axes
-    pages = zip(page_axes(cache.gate), cache.pages, strict=True)
+    axes: Any = (texts, texts, rows, (*states, None, None), *page_axes(cache.gate))
+    length, position, shift, wkv, keys, values, sums, spans = axes
     return replace(
         cache,
         length=length,
         position=position,
         blocks=BlockState(TimeMixState(shift, wkv), shift),
         attention=None if cache.attention is None else AttentionState(shift, shift),
-        pages=Pages._make(None if x is None else axes for axes, x in pages),
+        pages=Pages(keys, values, sums, None if cache.pages.span_rows is None else spans),
     )
 
 
@@ -285,13 +285,12 @@ def _check_gate(gate: Gate, config: ModelConfig) -> None:
         )
 
 
-def _check_choice(config: ModelConfig, parts: int) -> None:
-    """Raises ConfigError where pages are chosen that no device along `context` can name alone."""
-    if parts > 1 and (config.selection_span or config.forced_chunks != "none"):
+def check_spans(config: ModelConfig) -> None:
+    """Raises ConfigError where the mesh in force would part the spans of a selector."""
+    if config.selection_span and ways("pages") > 1:
         raise ConfigError(
-            f"mesh.context {parts} parts the pages of a text, among which model.selection_span "
-            f"{config.selection_span} and model.forced_chunks {config.forced_chunks!r} need them "
-            "all: spread texts over mesh.data or heads over mesh.tensor instead"
+            f"mesh.context {ways('pages')} would part the spans of model.selection_span "
+            f"{config.selection_span}: use mesh.context 1, or selection_span 0"
         )
 
 
@@ -302,10 +301,10 @@ def _rows(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> i
     return max_length if policy is None else min(max_length, policy.trigger + 1)
 
 
-def _page_count(config: ModelConfig, max_length: int, policy: CachePolicy | None) -> int:
-    """Pages of a text: whole spans of them, and as many on each device along `context`."""
-    each = (config.selection_span or 1) * ways("pages")
-    return -(-_rows(config, max_length, policy) // (config.chunk_size * each)) * each
+def _pages(config: ModelConfig, rows: int) -> int:
+    """Pages that hold so many rows: whole spans of them, as many on each device."""
+    unit = (config.selection_span or 1) * ways("pages")
+    return -(-rows // (config.chunk_size * unit)) * unit
 
 
 def cache_bytes(
@@ -318,10 +317,10 @@ def cache_bytes(
     """Bytes of the cache that `init_cache` would make, on all devices of the mesh in force
     together, known without making it."""
     bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    least = config.selection_span or 1
-    some = jax.eval_shape(lambda: _empty(config, dtype, 1, least, "per_head", None))
-    pages, count = bytes_of(some.pages), _page_count(config, max_length, policy) // least
-    return batch * (bytes_of(some) - pages + count * pages)
+    least = _pages(config, 1)
+    one = jax.eval_shape(lambda: _empty(config, dtype, 1, least, "per_head", None))
+    pages, count = bytes_of(one.pages), _pages(config, _rows(config, max_length, policy)) // least
+    return batch * (bytes_of(one) - pages + count * pages)
 
 
 def snapshot(cache: Cache) -> Snapshot:
@@ -359,8 +358,8 @@ def wiped(cache: Cache, texts: Bool[Array, " B"]) -> Cache:
     own = lambda x: x.reshape(1, -1, 1, 1, 1, 1)
     gone = own(texts) & (row >= own(cache.length))
     zero = lambda x: jnp.where(gone, jnp.zeros((), x.dtype), x)
-    pages = cache.pages
-    return replace(cache, pages=pages._replace(keys=zero(pages.keys), values=zero(pages.values)))
+    pages = cache.pages._replace(keys=zero(cache.pages.keys), values=zero(cache.pages.values))
+    return replace(cache, pages=pages)
 
 
 def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
@@ -383,13 +382,10 @@ def write_rows(
     start: Int[Array, " B"],  # row of the first token
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
-    scored: Float[Array, "B T G2 K2"] | None = None,
+    scored: Float[Array, "B T G2 K2"] | None = None,  # what the selector scores; None: k
 ) -> Pages:
     """Appends the valid rows of k and v to the pages of one attention block; those outside the
-    pages (which may be a stretch of a text's) are dropped.
-
-    The selector keeps what it needs of `scored`, the keys as the gate sees them (None: k).
-    """
+    pages (which may be a stretch of a text's) are dropped."""
     chunk = pages.keys.shape[4]
     row = start[:, None] + jnp.arange(k.shape[1])[None]  # [B, T]
     valid = (jnp.arange(k.shape[1])[None] < lengths[:, None]) & (row >= 0)

@@ -110,10 +110,11 @@ POLICY = CachePolicy(trigger=22, keep=12, window=5)
     [
         ({}, {"gate": "shared"}, "tensor 2 x context 4"),
         ({"selector": "bounds"}, {"policy": POLICY}, "data 2 x tensor 2 x context 2"),
-        (
+        pytest.param(
             {"selector": "index", "selector_blocks": 2, "index_size": 4},
             {"policy": POLICY},
             "data 2 x tensor 2 x context 2",
+            marks=pytest.mark.thorough,
         ),
         pytest.param(
             {"selector": "bounds", "selection_span": 2, "forced_chunks": "both", "top_k": 4},
@@ -138,6 +139,18 @@ POLICY = CachePolicy(trigger=22, keep=12, window=5)
             marks=pytest.mark.thorough,
         ),
         pytest.param({"top_k": 1}, {}, "context 8", marks=pytest.mark.thorough),
+        pytest.param(
+            {"forced_chunks": "both", "top_k": 4, "selection_groups": 2, "num_kv_heads": 2},
+            {},
+            "tensor 2 x context 4",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            {"selector": "index", "selector_blocks": 2, "selection_groups": 2},
+            {},
+            "tensor 2 x context 4",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param({"num_attention_blocks": 0}, {}, "context 8", marks=pytest.mark.thorough),
         pytest.param({"learned_state": True}, {}, "context 8", marks=pytest.mark.thorough),
     ],
@@ -177,18 +190,15 @@ def test_what_a_decode_step_sends_does_not_depend_on_the_length(name):
     assert 0 < sum(short.values()) < 64 * page / 8, short  # far from a share of all keys
 
 
+def test_spans_of_pages_are_not_parted():
+    config = dataclasses.replace(MODEL, selector="bounds", selection_span=2)
+    with jax.set_mesh(mesh_of("context 8")):
+        with pytest.raises(ConfigError, match="mesh.context 8 would part the spans"):
+            abstract_model(config, FLOAT32).init_cache(1, 8)
+
+
 def test_heads_that_the_mesh_does_not_divide_are_refused():
     model = abstract_model(dataclasses.replace(MODEL, width=24), FLOAT32)
     with jax.set_mesh(mesh_of("tensor 2 x context 4")):
         with pytest.raises(ConfigError, match="3 heads, which mesh.tensor 2"):
-            model.init_cache(1, 8)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"selection_span": 2, "selector": "bounds"}, {"forced_chunks": "first"}], ids=str
-)
-def test_choices_that_need_all_pages_are_refused_where_these_are_parted(changes):
-    model = abstract_model(dataclasses.replace(MODEL, **changes), FLOAT32)
-    with jax.set_mesh(mesh_of("tensor 2 x context 4")):
-        with pytest.raises(ConfigError, match="need them all"):
             model.init_cache(1, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, to_dict
@@ -175,15 +175,15 @@ class EvalModel(NamedTuple):
         )
 
 
-def over_devices(config: MeshConfig) -> contextlib.AbstractContextManager[Any]:
-    """Puts the mesh of an evaluation in force; one device alone needs none.
+def mesh_of(config: MeshConfig) -> Mesh | None:
+    """The mesh of an evaluation; None for one device alone, which needs none.
 
     Raises:
       ConfigError: sizes that do not multiply to the number of devices.
     """
     if jax.process_count() == 1 and set(config.sizes.values()) == {1}:
-        return contextlib.nullcontext()
-    return jax.set_mesh(make_mesh(config))
+        return None
+    return make_mesh(config)
 
 
 def open_models(options: EvalOptions) -> list[EvalModel]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 from rich.console import Console
 
-from rwkvx_jax.evals.models import EvalModel, EvalOptions, open_models, over_devices
+from rwkvx_jax.evals.models import EvalModel, EvalOptions, mesh_of, open_models
 from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
@@ -63,8 +63,9 @@ def run(
 ) -> None:
     """A task's command: loads the models, evaluates them, and shows what was found."""
     console = open_console()
-    with over_devices(options.mesh):
-        models = open_models(options)
+    mesh = mesh_of(options.mesh)
+    models = open_models(options)  # onto the host of each process: no mesh is in force yet
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         with until_interrupted(console):
             found = evaluate(options, models, console)
     if jax.process_index() == 0:

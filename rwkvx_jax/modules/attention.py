@@ -154,6 +154,7 @@ class Attention(nnx.Module):
           The output [B, T, D]; pages with the piece appended, and the new tail.
         """
         q, k, v, new_tail = self.project(h, position, tail, lengths)
+        asked, scored = self.scored(q, k)
         if policy is not None:
             selector = selector_of(self.config)
             due = policy.due(start) & (lengths > 0)
@@ -163,9 +164,8 @@ class Attention(nnx.Module):
             )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
-        index = self.scored(q, k) if self.config.selector == "index" else ()
         out, pages = attend_cached(
-            q, k, v, pages, layer, start, lengths, *index, config=self.config, gate=gate
+            q, k, v, asked, scored, pages, layer, start, lengths, config=self.config, gate=gate
         )
         return self.combine(out), (pages, new_tail)
 

@@ -7,13 +7,13 @@ it tells the others is in `ops.paged_mesh`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rwkvx_jax.cache import Gate, Pages, page_axes, write_rows
+from rwkvx_jax.cache import Gate, Pages, check_spans, page_axes, write_rows
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.ops.paged import (
     Softmax,
@@ -34,6 +34,8 @@ def attend_cached(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
+    asked: Float[Array, "B T H2 I"],
+    scored: Float[Array, "B T G2 I"],
     pages: Pages,
     layer: Int[Array, ""],
     start: Int[Array, " B"],
@@ -48,6 +50,8 @@ def attend_cached(
       q: queries.
       k: keys.
       v: values.
+      asked: what the selector asks with: q, or the queries of an indexer.
+      scored: what it scores: k, or the keys of an indexer.
       pages: of all attention blocks.
       layer: index of this block in the pages.
       start: rows in the pages before this piece.
@@ -60,14 +64,14 @@ def attend_cached(
       The output, and the pages with the piece appended.
     """
     context = cut_along("pages", pages.keys.shape[3])
-    tensor = cut_along("heads", q.shape[2], k.shape[2])
+    if context is not None:
+        check_spans(config)
+    tensor = cut_along("heads", *(x.shape[2] for x in (q, k, asked, scored)))
     reader = _Reader(config, gate, context, tensor)
-    held = [x for x in pages if x is not None]
-    stored = page_axes(gate)[: len(held)]
-    vectors = q, k, v, *index
-    inputs = (*stored, (), ("batch",), ("batch",), *[_TOKENS] * len(vectors))
+    stored = page_axes(gate)
+    inputs = (*[_TOKENS] * 5, *stored, (), ("batch",), ("batch",))
     run = per_device(reader.__call__, inputs, (_TOKENS, *stored))
-    out, *written = run(*held, layer, start, lengths, *vectors)
+    out, *written = run(q, k, v, asked, scored, *pages, layer, start, lengths)
     return out, Pages(*written)
 
 
@@ -86,59 +90,57 @@ class _Reader(NamedTuple):
     context: str | None
     tensor: str | None
 
-    def __call__(self, *arguments):
-        *held, layer, start, lengths, q, k, v = arguments[: -2 if self.by_index else None]
-        asked, scored = arguments[-2:] if self.by_index else (q, k)
-        pages = Pages(*held)
-        count, chunk = pages.keys.shape[3:5]
+    def __call__(self, q, k, v, asked, scored, keys, values, sums, spans, layer, start, lengths):
+        count, chunk = keys.shape[3:5]
         if self.context is not None:
             start = start - jax.lax.axis_index(self.context) * (count * chunk)
         if self.gate == "shared":
-            scored = self._all_heads(scored)
+            scored = self._all_heads(k)
+        pages = Pages(keys, values, sums, spans)
         pages = write_rows(pages, layer, k, v, start, lengths, self._selector, scored)
-        chosen = self._choose(asked, pages, layer, start, q.shape[2])
+        chosen = self._choose(q, asked, pages, layer, start)
         read = self._read_one if q.shape[1] == 1 else self._read_piece
         out = read(q, pages, layer, start, chosen)
-        return out.astype(q.dtype), *[x for x in pages if x is not None]
-
-    @property
-    def by_index(self) -> bool:
-        """Whether other vectors than queries and keys choose the pages."""
-        return self.config.selector == "index" and self.config.attention == "sparse"
+        return out.astype(q.dtype), *pages
 
     @property
     def _selector(self):
-        return selector_of(self.config)
+        """The model's, or that of the original package, which is no other."""
+        return selector_of(self.config) if self.gate == "per_head" else MEAN
 
     def _all_heads(self, x: Float[Array, "B T H K"]) -> Float[Array, "B T heads K"]:
         if self.tensor is None:
             return x
         return jax.lax.all_gather(x, self.tensor, axis=2, tiled=True)
 
-    def _choose(self, q, pages: Pages, layer, start, heads: int) -> jax.Array | None:
-        """Past pages of each token and choice, [B, T, S, J], as q chooses them for so many heads;
-        None: all of them (full attention)."""
+    def _choose(self, q, asked, pages: Pages, layer, start) -> jax.Array | None:
+        """Past pages of each token and choice, [B, T, S, J]; None: all of them (full attention)."""
         if self.config.attention == "full":
             return None
-        rows = pages.keys.shape[3] * pages.keys.shape[4]
+        heads, chunk = q.shape[2], pages.keys.shape[4]
+        rows = pages.keys.shape[3] * chunk
         positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.clip(positions, 0, rows)  # beyond a stretch all its pages are past
-        selector = self._selector if self.gate == "per_head" else MEAN
-        options: dict[str, Any] = {"chunk_size": self.config.chunk_size, "selector": selector}
+        selector = self._selector
+        if self.context is not None:
+            positions = jnp.clip(positions, 0, rows)  # beyond a stretch all its pages are past
+            selector = selector._replace(forced="none")  # of a text, not of a stretch
+        options = {"chunk_size": self.config.chunk_size, "selector": selector}
         if self.gate == "per_head":
-            count, sums = self.config.top_k - 1, pages.key_sums
+            count, sums, spans = self.config.top_k - 1, pages.key_sums, pages.span_rows
             chosen = select_pages(
-                q, sums, layer, positions, count=count, span_rows=pages.span_rows, **options
+                asked, sums, layer, positions, count=count, span_rows=spans, **options
             )
         else:  # one score over all channels, and top_k past chunks beside the own one
             flat = lambda x: x.reshape(*x.shape[:-2], 1, -1)
-            q = flat(self._all_heads(q))
+            asked = flat(self._all_heads(q))
             own = jax.lax.dynamic_index_in_dim(pages.key_sums, layer, 0, False)
             own = flat(own.swapaxes(1, 2))  # [B, N, 1, D]
-            chosen = select_from_rows(q, own, positions, count=self.config.top_k, **options)
+            chosen = select_from_rows(asked, own, positions, count=self.config.top_k, **options)
             sums, layer = own.swapaxes(1, 2)[None], jnp.int32(0)
         if self.context is not None and chosen.shape[-1]:
-            chosen = choose_together(q, sums, layer, chosen, self.context, **options)
+            chosen = choose_together(
+                asked, sums, layer, chosen, start, self.context, self._selector, chunk
+            )
         if self.gate == "per_head":
             return repeated_choices(chosen, pages.keys.shape[2])
         return jnp.broadcast_to(chosen, (*chosen.shape[:2], heads, chosen.shape[3]))

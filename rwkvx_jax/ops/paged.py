@@ -23,7 +23,7 @@ from rwkvx_jax.ops import blocked_attention as blocked
 from rwkvx_jax.ops.attention_inputs import check_groups
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.block_sparse_xla import add_past
-from rwkvx_jax.ops.dispatch import Candidate, current_platform, resolve
+from rwkvx_jax.ops.dispatch import Candidate, resolve
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import (
     MEAN,
@@ -408,9 +408,6 @@ def piece_softmax(
     batch, time, heads, _ = q.shape
     stored = keys.shape[1]
     cols = _block_rows(stored)
-    if current_platform() != "cpu":  # whose compilers lay all of a buffer out anew for such loops
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * key_heads)
-        keys, values, first = cut(keys), cut(values), 0
 
     def one_key_head(row):
         q, selection, group, offset = row

@@ -21,21 +21,22 @@ def choose_together(
     sums: Float32[Array, "M B G NR K"],
     layer: Int[Array, ""],
     chosen: Int32[Array, "B T S J"],
+    start: Int[Array, " B"],
     axis: str,
-    *,
-    chunk_size: int,
     selector: Selector,
+    chunk_size: int,
 ) -> Int32[Array, "B T S J"]:
     """The best J of all devices' candidates, as far as they lie here.
 
     Args:
-      q: queries.
+      q: what the selector asks with.
       sums: what the selector keeps of this device's pages (see `select_pages`).
       layer: which of the M blocks.
-      chosen: this device's best pages, numbered from its first, padded with -1.
+      chosen: this device's best pages, none of them forced, numbered from its first; -1 for none.
+      start: row of the first query, counted from this device's first.
       axis: mesh axis along which the pages lie.
+      selector: how a page is scored, and which are chosen before all others.
       chunk_size: tokens in a page.
-      selector: how a page is scored.
 
     Returns:
       Pages of this device among the best J of all, -1 for those of others. Ties go to the lower
@@ -46,9 +47,29 @@ def choose_together(
     scores = _scores(q, sums, layer, chosen, chunk_size, selector)
     gather = lambda x: jax.lax.all_gather(x, axis, axis=3, tiled=True)  # in the order of pages
     scores, pages = gather(scores), gather(jnp.where(chosen >= 0, chosen + first, -1))
+    forced = _forced(selector, start + first * chunk_size, chosen, chunk_size)
+    twice = jnp.any(pages[..., None] == forced[..., None, :], axis=-1)
+    scores = jnp.where(twice, -jnp.inf, scores)
+    scores = jnp.concatenate([jnp.where(forced >= 0, jnp.inf, -jnp.inf), scores], axis=3)
+    pages = jnp.concatenate([forced, jnp.where(twice, -1, pages)], axis=3)
     _, best = jax.lax.top_k(scores, slots)  # of ties the first
     pages = jnp.take_along_axis(pages, best, axis=3) - first
     return jnp.where((pages >= 0) & (pages < count), pages, -1)
+
+
+def _forced(selector: Selector, start, chosen, chunk_size: int) -> jax.Array:
+    """Pages of the text that are chosen before all others, ascending, [B, T, S, 0 to 2]; -1 where
+    there is no such past page."""
+    batch, time, choices, _ = chosen.shape
+    own = (start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]) // chunk_size
+    none = jnp.full_like(own, -1)
+    begin, before = jnp.where(own > 0, 0, none), jnp.maximum(own - 1, none)
+    places = {"none": [], "previous": [before], "first": [begin]}
+    places["both"] = [begin, jnp.where(before > 0, before, none)]
+    shape = (batch, time, choices, len(places[selector.forced]))
+    if not shape[3]:
+        return jnp.zeros(shape, jnp.int32)
+    return jnp.broadcast_to(jnp.stack(places[selector.forced], axis=-1)[:, :, None], shape)
 
 
 def _scores(q, sums, layer, chosen, chunk_size: int, selector: Selector) -> jax.Array:

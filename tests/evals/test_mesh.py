@@ -6,14 +6,19 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from rwkvx_jax.config import MeshConfig
+from rwkvx_jax.evals import runner
+from rwkvx_jax.evals.tasks.passkey import PasskeyOptions
+from rwkvx_jax.sharding import mesh_in_force
 from tests.evals.eval_models import TINY, run_command, write_checkpoint
 from tests.helpers import ROOT
 
 MODEL = dataclasses.replace(TINY, vocab_size=260, num_blocks=1, head_size=8)
-PASSKEY = ("passkey", "--lengths", "130,200", "--depths", 3, "--trials", 2, "--piece", 64)
+PASSKEY = ("passkey", "--lengths", "90,130", "--depths", 2, "--trials", 2, "--piece", 64)
 NIAH = ("niah", "--tasks", "single_1", "--lengths", "300", "--depths", 2, "--trials", 3)
 
 
@@ -42,6 +47,18 @@ def test_results_over_a_mesh_are_those_of_one_device(
         flags = *task, "--checkpoint", checkpoint, "--output", tmp_path / output, *flags
         run_command(monkeypatch, *flags)
     assert lines(tmp_path / "mesh" / f"{name}.jsonl") == lines(tmp_path / "one" / f"{name}.jsonl")
+
+
+def test_checkpoints_are_read_before_the_mesh_is_in_force(tmp_path, monkeypatch):
+    """A work directory is verified on one device, by programs that no mesh may reach."""
+    seen = []
+    monkeypatch.setattr(runner, "open_models", lambda options: seen.append(mesh_in_force()))
+    see = lambda *_: seen.append(dict(mesh_in_force().shape))
+    options = PasskeyOptions(
+        checkpoint=(Path("model"),), output=tmp_path, mesh=MeshConfig(data=-1, tensor=4)
+    )
+    runner.run(options, see, lambda *_: seen.append(mesh_in_force()))
+    assert seen == [None, {"data": 2, "fsdp": 1, "tensor": 4, "context": 1}, None]
 
 
 @pytest.mark.slow

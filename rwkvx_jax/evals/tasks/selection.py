@@ -102,8 +102,8 @@ class Observer:
 
         _, seen = model.observe(tokens[None], look)
         one = partial(measure, config=model.config, named=self._named)
-        positions = jnp.asarray(self._positions)
-        return whole(jax.lax.map(lambda seen: one(*seen, positions), seen))
+        look = lambda seen: one(*seen, jnp.asarray(self._positions))
+        return whole(jax.lax.map(look, seen))
 
 
 def check_model(model: EvalModel, options: SelectionOptions) -> None:
