@@ -18,6 +18,7 @@ from pallas_kernels.delta_rule_tpu import generalized_delta_rule
 from rwkvx_jax.config import Config, LongCEConfig, MeshConfig, ModelConfig, RunConfig, Stage
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.recurrence import wkv7
 from rwkvx_jax.ops.selection import Selector
 from rwkvx_jax.perf import hlo, static_costs, topology, work
@@ -135,6 +136,34 @@ def test_the_cores_of_a_v5p_share_one_row(heads, shared):
     works, _ = work.read_work(hlo.parse(text), 1)
     (steps,) = [one.parallel_steps for one in works if one.kernel == "wkv7_forward"]
     assert (steps % 2 == 0) == shared and (shared or steps == 1)
+
+
+@pytest.mark.thorough
+def test_packed_documents_compile():
+    """Gradients with segment ids: the kernel of any decays, the splash kernel, sparse XLA forms."""
+    mesh = topology.topology_mesh(topology.smallest("v5e"), {"device": 1})
+    struct = lambda shape, dtype: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    x, ids = struct((1, 512, 4, 64), jnp.bfloat16), struct((1, 512), jnp.int32)
+    sparse = functools.partial(sparse_attention, chunk_size=64, top_k=3)
+    for op, arrays, kernel in (
+        (wkv7, 6, r"%\w*vector_delta_rule_backward"),
+        (full_attention, 3, r"tpu_custom_call"),
+        (sparse, 3, r"while"),
+    ):
+
+        def total(ids, *arrays, op=op):
+            out = op(*arrays, segment_ids=ids)
+            return sum(y.astype(jnp.float32).sum() for y in jax.tree.leaves(out))
+
+        gradients = jax.grad(total, argnums=tuple(range(1, 1 + arrays)))
+        with jax.set_mesh(mesh):
+            mapped = jax.shard_map(
+                gradients, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+            )
+            text = jax.jit(mapped).lower(ids, *[x] * arrays).compile().as_text()
+        assert re.search(kernel, text)
 
 
 def test_topologies():
