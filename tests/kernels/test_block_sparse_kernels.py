@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import alignment, block_sparse_gpu, block_sparse_tpu, selection_tpu
+from pallas_kernels import (
+    alignment,
+    block_sparse_gpu,
+    block_sparse_tpu,
+    routing,
+    selection_tpu,
+)
 from pallas_kernels.block_sparse_tpu import TileConfig
 from rwkvx_jax.ops.attention_reference import sparse_attention_reference
 from rwkvx_jax.ops.selection import (
@@ -299,14 +305,33 @@ def test_tpu_semantics(dtype, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, size", [(jnp.float32, 128), (jnp.bfloat16, 64)])
-def test_two_cores(dtype, size):
-    """Routing, forward and backward of two packs, on the two cores of a v5p."""
+def test_two_cores(dtype, size, monkeypatch):
+    """Forward and backward on the two cores of a v5p: two packs, each of several steps of tiles and
+    two blocks of queries. Routing has a test of its own, and is interpreted plainly here."""
+    route = routing.route
+    plainly = lambda *tables, interpret: route(*tables, interpret=True)
+    monkeypatch.setattr(routing, "route", plainly)
     heads = 2 * 128 // size
     qkv = random_qkv(16, 1, 130, heads=heads, size=size, dtype=dtype)
     chosen = random_selection(17, 1, 130, heads, CHUNK, 3)
-    tile = dataclasses.replace(SMALL, cores=2)
+    tile = dataclasses.replace(SMALL, cores=2, together=1)  # a quarter of the rows a step
     check(qkv, chosen, CHUNK, tile=tile, interpret=interpreted_by_cores(2))
     assert_no_races()
+
+
+@pytest.mark.slow
+def test_two_cores_route():
+    """Two heads, each of two segments of queries."""
+    plan = routing.make_plan(
+        queries=256, segment=128, rows=128, chunks=3, slots=2, chunk_size=64, first=0
+    )
+    own = jnp.arange(256, dtype=jnp.int32)[None] // 64
+    chosen = random_selection(19, 1, 256, 2, 64, 3)
+    found = routing.route(chosen, own, plan, interpret=interpreted_by_cores(2))
+    assert_no_races()
+    expected = routing.route(chosen, own, plan, interpret=True)
+    for name in ("rows", "chunk", "count"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 @pytest.mark.slow
