@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkvx_jax.cache import CachePolicy, rewind, snapshot
+from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.model import abstract_model, get_params, unstack, with_params
+from rwkvx_jax.snapshots import rewind, snapshot
 from tests.helpers import assert_close, assert_within, shared_path
 from tests.model_cases import (
     FLOAT32,

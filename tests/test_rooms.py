@@ -25,6 +25,7 @@ ROOMS = [
     "rwkvx_jax.checkpoint_store",
     "rwkvx_jax.ops",
     "rwkvx_jax.cache",
+    "rwkvx_jax.snapshots",
     "rwkvx_jax.modules",
     "rwkvx_jax.model",
     "rwkvx_jax.lora",

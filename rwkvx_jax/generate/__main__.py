@@ -16,9 +16,10 @@ from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TURN_END, chat_prompt
-from rwkvx_jax.generate.engine import Engine, stream_texts
+from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.sampling import Sampling, check_seed
 from rwkvx_jax.generate.terminal import show
+from rwkvx_jax.generate.texts import stream_texts
 from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 

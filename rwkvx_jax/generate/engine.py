@@ -4,13 +4,11 @@ Pieces have one length and the cache one size, so that each of the two functions
 the cache is donated and written in place. What a text gets does not depend on its neighbours: one
 that has ended stays as it is while the others go on. On a CPU each layer's weights lie in arrays of
 their own (`model.unstack`), which a decode step reads at the speed of memory. Where a mesh is in
-force, texts, states and pages lie over it. Tokens reach the caller as they come, as text that never
-ends inside a UTF-8 character.
+force, texts, states and pages lie over it. Tokens reach the caller as they come (`texts`: as text).
 """
 
 from __future__ import annotations
 
-import codecs
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.cache import Cache, CachePolicy, Snapshot, choose, rewind, snapshot, spread, wiped
+from rwkvx_jax.cache import Cache, CachePolicy, spread
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.memory import check_memory
@@ -30,7 +28,7 @@ from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed, count_
 from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.sharding import constrain, whole
-from rwkvx_jax.tokenizer import Tokenizer
+from rwkvx_jax.snapshots import Snapshot, choose, rewind, snapshot, wiped
 
 ENDED = -1
 """In place of a token: the text has ended."""
@@ -415,67 +413,3 @@ class Engine:
         if self.batch > 1:  # a single text has no neighbour that goes on without it
             new = _pick(active, new, progress)
         return whole(jnp.where(active, token, ENDED)), new.spread(), cache
-
-
-class TextStream:
-    """Turns tokens into text as they come; bytes of an unfinished character are held back."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; an id that the vocabulary lacks gives U+FFFD."""
-        try:
-            data = self._tokenizer.decode_bytes([token])
-        except ValueError:
-            data = "\N{REPLACEMENT CHARACTER}".encode()
-        return self._decoder.decode(data)
-
-    def finish(self) -> str:
-        """What is left; an unfinished character becomes U+FFFD."""
-        return self._decoder.decode(b"", final=True)
-
-
-def stream_texts(
-    engine: Engine,
-    session: Session,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    stop: Sequence[int] = (0,),
-) -> Iterator[list[str]]:
-    """What each text goes on with, as it comes; whole characters only.
-
-    Raises:
-      ConfigError, NotFiniteError: as `Engine.stream` does, when all other texts are whole.
-    """
-    streams = [TextStream(tokenizer) for _ in range(engine.batch)]
-    try:
-        for tokens in engine.stream(session, max_tokens, stop):
-            yield [
-                stream.push(int(token)) if token >= 0 else ""
-                for stream, token in zip(streams, tokens, strict=True)
-            ]
-    except NotFiniteError:
-        yield [stream.finish() for stream in streams]
-        raise
-    yield [stream.finish() for stream in streams]
-
-
-def generate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_tokens: int,
-    *,
-    stop: Sequence[int] = (0,),
-    seeds: Sequence[int] | None = None,
-) -> tuple[list[str], Speed]:
-    """Continues texts: the continuations, and how fast they came.
-
-    Raises:
-      ConfigError, NotFiniteError: as `Engine.start` and `Engine.stream` do.
-    """
-    session = engine.start([tokenizer.encode(prompt) for prompt in prompts], seeds)
-    parts = list(stream_texts(engine, session, tokenizer, max_tokens, stop))
-    return ["".join(own) for own in zip(*parts, strict=True)], session.speed

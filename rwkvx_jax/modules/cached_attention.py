@@ -21,9 +21,9 @@ from rwkvx_jax.ops.paged import (
     attend_piece,
     page_softmax,
     piece_softmax,
-    select_pages,
 )
 from rwkvx_jax.ops.paged_mesh import choose_together, join
+from rwkvx_jax.ops.paged_selection import select_pages
 from rwkvx_jax.ops.selection import MEAN, repeated_choices, select_from_rows, selector_of
 from rwkvx_jax.sharding import cut_along, per_device
 

@@ -30,7 +30,7 @@ def choose_together(
 
     Args:
       q: what the selector asks with.
-      sums: what the selector keeps of this device's pages (see `select_pages`).
+      sums: what the selector keeps of this device's pages (see `paged_selection.select_pages`).
       layer: which of the M blocks.
       chosen: this device's best pages, none of them forced, numbered from its first; -1 for none.
       start: row of the first query, counted from this device's first.

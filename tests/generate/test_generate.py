@@ -12,9 +12,10 @@ from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
 from rwkvx_jax.data.chat import chat_prompt, render_chat
 from rwkvx_jax.generate import __main__ as cli
-from rwkvx_jax.generate.engine import ENDED, Engine, NotFiniteError, TextStream, generate
+from rwkvx_jax.generate.engine import ENDED, Engine, NotFiniteError
 from rwkvx_jax.generate.sampling import Sampling
 from rwkvx_jax.generate.terminal import show
+from rwkvx_jax.generate.texts import TextStream, generate
 from rwkvx_jax.model import create_model, get_params, unstack, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.helpers import assert_close

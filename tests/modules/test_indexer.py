@@ -13,7 +13,8 @@ from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig
 from rwkvx_jax.model import abstract_model, create_model, get_params, param_axes, with_params
 from rwkvx_jax.ops.block_sparse import sparse_attention
-from rwkvx_jax.ops.selection import select_chunks_reference, selector_of
+from rwkvx_jax.ops.selection import selector_of
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.sharding import check_fits, make_mesh
 from rwkvx_jax.training.expand import with_indexers
 from rwkvx_jax.training.step import shardings_of

@@ -10,8 +10,10 @@ import pytest
 
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.full_attention import _splash_attention, full_attention
-from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
-from rwkvx_jax.ops.selection import Selector, select_chunks, select_chunks_reference
+from rwkvx_jax.ops.paged import attend_pages, attend_piece
+from rwkvx_jax.ops.paged_selection import select_pages
+from rwkvx_jax.ops.selection import Selector, select_chunks
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from tests.helpers import assert_close
 from tests.ops.attention_cases import compare, random_qkv, random_selection, value_and_gradients
 

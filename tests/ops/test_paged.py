@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.cache import Pages, write_rows
-from rwkvx_jax.ops import paged
-from rwkvx_jax.ops.paged import attend_pages, attend_piece, select_pages
+from rwkvx_jax.ops import paged, paged_selection
+from rwkvx_jax.ops.paged import attend_pages, attend_piece
+from rwkvx_jax.ops.paged_selection import select_pages
 from rwkvx_jax.ops.selection import Selector
 from tests.helpers import assert_close
 
@@ -104,7 +105,7 @@ def test_pages_chosen_in_place_are_those_of_the_slice(
     """Blocks that do not divide the pages, ragged rows, one or all with nothing past, a full cache;
     behind the past pages are NaNs. Every other page is a copy of the one before: ties."""
     layers, batch, heads, size, chunk = 3, 4, 2, 12, 8
-    monkeypatch.setattr(paged, "SCORED_BYTES", once * 4 * selector.rows * size)
+    monkeypatch.setattr(paged_selection, "SCORED_BYTES", once * 4 * selector.rows * size)
     rng = np.random.default_rng(7)
     q = _normal(rng, batch, 1, heads, size)
     rows = np.array(_normal(rng, layers, batch, heads, pages * selector.rows, size))

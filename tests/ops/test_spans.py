@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkvx_jax.ops.paged import select_pages
-from rwkvx_jax.ops.selection import Selector, select_chunks, select_chunks_reference
+from rwkvx_jax.ops.paged_selection import select_pages
+from rwkvx_jax.ops.selection import Selector, select_chunks
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from tests.ops.attention_cases import random_qkv
 
 SPANS = Selector("bounds", span=4, spans=3)

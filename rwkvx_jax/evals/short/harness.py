@@ -17,7 +17,6 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from rwkvx_jax.cache import choose, rewind, snapshot
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TEMPLATE_TEXT, TURN_END, chat_text
 from rwkvx_jax.evals.models import EvalModel
@@ -34,6 +33,7 @@ from rwkvx_jax.evals.short.batching import (
 )
 from rwkvx_jax.model import RWKVX, with_params
 from rwkvx_jax.sharding import even_rows, whole
+from rwkvx_jax.snapshots import choose, rewind, snapshot
 
 # Tokens read at once. On a CPU activations should stay in cache: more of them were slower.
 _BATCH_TOKENS = {"cpu": 512}
