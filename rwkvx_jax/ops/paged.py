@@ -4,7 +4,7 @@ Pages hold one chunk of keys or values each, for one attention block, batch row 
 buffer is large (gigabytes, for all blocks of a model) and only a few pages of it count for a token,
 so nothing here ever copies, transposes or slices the buffer as a whole: `attend_pages` serves one
 token a row (decoding), `attend_piece` a piece of text (prefill). For both, `paged_selection` says
-which pages. The loops on a CPU are meant for one device. `page_softmax` and `piece_softmax` are this
+which pages. The loops on a CPU are meant for one device. `page_softmax`, `piece_softmax` are this
 attention before the division, to be joined with what other devices hold (`paged_mesh`).
 """
 
