@@ -235,10 +235,9 @@ def test_prefill_under_a_policy_is_token_by_token(reader, tokens):
         done = [at + n for at, n in zip(done, counts, strict=True)]
         for row in range(2):
             assert_close(out[row], logits[row, done[row] - 1], rel=2e-5)
-    for name, found, expected in zip(
-        stepped.pages._fields, cache.pages, stepped.pages, strict=True
-    ):
-        assert_close(found, expected, rel=2e-5, name=name)
+    for name, expected in stepped.pages._asdict().items():
+        if expected is not None:
+            assert_close(getattr(cache.pages, name), expected, rel=2e-5, name=name)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,9 @@ def test_the_recurrence_is_given_what_the_mixer_gives_it(mixer, monkeypatch):
     """What decides on a kernel: K and V, one decay a head or a channel, a and b, reads, a bound."""
     given = []
 
-    def op(r, log_w, k, v, a=None, b=None, *, state, read, decay_bound, implementation=None):
+    def op(
+        r, log_w, k, v, a=None, b=None, *, state, read, decay_bound, implementation=None, **packed
+    ):
         given.append((r.shape[3], log_w.shape[2:], v.shape[2:], a is None, read, decay_bound))
         zeros = jnp.zeros((len(v), *v.shape[2:], r.shape[3]))
         return v, zeros if state is None else state

@@ -33,6 +33,7 @@ from rwkvx_jax.evals.short.convert import Options as TaskOptions
 from rwkvx_jax.expand_checkpoint import Options as ExpandOptions
 from rwkvx_jax.generate.__main__ import Options as GenerateOptions
 from rwkvx_jax.model import abstract_model, with_params
+from rwkvx_jax.perf.overlap import overlap_parser
 from rwkvx_jax.perf.plan_command import make_parser as plan_parser
 from rwkvx_jax.train import make_parser as train_parser
 from tests.convert.convert_checkpoints import official_tensors
@@ -63,7 +64,11 @@ DATACLASSES = {
     "-m rwkvx_jax.expand_checkpoint": ExpandOptions,
     "-m rwkvx_jax.generate": GenerateOptions,
 }
-OVERRIDABLE = {"train.py": train_parser, "-m rwkvx_jax.plan": plan_parser}
+OVERRIDABLE = {
+    "train.py": train_parser,
+    "-m rwkvx_jax.plan": plan_parser,
+    "-m rwkvx_jax.perf.overlap": overlap_parser,
+}
 CONFIG = "configs/tiny_cpu.py"
 PLACEHOLDERS = {"N": "1", "TASK": "passkey", "FILE": CONFIG, "CONFIG": CONFIG}
 PLACEHOLDERS["FILE:VARIANT"] = "configs/rwkvx_3b6_stage2.py:v5p128"

@@ -26,7 +26,8 @@ from rwkvx_jax.ops.delta_rule import generalized_delta_rule
 from rwkvx_jax.ops.dispatch import current_platform
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.recurrence import wkv7
-from rwkvx_jax.ops.selection import select_chunks, select_chunks_reference, selector_of
+from rwkvx_jax.ops.selection import select_chunks, selector_of
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.ops.wkv4 import wkv4
 from rwkvx_jax.perf.kernel_costs import static_estimate
 

@@ -112,13 +112,18 @@ def table(overlaps: Mapping[str, Overlap]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str], prog: str = "python -m rwkvx_jax.perf.overlap") -> int:
-    topology.on_cpu()
+def overlap_parser(prog: str) -> argparse.ArgumentParser:
+    """Flags beside those of a config."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--config", required=True, help="experiment, as of `rwkvx plan`")
     parser.add_argument("--topology", required=True, help="such as v5e:2x4")
+    return parser
+
+
+def main(argv: Sequence[str], prog: str = "python -m rwkvx_jax.perf.overlap") -> int:
+    topology.on_cpu()
     with command_line(prog, argv):
-        flags, config = parse_with_overrides(parser, argv)
+        flags, config = parse_with_overrides(overlap_parser(prog), argv)
         apply_xla_flags(config.run.xla_flags, topology.generation(flags.topology))
         mesh = make_mesh(config.mesh, topology.topology_devices(flags.topology))
         check_fits(config, mesh)

@@ -18,8 +18,8 @@ from tests.evals.eval_models import TINY, run_command, write_checkpoint
 from tests.helpers import ROOT
 
 MODEL = dataclasses.replace(TINY, vocab_size=260, num_blocks=1, head_size=8)
-PASSKEY = ("passkey", "--lengths", "90,130", "--depths", 2, "--trials", 2, "--piece", 64)
-NIAH = ("niah", "--tasks", "single_1", "--lengths", "300", "--depths", 2, "--trials", 3)
+PASSKEY = ("passkey", "--lengths", "110,150", "--depths", 2, "--trials", 2, "--piece", 64)
+NIAH = ("niah", "--tasks", "single_1", "--lengths", "520", "--depths", 2, "--trials", 3)
 
 
 @pytest.fixture(scope="module")

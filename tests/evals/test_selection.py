@@ -14,7 +14,7 @@ from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.report import read_results
 from rwkvx_jax.evals.tasks import selection
 from rwkvx_jax.evals.tasks.selection import SelectionOptions, evaluate
-from rwkvx_jax.ops.selection import select_chunks_reference
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.evals.eval_models import (
     QUIET,

@@ -10,9 +10,9 @@ from rwkvx_jax.ops.attention_inputs import query_positions
 from rwkvx_jax.ops.selection import (
     Selector,
     select_chunks,
-    select_chunks_reference,
     select_from_rows,
 )
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.ops.selectors import chunk_key_sums
 from tests.helpers import assert_close
 from tests.ops.attention_cases import jaxpr_shapes

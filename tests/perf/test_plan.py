@@ -59,6 +59,7 @@ def get_config():
                   loss="longce", longce=LongCEConfig(window=128, stride=128)),
         ),
         run=RunConfig(loss_block=1024),
+        data=DataConfig(reset_at_documents=False),
     )
 """
 needs_compiler = pytest.mark.skipif(
