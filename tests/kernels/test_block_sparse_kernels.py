@@ -26,8 +26,8 @@ from rwkvx_jax.ops.attention_reference import sparse_attention_reference
 from rwkvx_jax.ops.selection import (
     Selector,
     kernel_factors,
-    select_chunks_reference,
 )
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.ops.selectors import chunk_key_sums
 from tests.helpers import assert_close
 from tests.ops.attention_cases import compare, random_qkv, random_selection, value_and_gradients

@@ -17,8 +17,8 @@ from rwkvx_jax.ops.selection import (
     Selector,
     kernel_factors,
     select_chunks,
-    select_chunks_reference,
 )
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.perf import topology
 from tests.kernels.test_block_sparse_kernels import SMALL as UNGROUPED
 from tests.kernels.test_block_sparse_kernels import assert_no_races, interpreted_by_cores
