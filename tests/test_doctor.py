@@ -64,7 +64,18 @@ def test_the_recurrence_is_given_what_the_mixer_gives_it(mixer, monkeypatch):
     given = []
 
     def op(
-        r, log_w, k, v, a=None, b=None, *, state, read, decay_bound, implementation=None, **packed
+        r,
+        log_w,
+        k,
+        v,
+        a=None,
+        b=None,
+        *,
+        state,
+        read,
+        decay_bound,
+        implementation=None,
+        segment_ids=None,
     ):
         given.append((r.shape[3], log_w.shape[2:], v.shape[2:], a is None, read, decay_bound))
         zeros = jnp.zeros((len(v), *v.shape[2:], r.shape[3]))

@@ -149,6 +149,8 @@ class _Rows:
         try:
             if not len(request.prompt):
                 raise ConfigError("the prompt is empty: give it at least one token")
+            if request.max_tokens < 0:
+                raise ConfigError(f"max_tokens is {request.max_tokens}: ask for 0 tokens or more")
             check_seed(request.seed)
             self._engine.check_tokens(name, request.prompt)
             self._engine.check_length(name, tokens)

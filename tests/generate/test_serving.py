@@ -91,8 +91,9 @@ def test_requests_that_can_not_be_answered_say_why(engine, alone):
         (Request([1, 40], 3), "token 40, outside the vocabulary of 40"),
         (Request([1] * 49, 3), "49 tokens, more than max_length 48"),
         (Request([1], 3, seed=-1), "seed is -1"),
+        (Request([1], -1), "max_tokens is -1"),
     ]
-    mixed = [bad[0][0], requests[0], bad[1][0], bad[2][0], *requests[1:], bad[3][0]]
+    mixed = [bad[0][0], requests[0], bad[1][0], bad[2][0], *requests[1:], bad[3][0], bad[4][0]]
     found = {answer.number: answer for answer in serve(engine, mixed)}
     for request, problem in bad:
         assert problem in found[mixed.index(request)].problem
