@@ -1,5 +1,9 @@
 """Configs that compare mixers: equal parameters, and the shapes of published hybrids."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -51,3 +55,33 @@ def test_shapes_of_published_hybrids(like, mixer, ratio):
 def test_published_transformers_have_their_parameters(config, parameters):
     leaves = jax.tree.leaves(get_params(abstract_model(config)))
     assert config.num_parameters == sum(x.size for x in leaves) == parameters
+
+
+def test_the_table_of_twins(tmp_path):
+    """Seeds share a row, and what was not measured is a dash."""
+    model = {"label": "m", "parameters": "0"}
+    for name, correct, loss in (("kda", 1.0, 1.5), ("kda@1", 0.0, 1.7), ("kda-alone", 0.0, 2.0)):
+        for kind, trials in (
+            ("pairs", [{"length": 16384, "trial": t, "correct": correct} for t in range(2)]),
+            ("loss", [{"trial": 0, "loss": loss}, {"trial": 1, "loss": loss + 0.2}]),
+        ):
+            (tmp_path / name / kind).mkdir(parents=True)
+            header = {"format": 2, "task": kind, "settings": {}, "key": ["trial"]}
+            lines = [header | {"identity": ["parameters"], "models": [model]}]
+            lines += [trial | {"model": "m"} for trial in trials]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tmp_path / name / kind / "trials.jsonl").write_text(text)
+    speed = {"rows": [{"variant": "kda", "tokens_per_second": 4000.0, "decode_ms": 1.234}]}
+    (tmp_path / "speed.json").write_text(json.dumps(speed))
+    command = [sys.executable, "tools/twins_table.py", tmp_path, "--speed", tmp_path / "speed.json"]
+    command += ["--output", tmp_path / "figure.png"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert table[2:] == [
+        "| KDA + sparse attention | 2 | – | 50 (15–85) | 1.700 (1.600, 1.800) | – | – | 4,000 "
+        "| 1.23 |",
+        "| KDA alone | 1 | – | 0 (0–66) | 2.100 | – | – | – | – |",
+        str(tmp_path / "figure.png"),
+    ]
+    (tmp_path / "mamba3").mkdir()
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "['mamba3']" in refused.stderr
