@@ -165,7 +165,9 @@ def draw(seeds: dict[str, list[Path]], path: Path) -> None:
         axes.grid(alpha=0.3)
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     left.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
-    figure.suptitle("16,384 bytes, four times the longest trained length; a mark a seed", fontsize=10)
+    figure.suptitle(
+        "16,384 bytes, four times the longest trained length; a mark a seed", fontsize=10
+    )
     figure.savefig(path, dpi=110)
 
 
