@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import string
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,29 @@ def test_an_official_rwkv7_is_expanded_through_all_stages(pretrained, shared, tm
             assert same_bits(value, plain[name]), name
     final = load_checkpoint(tmp_path)
     assert final.model.config.num_attention_blocks == 4 and final.trained_length == 512
+
+
+def test_documents_are_cut_from_books(tmp_path):
+    """Nothing but a short rest is lost, and the lengths are those asked for."""
+    sentences = [f"“Part {i}” goes on for {'very ' * (i % 7)}long.\n" for i in range(900)]
+    (tmp_path / "book.txt").write_text("".join(sentences), encoding="utf-8")
+    outputs = tmp_path / "documents.jsonl", tmp_path / "documents"
+    for output in outputs:
+        command = [sys.executable, "tools/cut_documents.py", tmp_path / "*.txt", "--output", output]
+        subprocess.run(command, check=True, capture_output=True)
+    lines = [json.loads(line)["text"] for line in outputs[0].read_text().splitlines()]
+    files = [path.read_text(encoding="utf-8") for path in sorted(outputs[1].iterdir())]
+    assert lines == files and len(lines) > 20
+    assert all(200 <= len(text.encode()) + 1 and len(text.encode()) <= 2000 for text in lines)
+    whole = "".join(sentences)
+    assert all(text in whole for text in lines)
+    assert len(whole) - sum(map(len, lines)) < 2000 + 2 * len(lines)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+def test_documents_recipe_differs_in_resets_alone():
+    apart, carried = load_config("documents_4k"), load_config("documents_4k:carried")
+    assert apart.data.reset_at_documents and not carried.data.reset_at_documents
+    same = dataclasses.replace(apart.data, reset_at_documents=False)
+    assert dataclasses.replace(apart, data=same) == carried
