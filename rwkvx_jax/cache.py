@@ -97,7 +97,7 @@ class CachePolicy:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("length", "position", "blocks", "attention", "pages"),
+    data_fields=("length", "position", "blocks", "attention", "pages", "layers"),
     meta_fields=("gate", "policy"),
 )
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Cache:
     pages: Pages
     gate: Gate
     policy: CachePolicy | None
+    # Where in `pages` each attention block lies; None: block i at i. See `snapshots.row_of`.
+    layers: Int32[Array, " M"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -244,6 +246,7 @@ def cache_axes(cache: Cache) -> Any:
         blocks=BlockState(TimeMixState(shift, wkv), shift),
         attention=None if cache.attention is None else AttentionState(shift, shift),
         pages=Pages(keys, values, sums, None if cache.pages.span_rows is None else spans),
+        layers=None if cache.layers is None else ("layers",),
     )
 
 

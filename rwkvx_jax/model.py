@@ -244,7 +244,9 @@ class RWKVX(nnx.Module):
             return (x, v_first, pages), (states, state)
 
         blocks, states = self.grouped((self.recurrent(), cache.blocks))
-        layers = jnp.arange(max(1, config.num_attention_blocks))
+        layers = cache.layers
+        if layers is None:
+            layers = jnp.arange(max(1, config.num_attention_blocks))
         (x, _, pages), (states, attention) = _scan(
             group,
             (x, jnp.zeros_like(x), cache.pages),

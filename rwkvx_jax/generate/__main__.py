@@ -17,9 +17,10 @@ from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TURN_END, chat_prompt
 from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.requests import Request
 from rwkvx_jax.generate.sampling import Sampling, check_seed
 from rwkvx_jax.generate.terminal import show
-from rwkvx_jax.generate.texts import stream_texts
+from rwkvx_jax.generate.texts import continue_texts
 from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -176,48 +177,55 @@ def run(options: Options, ask: Callable[[str], str] = input) -> None:
 
 def _continue(engine: Engine, tokenizer: Tokenizer, options: Options, prompts: list[str]) -> None:
     """Writes each prompt with its continuation; a single one as it grows."""
-    seeds = range(options.seed, options.seed + len(prompts))
-    session = engine.start([tokenizer.encode(prompt) for prompt in prompts], seeds)
+    requests = [
+        Request(tokenizer.encode(prompt), options.max_tokens, options.stops, options.seed + i)
+        for i, prompt in enumerate(prompts)
+    ]
     single, texts = len(prompts) == 1, list(prompts)
     if single:
         show(prompts[0])
+
+    def add(number: int, text: str) -> None:
+        texts[number] += text
+        if single:
+            show(text)
+
     try:
-        for parts in stream_texts(engine, session, tokenizer, options.max_tokens, options.stops):
-            if single:
-                show(parts[0])
-            texts = [text + part for text, part in zip(texts, parts, strict=True)]
+        continue_texts(engine, tokenizer, requests, add)
     finally:  # what there is, if one of them fails
         show("\n" if single else "".join(f"--- {i}\n{text}\n" for i, text in enumerate(texts)))
-    print(session.speed, file=sys.stderr)
+    print(engine.speed, file=sys.stderr)
 
 
 def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[[str], str]):
     """Turns of `User:` and `Assistant:` as in data/chat.py, each ended by a blank line: no turn of
     a training document has one inside."""
-    session = None
+    said: list[int] = []  # by both, in tokens
+
+    def answered(number: int, text: str) -> bool:
+        nonlocal answer
+        answer += text
+        show(text)
+        return TURN_END in answer
+
     while True:
         try:
-            said = ask("User: ").strip()
+            asked = ask("User: ").strip()
         except EOFError:
             return
-        if not said:
+        if not asked:
             return
-        turn = tokenizer.encode(chat_prompt(said))
-        if session is None:
-            session = engine.start([turn], [options.seed])
-        else:
-            engine.feed(session, [turn])
+        *begin, last = [*said, *tokenizer.encode(chat_prompt(asked))]
+        engine.hold(begin)
         show("Assistant:")
         answer = ""
-        for (text,) in stream_texts(engine, session, tokenizer, options.max_tokens, options.stops):
-            answer += text
-            show(text)
-            if TURN_END in answer:
-                break
-        else:  # cut off: the next turn still begins after a blank line
-            engine.feed(session, [tokenizer.encode(TURN_END)])
+        request = Request([last], options.max_tokens, options.stops, options.seed)
+        continue_texts(engine, tokenizer, [request], answered)
+        if TURN_END not in answer:  # cut off: the next turn still begins after a blank line
+            answer += TURN_END
             show(TURN_END)
-        print(session.speed, file=sys.stderr)
+        said = [*begin, last, *tokenizer.encode(answer)]
+        print(engine.speed, file=sys.stderr)
 
 
 def main(argv: list[str], prog: str = "python -m rwkvx_jax.generate") -> None:

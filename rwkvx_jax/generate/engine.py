@@ -1,123 +1,68 @@
-"""Continues many prompts at once: prompts are read in pieces, then one jitted step per token.
+"""Answers any number of requests with the few rows of one model: continuous batching.
 
-Pieces have one length and the cache one size, so that each of the two functions is compiled once;
-the cache is donated and written in place. What a text gets does not depend on its neighbours: one
-that has ended stays as it is while the others go on. On a CPU each layer's weights lie in arrays of
-their own (`model.unstack`), which a decode step reads at the speed of memory. Where a mesh is in
-force, texts, states and pages lie over it. Tokens reach the caller as they come (`texts`: as text).
+A text that ends makes room for the next request at once, whatever its neighbours do. What requests
+begin with together is held: read once, and kept between calls and, by `save`, between runs. What a
+request gets does not depend on its neighbours; one that can't be answered says why, and the others
+go on. Where a mesh is in force, texts, states and pages lie over it.
 """
 
 from __future__ import annotations
 
-import time
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.cache import Cache, CachePolicy, spread
+from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError
-from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.memory import check_memory
-from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed, count_token, sample
-from rwkvx_jax.model import RWKVX, Params, get_params, unstack, with_params
-from rwkvx_jax.ops.dispatch import current_platform
-from rwkvx_jax.sharding import constrain, whole
-from rwkvx_jax.snapshots import Snapshot, choose, rewind, snapshot, wiped
+from rwkvx_jax.generate.programs import Held
+from rwkvx_jax.generate.requests import Answer, Request, Tokens, TokenScores
+from rwkvx_jax.generate.rows import Rows, Speed
+from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed
+from rwkvx_jax.model import RWKVX
 
-ENDED = -1
-"""In place of a token: the text has ended."""
-
-
-class NotFiniteError(ConfigError):
-    """A model gave logits that are not finite, from which no token can be chosen."""
+Ended = Callable[[int, Sequence[int]], bool]
+"""(number of a request, its answer so far) -> whether it needs no further token."""
 
 
-class Progress(NamedTuple):
-    """What a decode step carries beside the cache."""
+class Token(NamedTuple):
+    """A token of an answer, as it comes.
 
-    logits: jax.Array  # [B, W], of the next token
-    keys: jax.Array  # [B] PRNG keys
-    counts: jax.Array | None  # [B, W] float32, what was generated so far
+    Attributes:
+      number: of the request.
+      token: None: the answer is whole.
+      answer: then this is it.
+    """
 
-    def spread(self) -> Progress:
-        """Itself, asked to lie over the mesh in force."""
-        tokens = lambda x: constrain(x, "batch", "vocab")
-        counts = None if self.counts is None else tokens(self.counts)
-        return Progress(tokens(self.logits), whole(self.keys), counts)
-
-
-def _pick(rows: jax.Array, new: Progress, old: Progress) -> Progress:
-    """`new` of the texts where rows [B], `old` elsewhere."""
-    pick = lambda x, y: jnp.where(rows.reshape(-1, *[1] * (y.ndim - 1)), x, y)
-    return jax.tree.map(pick, new, old)
+    number: int
+    token: int | None
+    answer: Answer | None = None
 
 
 @dataclass
-class Speed:
-    """Tokens and seconds of one generation, compilation included where it happened."""
+class _Text:
+    number: int
+    request: Request
+    room: int  # most tokens of its answer
+    tokens: list[int] = field(default_factory=list)
 
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        rate = lambda count, seconds: f"{count / seconds if seconds else 0.0:.1f} tokens/s"
-        return (
-            f"prompt {self.prompt_tokens} tokens, {rate(self.prompt_tokens, self.prompt_seconds)}; "
-            f"generated {self.tokens} tokens, {rate(self.tokens, self.seconds)}"
-        )
-
-
-@dataclass
-class Session:
-    """Texts in progress: the state after all tokens read, and what comes next."""
-
-    cache: Cache
-    progress: Progress
-    read: np.ndarray  # [B] tokens of each text
-    speed: Speed = field(default_factory=Speed)
-    marks: weakref.WeakSet[Mark] = field(default_factory=weakref.WeakSet)  # that still hold
-
-    def go_back(self, read: np.ndarray) -> None:
-        """Notes that so much of each text is left: marks behind it no longer hold."""
-        for mark in list(self.marks):
-            if (mark.read > read).any():
-                self.marks.discard(mark)
-        self.read = read.copy()
-
-
-Tokens = Sequence[int] | np.ndarray
-"""Of one text."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """A point of texts in progress to come back to; see `Engine.mark`."""
-
-    state: Snapshot
-    progress: Progress
-    read: np.ndarray
-
-
-def _check_mark(session: Session, mark: Mark) -> None:
-    if mark not in session.marks:
-        raise ConfigError("this mark is not of these texts, or lies behind an earlier rewind")
+    def ended(
+        self, problem: str = "", not_finite: bool = False, scores: TokenScores | None = None
+    ) -> Token:
+        tokens = np.asarray(self.tokens, np.int32)
+        return Token(self.number, None, Answer(self.number, tokens, problem, not_finite, scores))
 
 
 class Engine:
-    """Reads and continues texts with one model.
+    """Continues and scores texts with one model.
 
     Attributes:
-      params: the parameters, as `decode` takes them.
+      batch: rows.
       max_length: tokens, prompt and answer together, that a text may have (None: no limit, under a
         policy or without attention blocks).
+      rows: what is on the device.
     """
 
     def __init__(
@@ -137,7 +82,7 @@ class Engine:
             force wants them, which has to be in force at every later call as well.
           max_length: rows of the cache for each text.
           batch: texts side by side.
-          piece: prompt tokens read at once.
+          piece: most prompt tokens of a text read at once.
           sampling: None: greedy.
           policy: compresses the cache instead of refusing texts beyond `max_length`.
           name: of the model, for errors.
@@ -150,212 +95,202 @@ class Engine:
                 raise ConfigError(f"{size} is {value}: it must be at least 1")
         check_memory(model, batch, max_length, policy)
         self.batch, self.vocab_size = batch, model.config.vocab_size
-        self.sampling = sampling or Sampling()
         unlimited = policy is not None or not model.config.num_attention_blocks
         self.max_length = None if unlimited else max_length
-        self._piece, self._rows, self._policy = min(piece, max_length), max_length, policy
-        self._name = name
-        layered = unstack(model) if current_platform() == "cpu" else model
-        self.params = get_params(layered)
-        self._abstract = jax.eval_shape(lambda: layered)
-        self._begin = jax.jit(self._nothing_read)
-        self._read = jax.jit(self._read_piece, donate_argnums=(2, 3))
-        self._step = jax.jit(self._next_token, donate_argnums=(1, 2))
-        self._restart = jax.jit(
-            self._begun_anew, donate_argnums=(0, 1), static_argnames="wipe", keep_unused=True
+        self._policy, self._name = policy, name
+        self.rows = Rows(
+            model, batch, max_length, min(piece, max_length), sampling or Sampling(), policy
         )
-
-    def start(self, prompts: Sequence[Tokens], seeds: Sequence[int] | None = None) -> Session:
-        """Reads prompts (as many as `batch`; none empty).
-
-        Args:
-          prompts: token ids of each text.
-          seeds: one a text; default 0, 1, 2, ... A text depends on its own seed alone.
-
-        Raises:
-          ConfigError: another number of prompts, an empty one, an id outside the vocabulary, or a
-            prompt too long for `max_length`.
-        """
-        session = self.open(seeds)
-        if len(prompts) != self.batch:
-            raise ConfigError(f"{len(prompts)} prompts for an engine of batch {self.batch}")
-        empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
-        if empty:
-            raise ConfigError(f"prompt {empty[0]} is empty: give it at least one token")
-        self.feed(session, prompts)
-        return session
-
-    def open(self, seeds: Sequence[int] | None = None) -> Session:
-        """Texts of which nothing has been read yet, to be given their first tokens by `feed`.
-
-        Args:
-          seeds: as `start` takes them.
-
-        Raises:
-          ConfigError: another number of seeds than of texts, or a seed outside 0 to 2^32 - 1.
-        """
-        seeds = range(self.batch) if seeds is None else seeds
-        if len(seeds) != self.batch:
-            raise ConfigError(f"{len(seeds)} seeds for an engine of batch {self.batch}")
-        for seed in seeds:
-            check_seed(seed)
-        cache = self._abstract.init_cache(self.batch, self._rows, policy=self._policy)
-        progress = self._begin(np.asarray(seeds, np.uint32))
-        return Session(cache, progress, np.zeros(self.batch, np.int64))
-
-    def feed(self, session: Session, texts: Sequence[Tokens]) -> None:
-        """Reads further tokens of each text (an empty list: none), as `start` does the first."""
-        checked = [self._checked(i, text, session) for i, text in enumerate(texts)]
-        lengths = np.asarray([len(text) for text in checked], np.int32)
-        begin = time.perf_counter()
-        for chunk, valid in prefill_chunks(checked, self._piece):
-            logits, session.cache = self._read(
-                self.params, chunk, session.progress.logits, session.cache, valid
-            )
-            session.progress = session.progress._replace(logits=logits)
-        session.progress.logits.block_until_ready()
-        session.read += lengths
-        session.speed.prompt_tokens += int(lengths.sum())
-        session.speed.prompt_seconds += time.perf_counter() - begin
+        self._texts: list[_Text | None] = [None] * batch
+        self._busy = False
+        self._prefix, self._held = np.zeros(0, np.int32), None
+        self._has = np.ones(batch, bool)  # rows with the keys and values of what is held
+        self._spoilt = np.zeros(batch, bool)  # rows with keys that are not finite
 
     @property
-    def rewinds(self) -> bool:
-        """Whether texts can be taken back to a mark: not where a policy drops rows."""
-        return self._policy is None
+    def speed(self) -> Speed:
+        """Tokens and seconds so far."""
+        return self.rows.speed
 
-    def mark(self, session: Session) -> Mark:
-        """Where the texts are now.
+    def hold(self, prefix: Tokens, advance: Callable[[int], None] = lambda count: None) -> None:
+        """Reads what all further requests begin with; their prompts are what follows it.
 
-        Raises:
-          ConfigError: under a policy, which can't be undone.
-        """
-        if not self.rewinds:
-            raise ConfigError("texts read under a cache policy can't be rewound: read them anew")
-        # Reading on donates the originals.
-        state, progress = jax.tree.map(jnp.copy, (snapshot(session.cache), session.progress))
-        mark = Mark(state, progress, session.read.copy())
-        session.marks.add(mark)
-        return mark
+        Only what goes beyond the prefix held so far is read, where the new one begins with that.
 
-    def rewind(self, session: Session, mark: Mark) -> None:
-        """Takes back everything read and generated since the mark: penalties and seeds too.
+        Args:
+          prefix: token ids; none: requests begin at nothing.
+          advance: told how many tokens have been read, as they are.
 
         Raises:
-          ConfigError: a mark of other texts, or one behind a point that the session was taken back
-            to: what it stands for has been overwritten.
+          ConfigError: tokens outside the vocabulary, more than `max_length`, or requests that are
+            still being answered.
         """
-        _check_mark(session, mark)
-        state, progress = jax.tree.map(jnp.copy, (mark.state, mark.progress))
-        session.cache, session.progress = rewind(session.cache, state), progress
-        session.go_back(mark.read)
+        self._check_idle()
+        text = np.asarray(prefix, np.int32)
+        self._check_tokens("the prefix", prefix)
+        self._check_length("the prefix", len(text))
+        known = len(self._prefix)
+        if not np.array_equal(text[:known], self._prefix):
+            known = 0
+        if known == len(text) == len(self._prefix):
+            return
+        every = np.ones(self.batch, bool) if self.rows.together else np.arange(self.batch) == 0
+        self._begin(every, np.zeros(self.batch, np.uint32), known)
+        self._take(text[:0], None, every)  # should reading fail
+        self.rows.read({int(row): text[known:] for row in np.flatnonzero(every)}, advance)
+        self._take(text, self.rows.keep(0), every)
 
-    def restart(
+    def _take(self, prefix: np.ndarray, held: Held | None, has: np.ndarray) -> None:
+        """Begins requests at this from now on."""
+        self._prefix, self._held = prefix, held if len(prefix) else None
+        self._has = has if len(prefix) and self._policy is None else np.ones(self.batch, bool)
+
+    def answer(
         self,
-        session: Session,
-        rows: np.ndarray,
-        seeds: np.ndarray,
-        mark: Mark | None = None,
+        requests: Iterable[Request],
         *,
-        wipe: bool = False,
-    ) -> None:
-        """Ends some texts, and begins others in their place.
-
-        Args:
-          session: the texts.
-          rows: bool [B], which are to end; the others stay as they are.
-          seeds: uint32 [B], of the new ones.
-          mark: where the new ones begin, with penalties of nothing; None: nothing has been read.
-          wipe: also overwrites the keys and values that the ended texts leave behind, where their
-            logits were not finite: out of reach, they would still spoil sums.
-
-        Raises:
-          ConfigError: a mark that does not hold (see `rewind`).
-        """
-        begin = None
-        if mark is not None:
-            _check_mark(session, mark)
-            begin = mark.state, mark.progress.logits
-        session.cache, session.progress = self._restart(
-            session.cache, session.progress, begin, rows, seeds, wipe=wipe
-        )
-        session.go_back(np.where(rows, 0 if mark is None else mark.read, session.read))
-
-    def next_tokens(self, session: Session, active: np.ndarray | None = None) -> np.ndarray:
-        """Chooses the next token of each text and reads it.
-
-        Args:
-          session: the texts.
-          active: bool [B], the texts that go on (None: all); the others stay as they are.
-
-        Returns:
-          int32 [B]: tokens; ENDED (-1) for texts that are not active, NOT_FINITE (-2) for those
-          whose logits are NaN or infinite (nothing good comes of them any more).
-
-        Raises:
-          ConfigError: an active text that fills the cache.
-        """
-        active = np.ones(self.batch, bool) if active is None else np.asarray(active, bool)
-        if self._full(session)[active].any():
-            raise ConfigError(
-                f"the text has {session.read[active].max()} tokens, all that the cache holds: make "
-                "the engine with a larger max_length, or with a CachePolicy"
-            )
-        if not active.any():
-            return np.full(self.batch, ENDED, np.int32)
-        begin = time.perf_counter()
-        token, session.progress, session.cache = self._step(
-            self.params, session.progress, session.cache, active
-        )
-        token = np.asarray(token)
-        session.read += token >= 0
-        session.speed.tokens += int((token >= 0).sum())
-        session.speed.seconds += time.perf_counter() - begin
-        return token
-
-    def _full(self, session: Session) -> np.ndarray:
-        """Whether a text has as many tokens as it may have, bool [B]."""
-        if self.max_length is None:
-            return np.zeros(self.batch, bool)
-        return session.read >= self.max_length
+        ended: Ended = lambda number, tokens: False,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[Answer]:
+        """Answers of all requests, each as soon as it is whole; see `stream`."""
+        for event in self.stream(requests, ended=ended, advance=advance):
+            if event.answer is not None:
+                yield event.answer
 
     def stream(
-        self, session: Session, max_tokens: int, stop: Sequence[int] = (0,)
-    ) -> Iterator[np.ndarray]:
-        """Tokens of each text, int32 [B] at a time; ENDED (-1) where a text has ended.
+        self,
+        requests: Iterable[Request],
+        *,
+        ended: Ended = lambda number, tokens: False,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[Token]:
+        """Tokens of all requests, as they come.
 
-        A text ends before a stop token, after `max_tokens`, or where it fills the cache, whatever
-        the others do; the stream ends with the last of them.
+        An answer ends before a stop token, after `max_tokens`, or where its text fills the cache.
+
+        Args:
+          requests: taken one by one, as rows become free.
+          ended: asked after each token; so a request is cancelled, too.
+          advance: told how many prompt tokens have been read, as they are.
 
         Raises:
-          ConfigError: a stop token outside the vocabulary.
-          NotFiniteError: texts whose logits were not finite, when all others have ended.
+          ConfigError: requests of another call are still being answered.
         """
-        if bad := [t for t in stop if not 0 <= t < self.vocab_size]:
-            raise ConfigError(f"stop token {bad[0]} is not in the vocabulary of {self.vocab_size}")
-        active, failed = np.ones(self.batch, bool), np.zeros(self.batch, bool)
-        for _ in range(max_tokens):
-            active &= ~self._full(session)
-            if not active.any():
+        self._check_idle()
+        waiting, self._busy = enumerate(requests), True
+        try:
+            while True:
+                yield from self._fill(waiting, advance)
+                if any(self._texts):
+                    yield from self._step(ended)
+                elif not self._more:
+                    return
+        finally:
+            self._texts, self._busy = [None] * self.batch, False
+
+    def _fill(
+        self, waiting: Iterator[tuple[int, Request]], advance: Callable[[int], None]
+    ) -> Iterator[Token]:
+        """Gives free rows to requests, and reads these; ends those that are whole then."""
+        self._more, new = True, np.zeros(self.batch, bool)
+        for row in np.flatnonzero([text is None for text in self._texts]):
+            for number, request in waiting:
+                problem, room = self._room(request)
+                text = _Text(number, request, room)
+                if not problem and (room or request.score):
+                    self._texts[row], new[row] = text, True
+                    break
+                yield text.ended(problem)
+            else:
+                self._more = False
                 break
-            token = self.next_tokens(session, active)
-            failed |= token == NOT_FINITE
-            active &= (token >= 0) & ~np.isin(token, np.asarray(stop, np.int32))
-            if not active.any():
-                break
-            yield np.where(active, token, ENDED)
-        for row in np.flatnonzero(failed):
-            raise NotFiniteError(
-                f"{self._name}: the logits of prompt {row} are not finite (NaN or infinity) after "
-                f"{session.read[row]} tokens: its parameters are damaged, or numbers overflow in "
-                "this compute dtype"
+        if not new.any():
+            return
+        seeds = [text.request.seed if text else 0 for text in self._texts]
+        self._begin(new, np.asarray(seeds, np.uint32), len(self._prefix))
+        fresh = {int(row): self._texts[row] for row in np.flatnonzero(new)}
+        prompts = {row: np.asarray(text.request.prompt, np.int32) for row, text in fresh.items()}
+        scored = {row: p for row, p in prompts.items() if fresh[row].request.score}
+        self.rows.read({row: p for row, p in prompts.items() if row not in scored}, advance)
+        yield from self._scored(scored, advance)
+
+    def _scored(
+        self, prompts: Mapping[int, np.ndarray], advance: Callable[[int], None]
+    ) -> Iterator[Token]:
+        """Ends the texts that are to be scored."""
+        for row, scores in (self.rows.score(prompts, advance) if prompts else {}).items():
+            self._spoilt[row] |= not np.isfinite(scores.losses).all()
+            text, self._texts[row] = self._texts[row], None
+            yield text.ended(scores=scores)
+
+    def _step(self, ended: Ended) -> Iterator[Token]:
+        """One more token of each text; ends those that are whole then."""
+        active = np.asarray([text is not None for text in self._texts])
+        for row, token in enumerate(map(int, self.rows.next_tokens(active))):
+            text = self._texts[row]
+            if text is None:
+                continue
+            if token == NOT_FINITE:
+                self._spoilt[row], self._texts[row] = True, None
+                yield text.ended(self._not_finite(text, row), not_finite=True)
+                continue
+            done = token in text.request.stop
+            if not done:
+                text.tokens.append(token)
+                yield Token(text.number, token)
+                done = len(text.tokens) == text.room or ended(text.number, text.tokens)
+            if done:
+                self._texts[row] = None
+                yield text.ended()
+
+    def _begin(self, new: np.ndarray, seeds: np.ndarray, length: int) -> None:
+        """Begins new texts at so many tokens of the prefix: at all of them, or at none."""
+        if length:
+            for row in np.flatnonzero(new & ~self._has):
+                self.rows.copy(int(np.argmax(self._has)), int(row))
+                self._has[row] = True
+        held, wipe = self._held if length else None, bool((new & self._spoilt).any())
+        self.rows.restart(new, seeds, held, length, wipe=wipe)
+        self._spoilt &= ~new
+
+    def _not_finite(self, text: _Text, row: int) -> str:
+        return (
+            f"{self._name}: the logits of prompt {text.number} are not finite (NaN or infinity) "
+            f"after {self.rows.lengths[row]} tokens: its parameters are damaged, or numbers "
+            "overflow in this compute dtype"
+        )
+
+    def _room(self, request: Request) -> tuple[str, int]:
+        """Why a request can't be read ("" if it can), and how many tokens its answer may have."""
+        name, tokens = "the prompt", len(self._prefix) + len(request.prompt)
+        try:
+            if not len(request.prompt):
+                raise ConfigError("the prompt is empty: give it at least one token")
+            if request.max_tokens < 0:
+                raise ConfigError(f"max_tokens is {request.max_tokens}: ask for 0 tokens or more")
+            if request.score and (request.max_tokens or len(request.prompt) < 2):
+                raise ConfigError(
+                    f"max_tokens is {request.max_tokens} and the prompt has {len(request.prompt)} "
+                    "tokens: to be scored, it needs two or more, and max_tokens 0"
+                )
+            if request.score and self._policy is not None:
+                raise ConfigError("under a cache policy nothing is scored: make an engine without")
+            check_seed(request.seed)
+            self._check_tokens(name, request.prompt)
+            self._check_tokens("its stop list", request.stop)
+            self._check_length(name, tokens - request.score)
+        except ConfigError as error:
+            return str(error), 0
+        room = self.max_length
+        return "", request.max_tokens if room is None else min(request.max_tokens, room - tokens)
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise ConfigError(
+                "this engine still answers requests: take all answers, or close their iterator"
             )
 
-    def _checked(self, index: int, tokens: Tokens, session: Session) -> np.ndarray:
-        self.check_tokens(f"prompt {index}", tokens)
-        self.check_length(f"prompt {index}", int(session.read[index]) + len(tokens))
-        return np.asarray(tokens, np.int32)
-
-    def check_tokens(self, name: str, tokens: Tokens) -> None:
+    def _check_tokens(self, name: str, tokens: Tokens) -> None:
         """Raises ConfigError for ids outside the vocabulary, in a text called `name`."""
         text = np.asarray(tokens, np.int64)
         outside = text[(text < 0) | (text >= self.vocab_size)]
@@ -365,51 +300,10 @@ class Engine:
                 "the tokenizer that the model was trained with"
             )
 
-    def check_length(self, name: str, tokens: int) -> None:
+    def _check_length(self, name: str, tokens: int) -> None:
         """Raises ConfigError for more tokens than a text may have."""
         if self.max_length is not None and tokens > self.max_length:
             raise ConfigError(
                 f"{name} makes {tokens} tokens, more than max_length {self.max_length}: raise "
                 "max_length, or give a CachePolicy that drops old rows"
             )
-
-    def _nothing_read(self, seeds: jax.Array) -> Progress:
-        logits = jnp.zeros((self.batch, self.vocab_size), jnp.float32)
-        counts = jnp.zeros_like(logits) if self.sampling.penalizes else None
-        return Progress(logits, jax.vmap(jax.random.key)(seeds), counts).spread()
-
-    def _begun_anew(self, cache: Cache, progress: Progress, begin, rows, seeds, *, wipe: bool):
-        fresh = self._nothing_read(seeds)
-        if begin is None:
-            empty = self._abstract.init_cache(self.batch, self._rows, policy=self._policy)
-            begin = snapshot(empty), fresh.logits
-        state, logits = begin
-        cache = rewind(cache, choose(rows, state, snapshot(cache)))
-        if wipe:
-            cache = wiped(cache, rows)
-        new = fresh._replace(logits=logits)
-        return spread(cache), _pick(rows, new, progress).spread()
-
-    def _read_piece(self, params, part, logits, cache, valid):
-        model = with_params(self._abstract, params)
-        new, cache = model.prefill(part, cache, valid)
-        logits = jnp.where((valid > 0)[:, None], new, logits)
-        return constrain(logits, "batch", "vocab"), cache
-
-    def decode(self, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """`model.decode` under given parameters (`self.params`), to be jitted with the cache
-        donated."""
-        return with_params(self._abstract, params).decode(token, cache)
-
-    def _next_token(self, params, progress: Progress, cache: Cache, active: jax.Array):
-        split = jax.vmap(partial(jax.random.split, num=2))(progress.keys)
-        token = sample(progress.logits, split[:, 1], self.sampling, progress.counts)
-        counts = progress.counts
-        if counts is not None:
-            counts = count_token(counts, token, self.sampling)
-        model = with_params(self._abstract, params)
-        features, cache = model.read(token[:, None], cache, active.astype(jnp.int32))
-        new = Progress(model.head(features[:, 0]), split[:, 0], counts)
-        if self.batch > 1:  # a single text has no neighbour that goes on without it
-            new = _pick(active, new, progress)
-        return whole(jnp.where(active, token, ENDED)), new.spread(), cache

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from rwkvx_jax.generate.engine import Engine, NotFiniteError, Session, Speed
+from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.requests import Request
+from rwkvx_jax.generate.rows import Speed
 from rwkvx_jax.tokenizer import Tokenizer
 
 
@@ -29,29 +31,30 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def stream_texts(
+def continue_texts(
     engine: Engine,
-    session: Session,
     tokenizer: Tokenizer,
-    max_tokens: int,
-    stop: Sequence[int] = (0,),
-) -> Iterator[list[str]]:
-    """What each text goes on with, as it comes; whole characters only.
+    requests: Sequence[Request],
+    show: Callable[[int, str], bool | None],
+) -> None:
+    """Shows what each text goes on with, as it comes; whole characters only.
+
+    Args:
+      engine: continues them.
+      tokenizer: of the model.
+      requests: the texts.
+      show: told the number of a text and what comes next; if it says so, the text ends there.
 
     Raises:
-      ConfigError, NotFiniteError: as `Engine.stream` does, when all other texts are whole.
+      ConfigError, NotFiniteError: a text that can't be continued, when all others are whole.
     """
-    streams = [TextStream(tokenizer) for _ in range(engine.batch)]
-    try:
-        for tokens in engine.stream(session, max_tokens, stop):
-            yield [
-                stream.push(int(token)) if token >= 0 else ""
-                for stream, token in zip(streams, tokens, strict=True)
-            ]
-    except NotFiniteError:
-        yield [stream.finish() for stream in streams]
-        raise
-    yield [stream.finish() for stream in streams]
+    streams, failed = [TextStream(tokenizer) for _ in requests], None
+    said = lambda number, tokens: bool(show(number, streams[number].push(tokens[-1])))
+    for answer in engine.answer(requests, ended=said):
+        show(answer.number, streams[answer.number].finish())
+        failed = failed or (answer if answer.problem else None)
+    if failed is not None:
+        failed.check()
 
 
 def generate(
@@ -63,11 +66,28 @@ def generate(
     stop: Sequence[int] = (0,),
     seeds: Sequence[int] | None = None,
 ) -> tuple[list[str], Speed]:
-    """Continues texts: the continuations, and how fast they came.
+    """Continues texts, any number of them: the continuations, and how fast all of the engine's
+    came.
+
+    Args:
+      engine: continues them.
+      tokenizer: of the model.
+      prompts: what follows the prefix that the engine holds.
+      max_tokens: most tokens of each.
+      stop: tokens before which a text ends.
+      seeds: one a text; default 0, 1, 2, ... A text depends on its own seed alone.
 
     Raises:
-      ConfigError, NotFiniteError: as `Engine.start` and `Engine.stream` do.
+      ConfigError, NotFiniteError: a text that can't be continued.
     """
-    session = engine.start([tokenizer.encode(prompt) for prompt in prompts], seeds)
-    parts = list(stream_texts(engine, session, tokenizer, max_tokens, stop))
-    return ["".join(own) for own in zip(*parts, strict=True)], session.speed
+    seeds, texts = range(len(prompts)) if seeds is None else seeds, [""] * len(prompts)
+
+    def add(number: int, text: str) -> None:
+        texts[number] += text
+
+    requests = [
+        Request(tokenizer.encode(prompt), max_tokens, stop, seed)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    continue_texts(engine, tokenizer, requests, add)
+    return texts, engine.speed

@@ -20,7 +20,8 @@ from lm_eval.api.model import TemplateLM
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TEMPLATE_TEXT, TURN_END, chat_text
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch, score_places
+from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch
+from rwkvx_jax.generate.scoring import score_places
 from rwkvx_jax.evals.short.answers import Answers, Refused, request_key
 from rwkvx_jax.evals.short.batching import (
     Asked,
