@@ -17,7 +17,7 @@ from rwkvx_jax.evals.models import EvalModel, EvalOptions, as_model, open_models
 from rwkvx_jax.evals.plots import HeatMap, draw
 from rwkvx_jax.evals.readers import GreedyReader, affordable_batch
 from rwkvx_jax.evals.runner import even_batches
-from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.rows import Rows
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.evals.eval_models import TINY, random_params
@@ -108,8 +108,8 @@ def test_reader_continues_as_full_passes_do(tested, attention):
         stop = int(np.argmax(np.isin(whole, list(ends.values()))))
         np.testing.assert_array_equal(row, [*whole[: stop + 1], *[0] * (7 - stop)])
     engine = reader._engine
-    embed = engine.params["embed"].at[prompts[1][3], 0].set(jnp.nan)
-    engine.params = engine.params | {"embed": embed}
+    embed = engine.rows.params["embed"].at[prompts[1][3], 0].set(jnp.nan)
+    engine.rows.params = engine.rows.params | {"embed": embed}
     clean = [i for i in (0, 2) if prompts[1][3] not in [*prompts[i], *answers[i]]]
     damaged = reader(prompts, 8, read.append)
     assert (damaged[1] == -2).all() and clean
@@ -128,13 +128,13 @@ def test_what_prompts_share_is_read_once_and_changes_nothing(tested, attention, 
     other = [draw(50), trunk[:33]]  # begins anew, and with fewer tokens than are known
     batches = [prompts[:2], prompts[2:4], prompts[4:], other, [trunk[:40]], prompts[:1]]
     shared = GreedyReader(tested, prefill_chunk=16, batch=2, longest=100)
-    fed, feed = [], Engine.feed
+    fed, read = [], Rows.read
 
-    def counted(self, session, texts):
-        fed.append(max(map(len, texts)))
-        feed(self, session, texts)
+    def counted(self, texts, advance):
+        fed.append(max(map(len, texts.values())))
+        read(self, texts, advance)
 
-    monkeypatch.setattr(Engine, "feed", counted)
+    monkeypatch.setattr(Rows, "read", counted)
     found, amounts = [], []
     for batch in batches:
         fed.clear()

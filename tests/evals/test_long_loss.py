@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
-from rwkvx_jax.evals import readers
+from rwkvx_jax.generate import scoring
 from rwkvx_jax.evals.documents import read_documents
 from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.readers import TextScorer, TokenScores
@@ -70,7 +70,8 @@ class FakeScorer:
 
 @pytest.mark.thorough
 def test_piecewise_losses_equal_a_whole_pass(monkeypatch):
-    monkeypatch.setattr(readers, "_BLOCK_LOGITS", 2 * 257 * 9)  # several blocks, a ragged one
+    monkeypatch.setattr(scoring, "_PLACE_LOGITS", {})
+    monkeypatch.setattr(scoring, "_BLOCK_LOGITS", 2 * 257 * 9)  # several blocks, a ragged one
     params = random_params(TINY)
     tested = EvalModel("m", TINY, RunConfig(compute_dtype="float32"), params, BYTE, "", None, None)
     texts = np.random.default_rng(0).integers(1, 257, (2, 62)).astype(np.int32)

@@ -1,7 +1,6 @@
 """The engine against the model's own forward pass; streaming; one compilation; bad input."""
 
 import io
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
 from rwkvx_jax.data.chat import chat_prompt, render_chat
 from rwkvx_jax.generate import __main__ as cli
-from rwkvx_jax.generate.engine import ENDED, Engine, NotFiniteError
+from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.requests import Answer, NotFiniteError, Request
 from rwkvx_jax.generate.sampling import Sampling
 from rwkvx_jax.generate.terminal import show
 from rwkvx_jax.generate.texts import TextStream, generate
@@ -47,9 +47,11 @@ def engine(model):
     return Engine(model, max_length=64, batch=3, piece=16)
 
 
-def _tokens(engine, prompts, count, seeds=None):
-    session = engine.start(prompts, seeds)
-    return np.stack(list(engine.stream(session, count, stop=())), axis=1)
+def _tokens(engine, prompts, count, seeds=range(3), stop=()):
+    """The answers in their order."""
+    requests = [Request(p, count, stop, s) for p, s in zip(prompts, seeds, strict=False)]
+    answers = {answer.number: answer for answer in engine.answer(requests)}
+    return [answers[i].tokens for i in range(len(prompts))]
 
 
 def test_greedy_is_argmax_of_the_whole_model(model, engine):
@@ -74,92 +76,44 @@ def test_batch_equals_each_alone(model, engine):
         np.testing.assert_array_equal(_tokens(alone, [prompt], 8)[0], answer)
 
 
-SAMPLED = Sampling(0.9, 0.9, 0, 0.4, 0.3, 0.9)
-
-
-@pytest.fixture(scope="module")
-def sampled(model):
-    """Engines of one and of three texts that draw, with penalties; at most 40 tokens a text."""
-    return [Engine(model, max_length=40, batch=b, piece=16, sampling=SAMPLED) for b in (1, 3)]
-
-
-def _turns(engine, prompts, more, seeds, stop):
-    """Tokens of each text up to its end, twice: after the prompts, and after some more text."""
-    session, rows = engine.start(prompts, seeds), [[] for _ in prompts]
-    for feed in (None, more):
-        if feed is not None:
-            engine.feed(session, feed)
-        for tokens in engine.stream(session, 12, stop):
-            for row, token in zip(rows, tokens, strict=True):
-                row += [int(token)] if token >= 0 else []
-        rows = [[*row, -9] for row in rows]
-    return rows, session.read
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(3))
-def test_what_a_text_gets_does_not_depend_on_its_neighbours(sampled, seed):
-    """Lengths, ends by a stop token, a full cache, seeds, penalties and what follows differ."""
-    one, three = sampled
+def test_what_a_text_gets_does_not_depend_on_its_neighbours(model, seed):
+    """Lengths, ends by a stop token, a full cache, seeds and penalties differ."""
+    sampling = Sampling(0.9, 0.9, 0, 0.4, 0.3, 0.9)
+    one, three = (
+        Engine(model, max_length=40, batch=b, piece=16, sampling=sampling) for b in (1, 3)
+    )
     rng = np.random.default_rng(seed)
     draw = lambda n: [int(t) for t in rng.integers(1, 257, n)]
     prompts = [draw(n) for n in rng.permutation([2, 12, int(rng.integers(20, 39))])]
-    more = [draw(1 if len(prompt) == 2 else 0) for prompt in prompts]
-    seeds, stop = [7, 8, 9], draw(40)
-    together, read = _turns(three, prompts, more, seeds, stop)
+    stop = draw(40)
+    together = _tokens(three, prompts, 12, [7, 8, 9], stop)
     for i in range(3):
-        alone, own = _turns(one, [prompts[i]], [more[i]], [seeds[i]], stop)
-        assert together[i] == alone[0] and read[i] == own[0]
+        alone = _tokens(one, [prompts[i]], 12, [7 + i], stop)
+        np.testing.assert_array_equal(together[i], alone[0])
     assert len({len(row) for row in together}) > 1  # they end at different steps
 
 
-def test_rewind_takes_back_penalties_and_random_keys(sampled):
-    engine = sampled[1]
-    session = engine.start([prompt[:20] for prompt in PROMPTS])
-    list(engine.stream(session, 3, stop=()))
-    mark = engine.mark(session)
-    first = [list(map(int, row)) for row in engine.stream(session, 8, stop=())]
-    later = engine.mark(session)
-    engine.rewind(session, mark)
-    assert [list(map(int, row)) for row in engine.stream(session, 8, stop=())] == first
-    with pytest.raises(ConfigError, match="behind an earlier rewind"):
-        engine.rewind(session, later)
-    with pytest.raises(ConfigError, match="not of these texts"):
-        engine.rewind(engine.start([[1]] * 3), mark)
-
-
-def test_logits_that_are_not_finite_are_an_error_of_their_text(engine, sampled, monkeypatch):
-    """One row of the embedding is damaged: who reads that token fails, the others go on."""
-    for own in (engine, sampled[1]):
-        good = [row[::2] for row in own.stream(own.start([[5, 6], [7], [9]]), 5, stop=(200,))]
-        damaged = own.params | {"embed": own.params["embed"].at[200, 3].set(jnp.nan)}
-        monkeypatch.setattr(own, "params", damaged)
-        seen = []
-        with pytest.raises(NotFiniteError, match="the model: the logits of prompt 1 .* 3 tokens"):
-            for row in own.stream(own.start([[5, 6], [4, 200, 9], [9]]), 5, stop=(200,)):
-                seen.append(row[::2])
-                assert row[1] == ENDED
-        np.testing.assert_array_equal(seen, good)
-
-
-def test_pieces_of_any_length_give_the_same(model, engine):
-    whole = Engine(model, max_length=64, batch=3, piece=41)
-    a, b = engine.start(PROMPTS), whole.start(PROMPTS)
-    assert_close(a.progress.logits, b.progress.logits, rel=1e-5)
-    engine.feed(a, [[1, 2], [], [3]])
-    b = whole.start([PROMPTS[0] + [1, 2], PROMPTS[1], PROMPTS[2] + [3]])
-    assert_close(a.progress.logits, b.progress.logits, rel=1e-5)
-    np.testing.assert_array_equal(a.read, b.read)
+def test_pieces_of_any_length_give_the_same(model):
+    engines = [Engine(model, max_length=64, batch=3, piece=piece) for piece in (16, 41)]
+    logits = []
+    for engine in engines:
+        engine.rows.read({row: np.asarray(text, np.int32) for row, text in enumerate(PROMPTS)})
+        engine.rows.read({0: np.asarray([1, 2], np.int32), 2: np.asarray([3], np.int32)})
+        np.testing.assert_array_equal(engine.rows.lengths, [43, 3, 30])
+        logits.append(engine.rows.progress.logits)
+    assert_close(*logits, rel=1e-5)
 
 
 def test_compiles_once_and_donates(engine):
-    session = engine.start(PROMPTS)
-    before = session.cache.pages.keys
-    for _ in range(3):
-        engine.next_tokens(session)
+    before = engine.rows.cache.pages.keys
+    _tokens(engine, PROMPTS, 3)
     assert before.is_deleted()
-    engine.start([[1]] * 3)
-    assert engine._read._cache_size() == engine._step._cache_size() == 1
+    _tokens(engine, [[1]] * 3, 3)
+    _tokens(engine, [[1] * 30, [2] * 50], 3)
+    programs = engine.rows.programs
+    assert programs.read._cache_size() == 2 and programs.step._cache_size() == 1  # row, all rows
 
 
 @pytest.mark.thorough
@@ -194,19 +148,16 @@ def test_seed_decides_alone(model):
 
 def test_stops_before_stop_token(model, engine):
     tokens = _tokens(engine, PROMPTS, 8)
-    stop = int(tokens[0, 3])
-    first = [int(np.argmax(row == stop)) if stop in row else 8 for row in tokens]
-    got = list(engine.stream(engine.start(PROMPTS), 8, stop=(stop,)))
-    assert len(got) == max(first)
-    for t, step in enumerate(got):
-        for row in range(3):
-            assert step[row] == (tokens[row, t] if t < first[row] else -1)
+    stop = int(tokens[0][3])
+    for whole, got in zip(tokens, _tokens(engine, PROMPTS, 8, stop=(stop,)), strict=True):
+        end = int(np.argmax(whole == stop)) if stop in whole else 8
+        np.testing.assert_array_equal(got, whole[:end])
 
 
 @pytest.mark.thorough
 def test_policy_lifts_the_limit(model):
     engine = Engine(model, max_length=16, policy=CachePolicy(12, 8, 4), piece=8)
-    assert _tokens(engine, [PROMPTS[0]], 6).shape == (1, 6)
+    assert len(_tokens(engine, [PROMPTS[0]], 6)[0]) == 6
 
 
 def test_stream_never_breaks_a_character():
@@ -228,21 +179,16 @@ def test_generate_returns_texts_and_speed(model, engine):
     assert "tokens/s" in str(speed)
 
 
-@pytest.mark.parametrize(
-    "act, message",
-    [
-        (lambda e: e.start([[1] * 65, [1], [1]]), "65 tokens, more than max_length 64"),
-        (lambda e: e.start([[1], [257], [1]]), "prompt 1 has token 257"),
-        (lambda e: e.start([[1], [-1], [1]]), "prompt 1 has token -1"),
-        (lambda e: e.start([[1], [], [1]]), "prompt 1 is empty"),
-        (lambda e: e.start([[1]]), "1 prompts"),
-        (lambda e: next(e.stream(e.start([[1]] * 3), 1, stop=(999,))), "stop token 999"),
-        (lambda e: e.next_tokens(e.start([[1] * 64] * 3)), "all that the cache holds"),
-    ],
-)
-def test_bad_input(engine, act, message):
-    with pytest.raises(ConfigError, match=message):
-        act(engine)
+def test_a_text_that_fails_is_an_error_when_the_others_are_whole(model):
+    tokenizer = load_tokenizer("byte")
+    engine = Engine(model, max_length=8, batch=2, piece=8)
+    with pytest.raises(ConfigError, match="10 tokens, more than max_length 8"):
+        generate(engine, tokenizer, ["0123456789", "b"], 3)
+    engine.rows.params = engine.rows.params | {
+        "embed": engine.rows.params["embed"].at[tokenizer.encode("a")[0], 3].set(jnp.nan)
+    }
+    with pytest.raises(NotFiniteError, match="the model: the logits of prompt 1 .* 2 tokens"):
+        generate(engine, tokenizer, ["b", "ba", "c"], 3)
 
 
 @pytest.mark.thorough
@@ -306,27 +252,29 @@ def test_a_turn_is_tokenized_as_in_training():
 
 @pytest.mark.parametrize("said, closed", [(" a\nb\n\nUser", " a\nb\n\n"), (" abc", " abc")])
 def test_an_answer_ends_with_its_first_blank_line(monkeypatch, capsys, tmp_path, said, closed):
-    fed = []
+    held, byte = [], load_tokenizer("byte")
 
     class Fake:
-        batch = 1
+        speed = "fast"
 
-        def start(self, texts, seeds):
-            fed.append(list(map(int, texts[0])))
-            return SimpleNamespace(speed="fast")
+        def hold(self, prefix):
+            held.append(list(prefix))
 
-        def feed(self, session, texts):
-            fed.append(list(map(int, texts[0])))
+        def answer(self, requests, ended):
+            (request,) = requests
+            held[-1] += request.prompt
+            tokens = byte.encode(said).tolist()
+            cut = next((n for n in range(1, len(tokens)) if ended(0, tokens[:n])), len(tokens))
+            yield Answer(0, np.asarray(tokens[:cut]))
 
-        def stream(self, session, count, stop):
-            yield from byte.encode(said)[:count, None]
-
-    byte, turns = load_tokenizer("byte"), iter(["hello", ""])
+    turns = iter(["hello", "more", ""])
     options = cli.Options(checkpoint=tmp_path, chat=True)
     cli._chat(Fake(), byte, options, lambda _: next(turns))
-    ending = [] if closed.endswith("\n\n") else [byte.encode("\n\n").tolist()]
-    assert fed == [byte.encode("User: hello\n\nAssistant:").tolist(), *ending]
-    assert capsys.readouterr().out == f"Assistant:{closed.rstrip()}\n\n"
+    begin = "User: hello\n\nAssistant:"
+    later = f"{begin}{closed}User: more\n\nAssistant:"
+    assert held == [byte.encode(text).tolist() for text in (begin, later)]
+    shown = f"Assistant:{closed.rstrip()}\n\n"
+    assert capsys.readouterr().out == shown * 2
 
 
 def test_a_terminal_is_steered_by_no_text():
