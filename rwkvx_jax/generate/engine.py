@@ -8,15 +8,19 @@ go on. Where a mesh is in force, texts, states and pages lie over it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import ConfigError
 from rwkvx_jax.generate.memory import check_memory
+from rwkvx_jax.generate.prefix_file import Identity, identity_of, read_prefix, write_prefix
 from rwkvx_jax.generate.programs import Held
 from rwkvx_jax.generate.requests import Answer, Request, Tokens, TokenScores
 from rwkvx_jax.generate.rows import Rows, Speed
@@ -144,6 +148,50 @@ class Engine:
         """Begins requests at this from now on."""
         self._prefix, self._held = prefix, held if len(prefix) else None
         self._has = has if len(prefix) and self._policy is None else np.ones(self.batch, bool)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what is held to a file, from which engines with this model can `load` it.
+
+        Raises:
+          ConfigError: nothing is held, requests are still being answered, several processes, or
+            the file can't be written.
+        """
+        self._check_idle()
+        if self._held is None:
+            raise ConfigError("no prefix is held: give one with hold(prefix) before save")
+        self._check_alone()
+        held = self.rows.with_pages(self._held, int(np.argmax(self._has)))
+        write_prefix(Path(path), self._prefix, held, self.rows.config, self._identity())
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Holds the prefix that an engine with the same model and policy has saved; `max_length`,
+        `batch`, sampling and mesh may differ.
+
+        Raises:
+          ConfigError: another model or policy, a damaged file, a prefix longer than `max_length`,
+            or as `save` raises it.
+        """
+        self._check_idle()
+        self._check_alone()
+        tokens, held = read_prefix(Path(path), self.rows.programs.empty(1), self._identity())
+        self._check_length(f"the prefix in {path}", len(tokens))
+        every = np.ones(self.batch, bool)
+        self._take(tokens, self.rows.place(held), every)
+
+    @property
+    def prefix(self) -> np.ndarray:
+        """What is held, int32 [T]."""
+        return self._prefix
+
+    def _identity(self) -> Identity:
+        return identity_of(self.rows.programs.abstract, self.rows.params, self._policy)
+
+    def _check_alone(self) -> None:
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"{jax.process_count()} processes share this engine: a prefix is saved and loaded "
+                "by one process only; hold it by its tokens"
+            )
 
     def answer(
         self,

@@ -6,6 +6,7 @@ one text is read in its row of the cache while the others stay as they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ class Programs:
 
     Attributes:
       abstract: the model with shapes in place of arrays.
-      begin, read, step, restart, copy, keep: jitted; see the methods that they are made of.
+      begin, read, step, restart, copy, keep, place: jitted; see the methods that they are made of.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Programs:
         )
         self.copy = jax.jit(copied_row, donate_argnums=0)
         self.keep = jax.jit(_kept)
+        self.place = jax.jit(_placed, donate_argnums=0)
 
     def empty(self, batch: int) -> Cache:
         """A cache that has read nothing."""
@@ -167,3 +169,11 @@ def _pick(rows: jax.Array, new: Progress, old: Progress) -> Progress:
 def _kept(cache: Cache, logits: jax.Array, row: jax.Array) -> Held:
     """Where one text is now."""
     return Held(of_text(snapshot(cache), row), jax.lax.dynamic_slice_in_dim(logits, row, 1, 0))
+
+
+def _placed(cache: Cache, keys: jax.Array, values: jax.Array) -> Cache:
+    """The cache with the same keys and values in all rows."""
+    pages = cache.pages
+    put = lambda x, new: jnp.broadcast_to(new, x.shape)
+    pages = pages._replace(keys=put(pages.keys, keys), values=put(pages.values, values))
+    return spread(replace(cache, pages=pages))

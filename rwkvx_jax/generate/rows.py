@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.generate.chunks import chunk_sizes, cut_chunk, next_size
 from rwkvx_jax.generate.programs import Held, Programs
 from rwkvx_jax.generate.requests import TokenScores
@@ -122,6 +123,24 @@ class Rows:
     def keep(self, row: int) -> Held:
         """Where a text is now."""
         return self.programs.keep(self.cache, self.progress.logits, np.int32(row))
+
+    def with_pages(self, held: Held, row: int) -> Held:
+        """What is held, with the keys and values, which a row has."""
+        pages = self.cache.pages
+        rows = held.state.rows or (pages.keys[:, row : row + 1], pages.values[:, row : row + 1])
+        return held._replace(state=held.state._replace(rows=rows))
+
+    def place(self, held: Held) -> Held:
+        """Gives keys and values to all rows; what is left of what is held."""
+        if self.cache.policy is not None:
+            return jax.device_put(held)
+        self.cache = self.programs.place(self.cache, *held.state.rows)
+        return jax.device_put(held._replace(state=held.state._replace(rows=None)))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model."""
+        return self.programs.abstract.config
 
     def read(
         self, texts: Mapping[int, np.ndarray], advance: Callable[[int], None] = lambda count: None
