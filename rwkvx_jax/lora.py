@@ -84,12 +84,13 @@ def attached(params: Params, lora: LoRAConfig) -> Params:
     return joined(others, _pairwise(carry, matrices, params[ADAPTERS]))
 
 
-def merged(params: Params, lora: LoRAConfig) -> Params:
+def merged(params: Params, lora: LoRAConfig, *, keep: bool = False) -> Params:
     """Parameters of a plain model: adapters are added to their matrices (if there are any).
 
     Args:
       params: of a stage; the arrays of adapted matrices are given away.
       lora: of the stage.
+      keep: they are not.
     """
     if ADAPTERS not in params:
         return params
@@ -100,7 +101,7 @@ def merged(params: Params, lora: LoRAConfig) -> Params:
             functools.partial(adapted, lora.scale), matrices, adapters
         ),
         out_shardings=shardings,
-        donate_argnums=0,
+        donate_argnums=() if keep else 0,
     )
     return joined(others, program(matrices, params[ADAPTERS]))
 

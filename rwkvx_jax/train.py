@@ -50,4 +50,10 @@ def main(argv: list[str], prog: str = "train.py") -> None:
             print(f"flags of the TPU compiler: {' '.join(xla_flags)}", flush=True)
         join_by_flags(flags)
         workdir = work_path(flags.workdir or Path("runs") / experiment_name(flags.config))
-        fit(config, workdir, init_from=flags.init_from, resume_step=flags.resume_step)
+        tasks = None
+        if config.run.eval_tasks:
+            from rwkvx_jax.eval_tasks import EvalTasks  # all of evals, which few runs need
+
+            tasks = EvalTasks(config.run.eval_tasks, workdir)
+        starting = {"init_from": flags.init_from, "resume_step": flags.resume_step}
+        fit(config, workdir, **starting, tasks=tasks)

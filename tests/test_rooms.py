@@ -59,8 +59,9 @@ ROOMS = [
     "rwkvx_jax.evals.lm_eval",
     "rwkvx_jax.plan",
     "rwkvx_jax.doctor",
-    "rwkvx_jax.train",
     "rwkvx_jax.eval",
+    "rwkvx_jax.eval_tasks",
+    "rwkvx_jax.train",
     "rwkvx_jax.expand_checkpoint",
     "rwkvx_jax.completion",
 ]

@@ -35,6 +35,10 @@ class RunConfig(Checked):
     """Batches of one held-out loss; 0 turns it off."""
     probe_trials: int = 0
     """Passkey prompts of the probe beside each held-out loss; 0 turns it off."""
+    eval_tasks: tuple[str, ...] = ()
+    """Evaluations beside each held-out loss: a task of eval.py and its flags each, such as
+    "passkey --lengths 4096 --depths 5 --trials 2"; all on the training mesh. See docs/training.md.
+    """
     checkpoint_every: int = 100
     """Steps between checkpoints; the end of a stage always makes one."""
     keep_checkpoints: int = 2

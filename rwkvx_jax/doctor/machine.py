@@ -128,7 +128,12 @@ def training(config: Config, workdir: Path, steps: int) -> tuple[str, Values]:
     """The first steps of an experiment's first stage: finite losses, tokens per second."""
     stage = dataclasses.replace(config.stages[0], steps=steps, warmup_steps=0)
     run = dataclasses.replace(
-        config.run, eval_batches=0, probe_trials=0, log_every=1, profile_steps=""
+        config.run,
+        eval_batches=0,
+        probe_trials=0,
+        eval_tasks=(),
+        log_every=1,
+        profile_steps="",
     )
     with _scratch(workdir) as folder, tempfile.TemporaryDirectory() as cache:
         # Tokenized text is read from a disk, wherever the work directory is.

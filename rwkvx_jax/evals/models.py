@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
@@ -123,12 +124,13 @@ def check_output(path: Path) -> None:
 
 
 class EvalModel(NamedTuple):
-    """A model under evaluation; its parameters stay on the host until its turn comes."""
+    """A model under evaluation; its parameters stay on the host until its turn comes, or lie where
+    a training has them."""
 
     label: str
     config: ModelConfig
     run: RunConfig
-    params: Params  # numpy arrays
+    params: Params  # numpy arrays, or those of a training
     tokenizer: Tokenizer
     checkpoint: str
     step: int | None
@@ -285,6 +287,8 @@ def _digest(params: Params) -> str:
     """A hash of all parameters, bit by bit."""
     digest = hashlib.blake2b(digest_size=16)
     for name, leaf in flat(params):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         leaf = np.ascontiguousarray(leaf)
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf.view(np.uint8).data)

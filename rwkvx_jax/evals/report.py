@@ -277,6 +277,11 @@ _GRIDS = {"passkey": "Passkey retrieval", "lookup": "Facts in other wordings"}
 _RIGHT = Measure(grid.score, "right answers (%)", "questions")
 
 
+def measure_of(task: str) -> Measure | None:
+    """What sums up a task's results, if one number does."""
+    return _shown(task).measure
+
+
 def _shown(task: str) -> Shown:
     """All other tasks are grids."""
     title = _GRIDS.get(task) or TITLES.get(task.removeprefix("niah_"))

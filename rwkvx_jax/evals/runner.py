@@ -60,14 +60,27 @@ def run(
     options: Options,
     evaluate: Callable[[Options, Sequence[EvalModel], Console], Found],
     show: Callable[[Found, Sequence[EvalModel], Console], None],
+    models: Sequence[EvalModel] | None = None,
 ) -> None:
-    """A task's command: loads the models, evaluates them, and shows what was found."""
-    console = open_console()
-    mesh = mesh_of(options.mesh)
-    models = open_models(options)  # onto the host of each process: no mesh is in force yet
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        with until_interrupted(console):
-            found = evaluate(options, models, console)
+    """A task's command: loads the models, evaluates them, and shows what was found.
+
+    Args:
+      options: the flags.
+      evaluate: answers what is not finished yet.
+      show: draws and prints it.
+      models: what is evaluated instead of the checkpoints that the flags name, quietly and on the
+        mesh in force.
+    """
+    if models is not None:
+        console = Console(quiet=True)
+        found = evaluate(options, models, console)
+    else:
+        console = open_console()
+        mesh = mesh_of(options.mesh)
+        models = open_models(options)  # onto the host of each process: no mesh is in force yet
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            with until_interrupted(console):
+                found = evaluate(options, models, console)
     if jax.process_index() == 0:
         show(found, models, console)
 

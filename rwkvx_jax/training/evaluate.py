@@ -5,16 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from typing import NamedTuple, Protocol
 
 from jax.sharding import Mesh
 
 from rwkvx_jax.config import Config, ConfigError, Stage
 from rwkvx_jax.data.pipeline import OpenData, batches
 from rwkvx_jax.hosts import global_batch, host_rows
-from rwkvx_jax.model import Params
+from rwkvx_jax.model import RWKVX, Params
 from rwkvx_jax.sharding import batch_sharding
+from rwkvx_jax.tokenizer import Tokenizer
 from rwkvx_jax.training.probe import make_probe
 from rwkvx_jax.training.step import StageProgram, bind
+
+
+class Trained(NamedTuple):
+    """A model under training."""
+
+    model: RWKVX  # with shapes in place of arrays
+    params: Params  # of a plain model, where the mesh has them
+    tokenizer: Tokenizer
+    step: int  # over all stages
+    length: int | None  # longest training sequence so far
+
+
+class Tasks(Protocol):
+    """Evaluations of their own; see `rwkvx_jax.eval_tasks`."""
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from this step."""
+
+    def __call__(self, trained: Trained) -> dict[str, float]:
+        """Numbers of a model, by name; all processes call it."""
 
 
 def check_targets(config: Config, data: OpenData) -> None:

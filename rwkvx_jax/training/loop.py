@@ -15,7 +15,7 @@ from rich.console import Console
 from pallas_kernels.chips import peak_flops
 from rwkvx_jax.checkpoint import check_resumable
 from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
-from rwkvx_jax.config import Config, to_dict
+from rwkvx_jax.config import Config, ConfigError, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.hosts import check_joined, first_does, host_rows, stop_signal
 from rwkvx_jax.lora import merged
@@ -24,7 +24,7 @@ from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
 from rwkvx_jax.storage import exclusive, make_folder, write_whole
 from rwkvx_jax.training.curriculum import Position, next_stage, stage_ends
-from rwkvx_jax.training.evaluate import check_targets, make_evaluator
+from rwkvx_jax.training.evaluate import Tasks, check_targets, make_evaluator
 from rwkvx_jax.training.initial import load_initial_params
 from rwkvx_jax.training.memory import check_memory, describe_trainable
 from rwkvx_jax.training.metrics import MetricsWriter
@@ -61,6 +61,7 @@ def fit(
     *,
     init_from: str | Path | None = None,
     resume_step: int | None = None,
+    tasks: Tasks | None = None,
 ) -> Params:
     """Trains all stages of `config`, continuing from the newest checkpoint of `workdir`.
 
@@ -74,6 +75,7 @@ def fit(
         even looked at when a checkpoint is there.
       resume_step: continue from the checkpoint of this step instead; later ones are moved to
         `checkpoints-set-aside` in `workdir`.
+      tasks: `rwkvx_jax.eval_tasks.EvalTasks(config.run.eval_tasks, workdir)`, where there are some.
 
     Returns:
       The final parameters; adapters of the last stage are added to their matrices.
@@ -85,7 +87,7 @@ def fit(
       TrainingStopped: a bad step, a checkpoint that can't be written, or SIGTERM, SIGINT or SIGHUP.
     """
     with _compilation_cache(config.run.compilation_cache):
-        return _fit(config, workdir, initial_params, init_from, resume_step)
+        return _fit(config, workdir, initial_params, init_from, resume_step, tasks)
 
 
 def _fit(
@@ -94,8 +96,14 @@ def _fit(
     initial_params: Params | None,
     init_from: str | Path | None,
     resume_step: int | None,
+    tasks: Tasks | None,
 ) -> Params:
     check_joined()
+    if config.run.eval_tasks and tasks is None:
+        raise ConfigError(
+            f"run.eval_tasks is {config.run.eval_tasks}: call fit with tasks=rwkvx_jax.eval_tasks."
+            "EvalTasks(config.run.eval_tasks, workdir), or leave it empty"
+        )
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
     check_memory(config, mesh)
@@ -125,7 +133,7 @@ def _fit(
             console.print(
                 f"continuing after step {start.step}: stage {stage}, {done} of its steps done"
             )
-        writer = _prepare_records(config, workdir, 0 if start is None else start.step)
+        writer = _prepare_records(config, workdir, 0 if start is None else start.step, tasks)
         clock = _start_clock(writer, console, mesh, 0 if start is None else start.step)
         trace = Trace(run, workdir)
         try:
@@ -133,7 +141,7 @@ def _fit(
                 saver = Saver(checkpoints, workdir, run.storage_patience)
                 parts = mesh, data, checkpoints, saver, writer, console, trace, clock, stopping
                 reached = Position(0, 0) if start is None else start.position
-                progress = Run(config, workdir, *parts, reached)
+                progress = Run(config, workdir, *parts, reached, tasks)
                 try:
                     return _run_stages(progress, start, initial_params)
                 finally:
@@ -168,7 +176,9 @@ def _start(
     return Start(step, position, program, state)
 
 
-def _prepare_records(config: Config, workdir: Path, step: int) -> MetricsWriter:
+def _prepare_records(
+    config: Config, workdir: Path, step: int, tasks: Tasks | None
+) -> MetricsWriter:
     """Writes the config, and opens the metrics of a run that goes on after `step`."""
     writer = MetricsWriter(workdir, active=jax.process_index() == 0)
 
@@ -176,6 +186,8 @@ def _prepare_records(config: Config, workdir: Path, step: int) -> MetricsWriter:
         text = json.dumps(to_dict(config), indent=2) + "\n"
         write_whole(workdir / CONFIG_FILE, text.encode())
         writer.open(step, text)
+        if tasks is not None:
+            tasks.go_back(step)
 
     first_does(prepare, f"workdir {workdir} can't be written")
     return writer
@@ -257,7 +269,10 @@ def _run_stage(
                 watch.submit(position, metrics)
                 if last or due(total + 1, config.run.eval_every):
                     with watch.interrupted("evaluation"):
-                        run.report_evaluation(total + 1, stage, evaluate(state.params))
+                        values = evaluate(state.params)
+                        with watch.unhurried():
+                            values |= run.task_values(total + 1, stage, program, state.params)
+                        run.report_evaluation(total + 1, stage, values)
                 save = due(total + 1, config.run.checkpoint_every)
                 stopping = run.stopping(total + 1)
                 if last or save or stopping or run.saver.retry_due():

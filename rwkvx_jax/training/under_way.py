@@ -19,13 +19,16 @@ from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import Config, Stage, UserError
 from rwkvx_jax.data.pipeline import OpenData
 from rwkvx_jax.hosts import global_batch
+from rwkvx_jax.lora import merged
+from rwkvx_jax.model import Params
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import batch_sharding
 from rwkvx_jax.training.bad_steps import explain_bad_step
 from rwkvx_jax.training.curriculum import Position, stage_ends
+from rwkvx_jax.training.evaluate import Tasks, Trained
 from rwkvx_jax.training.metrics import MetricsWriter
 from rwkvx_jax.training.saver import Saver
-from rwkvx_jax.training.step import TrainState
+from rwkvx_jax.training.step import StageProgram, TrainState
 from rwkvx_jax.training.timing import RunClock
 from rwkvx_jax.training.trace import Trace
 from rwkvx_jax.training.watchdog import Watchdog, step_timeout
@@ -51,6 +54,7 @@ class Run:
     clock: RunClock
     stopping: Callable[[int], str]  # steps done -> signal because of which to save and stop
     reached: Position  # of the last step that was reported
+    tasks: Tasks | None  # beside each held-out loss
 
     def save(self, position: Position, state: TrainState, *, wait: bool) -> None:
         record = progress_record(self.config, *position, self.data.fingerprint)
@@ -61,6 +65,14 @@ class Run:
         """To be called with each checkpoint: what a resume reads beside it."""
         self.writer.write_timing(step, self.clock.line())
         self.writer.upload()
+
+    def task_values(self, step: int, stage: Stage, program: StageProgram, params: Params) -> dict[str, float]:
+        """What `run.eval_tasks` make of the parameters of a step."""
+        if self.tasks is None:
+            return {}
+        whole = merged(params, stage.lora, keep=True)
+        length = self.config.trained_length(step)
+        return self.tasks(Trained(program.model, whole, self.data.tokenizer, step, length))
 
     def report_evaluation(self, step: int, stage: Stage, values: dict[str, float]) -> None:
         if values:
@@ -129,6 +141,12 @@ class StepWatch:
             yield
         self._dog.finished(then)
         self._clock = time.perf_counter()
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """For what takes as long as it takes, inside of `interrupted`."""
+        with self._dog.paused():
+            yield
 
     def submit(self, position: Position, metrics: dict[str, jax.Array]) -> None:
         self.drain()

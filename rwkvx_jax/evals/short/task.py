@@ -225,7 +225,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def run(options: ShortOptions) -> None:
+def run(options: ShortOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes short.jsonl and short.png, prints the paper's table."""
 
     def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
@@ -235,4 +235,4 @@ def run(options: ShortOptions) -> None:
             console.print(f"lm_eval's own results: {folder}", soft_wrap=True)
 
     check_installed()
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, show, models)

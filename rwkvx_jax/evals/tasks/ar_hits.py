@@ -228,7 +228,7 @@ def score(summary: Record) -> Estimate | None:
     return Estimate(*summary["hits"]["loss"]) if summary["hits"] else None
 
 
-def run(options: ArHitsOptions) -> None:
+def run(options: ArHitsOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes ar_hits.jsonl and ar_hits.png, prints a table."""
 
     def show(results: Results, console: Console) -> None:
@@ -237,4 +237,4 @@ def run(options: ArHitsOptions) -> None:
         if len(models) > 1:
             gains(models).print(console, "the same tokens, document by document")
 
-    runner.run(options, evaluate, runner.shows(draw, show))
+    runner.run(options, evaluate, runner.shows(draw, show), models)

@@ -200,7 +200,7 @@ def score(summary: Record) -> Estimate | None:
     return Estimate(*parts[-1]["gain"]) if parts else None
 
 
-def run(options: CopyOptions) -> None:
+def run(options: CopyOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes copy.jsonl and copy.png, prints a table."""
 
     def show(results: Results, console: Console) -> None:
@@ -209,4 +209,4 @@ def run(options: CopyOptions) -> None:
         if len(models) > 1:
             differences(models).print(console, "the same passages, one by one")
 
-    runner.run(options, evaluate, runner.shows(draw, show))
+    runner.run(options, evaluate, runner.shows(draw, show), models)

@@ -162,6 +162,6 @@ def table(models: list[Record]) -> Table:
     return Table(["model (nats per token at positions)", *columns, "all"], rows)
 
 
-def run(options: LongLossOptions) -> None:
+def run(options: LongLossOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes long_loss.jsonl and long_loss.png, prints a table."""
-    runner.run(options, evaluate, runner.shows(draw, print_table))
+    runner.run(options, evaluate, runner.shows(draw, print_table), models)

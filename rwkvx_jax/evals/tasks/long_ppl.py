@@ -247,10 +247,10 @@ def score(summary: Record) -> Estimate | None:
     return Estimate(*summary["gain"]) if summary["gain"] else None
 
 
-def run(options: LongPplOptions) -> None:
+def run(options: LongPplOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes longppl.jsonl and longppl.png, prints a table."""
 
     def show(results: Results, console: Console) -> None:
         table(results.document["models"]).print(console, "use of long context")
 
-    runner.run(options, evaluate, runner.shows(draw, show))
+    runner.run(options, evaluate, runner.shows(draw, show), models)

@@ -108,7 +108,7 @@ def evaluate(
     return grid.evaluate(lookup_grid(options), options, models, console, make_reader)
 
 
-def run(options: LookupOptions) -> None:
+def run(options: LookupOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes lookup.jsonl and lookup.png, prints the tables."""
 
     def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
@@ -122,4 +122,4 @@ def run(options: LookupOptions) -> None:
             depth_label="depth of the fact (%)",
         )
 
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, show, models)

@@ -226,7 +226,7 @@ def print_overview(console: Console, results: dict[TaskName, Results]) -> None:
     Table(["model", *columns], rows).print(console, "score (%) by length, all depths")
 
 
-def run(options: NiahOptions) -> None:
+def run(options: NiahOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes the files of every task, prints tables."""
 
     def show(
@@ -245,4 +245,4 @@ def run(options: NiahOptions) -> None:
             )
         print_overview(console, results)
 
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, show, models)

@@ -207,7 +207,7 @@ def evaluate(
     return grid.evaluate(passkey_grid(options), options, models, console, make_reader)
 
 
-def run(options: PasskeyOptions) -> None:
+def run(options: PasskeyOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: evaluates, writes passkey.jsonl and passkey.png, prints the tables."""
 
     def show(results: Results, models: Sequence[EvalModel], console: Console) -> None:
@@ -221,7 +221,7 @@ def run(options: PasskeyOptions) -> None:
             depth_label="depth of the key (% of the filler)",
         )
 
-    runner.run(options, evaluate, show)
+    runner.run(options, evaluate, show, models)
 
 
 def _title(options: PasskeyOptions) -> str:

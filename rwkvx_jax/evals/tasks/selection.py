@@ -306,6 +306,6 @@ def print_table(results: Results, console: Console) -> None:
     table(results.document["models"]).print(console)
 
 
-def run(options: SelectionOptions) -> None:
+def run(options: SelectionOptions, models: Sequence[EvalModel] | None = None) -> None:
     """The command: measures, writes selection.jsonl and selection.png, prints a table."""
-    runner.run(options, evaluate, runner.shows(draw, print_table))
+    runner.run(options, evaluate, runner.shows(draw, print_table), models)
