@@ -286,7 +286,7 @@ class Engine:
             if not done:
                 text.tokens.append(token)
                 yield Token(text.number, token)
-                done = len(text.tokens) == text.room or ended(text.number, text.tokens)
+                done = ended(text.number, text.tokens) or len(text.tokens) == text.room
             if done:
                 self._texts[row] = None
                 yield text.ended()

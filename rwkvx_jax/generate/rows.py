@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
@@ -40,6 +40,11 @@ class Speed:
     prompt_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+
+    def since(self, before: Speed) -> Speed:
+        """What was done after an earlier moment."""
+        pairs = zip(astuple(self), astuple(before), strict=True)
+        return Speed(*(now - then for now, then in pairs))
 
     def __str__(self) -> str:
         rate = lambda count, seconds: f"{count / seconds if seconds else 0.0:.1f} tokens/s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.requests import Request
@@ -66,8 +67,7 @@ def generate(
     stop: Sequence[int] = (0,),
     seeds: Sequence[int] | None = None,
 ) -> tuple[list[str], Speed]:
-    """Continues texts, any number of them: the continuations, and how fast all of the engine's
-    came.
+    """Continues texts, any number of them: the continuations, and how fast they came.
 
     Args:
       engine: continues them.
@@ -89,5 +89,6 @@ def generate(
         Request(tokenizer.encode(prompt), max_tokens, stop, seed)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
+    before = replace(engine.speed)
     continue_texts(engine, tokenizer, requests, add)
-    return texts, engine.speed
+    return texts, engine.speed.since(before)

@@ -174,8 +174,10 @@ def test_stream_never_breaks_a_character():
 
 
 def test_generate_returns_texts_and_speed(model, engine):
-    texts, speed = generate(engine, load_tokenizer("byte"), ["one", "two", "three"], 5)
-    assert len(texts) == 3 and speed.prompt_tokens == 11 and speed.tokens <= 15
+    tokenizer = load_tokenizer("byte")
+    texts, speed = generate(engine, tokenizer, prompts := ["one", "two", "three"], 5)
+    answers = _tokens(engine, [tokenizer.encode(prompt) for prompt in prompts], 5, stop=(0,))
+    assert texts == [tokenizer.decode(answer) for answer in answers] and speed.prompt_tokens == 11 and speed.tokens <= 15
     assert "tokens/s" in str(speed)
 
 
@@ -258,13 +260,14 @@ def test_an_answer_ends_with_its_first_blank_line(monkeypatch, capsys, tmp_path,
         speed = "fast"
 
         def hold(self, prefix):
-            held.append(list(prefix))
+            held.append(list(map(int, prefix)))
 
         def answer(self, requests, ended):
             (request,) = requests
-            held[-1] += request.prompt
+            held[-1] += map(int, request.prompt)
             tokens = byte.encode(said).tolist()
-            cut = next((n for n in range(1, len(tokens)) if ended(0, tokens[:n])), len(tokens))
+            count = range(1, len(tokens) + 1)
+            cut = next((n for n in count if ended(0, tokens[:n])), len(tokens))
             yield Answer(0, np.asarray(tokens[:cut]))
 
     turns = iter(["hello", "more", ""])
