@@ -237,8 +237,9 @@ def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes, Axes]:
 def cache_axes(cache: Cache) -> Any:
     """Logical axes of every array of a cache, as a tree with tuples for leaves."""
     texts, rows, states = ("batch",), ("layers", "batch", None), ("layers", "batch", "heads")
-    axes: Any = (texts, texts, rows, (*states, None, None), *page_axes(cache.gate))
-    length, position, shift, wkv, keys, values, sums, spans = axes
+    layers = None if cache.layers is None else ("layers",)
+    axes: Any = (texts, texts, rows, (*states, None, None), *page_axes(cache.gate), layers)
+    length, position, shift, wkv, keys, values, sums, spans, blocks = axes
     return replace(
         cache,
         length=length,
@@ -246,7 +247,7 @@ def cache_axes(cache: Cache) -> Any:
         blocks=BlockState(TimeMixState(shift, wkv), shift),
         attention=None if cache.attention is None else AttentionState(shift, shift),
         pages=Pages(keys, values, sums, None if cache.pages.span_rows is None else spans),
-        layers=None if cache.layers is None else ("layers",),
+        layers=blocks,
     )
 
 

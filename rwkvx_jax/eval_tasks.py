@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from rwkvx_jax.config import ConfigError, MeshConfig
 from rwkvx_jax.eval import TASKS, parse
 from rwkvx_jax.evals.models import ATTENTION_OFF, EvalModel, EvalOptions
 from rwkvx_jax.evals.report import find_runs, measure_of
-from rwkvx_jax.storage import in_bucket
+from rwkvx_jax.storage import remove_folder
 from rwkvx_jax.training.evaluate import Trained
 
 FOLDER = "evals"
@@ -67,7 +66,7 @@ class EvalTasks:
         for folder in self._folder.iterdir():
             number = folder.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
-                folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)
+                remove_folder(folder)
 
     def __call__(self, trained: Trained) -> dict[str, float]:
         """Evaluates the model; in the first process, what sums up each result, by name of task.
@@ -136,7 +135,9 @@ def _scores(output: Path, suffix: str) -> dict[str, float]:
     values = {}
     for found in find_runs([output]):
         task, measure = found.document["task"], measure_of(found.document["task"])
-        for model in found.document["models"] if measure is not None else ():
+        if measure is None:
+            continue
+        for model in found.document["models"]:
             off = "_attention_off" if model["label"].endswith(ATTENTION_OFF) else ""
             if (score := measure.score(model["summary"])) is not None:
                 values[task.replace("-", "_") + off + suffix] = score.value

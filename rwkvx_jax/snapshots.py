@@ -84,9 +84,7 @@ def choose(chosen: jax.Array, ours: Snapshot, others: Snapshot) -> Snapshot:
 
 def of_text(tree: Any, row: Int[Array, ""]) -> Any:
     """One text of a tree such as a snapshot, as one of a batch of 1."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, text_axis(x)), tree
-    )
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, text_axis(x)), tree)
 
 
 def _with_text(tree: Any, own: Any, row: Int[Array, ""]) -> Any:

@@ -136,6 +136,14 @@ def make_folder(path: Path) -> None:
         probe.unlink()
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder with everything in it, on a disk or in a bucket."""
+    if in_bucket(path):
+        path.rmtree()  # type: ignore[attr-defined]
+    else:
+        shutil.rmtree(path)
+
+
 @contextlib.contextmanager
 def exclusive(lock: Path, *, busy: str | None = None) -> Iterator[None]:
     """Lets one process at a time into the block.

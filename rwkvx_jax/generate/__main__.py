@@ -201,6 +201,7 @@ def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[
     """Turns of `User:` and `Assistant:` as in data/chat.py, each ended by a blank line: no turn of
     a training document has one inside."""
     said: list[int] = []  # by both, in tokens
+    answer = ""
 
     def answered(number: int, text: str) -> bool:
         nonlocal answer
@@ -215,16 +216,16 @@ def _chat(engine: Engine, tokenizer: Tokenizer, options: Options, ask: Callable[
             return
         if not asked:
             return
-        *begin, last = [*said, *tokenizer.encode(chat_prompt(asked))]
-        engine.hold(begin)
+        said += tokenizer.encode(chat_prompt(asked)).tolist()
+        engine.hold(said[:-1])
         show("Assistant:")
         answer = ""
-        request = Request([last], options.max_tokens, options.stops, options.seed)
+        request = Request(said[-1:], options.max_tokens, options.stops, options.seed)
         continue_texts(engine, tokenizer, [request], answered)
         if TURN_END not in answer:  # cut off: the next turn still begins after a blank line
             answer += TURN_END
             show(TURN_END)
-        said = [*begin, last, *tokenizer.encode(answer)]
+        said += tokenizer.encode(answer).tolist()
         print(engine.speed, file=sys.stderr)
 
 

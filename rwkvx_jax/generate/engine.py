@@ -9,7 +9,7 @@ go on. Where a mesh is in force, texts, states and pages lie over it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -106,8 +106,9 @@ class Engine:
             model, batch, max_length, min(piece, max_length), sampling or Sampling(), policy
         )
         self._texts: list[_Text | None] = [None] * batch
-        self._busy = False
-        self._prefix, self._held = np.zeros(0, np.int32), None
+        self._busy = self._more = False
+        self._prefix = np.zeros(0, np.int32)
+        self._held: Held | None = None
         self._has = np.ones(batch, bool)  # rows with the keys and values of what is held
         self._spoilt = np.zeros(batch, bool)  # rows with keys that are not finite
 
@@ -240,36 +241,30 @@ class Engine:
         self, waiting: Iterator[tuple[int, Request]], advance: Callable[[int], None]
     ) -> Iterator[Token]:
         """Gives free rows to requests, and reads these; ends those that are whole then."""
-        self._more, new = True, np.zeros(self.batch, bool)
+        self._more, fresh = True, {}
         for row in np.flatnonzero([text is None for text in self._texts]):
             for number, request in waiting:
                 problem, room = self._room(request)
                 text = _Text(number, request, room)
                 if not problem and (room or request.score):
-                    self._texts[row], new[row] = text, True
+                    self._texts[row] = fresh[int(row)] = text
                     break
                 yield text.ended(problem)
             else:
                 self._more = False
                 break
-        if not new.any():
+        if not fresh:
             return
-        seeds = [text.request.seed if text else 0 for text in self._texts]
-        self._begin(new, np.asarray(seeds, np.uint32), len(self._prefix))
-        fresh = {int(row): self._texts[row] for row in np.flatnonzero(new)}
+        seeds = np.zeros(self.batch, np.uint32)
+        seeds[[*fresh]] = [text.request.seed for text in fresh.values()]
+        self._begin(np.isin(np.arange(self.batch), [*fresh]), seeds, len(self._prefix))
         prompts = {row: np.asarray(text.request.prompt, np.int32) for row, text in fresh.items()}
         scored = {row: p for row, p in prompts.items() if fresh[row].request.score}
         self.rows.read({row: p for row, p in prompts.items() if row not in scored}, advance)
-        yield from self._scored(scored, advance)
-
-    def _scored(
-        self, prompts: Mapping[int, np.ndarray], advance: Callable[[int], None]
-    ) -> Iterator[Token]:
-        """Ends the texts that are to be scored."""
-        for row, scores in (self.rows.score(prompts, advance) if prompts else {}).items():
+        for row, scores in self.rows.score(scored, advance).items():
             self._spoilt[row] |= not np.isfinite(scores.losses).all()
-            text, self._texts[row] = self._texts[row], None
-            yield text.ended(scores=scores)
+            self._texts[row] = None
+            yield fresh[row].ended(scores=scores)
 
     def _step(self, ended: Ended) -> Iterator[Token]:
         """One more token of each text; ends those that are whole then."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rwkvx_jax.cache import Cache, CachePolicy
@@ -125,7 +126,8 @@ def read_prefix(path: Path, empty: Cache, own: Identity) -> tuple[np.ndarray, He
         if metadata.get(_FORMAT) != _VERSION:
             found = metadata.get(_FORMAT, "none")
             raise ConfigError(
-                f"{path} has prefix format {found:.20}, and this version reads {_VERSION}: {_REMEDY}"
+                f"{path} has prefix format {found:.20}, and this version reads {_VERSION}: "
+                f"{_REMEDY}"
             )
         _check_identity(path, json.loads(metadata["identity"]), own)
         arrays = {name: tensor.read() for name, tensor in tensors.items()}
@@ -134,12 +136,12 @@ def read_prefix(path: Path, empty: Cache, own: Identity) -> tuple[np.ndarray, He
         raise ConfigError(f"{path}: no prefix can be read from it ({error}): {_REMEDY}") from error
     rows = empty.pages.keys, empty.pages.values
     state = snapshot(empty)._replace(rows=rows)
-    logits = np.zeros((1, own["model"]["vocab_size"]), np.float32)
-    wanted = flat(Held(state, logits))
+    whole = Held(state, jnp.zeros((1, own["model"]["vocab_size"]), jnp.float32))
+    wanted = flat(whole)
     if {name for name, _ in wanted} != arrays.keys():
         raise ConfigError(f"{path} lacks arrays of a prefix, or has others: {_REMEDY}")
     filled = [_filled(path, name, np.asarray(x), arrays[name]) for name, x in wanted]
-    return tokens, jax.tree.unflatten(jax.tree.structure(Held(state, logits)), filled)
+    return tokens, jax.tree.unflatten(jax.tree.structure(whole), filled)
 
 
 def _filled(path: Path, name: str, empty: np.ndarray, saved: np.ndarray) -> np.ndarray:
@@ -172,4 +174,3 @@ def _check_identity(path: Path, saved: Identity, own: Identity) -> None:
                 f"{path} was saved with {name} {old!r:.40}, and this engine has {new!r:.40}: use "
                 f"the model that made it, or {_REMEDY}"
             )
-

@@ -9,7 +9,7 @@ reads at the speed of memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -30,6 +30,13 @@ REPORT_TOKENS = 8192
 """Tokens between two reports of progress, for which the device has to come to rest."""
 
 _NOTHING = np.zeros(0, np.int32)
+
+
+def _chunk(
+    texts: Mapping[int, np.ndarray], places: Sequence[tuple[int, int]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The next tokens of texts, each by its row and what was read of it; see `cut_chunk`."""
+    return cut_chunk([texts.get(row, _NOTHING)[at : at + size] for row, at in places], size)
 
 
 @dataclass
@@ -137,7 +144,7 @@ class Rows:
 
     def place(self, held: Held) -> Held:
         """Gives keys and values to all rows; what is left of what is held."""
-        if self.cache.policy is not None:
+        if self.cache.policy is not None or held.state.rows is None:
             return jax.device_put(held)
         self.cache = self.programs.place(self.cache, *held.state.rows)
         return jax.device_put(held._replace(state=held.state._replace(rows=None)))
@@ -189,10 +196,9 @@ class Rows:
         ahead = lambda: {row: len(t) - done[row] for row, t in texts.items() if len(t) > done[row]}
         while left := ahead():
             rows, size = self._next_chunk(left)
-            cut = lambda source, row: source[row][done[row] : done[row] + size]
-            part = lambda source: [cut(source, row) if row in left else _NOTHING for row in rows]
-            tokens, counts = cut_chunk(part(texts), size)
-            wanted = None if targets is None else cut_chunk(part(targets), size)[0]
+            places = [(row, done.get(row, 0)) for row in rows]
+            tokens, counts = _chunk(texts, places, size)
+            wanted = None if targets is None else _chunk(targets, places, size)[0]
             one = None if self.together or len(rows) > 1 else np.int32(rows[0])
             logits, self.cache, scores = self.programs.read(
                 self.params, self.progress.logits, self.cache, tokens, counts, one, wanted

@@ -11,6 +11,7 @@ _BLOCK_LOGITS = 1 << 26  # at most so many at once, a quarter of a gigabyte
 # On a CPU a block should stay in cache between its products and their sums.
 _PLACE_LOGITS = {"cpu": 1 << 21}
 
+
 def score_places(
     model: RWKVX,
     features: jax.Array,  # [N, D]

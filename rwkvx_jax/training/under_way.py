@@ -66,7 +66,9 @@ class Run:
         self.writer.write_timing(step, self.clock.line())
         self.writer.upload()
 
-    def task_values(self, step: int, stage: Stage, program: StageProgram, params: Params) -> dict[str, float]:
+    def task_values(
+        self, step: int, stage: Stage, program: StageProgram, params: Params
+    ) -> dict[str, float]:
         """What `run.eval_tasks` make of the parameters of a step."""
         if self.tasks is None:
             return {}

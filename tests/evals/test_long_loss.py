@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.config import ConfigError, RunConfig
-from rwkvx_jax.generate import scoring
 from rwkvx_jax.evals.documents import read_documents
 from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.readers import TextScorer, TokenScores
@@ -19,6 +18,7 @@ from rwkvx_jax.evals.tasks.long_loss import (
     evaluate,
     summarize,
 )
+from rwkvx_jax.generate import scoring
 from rwkvx_jax.model import abstract_model, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.evals.eval_models import (

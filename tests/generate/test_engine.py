@@ -222,7 +222,9 @@ def test_under_a_policy():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2, "context": 2}, {"tensor": 2, "context": 4}])
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "tensor": 2, "context": 2}, {"tensor": 2, "context": 4}]
+)
 def test_over_a_mesh(alone, mesh, monkeypatch):
     mesh, traced = make_mesh(MeshConfig(**{"data": 1} | mesh)), []
     for name in ("_read_chunk", "_next_token"):
@@ -242,5 +244,3 @@ def test_over_a_mesh(alone, mesh, monkeypatch):
     assert sorted(answers) == list(range(16))
     for number, answer in answers.items():
         assert answer.tokens.tolist() == solo(alone, requests[number], (1, 2, 3))
-
-

@@ -177,7 +177,11 @@ def test_generate_returns_texts_and_speed(model, engine):
     tokenizer = load_tokenizer("byte")
     texts, speed = generate(engine, tokenizer, prompts := ["one", "two", "three"], 5)
     answers = _tokens(engine, [tokenizer.encode(prompt) for prompt in prompts], 5, stop=(0,))
-    assert texts == [tokenizer.decode(answer) for answer in answers] and speed.prompt_tokens == 11 and speed.tokens <= 15
+    assert (
+        texts == [tokenizer.decode(answer) for answer in answers]
+        and speed.prompt_tokens == 11
+        and speed.tokens <= 15
+    )
     assert "tokens/s" in str(speed)
 
 
@@ -274,7 +278,7 @@ def test_an_answer_ends_with_its_first_blank_line(monkeypatch, capsys, tmp_path,
     options = cli.Options(checkpoint=tmp_path, chat=True)
     cli._chat(Fake(), byte, options, lambda _: next(turns))
     begin = "User: hello\n\nAssistant:"
-    later = f"{begin}{closed}User: more\n\nAssistant:"
+    later = f"{begin}{closed.rstrip()}\n\nUser: more\n\nAssistant:"
     assert held == [byte.encode(text).tolist() for text in (begin, later)]
     shown = f"Assistant:{closed.rstrip()}\n\n"
     assert capsys.readouterr().out == shown * 2

@@ -21,7 +21,6 @@ from rwkvx_jax.config import ConfigError
 from rwkvx_jax.data.chat import TEMPLATE_TEXT, TURN_END, chat_text
 from rwkvx_jax.evals.models import EvalModel
 from rwkvx_jax.evals.readers import GreedyReader, TextScorer, affordable_batch
-from rwkvx_jax.generate.scoring import score_places
 from rwkvx_jax.evals.short.answers import Answers, Refused, request_key
 from rwkvx_jax.evals.short.batching import (
     Asked,
@@ -32,6 +31,7 @@ from rwkvx_jax.evals.short.batching import (
     pack,
     plan_calls,
 )
+from rwkvx_jax.generate.scoring import score_places
 from rwkvx_jax.model import RWKVX, with_params
 from rwkvx_jax.sharding import even_rows, whole
 from rwkvx_jax.snapshots import choose, rewind, snapshot
