@@ -21,10 +21,10 @@ from lm_eval.api.instance import Instance
 
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.evals.models import EvalModel
-from rwkvx_jax.evals.readers import score_places
 from rwkvx_jax.evals.short.answers import AnswerFile
 from rwkvx_jax.evals.short.harness import HarnessModel
 from rwkvx_jax.evals.short.task import ShortOptions, load_tasks
+from rwkvx_jax.generate.scoring import score_places
 from rwkvx_jax.model import abstract_model, create_model, get_params, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 

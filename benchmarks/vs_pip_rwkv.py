@@ -48,22 +48,25 @@ OUR_WORKER = """
 import json, sys, time
 import jax, jax.numpy as jnp, numpy as np
 from rwkvx_jax.checkpoint import load_checkpoint
-from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.rows import Rows
+from rwkvx_jax.generate.sampling import Sampling
 model = load_checkpoint(sys.argv[1] + ".pth").model
 prompt, count = json.loads(sys.argv[2]), int(sys.argv[3])
-engine = Engine(model, max_length=1, piece=len(prompt))
+rows = Rows(model, 1, 1, len(prompt), Sampling(), None)
 del model
-decode = jax.jit(engine.decode, donate_argnums=2)
+decode = jax.jit(rows.programs.decode, donate_argnums=2)
 for line in sys.stdin:
     begin = time.perf_counter()
-    session = engine.start([prompt])
+    rows.restart(np.ones(1, bool), np.zeros(1, np.uint32))
+    rows.read({0: np.asarray(prompt, np.int32)})
     read = time.perf_counter() - begin
-    steps, cache = [], session.cache
+    steps, cache = [], rows.cache
     for i in range(count):
         begin = time.perf_counter()
-        logits, cache = decode(engine.params, np.asarray(prompt[i : i + 1], np.int32), cache)
+        logits, cache = decode(rows.params, np.asarray(prompt[i : i + 1], np.int32), cache)
         logits.block_until_ready()
         steps.append(time.perf_counter() - begin)
+    rows.cache = cache
     print(json.dumps([read, steps, np.asarray(logits[0, :512]).tolist()]), flush=True)
 """
 

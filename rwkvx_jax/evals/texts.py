@@ -6,7 +6,6 @@ of the scores of their predictions.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,7 +76,7 @@ def evaluate(
         for part in even_batches(chosen, max(1, rows // each)):
             progress.describe(f"{model.label}, {', '.join(map(str, part[0]))}")
             flat = [text for key in part for text in texts[key]]
-            scores = score_texts(flat, scorer, rows, progress.advance)
+            scores = scorer(flat, progress.advance)
             own = (scores[i : i + each] for i in range(0, len(scores), each))
             yield [key._asdict() | judge(model, key, s) for key, s in zip(part, own, strict=True)]
 
@@ -92,21 +91,6 @@ def evaluate(
         size=size,
     )
     return runner.evaluate(task, options.output, models, console)
-
-
-def score_texts(
-    texts: Sequence[np.ndarray],
-    scorer: Callable[..., list[TokenScores]],
-    rows: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> list[TokenScores]:
-    """Scores of texts in their order, read in batches of at most `rows` of one length."""
-    scores: dict[int, TokenScores] = {}
-    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for _, alike in itertools.groupby(by_length, key=lambda i: len(texts[i])):
-        for some in even_batches(list(alike), rows):
-            scores |= zip(some, scorer([texts[i] for i in some], advance), strict=True)
-    return [scores[i] for i in range(len(texts))]
 
 
 def pairs(first: Record, other: Record, key: Sequence[str]) -> list[tuple[Record, Record]]:

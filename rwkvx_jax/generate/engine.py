@@ -241,13 +241,14 @@ class Engine:
         self, waiting: Iterator[tuple[int, Request]], advance: Callable[[int], None]
     ) -> Iterator[Token]:
         """Gives free rows to requests, and reads these; ends those that are whole then."""
-        self._more, fresh = True, {}
-        for row in np.flatnonzero([text is None for text in self._texts]):
+        fresh: dict[int, _Text] = {}
+        self._more = True
+        for row in [row for row, text in enumerate(self._texts) if text is None]:
             for number, request in waiting:
                 problem, room = self._room(request)
                 text = _Text(number, request, room)
                 if not problem and (room or request.score):
-                    self._texts[row] = fresh[int(row)] = text
+                    self._texts[row] = fresh[row] = text
                     break
                 yield text.ended(problem)
             else:

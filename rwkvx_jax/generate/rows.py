@@ -89,7 +89,8 @@ class Rows:
             force wants them, which has to be in force at every later call as well.
           batch: B.
           max_length: rows of the cache for each text.
-          piece: most prompt tokens of a row read at once.
+          piece: most prompt tokens of a row read at once; a policy or a model without attention
+            blocks reads more than `max_length`.
           sampling: how tokens are chosen.
           policy: compresses the cache.
         """

@@ -73,22 +73,23 @@ def test_piecewise_losses_equal_a_whole_pass(monkeypatch):
     monkeypatch.setattr(scoring, "_PLACE_LOGITS", {})
     monkeypatch.setattr(scoring, "_BLOCK_LOGITS", 2 * 257 * 9)  # several blocks, a ragged one
     params = random_params(TINY)
-    tested = EvalModel("m", TINY, RunConfig(compute_dtype="float32"), params, BYTE, "", None, None)
+    run = RunConfig(compute_dtype="float32", recurrence="sequential")
+    tested = EvalModel("m", TINY, run, params, BYTE, "", None, None)
     texts = np.random.default_rng(0).integers(1, 257, (2, 62)).astype(np.int32)
-    read = []
-    ragged = [texts[0], texts[1, :40]]
-    scores = TextScorer(tested, prefill_chunk=16, batch=3, longest=61)(ragged, read.append)
+    read, sizes = [], (39, 61, 4)  # a third text in the row of whichever ends first
+    ragged = [texts[1, :40], texts[0], texts[1, :5]]
+    scores = TextScorer(tested, prefill_chunk=16, batch=2, longest=61)(ragged, read.append)
     model = with_params(abstract_model(TINY, tested.run), params)
     logits = np.asarray(jax.jit(lambda t: model(t))(texts[:, :-1]), np.float64)
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
     log_p -= logits.max(-1, keepdims=True)
     expected = -np.take_along_axis(log_p, texts[:, 1:, None], axis=-1)[..., 0]
-    assert [len(own.losses) for own in scores] == [61, 39] and sum(read) == 61 + 39
-    assert_close(scores[0].losses, expected[0], rel=2e-5)
-    assert_close(scores[1].losses, expected[1, :39], rel=2e-5)
     likeliest = logits.argmax(-1) == texts[:, 1:]
-    np.testing.assert_array_equal(scores[0].hits, likeliest[0])
-    np.testing.assert_array_equal(scores[1].hits, likeliest[1, :39])
+    assert sum(read) == sum(sizes)
+    for own, row, size in zip(scores, (1, 0, 1), sizes, strict=True):
+        assert len(own.losses) == size
+        assert_close(own.losses, expected[row, :size], rel=2e-5)
+        np.testing.assert_array_equal(own.hits, likeliest[row, :size])
 
 
 def test_bins_do_not_depend_on_the_length():

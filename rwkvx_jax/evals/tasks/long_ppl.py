@@ -27,7 +27,7 @@ from rwkvx_jax.evals.models import EvalModel, require_at_least_1
 from rwkvx_jax.evals.readers import TextScorer, TokenScores
 from rwkvx_jax.evals.results import Results
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.evals.texts import MakeScorer, score_texts
+from rwkvx_jax.evals.texts import MakeScorer
 from rwkvx_jax.records import Record
 from rwkvx_jax.training.losses import longce_starts
 
@@ -107,7 +107,7 @@ class KeyTokens:
             length = self._options.length
             size = min(self._options.prefill_chunk, length)
             scorer = self._make_scorer(self._judge, prefill_chunk=size, batch=1, longest=length)
-            scores = score_texts(self._texts[document], scorer, 1)
+            scores = scorer(self._texts[document], lambda count: None)
             self.learn(document, self._windows.contexts(scores))
         return self._known[document]
 
