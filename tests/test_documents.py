@@ -303,7 +303,7 @@ def test_every_program_is_run_by_a_test():
         "docs/convert.md": 1,
         "docs/data.md": 3,
         "docs/evaluation.md": 1,
-        "docs/generation.md": 2,
+        "docs/generation.md": 3,
         "docs/recurrences.md": 2,
         "docs/research.md": 3,
     }
@@ -366,10 +366,14 @@ def test_programs_that_show_calls():
 
 
 @pytest.mark.thorough
-def test_serving_requests():
+def test_answering_requests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = with_params(abstract_model(TINY, FLOAT32), random_params(TINY))
     names = run("docs/generation.md", 1, model=model, prompts=[[1, 2], [3]], system_prompt=[4])
-    assert names["number"] in (0, 1) and len(names["tokens"]) <= 100 and not names["problem"]
+    answer = names["answer"]
+    assert answer.number in (0, 1) and len(answer.tokens) <= 100 and not answer.problem
+    names = run("docs/generation.md", 2, book=[1, 2, 3], **names)
+    assert names["later"].prefix.tolist() == [1, 2, 3]
 
 
 def test_programs_of_conversion_and_data(tmp_path, monkeypatch):
