@@ -246,8 +246,8 @@ def _prefill_chunk(options: GridOptions, longest: int) -> int:
 
 
 def _step_tokens(prefill_chunk: int, longest: int) -> int:
-    """Tokens that all rows of a batch read at once. On a CPU one row keeps all cores busy, and each
-    row reads what the prompts share: few rows where they are long, some for the answers' sake."""
+    """Tokens that all rows of a batch read at once. On a CPU one row keeps all cores busy: few rows
+    where prompts are long, some for the answers' sake."""
     if jax.default_backend() != "cpu":
         return STEP_TOKENS
     return prefill_chunk * max(1, min(_CPU_ROWS, _CPU_PROMPT_TOKENS // longest))

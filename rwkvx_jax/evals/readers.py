@@ -94,9 +94,15 @@ class GreedyReader:
         self._chunks = max(self._chunks, -(-max(map(len, prompts)) // self._chunk))
         engine = self._engine_for(self._chunks * self._chunk + count)
         shared = _common(prompts) // self._chunk * self._chunk
-        fresh = sum(map(len, prompts)) - shared * len(prompts)  # told of as they are read
-        engine.hold(prompts[0][:shared])
-        advance(sum(map(len, prompts)) - fresh)
+        left = shared
+
+        def advance_all(count: int) -> None:
+            nonlocal left
+            left -= count
+            advance(count * len(prompts))
+
+        engine.hold(prompts[0][:shared], advance_all)
+        advance_all(left)  # what was held before
         requests = (Request(prompt[shared:], count, stop=()) for prompt in prompts)
         done = lambda _, tokens: ended(np.asarray(tokens, np.int32))
         for found in engine.answer(requests, ended=done, advance=advance):
