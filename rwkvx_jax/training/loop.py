@@ -86,6 +86,11 @@ def fit(
       ConversionError: `init_from` is a damaged file.
       TrainingStopped: a bad step, a checkpoint that can't be written, or SIGTERM, SIGINT or SIGHUP.
     """
+    if config.run.eval_tasks and tasks is None:
+        raise ConfigError(
+            f"run.eval_tasks is {config.run.eval_tasks}: call fit with tasks=rwkvx_jax.eval_tasks."
+            "EvalTasks(config.run.eval_tasks, workdir), or leave it empty"
+        )
     with _compilation_cache(config.run.compilation_cache):
         return _fit(config, workdir, initial_params, init_from, resume_step, tasks)
 
@@ -99,11 +104,6 @@ def _fit(
     tasks: Tasks | None,
 ) -> Params:
     check_joined()
-    if config.run.eval_tasks and tasks is None:
-        raise ConfigError(
-            f"run.eval_tasks is {config.run.eval_tasks}: call fit with tasks=rwkvx_jax.eval_tasks."
-            "EvalTasks(config.run.eval_tasks, workdir), or leave it empty"
-        )
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
     check_memory(config, mesh)
