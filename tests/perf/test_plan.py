@@ -271,7 +271,7 @@ def hand_formula(model: ModelConfig, stage: Stage) -> float:
     Of each block: forward, again in the backward pass (but for the last product, whose result the
     gradient does not need), and twice the forward for the gradients. The recurrence in chunks of 64
     tokens: 13 products of chunk x 64 x 64 forward, twice, and 25 backward. The head: forward, again
-    in the backward pass, and twice. LongCE's windows: forward once.
+    in the backward pass, and twice. LongCE's windows: forward once, logits of `stride` tokens.
     """
     width, hidden, tokens = model.width, model.hidden_width, stage.seq_len * stage.global_batch
     last = 2 * width * hidden
@@ -281,8 +281,9 @@ def hand_formula(model: ModelConfig, stage: Stage) -> float:
     head = 2 * width * model.vocab_size
     blocks, others = model.num_blocks, model.num_attention_blocks
     train = blocks * (4 * rwkv - last + wkv * (2 * 13 + 25)) + others * (4 * attention - last)
-    forward = blocks * (rwkv + wkv * 13) + others * attention + head
     span = stage.longce.window + stage.longce.stride
+    forward = blocks * (rwkv + wkv * 13) + others * attention
+    forward += head * stage.longce.stride / span
     starts = range(stage.longce.stride, stage.seq_len - stage.longce.window, stage.longce.stride)
     return tokens * (train + 4 * head) + stage.global_batch * span * len(starts) * forward
 
