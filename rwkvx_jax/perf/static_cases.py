@@ -65,7 +65,14 @@ def all_cases() -> list[Case]:
         for chunk, top_k in ((2048, 3), (128, 16))
     ]
     smallest = [Case(kernel, "v5e", 768, 131072, 32, 64) for kernel in BLOCK_SPARSE]
-    return recurrence + delta_rules + attention + smallest
+    # What a device of configs/rwkvx_3b6_stage2.py:v5p128 has: heads of a text, windows of LongCE.
+    pods = [
+        Case(kernel, "v5p", width, time, 2048, 3)
+        for kernel in BLOCK_SPARSE
+        for width, time in ((320, 65536), (2560, 8000))
+        if time == 65536 or "backward" not in kernel
+    ]
+    return recurrence + delta_rules + attention + smallest + pods
 
 
 def case_named(name: str) -> Case:

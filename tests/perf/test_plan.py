@@ -252,6 +252,16 @@ def test_cores_share_a_kernels_grid_as_it_is():
     assert KernelCosts("v5e", {"k/v5e/T": case}).bundles("k", 10, 1) == 100
 
 
+def test_a_call_is_likened_to_a_case_with_such_a_grid():
+    """Few heads of a long text and all heads of a short one may have as many bytes."""
+    table = {
+        "k/v5p/D320": {"bundles": 900, "hbm_bytes": 100, "parallel_steps": 6},
+        "k/v5p/D2560": {"bundles": 600, "hbm_bytes": 90, "parallel_steps": 40},
+    }
+    costs = KernelCosts("v5p", table)
+    assert costs.bundles("k", 180, 80) == 1200 and costs.bundles("k", 90, 6) == 810
+
+
 def test_the_two_devices_of_a_chip_share_it():
     devices = [SimpleNamespace(coords=(i // 2, 0, 0), slice_index=None) for i in range(4)]
     found = Machine.of("v4", devices).chip
