@@ -139,8 +139,8 @@ def longce_weights(
     For each start s the tokens from s on are run alone, from an empty state and with chunks
     counted from s; the predictions in [s + window, s + window + stride) get the weight
     min(exp(short loss - full loss), cap), all others 1. The last window ends with the sequence,
-    however short that makes it. No gradient flows through the weights. `short_losses` leaves out the
-    first `window` predictions, and gets the part of `segment_ids` that belongs to its tokens:
+    however short that makes it. No gradient flows through the weights. `short_losses` leaves out
+    the first `window` predictions, and gets the part of `segment_ids` that belongs to its tokens:
     numbers of documents that need not start at 1.
     """
     time = full_losses.shape[1]

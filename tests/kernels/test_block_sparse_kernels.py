@@ -302,7 +302,7 @@ def interpreted_by_cores(cores):
 def assert_no_races():
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    found = interpret_pallas_call.races.races_found  # not inside assert: pytest prints the whole state
+    found = interpret_pallas_call.races.races_found  # pytest would print the whole
     assert not found, "races: see the captured output"
 
 
