@@ -37,6 +37,7 @@ import dataclasses
 from rwkvx_jax.config import (
     Config,
     DataConfig,
+    LongCEConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -79,6 +80,7 @@ def get_config(variant: str = "") -> Config:
         case "v5p128":
             mesh = MeshConfig(data=1, fsdp=16, context=8, platform="tpu")
             run = dataclasses.replace(run, loss_block=524288, remat="save_projections")
+            stage = dataclasses.replace(stage, longce=LongCEConfig(at_once=2))
         case "v5e256":
             mesh = MeshConfig(data=1, fsdp=16, tensor=2, context=8, platform="tpu")
         case "v6e64":

@@ -547,8 +547,8 @@ class _BackwardRefs(NamedTuple):
     k: Any  # [1, block, 128]
     v: Any  # [1, block, 128]
     results: Any  # HBM [packs, heads, parts, T, 128], also an input
-    dk_out: Any  # HBM [B, T, packs * 128], also an input
-    dv_out: Any  # HBM [B, T, packs * 128], also an input
+    dk_out: Any  # HBM [sums, B, T, packs * 128], also an input: see `_Plan.sums`
+    dv_out: Any  # HBM [sums, B, T, packs * 128], also an input
     queries: tuple  # VMEM [8 + S + 8, 128], for each source
     running: tuple  # VMEM [8 + S + 8, 128] for each part
     dk: Any  # VMEM [block, 128]
@@ -754,6 +754,7 @@ def _past_backward_kernel(
     body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
     batch = step.pack // packs
     lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
+    own_sum = head if dk_ref.shape[0] > 1 else 0
     block_rows = _rows_of(step.block, routes.joined * shape.chunk)
 
     @pl.when(step.first_of_segment)
@@ -777,8 +778,8 @@ def _past_backward_kernel(
     @pl.when(step.first_of_block)
     def _():
         _copy(
-            (dk_ref.at[batch, block_rows, lane], dk, sems.at[0]),
-            (dv_ref.at[batch, block_rows, lane], dv, sems.at[1]),
+            (dk_ref.at[own_sum, batch, block_rows, lane], dk, sems.at[0]),
+            (dv_ref.at[own_sum, batch, block_rows, lane], dv, sems.at[1]),
         )
 
     def attend(number, start):
@@ -804,8 +805,8 @@ def _past_backward_kernel(
     @pl.when(step.last_of_block)
     def _():
         _copy(
-            (dk, dk_ref.at[batch, block_rows, lane], sems.at[0]),
-            (dv, dv_ref.at[batch, block_rows, lane], sems.at[1]),
+            (dk, dk_ref.at[own_sum, batch, block_rows, lane], sems.at[0]),
+            (dv, dv_ref.at[own_sum, batch, block_rows, lane], sems.at[1]),
         )
 
     @pl.when(step.last_of_segment)
@@ -916,6 +917,12 @@ class _Plan:
     def sources(self) -> int:
         """Arrays whose rows the backward gathers beside the results."""
         return 2 if self.shape.dtype == F32 else 1
+
+    @property
+    def sums(self) -> int:
+        """Arrays of dK and of dV that the past backward adds to: one for each head of a pack where
+        cores could not share the packs evenly, so that they share the heads."""
+        return self.shape.heads if self.packs_together % self.tile.cores else 1
 
     @property
     def problem(self) -> str | None:
@@ -1173,7 +1180,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
         rows = [lax.bitcast_convert_type(upper << 16 | lower, F32)]
     else:
         rows = [q, do]
-    zeros = [jnp.zeros(k.shape, F32)] * 2
+    zeros = [jnp.zeros((plan.sums, *k.shape), F32)] * 2
     kernel = functools.partial(
         _past_backward_kernel,
         shape=plan.shape,
@@ -1184,7 +1191,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
     )
     block = pltpu.VMEM((plan.routing.joined * plan.shape.chunk, LANES), F32)
     count = sources + parts
-    return _past_call(
+    results, dk, dv = _past_call(
         plan,
         kernel,
         routed,
@@ -1197,10 +1204,11 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
             pltpu.SemaphoreType.DMA((count,)),
         ],
         5,
-        1,  # the heads of a pack add to the same rows of dK and dV
+        1 if plan.sums == 1 else 2,  # whether the heads of a pack add to the same rows of dK and dV
         interpret,
         "block_sparse_past_backward",
     )
+    return results, *(x[0] if plan.sums == 1 else x.sum(axis=0) for x in (dk, dv))
 
 
 def _own_forward(plan: _Plan, q, k, v, results, first, interpret):

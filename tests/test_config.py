@@ -75,6 +75,7 @@ def tuned(model, **lora):
         (lambda: OptimizerConfig(eps=-1.0), ["optimizer.eps is -1.0"]),
         (lambda: OptimizerConfig(clip_norm=-1.0), ["optimizer.clip_norm is -1.0"]),
         (lambda: LongCEConfig(window=0), ["longce.window is 0"]),
+        (lambda: LongCEConfig(at_once=0), ["longce.at_once is 0"]),
         (lambda: dataclasses.replace(STAGE, name=""), ["empty name"]),
         (lambda: dataclasses.replace(STAGE, peak_lr=float("nan")), ["peak_lr is nan", "finite"]),
         (lambda: dataclasses.replace(STAGE, peak_lr=float("inf")), ["peak_lr is inf", "finite"]),

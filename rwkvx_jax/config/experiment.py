@@ -73,10 +73,13 @@ class LongCEConfig(Checked):
     """Weighted tokens of a window; windows start this far apart."""
     cap: float = 10.0
     """Largest weight."""
+    at_once: int = 1
+    """Windows of a sequence that run at once, on each of the devices that share it. More take more
+    memory, and collect parameters that are sharded over `fsdp` less often."""
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive("longce", window=self.window, stride=self.stride)
+        require_positive("longce", window=self.window, stride=self.stride, at_once=self.at_once)
         require(self.cap > 0, f"longce.cap is {self.cap}: it must be positive")
 
 

@@ -136,7 +136,7 @@ def attention(
             return keep(trade(x, split_axis=2, concat_axis=1))
 
         out = op(*map(whole, (q, k, v, *index)), segment_ids=ids)
-        return trade(out, split_axis=1, concat_axis=2)[:, :, :heads]
+        return keep(trade(out, split_axis=1, concat_axis=2))[:, :, :heads]
 
     axes = ("batch", None), *[_TOKENS] * (3 + len(index))
     return per_device(stretch, axes, _TOKENS)(segment_ids, q, k, v, *index)

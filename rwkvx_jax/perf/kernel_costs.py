@@ -61,8 +61,8 @@ class KernelCosts:
     def bundles(self, kernel: str, size: float, parallel_steps: int | None = None) -> float | None:
         """Bundles that the busiest core issues in one call.
 
-        Those of the case nearest in size, scaled by the bytes and by the share of the grid that a
-        core gets.
+        Those of the case nearest in size and in the steps that cores may share, scaled by the bytes
+        and by the share of the grid that a core gets.
 
         Args:
           kernel: its name.
@@ -75,13 +75,21 @@ class KernelCosts:
         cases = self._cases.get(kernel)
         if not cases or not size:
             return None
-        near = min(cases, key=lambda case: abs(math.log(case["hbm_bytes"] / size)))
+        near = min(cases, key=lambda case: _distance(case, size, parallel_steps))
         share = self._share(parallel_steps) / self._share(near.get("parallel_steps"))
         return near["bundles"] * size / near["hbm_bytes"] * share
 
     def _share(self, steps: int | None) -> float:
         """Part of a grid that the busiest core runs; an equal one where the steps are not known."""
         return 1 / self._cores if steps is None else -(-steps // self._cores) / steps
+
+
+def _distance(case: Mapping, size: float, parallel_steps: int | None) -> float:
+    """How far a case is from a call: both ratios, as logarithms."""
+    ratios = [case["hbm_bytes"] / size]
+    if parallel_steps and case.get("parallel_steps"):
+        ratios.append(case["parallel_steps"] / parallel_steps)
+    return sum(abs(math.log(ratio)) for ratio in ratios)
 
 
 class _Call(NamedTuple):

@@ -3,13 +3,15 @@
     python -m rwkvx_jax.perf.overlap --config FILE --topology v5e:2x4 --run.xla-flags auto
 
 compiles the train step of each stage for TPUs that are not here, and prints a table of what a
-device sends. It judges the order that the compiler chose, not times.
+device sends. It judges the order that the compiler chose, not times. Programs with the same digest
+are the same, byte for byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -130,7 +132,9 @@ def main(argv: Sequence[str], prog: str = "python -m rwkvx_jax.perf.overlap") ->
         for stage in config.stages:
             with jax.set_mesh(mesh):
                 text = train_program(config, stage, mesh).lower().compile().as_text()
-            print(f"{stage.name}:\n\n{table(read_overlap(hlo.parse(text), mesh.size))}")
+            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            print(f"{stage.name}, program {digest}:\n")
+            print(table(read_overlap(hlo.parse(text), mesh.size)))
     return 0
 
 

@@ -65,7 +65,14 @@ def all_cases() -> list[Case]:
         for chunk, top_k in ((2048, 3), (128, 16))
     ]
     smallest = [Case(kernel, "v5e", 768, 131072, 32, 64) for kernel in BLOCK_SPARSE]
-    return recurrence + delta_rules + attention + smallest
+    # What a device of configs/rwkvx_3b6_stage2.py:v5p128 has: heads of a text, windows of LongCE.
+    pods = [
+        Case(kernel, "v5p", width, time, 2048, 3)
+        for kernel in BLOCK_SPARSE
+        for width, time in ((320, 65536), (2560, 8000))
+        if time == 65536 or "backward" not in kernel
+    ]
+    return recurrence + delta_rules + attention + smallest + pods
 
 
 def case_named(name: str) -> Case:
@@ -208,7 +215,11 @@ def _block_sparse(case: Case, struct):
     minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     packs = case.width // 128
     if "past" in case.kernel:
-        packs = block_sparse_plan(case, struct).packs_together * case.group
+        plan = block_sparse_plan(case, struct)
+        packs = plan.packs_together * case.group
+        if case.kernel == "block_sparse_past_backward":  # it adds to zeros, and so reads them
+            sums = 2 * plan.batch * plan.keys * plan.packs * 128 * 4
+            minimum += sums * (2 * plan.sums - 1)
     return function, arguments, minimum, case.time * packs
 
 

@@ -72,8 +72,9 @@ def token_losses(
     block_tokens: int,
     segment_ids: jax.Array | None = None,
     selection: bool = False,
+    skip: int = 0,
 ) -> TokenLosses:
-    """Cross-entropy of predicting tokens[:, 1:] from tokens[:, :-1].
+    """Cross-entropy of predicting tokens[:, skip + 1 :] from all tokens before each.
 
     Args:
       model: any model of this project.
@@ -81,10 +82,14 @@ def token_losses(
       block_tokens: tokens whose logits exist at once (rounded to whole time steps).
       segment_ids: [B, T] int32, the document of each input, or None: a row is one text.
       selection: whether the loss of the selector "index" is wanted as well.
+      skip: predictions at the beginning that nobody asks for, less than T: they get no logits.
+
+    Returns:
+      Terms [B, T - skip].
     """
     look = lambda attention, h: attention.selection_loss(h, segment_ids) if selection else None
     features, seen = model.observe(tokens[:, :-1], look, segment_ids)
-    targets = tokens[:, 1:]
+    features, targets = features[:, skip:], tokens[:, skip + 1 :]
     # Parts of a sequence that lie on several devices become rows, so that none has to move.
     shape, parts = targets.shape, sequence_parts(targets.shape[1])
     rows, time = shape[0] * parts, shape[1] // parts
@@ -122,7 +127,7 @@ def longce_starts(length: int, config: LongCEConfig) -> list[int]:
 
 
 def longce_weights(
-    # tokens [B, n + 1], and segment ids [B, n] if there are some -> losses [B, n]
+    # tokens [B, n + 1], and segment ids [B, n] if there are some -> losses [B, n - window]
     short_losses: Callable[..., jax.Array],
     tokens: jax.Array,  # [B, T + 1]
     full_losses: jax.Array,  # [B, T]
@@ -134,8 +139,9 @@ def longce_weights(
     For each start s the tokens from s on are run alone, from an empty state and with chunks
     counted from s; the predictions in [s + window, s + window + stride) get the weight
     min(exp(short loss - full loss), cap), all others 1. The last window ends with the sequence,
-    however short that makes it. No gradient flows through the weights. `short_losses` gets the part
-    of `segment_ids` that belongs to a window: numbers of documents that need not start at 1.
+    however short that makes it. No gradient flows through the weights. `short_losses` leaves out
+    the first `window` predictions, and gets the part of `segment_ids` that belongs to its tokens:
+    numbers of documents that need not start at 1.
     """
     time = full_losses.shape[1]
     span = config.window + config.stride
@@ -144,7 +150,7 @@ def longce_weights(
     rows = [tokens] if segment_ids is None else [tokens, segment_ids]
     rows = [jnp.pad(row, ((0, 0), (0, beyond))) for row in rows]
     # Devices that share a sequence take windows of it each; the last round may run some twice.
-    batch, at_once = len(tokens), sequence_parts(time)
+    batch, at_once = len(tokens), sequence_parts(time) * config.at_once
     rounds = np.resize(starts, (-(-len(starts) // at_once), at_once))
 
     def windows(starts: jax.Array) -> jax.Array:  # [at_once] -> [B, at_once * stride]
@@ -154,8 +160,7 @@ def longce_weights(
             together = jax.vmap(cut, out_axes=1)(starts).reshape(batch * at_once, length)
             return constrain(together, "batch", None)
 
-        short = short_losses(*map(parts, rows))
-        return short[:, config.window :].reshape(batch, -1)
+        return short_losses(*map(parts, rows)).reshape(batch, -1)
 
     with whole_sequences():
         short = jax.lax.map(windows, jnp.asarray(rounds))

@@ -81,7 +81,8 @@ def step_flops(config: Config, stage: Stage) -> float:
     """Products of one training step of a stage, over all devices.
 
     Forward once; backward twice that, of which frozen matrices need the half that goes on to their
-    inputs; adapters beside them like any other matrices; LongCE's windows forward once.
+    inputs; adapters beside them like any other matrices; LongCE's windows forward once, and logits
+    of the tokens that get a weight.
     """
     model, time = config.stage_model(stage), stage.seq_len
     adapters = parameter_counts(config, stage)[1] if stage.trainable == "lora" else 0
@@ -99,7 +100,8 @@ def step_flops(config: Config, stage: Stage) -> float:
     if stage.loss == "longce":
         span = stage.longce.window + stage.longce.stride
         windows = len(longce_starts(time, stage.longce))
-        total += windows * forward(span)
+        logits = 2.0 * model.width * model.vocab_size
+        total += windows * (forward(span) - stage.longce.window * logits)
     return stage.global_batch * total
 
 

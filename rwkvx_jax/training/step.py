@@ -254,7 +254,8 @@ def _objective(config: Config, stage: Stage, model: RWKVX) -> Callable:
             fixed = bind(model, jax.lax.stop_gradient(params), stage)
 
             def short(tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-                return token_losses(fixed, tokens, block, segment_ids).cross_entropy
+                losses = token_losses(fixed, tokens, block, segment_ids, skip=stage.longce.window)
+                return losses.cross_entropy
 
             full = jax.lax.stop_gradient(losses.cross_entropy)
             factors = weights * longce_weights(short, tokens, full, stage.longce, segment_ids)

@@ -1,5 +1,6 @@
 """Sequences cut over 8 simulated devices: each operation equals the one on a whole sequence."""
 
+import dataclasses
 import functools
 import logging
 
@@ -168,16 +169,18 @@ def test_token_shift_over_parts():
     assert_close(actual[0], expected[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("stride", [6, 16])
-def test_windows_side_by_side_give_the_weights_of_windows_in_turn(stride):
+def test_windows_side_by_side_give_the_weights_of_windows_in_turn(stride, at_once):
     """6: nine windows on four devices, some twice; 16: three windows, fewer than devices."""
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 9, (2, 65)), jnp.int32)
     # Depends on everything since the start of a window, and on nothing before.
-    short = lambda part: jnp.cumsum(jnp.sin(part[:, :-1] + 2.0 * part[:, 1:]), axis=1)
+    short = lambda part: jnp.cumsum(jnp.sin(part[:, :-1] + 2.0 * part[:, 1:]), axis=1)[:, 7:]
     full = jnp.cos(tokens[:, 1:].astype(jnp.float32))
-    config = LongCEConfig(window=7, stride=stride, cap=1e9)
+    config = LongCEConfig(window=7, stride=stride, cap=1e9, at_once=at_once)
     weigh = lambda tokens, full: longce_weights(short, tokens, full, config)
-    expected = weigh(tokens, full)
+    expected = longce_weights(short, tokens, full, dataclasses.replace(config, at_once=1))
+    assert_close(weigh(tokens, full), expected, rel=1e-6)
     with jax.set_mesh(mesh_of(context=4)):
         assert_close(jax.jit(weigh)(tokens, full), expected, rel=1e-6)
         with whole_sequences():

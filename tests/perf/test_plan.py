@@ -252,6 +252,16 @@ def test_cores_share_a_kernels_grid_as_it_is():
     assert KernelCosts("v5e", {"k/v5e/T": case}).bundles("k", 10, 1) == 100
 
 
+def test_a_call_is_likened_to_a_case_with_such_a_grid():
+    """Few heads of a long text and all heads of a short one may have as many bytes."""
+    table = {
+        "k/v5p/D320": {"bundles": 900, "hbm_bytes": 100, "parallel_steps": 6},
+        "k/v5p/D2560": {"bundles": 600, "hbm_bytes": 90, "parallel_steps": 40},
+    }
+    costs = KernelCosts("v5p", table)
+    assert costs.bundles("k", 180, 80) == 1200 and costs.bundles("k", 90, 6) == 810
+
+
 def test_the_two_devices_of_a_chip_share_it():
     devices = [SimpleNamespace(coords=(i // 2, 0, 0), slice_index=None) for i in range(4)]
     found = Machine.of("v4", devices).chip
@@ -271,7 +281,7 @@ def hand_formula(model: ModelConfig, stage: Stage) -> float:
     Of each block: forward, again in the backward pass (but for the last product, whose result the
     gradient does not need), and twice the forward for the gradients. The recurrence in chunks of 64
     tokens: 13 products of chunk x 64 x 64 forward, twice, and 25 backward. The head: forward, again
-    in the backward pass, and twice. LongCE's windows: forward once.
+    in the backward pass, and twice. LongCE's windows: forward once, logits of `stride` tokens.
     """
     width, hidden, tokens = model.width, model.hidden_width, stage.seq_len * stage.global_batch
     last = 2 * width * hidden
@@ -281,8 +291,9 @@ def hand_formula(model: ModelConfig, stage: Stage) -> float:
     head = 2 * width * model.vocab_size
     blocks, others = model.num_blocks, model.num_attention_blocks
     train = blocks * (4 * rwkv - last + wkv * (2 * 13 + 25)) + others * (4 * attention - last)
-    forward = blocks * (rwkv + wkv * 13) + others * attention + head
     span = stage.longce.window + stage.longce.stride
+    forward = blocks * (rwkv + wkv * 13) + others * attention
+    forward += head * stage.longce.stride / span
     starts = range(stage.longce.stride, stage.seq_len - stage.longce.window, stage.longce.stride)
     return tokens * (train + 4 * head) + stage.global_batch * span * len(starts) * forward
 

@@ -190,7 +190,7 @@ def slow_longce(short, tokens, full, config, segment_ids=None):
         rows = () if segment_ids is None else (segment_ids[:, start:end],)
         alone = np.asarray(short(tokens[:, start : end + 1], *rows))
         for position in range(start + window, end):
-            gap = alone[:, position - start] - full[:, position]
+            gap = alone[:, position - start - window] - full[:, position]
             weights[:, position] = np.minimum(np.exp(gap), config.cap)
     return weights
 
@@ -207,7 +207,7 @@ def test_longce_is_the_slow_loop(window, stride, time):
 
     def short(part):  # depends on all tokens from the start of the window on
         context = jnp.cumsum(jnp.asarray(scale)[part[:, :-1]], axis=1)
-        return jnp.sin(context) * 2 + jnp.asarray(scale)[part[:, 1:]]
+        return (jnp.sin(context) * 2 + jnp.asarray(scale)[part[:, 1:]])[:, window:]
 
     full = rng.uniform(0, 3, (BATCH, time)).astype(np.float32)
     config = LongCEConfig(window=window, stride=stride, cap=2.5)
@@ -229,7 +229,8 @@ def test_longce_of_documents_is_the_slow_loop(window, stride, time):
 
     def short(part, ids):  # depends on the tokens of the own document from the window's start on
         context = jnp.asarray(scale)[part[:, :-1], None] * (ids[:, :, None] == ids[:, None])
-        return jnp.sin(jnp.cumsum(context, axis=1).diagonal(axis1=1, axis2=2)) * 2 + ids
+        summed = jnp.cumsum(context, axis=1).diagonal(axis1=1, axis2=2)
+        return (jnp.sin(summed) * 2 + ids)[:, window:]
 
     full = rng.uniform(0, 3, (BATCH, time)).astype(np.float32)
     config = LongCEConfig(window=window, stride=stride, cap=2.5)
@@ -248,7 +249,8 @@ def test_longce_windows_start_from_nothing_and_carry_no_gradient():
     full = jnp.ones((1, 13))
 
     def total(params):
-        short = lambda part: token_losses(with_params(model, params), part, 64).cross_entropy
+        bound = with_params(model, params)
+        short = lambda part: token_losses(bound, part, 64, skip=config.window).cross_entropy
         return longce_weights(short, jnp.asarray(tokens), full, config).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(params)
