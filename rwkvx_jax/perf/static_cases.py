@@ -27,6 +27,7 @@ class Case:
       width, time: D (of the values) and T; the batch is 1.
       chunk, top_k: of sparse attention; 0 for other kernels.
       group: of sparse attention, query heads that share a key head and a choice of chunks.
+      documents: whether documents are packed.
     """
 
     kernel: str
@@ -36,12 +37,14 @@ class Case:
     chunk: int = 0
     top_k: int = 0
     group: int = 1
+    documents: bool = False
 
     @property
     def name(self) -> str:
         sparse = f"/C{self.chunk}/K{self.top_k}" if self.chunk else ""
         group = f"/M{self.group}" if self.group > 1 else ""
-        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}{group}"
+        documents = "/documents" if self.documents else ""
+        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}{group}{documents}"
 
     @property
     def topology(self) -> str:
@@ -70,8 +73,9 @@ def all_cases() -> list[Case]:
 
 def case_named(name: str) -> Case:
     """The case of a name such as "wkv7_forward/v5e/D768/T4096"."""
-    kernel, chip, *numbers = name.split("/")
-    return Case(kernel, chip, *(int(x[1:]) for x in numbers))
+    kernel, chip, *numbers = name.removesuffix("/documents").split("/")
+    documents = name.endswith("/documents")
+    return Case(kernel, chip, *(int(x[1:]) for x in numbers), documents=documents)
 
 
 def _wkv7(case: Case, struct):
@@ -149,7 +153,8 @@ def block_sparse_plan(case: Case, struct):
     tokens = lambda heads: struct((1, case.time, heads, 64), jnp.bfloat16)
     q, k = tokens(case.width // 64), tokens(case.width // 64 // case.group)
     tile = block_sparse_tpu.TILES[case.chip]
-    return block_sparse_tpu._plan_of(q, k, case.top_k - 1, case.chunk, 0.125, 0, tile)
+    sizes = case.top_k - 1, case.chunk, 0.125, 0
+    return block_sparse_tpu._plan_of(q, k, *sizes, tile, case.documents)
 
 
 def block_sparse_calls(case: Case, struct) -> dict:
@@ -169,6 +174,11 @@ def block_sparse_calls(case: Case, struct) -> dict:
     ordered = struct((groups, routes.segments, routes.pairs // 128 + 8, 128), jnp.int32)
     means = struct((1, case.time // chunk, heads, 64), jnp.float32)
     call = lambda function: functools.partial(function, plan, interpret=False)
+    documents = None
+    if case.documents:
+        found = functools.partial(block_sparse_tpu._Documents.of, plan)
+        starts = jax.ShapeDtypeStruct((1, case.time), jnp.int32)
+        documents = jax.tree.map(lambda x: struct(x.shape, x.dtype), jax.eval_shape(found, starts))
     choose = functools.partial(
         selection_tpu.select_by_keys, first=0, chunk_size=chunk, count=case.top_k - 1
     )
@@ -182,19 +192,19 @@ def block_sparse_calls(case: Case, struct) -> dict:
         "block_sparse_start": (call(block_sparse_tpu._start), (packed,)),
         "block_sparse_past_forward": (
             call(block_sparse_tpu._past_forward),
-            (routed, packed, keys_packed, keys_packed, results),
+            (routed, packed, keys_packed, keys_packed, results, documents),
         ),
         "block_sparse_own_forward": (
             call(block_sparse_tpu._own_forward),
-            (packed, keys_packed, keys_packed, results, first),
+            (packed, keys_packed, keys_packed, results, first, documents),
         ),
         "block_sparse_past_backward": (
             call(block_sparse_tpu._past_backward),
-            (routed, packed, keys_packed, keys_packed, packed, results),
+            (routed, packed, keys_packed, keys_packed, packed, results, documents),
         ),
         "block_sparse_own_backward": (
             call(block_sparse_tpu._own_backward),
-            (packed, keys_packed, keys_packed, packed, results, wide, wide, first),
+            (packed, keys_packed, keys_packed, packed, results, wide, wide, first, documents),
         ),
     }
 
