@@ -86,6 +86,11 @@ def _wkv7(case: Case, struct):
     tokens = struct((1, case.time, case.width), jnp.bfloat16)
     log_w = struct((1, case.time, case.width), jnp.float32)
     state = struct((1, packs, head, 128), jnp.float32)
+    borders = []
+    if case.documents:
+        found = functools.partial(wkv7_tpu._borders, chunk=tile.chunk)
+        fresh = jax.eval_shape(found, jax.ShapeDtypeStruct((1, case.time), bool))
+        borders = [struct(x.shape, x.dtype) for x in fresh]
     states = struct((1, chunks, packs, head, 128), jnp.float32)
     inputs = (tokens, log_w, tokens, tokens, tokens, tokens)
     contract = [*inputs, state, state, states, tokens]
@@ -93,19 +98,19 @@ def _wkv7(case: Case, struct):
 
         def function(*x):
             return wkv7_tpu._forward_call(
-                x[:6], x[6], head=head, tile=tile, residuals=True, interpret=False
+                x[:6], x[6], x[7:], head=head, tile=tile, residuals=True, interpret=False
             )
 
-        arguments = (*inputs, state)
+        arguments = (*inputs, state, *borders)
     else:
         inverse = struct((1, chunks, packs, tile.chunk, 2 * tile.chunk), jnp.bfloat16)
 
         def function(*x):
             return wkv7_tpu._backward_call(
-                x[:6], x[6:10], x[10], x[11], head=head, tile=tile, interpret=False
+                x[:6], x[6:10], x[10], x[11], x[12:], head=head, tile=tile, interpret=False
             )
 
-        arguments = (*inputs, states, state, inverse, tokens, tokens, state)
+        arguments = (*inputs, states, state, inverse, tokens, tokens, state, *borders)
         contract += [*inputs, state]  # and the gradients
     minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in contract)
     return function, arguments, minimum, case.time * packs
