@@ -90,6 +90,16 @@ def test_a_counter_kept_in_memory():
     assert loop.trips == 3  # 2, 5, 8
 
 
+def test_a_counter_that_is_computed_twice():
+    """What is stored is another sum of the same numbers than the one that is compared."""
+    text = KEPT.replace("{ %s15 =", "{ %s20 = sadd.s32 3, %s14 ;; %s15 =")
+    text = text.replace("] %s15 ;;", "] %s20 ;;")
+    (loop,) = read_schedule(text).inner
+    assert loop.trips == 3
+    with pytest.raises(UnknownTripCount, match="bundle 0x2"):
+        read_schedule(text.replace("%s20 = sadd.s32 3", "%s20 = sadd.s32 4"))
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
