@@ -1397,19 +1397,15 @@ class _Documents(NamedTuple):
     @classmethod
     def of(cls, plan: _Plan, starts: jax.Array) -> "_Documents":
         """Of the positions [B, Tk] at which keys' documents begin."""
-        chunk, square, keys = plan.shape.chunk, plan.square, starts.shape[1]
+        chunk, square = plan.shape.chunk, plan.square
         position = jnp.arange(plan.keys, dtype=jnp.int32)[None]
-        begins = jnp.where(starts == position[:, :keys], position[:, :keys], plan.keys)
-        padding = (0, 0), (0, plan.keys + 1 - keys)
-        begins = jnp.pad(begins, padding, constant_values=plan.keys)
-        ends = lax.cummin(begins, axis=1, reverse=True)[:, 1:] - 1
-        ends = (
-            jnp.minimum(ends, position // chunk * chunk + chunk - 1) - position // square * square
+        last = position // chunk * chunk + chunk - 1
+        ends = jnp.minimum(alignment.document_ends(starts, plan.keys), last)
+        ends = (ends - position // square * square).reshape(
+            plan.batch, -1, square // plan.side, plan.side
         )
-        first_keys = jnp.maximum(
-            starts[:, chunk - 1 :: chunk], position[:, :keys:chunk][:, : keys // chunk]
-        )
-        return cls(ends.reshape(plan.batch, -1, square // plan.side, plan.side), first_keys)
+        of_last = starts[:, chunk - 1 :: chunk]
+        return cls(ends, jnp.maximum(of_last, position[:, ::chunk][:, : of_last.shape[1]]))
 
 
 def _forward(plan: _Plan, interpret, q, k, v, selection, first, documents):

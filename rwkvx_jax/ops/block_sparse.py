@@ -151,7 +151,7 @@ def _candidates(
     q, k, v, choices, slots, chunk_size, q_offset, segment_ids, everything
 ) -> list[Candidate]:
     def problem(kernels) -> str | None:
-        if segment_ids is not None and kernels is not block_sparse_tpu:
+        if segment_ids is not None and kernels is block_sparse_mosaic_gpu:
             return NO_DOCUMENTS
         if choices != k.shape[2]:
             return f"{k.shape[2]} key heads have {choices} choices of chunks, not one each"
