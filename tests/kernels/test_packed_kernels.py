@@ -1,7 +1,8 @@
-"""Packed documents in the TPU kernels, interpreted on a CPU.
+"""Packed documents in the kernels for TPU and GPU, interpreted on a CPU.
 
-Sparse attention against the reference on the same selection, in values and all gradients, and what
-one document owes to another: exactly nothing. The gate against the choice in XLA.
+Sparse attention against the reference on the same selection and WKV-7 against its oracle, in values
+and all gradients, and what one document owes to another: exactly nothing. The gate against the
+choice in XLA.
 """
 
 import functools
@@ -11,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_tpu
+from pallas_kernels import block_sparse_gpu, block_sparse_tpu, wkv7_tpu
 from rwkvx_jax.ops.attention_reference import sparse_attention_reference
-from rwkvx_jax.ops.documents import document_starts
-from rwkvx_jax.ops.selection import (
-    Selector,
-    _select_by_kernel,
-    select_chunks,
-)
-from tests.kernels.test_block_sparse_kernels import SMALL
+from rwkvx_jax.ops.documents import beginnings, document_starts
+from rwkvx_jax.ops.recurrence import wkv7_sequential
+from rwkvx_jax.ops.selection import Selector, _select_by_kernel, select_chunks
+from tests.helpers import assert_close
+from tests.kernels import test_wkv7_kernels as wkv7_cases
+from tests.kernels.test_block_sparse_kernels import GPU, SMALL
 from tests.ops.attention_cases import compare, random_qkv, random_selection
 from tests.ops.test_packed_attention import ids_of, runs_of
 
@@ -27,6 +27,7 @@ from tests.ops.test_packed_attention import ids_of, runs_of
 # but padding; one document.
 ROWS = (63, 1, 1, 85, 149, 1), (-3, 60, 1, 200, -35, 1), (-300,), (300,)
 TIME = 300
+PIECE = ROWS[:2], 130, (40, 133)  # queries in the middle, of each row somewhere else
 
 
 def chosen_of(ids, queries, heads, chunk, slots, offset):
@@ -49,20 +50,24 @@ def gradients_of(attend, **options):
 
 
 @pytest.mark.parametrize(
-    "dtype, size, chunk, slots, heads, key_heads, rows, queries, offset",
+    "tile, dtype, size, chunk, slots, heads, key_heads, rows, queries, offset",
     [
-        pytest.param(*case, marks=mark, id=name)
-        for name, mark, case in (
-            ("float32", pytest.mark.thorough, (jnp.float32, 64, 64, 4, 1, 1, ROWS, TIME, 0)),
-            ("bfloat16", pytest.mark.slow, (jnp.bfloat16, 64, 64, 4, 2, 2, ROWS, TIME, 0)),
-            ("head 128", pytest.mark.slow, (jnp.float32, 128, 64, 4, 1, 1, ROWS[:2], TIME, 0)),
-            ("groups", pytest.mark.slow, (jnp.float32, 64, 32, 7, 4, 2, ROWS[:2], TIME, 0)),
-            ("one chunk", pytest.mark.slow, (jnp.float32, 64, 256, 1, 1, 1, ROWS[:2], TIME, 0)),
-            ("offset", pytest.mark.slow, (jnp.float32, 64, 64, 4, 1, 1, ROWS[:2], 130, (40, 133))),
+        pytest.param(tile, *case, marks=mark, id=f"{name}-{'tpu' if tile is SMALL else 'gpu'}")
+        for name, tile, mark, case in (
+            ("float32", SMALL, pytest.mark.thorough, (jnp.float32, 64, 64, 4, 1, 1, ROWS, TIME, 0)),
+            ("float32", GPU, pytest.mark.thorough, (jnp.float32, 64, 64, 4, 1, 1, ROWS, TIME, 0)),
+            ("bfloat16", SMALL, pytest.mark.slow, (jnp.bfloat16, 64, 64, 4, 2, 2, ROWS, TIME, 0)),
+            ("128", SMALL, pytest.mark.slow, (jnp.float32, 128, 64, 4, 1, 1, ROWS[:2], TIME, 0)),
+            ("128", GPU, pytest.mark.slow, (jnp.bfloat16, 128, 64, 4, 1, 1, ROWS[:2], TIME, 0)),
+            ("groups", SMALL, pytest.mark.slow, (jnp.float32, 64, 32, 7, 4, 2, ROWS[:2], TIME, 0)),
+            ("chunk 32", GPU, pytest.mark.slow, (jnp.float32, 64, 32, 7, 1, 1, ROWS[:2], TIME, 0)),
+            ("256", SMALL, pytest.mark.slow, (jnp.float32, 64, 256, 1, 1, 1, ROWS[:2], TIME, 0)),
+            ("rows", SMALL, pytest.mark.slow, (jnp.float32, 64, 64, 4, 1, 1, *PIECE)),
+            ("rows", GPU, pytest.mark.slow, (jnp.float32, 64, 64, 4, 1, 1, *PIECE)),
         )
     ],
 )
-def test_sparse_attention(dtype, size, chunk, slots, heads, key_heads, rows, queries, offset):
+def test_sparse_attention(tile, dtype, size, chunk, slots, heads, key_heads, rows, queries, offset):
     ids = ids_of(*rows)
     starts, batch = document_starts(ids), len(rows)
     q = random_qkv(1, batch, queries, heads=heads, size=size, dtype=dtype)[0]
@@ -72,9 +77,8 @@ def test_sparse_attention(dtype, size, chunk, slots, heads, key_heads, rows, que
     place = np.broadcast_to(offset, batch)[:, None] + np.arange(queries)
     known = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
     options = {"chunk_size": chunk, "scale": size**-0.5, "q_offset": known, "starts": starts}
-    kernel = gradients_of(
-        block_sparse_tpu.block_sparse_attention, tile=SMALL, interpret=True, **options
-    )
+    module = block_sparse_tpu if tile is SMALL else block_sparse_gpu
+    kernel = gradients_of(module.block_sparse_attention, tile=tile, interpret=True, **options)
     found = kernel(cotangent, q, k, v, chosen)
     exact = [x.astype(jnp.float32) for x in (cotangent, q, k, v)]
     expected = gradients_of(sparse_attention_reference, **options)(*exact, chosen)
@@ -115,3 +119,45 @@ def test_the_gate(kind, chunk, size, offset, queries):
     choose = jax.jit(functools.partial(select_chunks, top_k=4, implementation="xla", **options))
     np.testing.assert_array_equal(found, choose(q, k, segment_ids=ids))
     assert len(np.unique(found)) > 10
+
+
+@pytest.mark.parametrize(
+    "dtype, size",
+    [
+        (jnp.float32, 64),
+        pytest.param(jnp.bfloat16, 64, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, 128, marks=pytest.mark.slow),
+    ],
+)
+def test_wkv7(dtype, size):
+    """Chunks of 64 tokens with several borders, none, and one at either end."""
+    ids = ids_of((63, 1, 1, 20, -15, 60, 39, 1), (-3, 61, 64, 1, 71))
+    inputs, cotangents = wkv7_cases.make_inputs("random", dtype, 200, 1, size, batch=2)
+    fresh = beginnings(ids)
+    settings = {"fresh": fresh[..., 0, 0] > 0, "tile": wkv7_cases.SMALL, "interpret": True}
+
+    def results(op, options):
+        @jax.jit
+        def run(inputs, cotangents):
+            outputs, pull_back = jax.vjp(functools.partial(op, **options), *inputs)
+            return (*outputs, *pull_back(cotangents))
+
+        return run
+
+    kernel = results(wkv7_tpu.wkv7, settings)
+    found = kernel(inputs, cotangents)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
+    expected = results(wkv7_sequential, {"fresh": fresh})(*exact)
+    forward, gradient = (1e-5, 1e-4) if dtype == jnp.float32 else (1e-2, 4e-2)
+    names = "y", "end", *wkv7_cases.NAMES
+    for i, (name, x, y) in enumerate(zip(names, found, expected, strict=True)):
+        assert_close(x.astype(jnp.float32), y, rel=forward if i < 2 else gradient, name=name)
+
+    dy, dend = cotangents
+    for document in (1, 4, 5):  # longer than a token
+        own = np.asarray(ids == document)[..., None, None]
+        _, _, *gradients = kernel(inputs, (jnp.where(own, dy, 0), jnp.zeros_like(dend)))
+        *gradients, dstart = (np.asarray(x, np.float32) for x in gradients)
+        for name, x in zip(wkv7_cases.NAMES[:-1], gradients, strict=True):
+            assert not np.where(own, 0, x).any() and x.any(), (document, name)
+        assert dstart[0].any() == (document == 1) and not dstart[1].any()
