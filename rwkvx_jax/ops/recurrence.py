@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
-from rwkvx_jax.ops.documents import NO_DOCUMENTS, beginnings, check_segment_ids
+from rwkvx_jax.ops.documents import beginnings, check_segment_ids
 from rwkvx_jax.ops.placement import local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
 from rwkvx_jax.ops.recurrence_chunked import MAX_EXPONENT, wkv7_chunked
@@ -88,7 +88,7 @@ def wkv7(
     """
     named = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
     check_arrays("wkv7", named, state, general=False)
-    implementation = resolve("wkv7", implementation, _candidates(r, v, segment_ids))
+    implementation = resolve("wkv7", implementation, _candidates(r, v))
     if state is None:
         batch, _, heads, width = v.shape
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
@@ -185,7 +185,7 @@ def wkv7_affine(
     # end as M and read z, and rows that start as zeros end as G and read y0.
     batch, _, heads, width = k.shape
     identity = jnp.broadcast_to(jnp.eye(width, dtype=jnp.float32), (batch, heads, width, width))
-    chosen = resolve("wkv7", implementation, _candidates(r, v, segment_ids))
+    chosen = resolve("wkv7", implementation, _candidates(r, v))
     run = functools.partial(
         wkv7, segment_ids=segment_ids, implementation=chosen, chunk_size=chunk_size
     )
@@ -218,12 +218,10 @@ def segment_map(
     )[2:]  # fmt: skip
 
 
-def _candidates(r: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> tuple[Candidate, ...]:
+def _candidates(r: jax.Array, v: jax.Array) -> tuple[Candidate, ...]:
     """Implementations of `wkv7`, fastest first."""
 
     def kernel_problem(platform: str) -> str | None:
-        if segment_ids is not None and platform != "tpu":
-            return NO_DOCUMENTS
         module = _KERNELS[platform]
         if (reason := missing_module(module)) is not None:
             return reason

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_gpu, block_sparse_tpu, wkv7_tpu
+from pallas_kernels import block_sparse_gpu, block_sparse_tpu, wkv7_gpu, wkv7_tpu
 from rwkvx_jax.ops.attention_reference import sparse_attention_reference
 from rwkvx_jax.ops.documents import beginnings, document_starts
 from rwkvx_jax.ops.recurrence import wkv7_sequential
@@ -122,19 +122,22 @@ def test_the_gate(kind, chunk, size, offset, queries):
 
 
 @pytest.mark.parametrize(
-    "dtype, size",
+    "module, dtype, size",
     [
-        (jnp.float32, 64),
-        pytest.param(jnp.bfloat16, 64, marks=pytest.mark.slow),
-        pytest.param(jnp.float32, 128, marks=pytest.mark.slow),
+        (wkv7_tpu, jnp.float32, 64),
+        (wkv7_gpu, jnp.float32, 64),
+        pytest.param(wkv7_tpu, jnp.bfloat16, 64, marks=pytest.mark.slow),
+        pytest.param(wkv7_tpu, jnp.float32, 128, marks=pytest.mark.slow),
+        pytest.param(wkv7_gpu, jnp.bfloat16, 128, marks=pytest.mark.slow),
     ],
 )
-def test_wkv7(dtype, size):
-    """Chunks of 64 tokens with several borders, none, and one at either end."""
+def test_wkv7(module, dtype, size):
+    """Chunks of 64 tokens (16 on a GPU) with several borders, none, and one at either end."""
     ids = ids_of((63, 1, 1, 20, -15, 60, 39, 1), (-3, 61, 64, 1, 71))
     inputs, cotangents = wkv7_cases.make_inputs("random", dtype, 200, 1, size, batch=2)
     fresh = beginnings(ids)
-    settings = {"fresh": fresh[..., 0, 0] > 0, "tile": wkv7_cases.SMALL, "interpret": True}
+    tile = wkv7_cases.SMALL if module is wkv7_tpu else None
+    settings = {"fresh": fresh[..., 0, 0] > 0, "tile": tile, "interpret": True}
 
     def results(op, options):
         @jax.jit
@@ -144,7 +147,7 @@ def test_wkv7(dtype, size):
 
         return run
 
-    kernel = results(wkv7_tpu.wkv7, settings)
+    kernel = results(module.wkv7, settings)
     found = kernel(inputs, cotangents)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
     expected = results(wkv7_sequential, {"fresh": fresh})(*exact)
