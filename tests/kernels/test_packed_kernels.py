@@ -124,8 +124,8 @@ def test_the_gate(kind, chunk, size, offset, queries):
 @pytest.mark.parametrize(
     "module, dtype, size",
     [
-        (wkv7_tpu, jnp.float32, 64),
-        (wkv7_gpu, jnp.float32, 64),
+        pytest.param(wkv7_tpu, jnp.float32, 64, marks=pytest.mark.thorough),
+        pytest.param(wkv7_gpu, jnp.float32, 64, marks=pytest.mark.thorough),
         pytest.param(wkv7_tpu, jnp.bfloat16, 64, marks=pytest.mark.slow),
         pytest.param(wkv7_tpu, jnp.float32, 128, marks=pytest.mark.slow),
         pytest.param(wkv7_gpu, jnp.bfloat16, 128, marks=pytest.mark.slow),

@@ -160,7 +160,7 @@ def test_the_interpreted_tpu_kernel(kind, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "KEYS", size)
     monkeypatch.setattr(sys.modules[__name__], "VALUES", size)
     op, *_, options = KINDS[kind]
-    lengths = (1, 15, 16, 1, 1, 20)
+    lengths = (1, 15, 16, 1, 1, 30, 1, 21)  # one begins with the kernel's second chunk
     inputs, cotangents = make_inputs(kind, lengths), cotangents_of(lengths)
 
     def run(form):
@@ -294,9 +294,15 @@ def test_wkv4(form):
 def test_ids_that_number_no_documents(ids, message):
     with pytest.raises(ValueError, match=message):
         check_segment_ids("op", jnp.asarray(ids), 1, 4)
-    with pytest.raises(ValueError, match="segment_ids"):
-        inputs = make_inputs("rwkv7", (4,))
-        wkv7(**inputs, segment_ids=jnp.asarray(ids))
+    inputs = {kind: make_inputs(kind, (4,)) for kind in ("rwkv7", "scalar-delta")}
+    wkv4_inputs = -jnp.ones(8), jnp.ones(8), *[jnp.ones((1, 4, 8))] * 2
+    for run in (
+        functools.partial(wkv7, **inputs["rwkv7"]),
+        functools.partial(generalized_delta_rule, **inputs["scalar-delta"]),
+        functools.partial(wkv4, *wkv4_inputs),
+    ):
+        with pytest.raises(ValueError, match=f"segment_ids.*{message}"):
+            run(segment_ids=jnp.asarray(ids))
 
 
 def test_where_documents_begin():

@@ -375,7 +375,9 @@ def test_kernels_take_ids(monkeypatch, platform):
     "ids, message",
     [
         ([[1] * 15], r"segment_ids must be int32 \[1, 16\]"),
+        ([[1.0] * 16], "got float32"),
         ([[2] * 8 + [1] * 8], "go from 2 to 1 at token 8"),
+        ([[1] * 8 + [3] * 8], "go from 1 to 3 at token 8"),
     ],
 )
 def test_ids_that_number_no_documents(ids, message):
