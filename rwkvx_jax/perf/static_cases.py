@@ -46,6 +46,10 @@ class Case:
         documents = "/documents" if self.documents else ""
         return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}{group}{documents}"
 
+    def with_documents(self) -> "Case":
+        """The same with packed documents."""
+        return dataclasses.replace(self, documents=True)
+
     @property
     def topology(self) -> str:
         return smallest(self.chip)
@@ -184,11 +188,14 @@ def block_sparse_calls(case: Case, struct) -> dict:
         found = functools.partial(block_sparse_tpu._Documents.of, plan)
         starts = jax.ShapeDtypeStruct((1, case.time), jnp.int32)
         documents = jax.tree.map(lambda x: struct(x.shape, x.dtype), jax.eval_shape(found, starts))
-    choose = functools.partial(
-        selection_tpu.select_by_keys, first=0, chunk_size=chunk, count=case.top_k - 1
-    )
+    lowest = struct((1, case.time), jnp.int32) if case.documents else None
+
+    def choose(x, means, lowest):
+        options = {"chunk_size": chunk, "count": case.top_k - 1}
+        return selection_tpu.select_by_keys(x, means, 0, lowest=lowest, **options)
+
     return {
-        "select_chunks": (choose, (x, means)),
+        "select_chunks": (choose, (x, means, lowest)),
         "routing_sort": (lambda x: routing._sort_call(x, routes, False), (keys,)),
         "routing_emit": (
             lambda *x: routing._emit_call(*x, routes, False),
@@ -242,6 +249,14 @@ BLOCK_SPARSE = (
     "routing_sort",
     "routing_emit",
     "block_sparse_start",
+    "block_sparse_past_forward",
+    "block_sparse_own_forward",
+    "block_sparse_past_backward",
+    "block_sparse_own_backward",
+)
+PACKED = (  # those that take documents
+    *WKV7,
+    "select_chunks",
     "block_sparse_past_forward",
     "block_sparse_own_forward",
     "block_sparse_past_backward",
