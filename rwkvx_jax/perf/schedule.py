@@ -118,17 +118,19 @@ def _kept_counter(index: str, step: int, previous: str, start_line: str, text: s
 
 
 def _slots(name: str, text: str) -> list[str]:
-    """Slots of memory that a scalar was loaded from, one after the other."""
+    """Slots of memory that a scalar was loaded from, one after the other, through copies."""
     slots: list[str] = []
-    while loaded := re.search(rf"%{name} = sld \[smem:\[(#\w+_spill)\]\]", text):
-        if loaded[1] in slots:
-            break
+    while True:
+        while copied := re.search(rf"%{name} = smov %(s\w+)", text):
+            name = copied[1]
+        loaded = re.search(rf"%{name} = sld \[smem:\[(#\w+_spill)\]\]", text)
+        if not loaded or loaded[1] in slots:
+            return slots
         slots.append(loaded[1])
         stored = re.search(rf"sst \[smem:\[{loaded[1]}\]\] %(s\w+)", text)
         if not stored:
-            break
+            return slots
         name = stored[1]
-    return slots
 
 
 def _same_scalar(name: str, original: str, text: str) -> bool:
