@@ -77,3 +77,17 @@ def cut(x: jax.Array, shift: int | jax.Array, length: int) -> jax.Array:
     if isinstance(shift, int):
         return x[:, shift : shift + length]
     return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, length))(x, shift)
+
+
+def document_ends(starts: jax.Array, keys: int) -> jax.Array:
+    """The last key of each key's document, int32 [B, keys]: the last query that may read it.
+
+    Args:
+      starts: int32 [B, Tk], of packed documents: the position at which each key's begins.
+      keys: Tk or more; what is behind Tk belongs to the last document.
+    """
+    position = jnp.arange(starts.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.where(starts == position, position, keys)
+    more = (0, 0), (0, keys + 1 - starts.shape[1])
+    begins = jnp.pad(begins, more, constant_values=keys)
+    return lax.cummin(begins, axis=1, reverse=True)[:, 1:] - 1

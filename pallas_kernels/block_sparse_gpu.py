@@ -96,6 +96,7 @@ class Plan:
       scale: factor on q . k.
       tile: see there.
       routing: of the past part; None where no query can choose anything.
+      documents: arrays of packed documents that kernels read: 1 (`alignment.document_ends`) or 0.
     """
 
     queries: int
@@ -104,6 +105,7 @@ class Plan:
     scale: float
     tile: TileConfig
     routing: routing.Plan | None
+    documents: int = 0
 
     @property
     def log2_scale(self) -> float:
@@ -164,6 +166,12 @@ def _pairs_of_tile(tables, plan: Plan):
     return chunk_ref[tile], target, query, used, blocks
 
 
+def _readable(ends_ref, at, chunk, plan: Plan):
+    """Which keys of a chunk those behind it may read, [1, keys]: whoever chose it is of the
+    document that it ends with. None: all, no documents are packed."""
+    return (ends_ref[0][at] >= (chunk + 1) * plan.chunk - 1)[None, :] if ends_ref else None
+
+
 def _rows_at(ref, rows, mask):
     shape = rows.shape[0], ref.shape[1]
     mask = jnp.broadcast_to(mask[:, None], shape)
@@ -185,11 +193,11 @@ def _past_forward_kernel(
     pairs_ref,  # [segments * J * S]
     segment_ref, chunk_ref, start_ref, count_ref,  # [tiles]
     q_ref, k_ref, v_ref,  # [T, K], [Tk, K]
-    out_ref,  # [places, K] normalized result of each pair
-    lse_ref,  # [places] its log-sum-exp, base 2
-    *,
+    *refs,  # if documents are packed: ends [Tk]; normalized result of each pair [places, K]; its
+    # log-sum-exp [places], base 2
     plan: Plan,
 ):  # fmt: skip
+    *ends_ref, out_ref, lse_ref = refs
     tables = pairs_ref, segment_ref, chunk_ref, start_ref, count_ref
     chunk, target, query, used, blocks = _pairs_of_tile(tables, plan)
     q, keys = _rows_at(q_ref, query, used), plan.tile.keys
@@ -197,6 +205,8 @@ def _past_forward_kernel(
     def step(i, carry):
         at = pl.ds(chunk * plan.chunk + i * keys, keys)
         scores = dot(q, k_ref[at, :], NT) * plan.log2_scale
+        if ends_ref:
+            scores = jnp.where(_readable(ends_ref, at, chunk, plan), scores, NO_SCORE)
         return _softmax_add(carry, scores, v_ref[at, :])
 
     largest, total, acc = lax.fori_loop(0, blocks, step, _start(plan.tile.rows, q.shape[1]))
@@ -216,11 +226,14 @@ def _own_blocks(first_ref, plan: Plan):
     return index, own, position + _iota(rows), blocks
 
 
-def _own_keys(own, i, position, plan: Plan):
+def _own_keys(own, i, position, plan: Plan, ends_ref):
     """Rows of block i of keys of the own chunk, and which of them each query may see."""
     first = own * plan.chunk + i * plan.tile.keys
+    at = pl.ds(first, plan.tile.keys)
     seen = (first + _iota(plan.tile.keys))[None, :] <= position[:, None]
-    return pl.ds(first, plan.tile.keys), seen
+    if ends_ref:
+        seen &= position[:, None] <= ends_ref[0][at][None, :]
+    return at, seen
 
 
 def _slot(selection_ref, j, index, own, plan: Plan):
@@ -233,16 +246,17 @@ def _slot(selection_ref, j, index, own, plan: Plan):
 def _own_forward_kernel(
     first_ref,  # [1] block of keys that the first query stands at
     q_ref, k_ref, v_ref,  # [T, K], [Tk, K]
-    *refs,  # if there are pairs: selection [T, J], their out [places, K], lse [places]; out, lse
+    *refs,  # if documents are packed: ends [Tk]; if there are pairs: selection [T, J], their out
+    # [places, K], lse [places]; out, lse
     plan: Plan,
 ):  # fmt: skip
-    *pair_refs, out_ref, lse_ref = refs
+    ends_ref, (*pair_refs, out_ref, lse_ref) = refs[: plan.documents], refs[plan.documents :]
     index, own, position, blocks = _own_blocks(first_ref, plan)
     rows = pl.ds(index, plan.tile.rows)
     q = q_ref[rows, :]
 
     def step(i, carry):
-        at, seen = _own_keys(own, i, position, plan)
+        at, seen = _own_keys(own, i, position, plan, ends_ref)
         scores = dot(q, k_ref[at, :], NT) * plan.log2_scale
         return _softmax_add(carry, jnp.where(seen, scores, NO_SCORE), v_ref[at, :])
 
@@ -269,10 +283,10 @@ def _past_dq_kernel(
     segment_ref, chunk_ref, start_ref, count_ref,  # [tiles]
     q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
     lse_ref, delta_ref,  # [T]
-    dq_ref,  # [places, K] of each pair, without the scale
-    *,
+    *refs,  # if documents are packed: ends [Tk]; dQ [places, K] of each pair, without the scale
     plan: Plan,
 ):  # fmt: skip
+    *ends_ref, dq_ref = refs
     tables = pairs_ref, segment_ref, chunk_ref, start_ref, count_ref
     chunk, target, query, used, blocks = _pairs_of_tile(tables, plan)
     q, do, lse, delta = _queries(q_ref, do_ref, lse_ref, delta_ref, query, used)
@@ -280,8 +294,8 @@ def _past_dq_kernel(
 
     def step(i, dq):
         at = pl.ds(chunk * plan.chunk + i * keys, keys)
-        k = k_ref[at, :]
-        _, gradient = _score_gradients(q, k, do, v_ref[at, :], lse, delta, plan.log2_scale)
+        k, seen = k_ref[at, :], _readable(ends_ref, at, chunk, plan)
+        _, gradient = _score_gradients(q, k, do, v_ref[at, :], lse, delta, plan.log2_scale, seen)
         return dq + dot(gradient, k)
 
     dq = lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, F32))
@@ -299,16 +313,17 @@ def _own_dq_kernel(
     first_ref,  # [1]
     q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
     lse_ref, delta_ref,  # [T]
-    *refs,  # if there are pairs: selection [T, J], their dQ [places, K]; dQ [T, K]
+    *refs,  # if documents are packed: ends [Tk]; if there are pairs: selection [T, J], their dQ
+    # [places, K]; dQ [T, K]
     plan: Plan,
 ):  # fmt: skip
-    *pair_refs, dq_ref = refs
+    ends_ref, (*pair_refs, dq_ref) = refs[: plan.documents], refs[plan.documents :]
     index, own, position, blocks = _own_blocks(first_ref, plan)
     rows = pl.ds(index, plan.tile.rows)
     q, do, lse, delta = q_ref[rows, :], do_ref[rows, :], lse_ref[rows], delta_ref[rows]
 
     def step(i, dq):
-        at, seen = _own_keys(own, i, position, plan)
+        at, seen = _own_keys(own, i, position, plan, ends_ref)
         k = k_ref[at, :]
         _, gradient = _score_gradients(q, k, do, v_ref[at, :], lse, delta, plan.log2_scale, seen)
         return dq + dot(gradient, k)
@@ -327,10 +342,11 @@ def _dkv_kernel(
     first_ref,  # [1]
     q_ref, k_ref, v_ref, do_ref,  # [T, K], [Tk, K], [Tk, K], [T, K]
     lse_ref, delta_ref,  # [T]
-    *refs,  # if there are pairs: pairs [segments * J * S], starts [segments * (N + 1)]; dK, dV
+    *refs,  # if documents are packed: ends [Tk]; if there are pairs: pairs [segments * J * S],
+    # starts [segments * (N + 1)]; dK, dV
     plan: Plan,
 ):  # fmt: skip
-    *pair_refs, dk_ref, dv_ref = refs
+    ends_ref, (*pair_refs, dk_ref, dv_ref) = refs[: plan.documents], refs[plan.documents :]
     rows, keys = plan.tile.rows, plan.tile.keys
     first_key = pl.program_id(2) * keys
     at = pl.ds(first_key, keys)
@@ -347,6 +363,8 @@ def _dkv_kernel(
     def own(i, carry):
         query = first_key // rows * rows + i * rows + _iota(rows)
         seen = (first_key + _iota(keys))[None, :] <= query[:, None]
+        if ends_ref:
+            seen &= query[:, None] <= ends_ref[0][at][None, :]
         query = query - position
         return add(carry, query, (query >= 0) & (query < plan.queries), seen)
 
@@ -356,7 +374,7 @@ def _dkv_kernel(
     if pair_refs:
         pairs_ref, starts_ref = pair_refs
         sorted_ = plan.routing
-        exists = chunk < sorted_.chunks
+        exists, seen = chunk < sorted_.chunks, _readable(ends_ref, at, chunk, plan)
         place = jnp.minimum(chunk, sorted_.chunks - 1)
 
         def segment(s, carry):
@@ -369,7 +387,8 @@ def _dkv_kernel(
                 used = index < end
                 base = s * sorted_.slots * sorted_.segment
                 number = triton().load(pairs_ref.at[base + index], mask=used, other=0)
-                return add(carry, s * sorted_.segment + number % sorted_.segment, used)
+                query = s * sorted_.segment + number % sorted_.segment
+                return add(carry, query, used, seen)
 
             return lax.fori_loop(0, (end - start + rows - 1) // rows, past, carry)
 
@@ -397,8 +416,8 @@ def _table(x: jax.Array) -> pl.BlockSpec:  # [tiles]
     return pl.BlockSpec(x.shape, lambda b, h, i: (0,))
 
 
-def _first(x: jax.Array) -> pl.BlockSpec:  # [B, 1] -> [1]
-    return pl.BlockSpec((None, 1), lambda b, h, i: (b, 0))
+def _per_row(x: jax.Array) -> pl.BlockSpec:  # [B, n] -> [n]
+    return pl.BlockSpec((None, x.shape[1]), lambda b, h, i: (b, 0))
 
 
 def _call(
@@ -450,11 +469,11 @@ def useful_scores(plan: Plan) -> tuple[int, int]:
     return own, plan.pairs * plan.chunk if plan.routing else 0
 
 
-def _forward(plan: Plan, interpret, q, k, v, selection, first):
+def _forward(plan: Plan, interpret, q, k, v, selection, first, *ends):
     batch, time, heads, head = q.shape
     own, past = useful_scores(plan)
     call = functools.partial(_call, plan, interpret=interpret)
-    routed, pairs = None, []
+    routed, pairs, documents = None, [], [(x, _per_row) for x in ends]
     if plan.routing is not None:
         routed = route(plan, selection, first)
         shape = (batch, heads, plan.places)
@@ -462,7 +481,7 @@ def _forward(plan: Plan, interpret, q, k, v, selection, first):
         results = call(
             kernel=_past_forward_kernel,
             steps=plan.routing.all_tiles,
-            inputs=[*_tile_inputs(routed), *((x, _tokens) for x in (q, k, v))],
+            inputs=[*_tile_inputs(routed), *((x, _tokens) for x in (q, k, v)), *documents],
             outputs=[(x, _per_head) for x in outputs],
             products=2,
             scores=past,
@@ -472,7 +491,7 @@ def _forward(plan: Plan, interpret, q, k, v, selection, first):
     out, lse = call(
         kernel=_own_forward_kernel,
         steps=time // plan.tile.rows,
-        inputs=[(first, _first), *((x, _tokens) for x in (q, k, v)), *pairs],
+        inputs=[(first, _per_row), *((x, _tokens) for x in (q, k, v)), *documents, *pairs],
         outputs=[
             (jax.ShapeDtypeStruct(q.shape, q.dtype), _tokens),
             (jax.ShapeDtypeStruct((batch, heads, time), F32), _per_head),
@@ -484,27 +503,27 @@ def _forward(plan: Plan, interpret, q, k, v, selection, first):
     return out, lse, routed
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, selection, first, plan, interpret, forward):
-    return forward(plan, interpret, q, k, v, selection, first)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(q, k, v, selection, first, ends, plan, interpret, forward):
+    return forward(plan, interpret, q, k, v, selection, first, *ends)[0]
 
 
-def _attention_forward(q, k, v, selection, first, plan, interpret, forward):
-    out, lse, routed = forward(plan, interpret, q, k, v, selection, first)
-    return out, (q, k, v, selection, first, out, lse, routed)
+def _attention_forward(q, k, v, selection, first, ends, plan, interpret, forward):
+    out, lse, routed = forward(plan, interpret, q, k, v, selection, first, *ends)
+    return out, (q, k, v, selection, first, ends, out, lse, routed)
 
 
 def _attention_backward(plan, interpret, forward, saved, do):
     del forward
     if reason := missing_triton():
         raise ValueError(f"the gradient of block_sparse on GPU: {reason}")
-    q, k, v, selection, first, out, lse, routed = saved
+    q, k, v, selection, first, ends, out, lse, routed = saved
     group = q.shape[2] // k.shape[2]
     if group > 1:  # the kernels know no groups: every query head gets its own copies
         k, v, selection = (jnp.repeat(x, group, axis=2) for x in (k, v, selection))
         routed = routed and [x if x.ndim == 1 else jnp.repeat(x, group, axis=1) for x in routed]
     dq, dk, dv = _gradients(
-        plan, bool(interpret), (q, k, v, selection, first), out, lse, routed, do
+        plan, bool(interpret), (q, k, v, selection, first, *ends), out, lse, routed, do
     )
     if group > 1:
         dk, dv = (
@@ -513,16 +532,17 @@ def _attention_backward(plan, interpret, forward, saved, do):
             )
             for x in (dk, dv)
         )
-    return dq, dk, dv, None, None
+    return dq, dk, dv, None, None, None
 
 
 def _gradients(plan: Plan, interpret: bool, arrays, out, lse, routed, do):
     """dq, dk, dv of the arrays that `_attention` takes, from its result and log-sum-exp."""
-    q, k, v, selection, first = arrays
+    q, k, v, selection, first, *ends = arrays
     batch, time, heads, head = q.shape
     own, past = useful_scores(plan)
     delta = jnp.sum(do.astype(F32) * out.astype(F32), axis=-1).transpose(0, 2, 1)
     inputs = [(x, _tokens) for x in (q, k, v, do)] + [(lse, _per_head), (delta, _per_head)]
+    inputs += [(x, _per_row) for x in ends]
     call = functools.partial(_call, plan, interpret=interpret)
     of_pairs, of_keys = [], []
     if plan.routing is not None:
@@ -540,7 +560,7 @@ def _gradients(plan: Plan, interpret: bool, arrays, out, lse, routed, do):
     (dq,) = call(
         kernel=_own_dq_kernel,
         steps=time // plan.tile.rows,
-        inputs=[(first, _first), *inputs, *of_pairs],
+        inputs=[(first, _per_row), *inputs, *of_pairs],
         outputs=[(jax.ShapeDtypeStruct(q.shape, q.dtype), _tokens)],
         products=3,
         scores=own,
@@ -549,7 +569,7 @@ def _gradients(plan: Plan, interpret: bool, arrays, out, lse, routed, do):
     dk, dv = call(
         kernel=_dkv_kernel,
         steps=plan.keys // plan.tile.keys,
-        inputs=[(first, _first), *inputs, *of_keys],
+        inputs=[(first, _per_row), *inputs, *of_keys],
         outputs=[(jax.ShapeDtypeStruct(x.shape, x.dtype), _tokens) for x in (k, v)],
         products=4,
         scores=own + past,
@@ -567,7 +587,9 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # --------------------------------------------------------------------------------------------
 
 
-def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int | None) -> Plan:
+def _make_plan(
+    q, k, selection, chunk_size, scale, tile: TileConfig, first: int | None, documents: bool
+) -> Plan:
     """Sizes for aligned queries that begin at block `first` (None: known when running)."""
     length, slots = q.shape[1], selection.shape[3]
     chunks = k.shape[1] // chunk_size
@@ -593,7 +615,7 @@ def _make_plan(q, k, selection, chunk_size, scale, tile: TileConfig, first: int 
             first=None if first is None else first * BLOCK,
             numbered=True,
         )
-    return Plan(queries, keys, chunk_size, scale, tile, routed)
+    return Plan(queries, keys, chunk_size, scale, tile, routed, int(documents))
 
 
 def attend(
@@ -608,13 +630,15 @@ def attend(
     q_offset,
     tile: TileConfig | None,
     interpret,
+    starts: jax.Array | None = None,  # [B, Tk]
 ) -> jax.Array:
     """Checked arguments through a forward pass, with the backward pass of this file.
 
     Args:
-      forward: (plan, interpret, q, k, v, selection, first) -> out [B, T, H, K], its log-sum-exp
-        [B, H, T] (base 2) and what `route` returned, None where no query can choose. Its arrays
-        have the plan's sizes; `first` [B, 1] is the block of 64 that the queries begin at.
+      forward: (plan, interpret, q, k, v, selection, first, *ends) -> out [B, T, H, K], its
+        log-sum-exp [B, H, T] (base 2) and what `route` returned, None where no query can choose.
+        Its arrays have the plan's sizes; `first` [B, 1] is the block of 64 that the queries begin
+        at; ends [B, Tk] (`alignment.document_ends`) comes where documents are packed.
       interpret: handed to `forward`; where it is true the backward pass is interpreted too.
       others: as in `block_sparse_attention`; G divides H.
     """
@@ -627,7 +651,9 @@ def attend(
     selection, _ = alignment.align(selection, q_offset, BLOCK, fill=-1)
     first = alignment.first_block(q_offset, batch, BLOCK, k.shape[1])
     plan = _make_plan(
-        q, k, selection, chunk_size, float(scale), tile, q_offset // BLOCK if known else None
+        *(q, k, selection, chunk_size, float(scale), tile),
+        q_offset // BLOCK if known else None,
+        starts is not None,
     )
     pad = lambda x, time, fill=0: jnp.pad(
         x, ((0, 0), (0, time - x.shape[1]), (0, 0), (0, 0)), constant_values=fill
@@ -637,6 +663,7 @@ def attend(
         *(pad(x, plan.keys) for x in (k, v)),
         pad(selection, plan.queries, -1),
         first[:, None],
+        () if starts is None else (alignment.document_ends(starts, plan.keys),),
         plan,
         interpret,
         forward,
@@ -653,6 +680,7 @@ def block_sparse_attention(
     chunk_size: int,
     scale: float,
     q_offset=0,
+    starts: jax.Array | None = None,  # [B, Tk]
     tile: TileConfig | None = None,
     interpret=False,
 ) -> jax.Array:
@@ -674,6 +702,7 @@ def block_sparse_attention(
         chunk_size=chunk_size,
         scale=scale,
         q_offset=q_offset,
+        starts=starts,
         tile=tile,
         interpret=interpret,
     )

@@ -20,6 +20,11 @@ Query heads that share a key head also share a choice of chunks: a group. The qu
 group are neighbouring rows, [B, T * M, G * K], so that one number finds all of them, a vector load
 brings up to 8, and the rows of a tile meet one block of keys. Everything else sees more rows.
 
+Packed documents take no row of numbers beside the queries. Whoever chose a past chunk is of the
+document that the chunk ends with, so the keys that may be read begin at one place for all of them:
+the table of tiles has it where it otherwise has the chunk. In the own chunk a key is seen up to the
+last token of its document (and chunk): one more comparison, with a row of numbers beside the keys.
+
 Sizes beside those of `common`:
 
 * group: M query heads of a key head; a token has M rows.
@@ -182,6 +187,7 @@ class _Shape:
       chunk: tokens in a chunk.
       scale: factor on q . k.
       group: rows of a token, the query heads of a key head.
+      documents: whether documents are packed.
     """
 
     head: int
@@ -189,6 +195,7 @@ class _Shape:
     chunk: int
     scale: float
     group: int = 1
+    documents: bool = False
 
     @property
     def heads(self) -> int:
@@ -209,6 +216,11 @@ class _Shape:
     def gathered(self) -> int:
         """Arrays of queries that the forward gathers beside the rows of results."""
         return 0 if self.packed else 1
+
+    @property
+    def unit(self) -> int:
+        """See `_TileWord`."""
+        return self.chunk if self.documents else 1
 
     @property
     def after(self) -> int:
@@ -352,18 +364,27 @@ def _copy(*pairs_and_sems) -> None:
 
 
 class _TileWord(NamedTuple):
-    """An entry of the table of tiles: the tile's chunk, and whether it has rows."""
+    """An entry of the table of tiles: the tile's chunk, and whether it has rows.
+
+    Where documents are packed, the word has the first key of the chunk that its rows may read.
+    """
 
     word: jax.Array
+    unit: int  # numbers that a chunk takes: 1, or its keys where documents are packed
 
     @classmethod
-    def of(cls, chunk: jax.Array, count: jax.Array) -> "_TileWord":
-        """Of a tile with `count` rows."""
-        return cls(2 * chunk + (count > 0))
+    def of(cls, number: jax.Array, count: jax.Array, unit: int) -> "_TileWord":
+        """Of a tile with `count` rows; number: its chunk, or the first key that they may read."""
+        return cls(2 * number + (count > 0), unit)
 
     @property
     def chunk(self) -> jax.Array:
-        return self.word // 2
+        return self.word // (2 * self.unit)
+
+    @property
+    def first_key(self) -> jax.Array | None:
+        """The first key that rows may read, counted in the chunk; None for all keys."""
+        return None if self.unit == 1 else self.word // 2 % self.unit
 
     @property
     def used(self) -> jax.Array:
@@ -371,7 +392,7 @@ class _TileWord(NamedTuple):
 
     def block(self, joined: int) -> jax.Array:
         """The block of keys that the chunk lies in."""
-        return lax.div(self.word, 2 * joined)
+        return lax.div(self.word, 2 * self.unit * joined)
 
 
 class _StepWord(NamedTuple):
@@ -414,19 +435,19 @@ class _Step:
     zero: jax.Array  # 0, see `_scatter`
 
     @classmethod
-    def read(cls, table_ref, segments_ref, first_ref, chunk: int, routes: routing.Plan):
+    def read(cls, table_ref, segments_ref, first_ref, unit: int, routes: routing.Plan):
         """Reads the scalar tables.
 
         Args:
           table_ref: SMEM [groups, heads, tiles], each a `_TileWord`.
           segments_ref: SMEM [steps], each a `_StepWord`.
           first_ref: SMEM [1]: number of the first pack of this call.
-          chunk: keys of a chunk.
+          unit: of the words of tiles.
           routes: says how many tiles a step takes.
         """
         joined, together = routes.joined, routes.together
         group, head, number = (pl.program_id(axis) for axis in range(3))
-        first_tile = lambda step: _TileWord(table_ref[group, head, step * together])
+        first_tile = lambda step: _TileWord(table_ref[group, head, step * together], unit)
         place, block = _StepWord(segments_ref[number]), first_tile(number).block(joined)
         before = first_tile(jnp.maximum(number - 1, 0)).block(joined)
         after = first_tile(jnp.minimum(number + 1, pl.num_programs(2) - 1)).block(joined)
@@ -447,23 +468,31 @@ class _Step:
         )
 
 
-def _each_tile(table_ref, step: _Step, chunk: int, routes: routing.Plan, function) -> None:
-    """Calls function(number, first row of its chunk in the block of keys) for each of its tiles."""
+def _each_tile(table_ref, step: _Step, shape: _Shape, routes: routing.Plan, function) -> None:
+    """Calls function(number, first row of its chunk in the block of keys, first key to read) for
+    each of its tiles; see `_TileWord.first_key`."""
 
     def one(number, carry=0):
-        first = 0
-        if routes.joined > 1:
+        first = first_key = 0
+        if routes.joined > 1 or shape.documents:
             place = step.number * routes.together + number
-            tile = _TileWord(table_ref[step.group, step.head, place])
+            tile = _TileWord(table_ref[step.group, step.head, place], shape.unit)
+            first_key = tile.first_key
+        if routes.joined > 1:
             before = tile.chunk - step.block * routes.joined  # chunks of the block before it
-            first = pl.multiple_of(before * chunk, math.gcd(chunk, 64))
-        function(number, first)
+            first = pl.multiple_of(before * shape.chunk, math.gcd(shape.chunk, 64))
+        function(number, first, first_key if shape.documents else None)
         return carry
 
     if routes.together == 1:
         one(0)
     else:
         lax.fori_loop(0, routes.together, one, 0)
+
+
+def _readable(first_key, piece: slice, rows: int) -> jax.Array:
+    """Which keys of a piece of a chunk the rows of a tile may read, [rows, keys of the piece]."""
+    return iota((rows, piece.stop - piece.start), 1) >= first_key - piece.start
 
 
 def _rows_of(segment, size: int):
@@ -572,7 +601,7 @@ def _past_forward_kernel(
     packs: int,
     routes: routing.Plan,
 ):  # fmt: skip
-    step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
+    step = _Step.read(table_ref, segments_ref, first_ref, shape.unit, routes)
     q_ref, k_ref, v_ref, results_ref, queries, running, sems = _ForwardRefs.of(refs, shape)
     parts, head = shape.parts, step.head
     size = running[0].shape[0] - SUBLANES - shape.after
@@ -596,7 +625,7 @@ def _past_forward_kernel(
     if shape.packed:
         lanes = ~shape.in_query(_lane((SUBLANES, LANES)), head)
 
-    def attend(number, start):
+    def attend(number, start, first_key):
         gathered = _gather(rows_ref, number, routes.rows, [*queries, *running], shape.group)
         acc, stats, stat = gathered[shape.gathered], gathered[-1], shape.stat_lane(head)
         if shape.packed:
@@ -608,6 +637,9 @@ def _past_forward_kernel(
         for piece in _pieces(shape.chunk, keys):
             at = pl.ds(start + piece.start, piece.stop - piece.start)
             scores = dot(q, k_ref[0, at, :], NT) * shape.log2_scale
+            if first_key is not None:
+                readable = _readable(first_key, piece, q.shape[0])
+                scores = jnp.where(readable, scores, _NO_SCORE)
             new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
             weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
             values = shape.values_and_ones(v_ref[0, at, :], head)
@@ -623,7 +655,7 @@ def _past_forward_kernel(
 
     @pl.when(step.used)
     def _():
-        _each_tile(table_ref, step, shape.chunk, routes, attend)
+        _each_tile(table_ref, step, shape, routes, attend)
 
     @pl.when(step.last_of_segment)
     def _():
@@ -640,14 +672,20 @@ def _past_forward_kernel(
 # --------------------------------------------------------------------------------------------
 
 
-def _visible(row, column, shape: _Shape, side: int) -> jax.Array:
-    """Which columns of cell (row, column) of a square its rows may see, [side, side]."""
+def _visible(row, column, shape: _Shape, side: int, ends: tuple) -> jax.Array:
+    """Which columns of cell (row, column) of a square its rows may see, [side, side].
+
+    ends: [1, 1, cells, side] where documents are packed: the last token of the square that sees
+    each key, of its document and chunk; else nothing.
+    """
     query = row * side + iota((side, side), 0)
     if shape.group > 1:
         query = lax.div(query, shape.group)
     key = column * side + iota((side, side), 1)
     seen = key <= query
-    if shape.chunk < side:  # a cell of several chunks
+    if ends:
+        seen &= query <= ends[0][0, 0, pl.ds(column, 1), :]
+    elif shape.chunk < side:  # a cell of several chunks
         seen &= key // shape.chunk == query // shape.chunk
     return seen
 
@@ -657,12 +695,12 @@ def _own_forward_kernel(
     first_ref,  # SMEM [B]: square that the first query stands in (used by block specs)
     q_ref, k_ref, v_ref,  # [1, side, 128]
     results_ref,  # [1, heads, parts, side, 128] float32 of the past chunks
-    out_ref,  # [1, side, 128]
-    lse_ref,  # [1, heads, side]
-    *running,  # VMEM [heads, side, 128] * parts
+    *refs,  # ends, see `_visible`; out [1, side, 128], its log-sum-exp [1, heads, side], and the
+    # running results, VMEM [heads, side, 128] * parts
     shape: _Shape,
 ):  # fmt: skip
     del first_ref
+    ends, (out_ref, lse_ref), running = _take(refs, int(shape.documents), 2, shape.parts)
     step = pl.program_id(3)
     row, column = rows_ref[step], columns_ref[step]
     side, parts = q_ref.shape[1], shape.parts
@@ -673,7 +711,7 @@ def _own_forward_kernel(
             for h in range(shape.heads):
                 running[p][h] = results_ref[0, h, p]
 
-    seen = _visible(row, column, shape, side)
+    seen = _visible(row, column, shape, side, ends)
     for h in range(shape.heads):
         stat = shape.stat_lane(h)
         q = shape.own(q_ref[0].astype(F32), h).astype(shape.dtype)
@@ -748,7 +786,7 @@ def _past_backward_kernel(
         sources_ref, k_ref, v_ref, results_ref, dk_ref, dv_ref, queries, running, dk, dv, sems
     ) = _BackwardRefs.of(refs, shape, sources)  # fmt: skip
     parts = shape.parts
-    step = _Step.read(table_ref, segments_ref, first_ref, shape.chunk, routes)
+    step = _Step.read(table_ref, segments_ref, first_ref, shape.unit, routes)
     head, stat = step.head, shape.stat_lane(step.head)
     size = queries[0].shape[0] - SUBLANES - shape.after
     body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
@@ -782,7 +820,7 @@ def _past_backward_kernel(
             (dv_ref.at[own_sum, batch, block_rows, lane], dv, sems.at[1]),
         )
 
-    def attend(number, start):
+    def attend(number, start, first_key):
         gathered = _gather(rows_ref, number, routes.rows, [*queries, *running], shape.group)
         q, do = _unpack(gathered[:sources], shape, head)
         dq, stats = gathered[sources], gathered[-1]
@@ -791,7 +829,8 @@ def _past_backward_kernel(
         for piece in _pieces(shape.chunk, keys):
             at = pl.ds(start + piece.start, piece.stop - piece.start)
             k, v = k_ref[0, at, :], v_ref[0, at, :]
-            weights, dscores = _probabilities(q, k, do, v, lse, delta, shape)
+            seen = None if first_key is None else _readable(first_key, piece, q.shape[0])
+            weights, dscores = _probabilities(q, k, do, v, lse, delta, shape, seen)
             more = more + dot(dscores, k)
             dk[at, :] += dot(dscores, q, TN)
             dv[at, :] += dot(weights, do, TN)
@@ -800,7 +839,7 @@ def _past_backward_kernel(
 
     @pl.when(step.used)
     def _():
-        _each_tile(table_ref, step, shape.chunk, routes, attend)
+        _each_tile(table_ref, step, shape, routes, attend)
 
     @pl.when(step.last_of_block)
     def _():
@@ -825,13 +864,14 @@ def _own_backward_kernel(
     q_ref, k_ref, v_ref, do_ref,  # [1, square, 128]; q and dO, as everything of theirs, * M
     results_ref,  # [1, heads, parts, square * M, 128] float32: dQ of the past chunks, statistics
     dk_past_ref, dv_past_ref,  # [1, square, 128] float32, of queries in later chunks
-    dq_ref, dk_ref, dv_ref,  # [1, square, 128], dQ * M
-    dq, dk, dv,  # VMEM [square, 128] float32, dQ * M
-    *,
+    *refs,  # ends, see `_visible`; dQ, dK, dV [1, square, 128], dQ * M; and the same in VMEM,
+    # float32
     shape: _Shape,
     side: int,
 ):  # fmt: skip
     del first_ref
+    ends, outputs, (dq, dk, dv) = _take(refs, int(shape.documents), 3, 3)
+    dq_ref, dk_ref, dv_ref = outputs
     step = pl.program_id(3)
     row, column = rows_ref[step], columns_ref[step]
     last = step == pl.num_programs(3) - 1
@@ -844,7 +884,7 @@ def _own_backward_kernel(
         dv[...] = dv_past_ref[0]
 
     at_row, at_column = _rows_of(row, side), _rows_of(column, side)
-    seen = _visible(row, column, shape, side)
+    seen = _visible(row, column, shape, side, ends)
     k, v = k_ref[0, at_column, :], v_ref[0, at_column, :]
     for h in range(shape.heads):
         stat = shape.stat_lane(h)
@@ -1023,6 +1063,7 @@ def _past_call(
     plan: _Plan,
     kernel,
     routed,
+    documents,
     inputs,
     in_specs,
     outputs,
@@ -1035,6 +1076,7 @@ def _past_call(
     """Runs a kernel over all tiles of the past part, in as few calls as scalar memory allows.
 
     Args:
+      documents: see `_Documents`.
       inputs, in_specs: beside the tables and rows.
       outputs: arrays that are updated in place.
       products: of queries, or of scores, with keys or values: for the cost estimate.
@@ -1042,7 +1084,12 @@ def _past_call(
     """
     rows, chunk, count = routed
     heads, tiles, each = plan.shape.heads, plan.routing.all_tiles, plan.routing.together
-    table = _TileWord.of(chunk, count).word.reshape(plan.all_packs, heads, tiles)
+    number = chunk
+    if documents is not None:  # of each row's packs and heads
+        by_row = chunk.reshape(plan.batch, -1)
+        number = jnp.take_along_axis(documents.first_keys, by_row, axis=1, mode="clip")
+    words = _TileWord.of(number, count.reshape(number.shape), plan.shape.unit).word
+    table = words.reshape(plan.all_packs, heads, tiles)
     number = plan.routing.segment_of_tile()[::each]
     edge = [s != r for s, r in zip(number[1:], number[:-1], strict=True)]
     segments = jnp.asarray(
@@ -1111,7 +1158,8 @@ def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
 
     def index(g, h, t, table, segments, first):
         pack = first[0] + g
-        return pack // packs, _TileWord(table[g, h, t * together]).block(joined), pack % packs
+        tile = _TileWord(table[g, h, t * together], plan.shape.unit)
+        return pack // packs, tile.block(joined), pack % packs
 
     return [pl.BlockSpec((1, joined * plan.shape.chunk, LANES), index)] * 2
 
@@ -1143,7 +1191,7 @@ def _start(plan: _Plan, q, interpret):
     )(*routing.in_main_memory(interpret, q))
 
 
-def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
+def _past_forward(plan: _Plan, routed, q, k, v, results, documents, interpret):
     parts, gathered = plan.shape.parts, plan.shape.gathered
     queries = [] if plan.shape.packed else [q.astype(F32)]
     kernel = functools.partial(
@@ -1157,6 +1205,7 @@ def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
         plan,
         kernel,
         routed,
+        documents,
         [*queries, k, v],
         [*[pl.BlockSpec(memory_space=pltpu.HBM)] * gathered, *_past_specs(plan)],
         [results],
@@ -1172,7 +1221,7 @@ def _past_forward(plan: _Plan, routed, q, k, v, results, interpret):
     return results
 
 
-def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
+def _past_backward(plan: _Plan, routed, q, k, v, do, results, documents, interpret):
     """Returns results with dQ, and dK, dV [B, Tk, P * 128] float32, dQ and dK without the scale."""
     parts, sources = plan.shape.parts, plan.sources
     if sources == 1:
@@ -1195,6 +1244,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
         plan,
         kernel,
         routed,
+        documents,
         [*rows, k, v],
         [*[pl.BlockSpec(memory_space=pltpu.HBM)] * sources, *_past_specs(plan)],
         [results, *zeros],
@@ -1211,7 +1261,7 @@ def _past_backward(plan: _Plan, routed, q, k, v, do, results, interpret):
     return results, *(x[0] if plan.sums == 1 else x.sum(axis=0) for x in (dk, dv))
 
 
-def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
+def _own_forward(plan: _Plan, q, k, v, results, first, documents, interpret):
     """Returns out [B, T * M, P * 128], and in base 2 the log-sum-exp [packs, heads, T * M]."""
     shape, side, packs = plan.shape, plan.side, plan.packs
     columns_of_square = plan.square // side
@@ -1249,6 +1299,7 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
                         0,
                     ),
                 ),
+                *_ends_specs(plan),
             ],
             out_specs=[
                 tokens(row),
@@ -1268,10 +1319,21 @@ def _own_forward(plan: _Plan, q, k, v, results, first, interpret):
         cost_estimate=plan.own_cost(2, [q, k, v, results, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_forward",
-    )(rows, columns, first, *routing.in_main_memory(interpret, q, k, v, results))
+    )(
+        *(rows, columns, first),
+        *routing.in_main_memory(interpret, q, k, v, results),
+        *([] if documents is None else [documents.ends]),
+    )
 
 
-def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
+def _ends_specs(plan: _Plan) -> list[pl.BlockSpec]:
+    """The block of `_Documents.ends` of a square, where documents are packed."""
+    index = lambda b, p, n, t, rows, columns, first: (b, first[b] + n, 0, 0)
+    size = 1, 1, plan.square // plan.side, plan.side
+    return [pl.BlockSpec(size, index)] * plan.shape.documents
+
+
+def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, documents, interpret):
     shape, square, packs = plan.shape, plan.square, plan.packs
     each = square * shape.group  # rows of a square
     query = lambda b, p, n, t, rows, columns, first: (b, n, p)
@@ -1297,6 +1359,7 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
                 ),
                 keys,
                 keys,
+                *_ends_specs(plan),
             ],
             out_specs=[queries, keys, keys],
             scratch_shapes=[pltpu.VMEM((size, LANES), F32) for size in (each, square, square)],
@@ -1306,7 +1369,11 @@ def _own_backward(plan: _Plan, q, k, v, do, results, dk, dv, first, interpret):
         cost_estimate=plan.own_cost(5, [q, k, v, do, results, dk, dv, *out_shape]),
         interpret=interpret,
         name="block_sparse_own_backward",
-    )(rows, columns, first, *routing.in_main_memory(interpret, q, k, v, do, results, dk, dv))
+    )(
+        *(rows, columns, first),
+        *routing.in_main_memory(interpret, q, k, v, do, results, dk, dv),
+        *([] if documents is None else [documents.ends]),
+    )
 
 
 # --------------------------------------------------------------------------------------------
@@ -1323,7 +1390,33 @@ def _stat_lanes(shape: _Shape, offset: int) -> jax.Array:
     return (last & (iota(size, 3) == lanes))[None]
 
 
-def _forward(plan: _Plan, interpret, q, k, v, selection, first):
+class _Documents(NamedTuple):
+    """What packed documents leave to be read; None in its place where there is one text.
+
+    Attributes:
+      ends: int32 [B, squares, cells, side], the last token that sees each key from within its
+        chunk, counted in the key's square.
+      first_keys: int32 [B, N], the first key of each whole chunk that tokens behind it may read.
+    """
+
+    ends: jax.Array
+    first_keys: jax.Array
+
+    @classmethod
+    def of(cls, plan: _Plan, starts: jax.Array) -> "_Documents":
+        """Of the positions [B, Tk] at which keys' documents begin."""
+        chunk, square = plan.shape.chunk, plan.square
+        position = jnp.arange(plan.keys, dtype=jnp.int32)[None]
+        last = position // chunk * chunk + chunk - 1
+        ends = jnp.minimum(alignment.document_ends(starts, plan.keys), last)
+        ends = (ends - position // square * square).reshape(
+            plan.batch, -1, square // plan.side, plan.side
+        )
+        of_last = starts[:, chunk - 1 :: chunk]
+        return cls(ends, jnp.maximum(of_last, position[:, ::chunk][:, : of_last.shape[1]]))
+
+
+def _forward(plan: _Plan, interpret, q, k, v, selection, first, documents):
     results, routed = _start(plan, q, interpret), None
     if plan.routing is not None:
         position = first[:, None] * plan.square + jnp.arange(plan.queries, dtype=jnp.int32)[None]
@@ -1331,23 +1424,23 @@ def _forward(plan: _Plan, interpret, q, k, v, selection, first):
             selection, position // plan.shape.chunk, plan.routing, interpret=interpret
         )
         routed = routed.rows, routed.chunk, routed.count
-        results = _past_forward(plan, routed, q, k, v, results, interpret)
-    out, lse = _own_forward(plan, q, k, v, results, first, interpret)
+        results = _past_forward(plan, routed, q, k, v, results, documents, interpret)
+    out, lse = _own_forward(plan, q, k, v, results, first, documents, interpret)
     return out, lse, routed
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, selection, first, plan, interpret):
-    return _forward(plan, interpret, q, k, v, selection, first)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, selection, first, documents, plan, interpret):
+    return _forward(plan, interpret, q, k, v, selection, first, documents)[0]
 
 
-def _attention_forward(q, k, v, selection, first, plan, interpret):
-    out, lse, routed = _forward(plan, interpret, q, k, v, selection, first)
-    return out, (q, k, v, first, out, lse, routed)
+def _attention_forward(q, k, v, selection, first, documents, plan, interpret):
+    out, lse, routed = _forward(plan, interpret, q, k, v, selection, first, documents)
+    return out, (q, k, v, first, documents, out, lse, routed)
 
 
 def _attention_backward(plan, interpret, saved, do):
-    q, k, v, first, out, lse, routed = saved
+    q, k, v, first, documents, out, lse, routed = saved
     shape = plan.shape
     delta = (do.astype(F32) * out.astype(F32)).reshape(*q.shape[:2], -1, shape.head).sum(axis=-1)
     delta = delta.transpose(0, 2, 1).reshape(lse.shape)
@@ -1357,14 +1450,18 @@ def _attention_backward(plan, interpret, saved, do):
     if plan.routing is None:
         dk_past = dv_past = jnp.zeros(k.shape, F32)
     else:
-        results, dk_past, dv_past = _past_backward(plan, routed, q, k, v, do, results, interpret)
-    dq, dk, dv = _own_backward(plan, q, k, v, do, results, dk_past, dv_past, first, interpret)
+        results, dk_past, dv_past = _past_backward(
+            plan, routed, q, k, v, do, results, documents, interpret
+        )
+    dq, dk, dv = _own_backward(
+        plan, q, k, v, do, results, dk_past, dv_past, first, documents, interpret
+    )
     if plan.queries < plan.keys:  # keys that are no query's own chunk have past gradients only
         square = jnp.arange(plan.keys, dtype=jnp.int32)[None] // plan.square - first[:, None]
         own = ((square >= 0) & (square < plan.queries // plan.square))[..., None]
         dk = jnp.where(own, dk, (dk_past * shape.scale).astype(dk.dtype))
         dv = jnp.where(own, dv, dv_past.astype(dv.dtype))
-    return dq, dk, dv, None, None
+    return dq, dk, dv, None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -1421,11 +1518,13 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
     return _Plan(batch, packs, queries, keys, shape, tile, routed)
 
 
-def _plan_of(q, k, slots: int, chunk_size: int, scale: float, q_offset, tile) -> _Plan:
+def _plan_of(
+    q, k, slots: int, chunk_size: int, scale: float, q_offset, tile, documents: bool = False
+) -> _Plan:
     """The plan for arguments of the op, from their shapes, before queries are aligned."""
     tile = default_tile() if tile is None else tile
     group = q.shape[2] // k.shape[2]
-    shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, float(scale), group)
+    shape = _Shape(q.shape[3], jnp.dtype(q.dtype), chunk_size, float(scale), group, documents)
     known, square = isinstance(q_offset, int), shape.square(tile.diagonal)
     batch, length, heads, head = q.shape
     aligned = length + (q_offset % square if known else square)
@@ -1443,6 +1542,7 @@ def block_sparse_attention(
     chunk_size: int,
     scale: float,
     q_offset=0,
+    starts: jax.Array | None = None,  # [B, Tk]
     tile: TileConfig | None = None,
     interpret=False,
 ) -> jax.Array:
@@ -1459,6 +1559,8 @@ def block_sparse_attention(
       chunk_size: 32 or a multiple of 64 up to 2048.
       scale: factor on q . k.
       q_offset: position of the first query among the keys: int, or int32 [B] (may be traced).
+      starts: int32, of packed documents: the position at which the document of each key begins. A
+        query reads no key of another one; its choices are chunks that its document reaches into.
       tile: see `TileConfig`; default: `default_tile()`.
       interpret: True or `pltpu.InterpretParams` to run on a CPU, for tests.
 
@@ -1475,7 +1577,8 @@ def block_sparse_attention(
         raise ValueError(f"block_sparse on TPU: {reason}")
     batch, length, heads, head = q.shape
     key_heads = k.shape[2]
-    plan = _plan_of(q, k, selection.shape[3], chunk_size, scale, q_offset, tile)
+    packed = starts is not None
+    plan = _plan_of(q, k, selection.shape[3], chunk_size, scale, q_offset, tile, packed)
     shape, square = plan.shape, plan.square
     q, shift = alignment.align(q, q_offset, square)
     selection, _ = alignment.align(selection, q_offset, square, fill=-1)
@@ -1491,6 +1594,7 @@ def block_sparse_attention(
         *(_pack(x, plan.keys, wide) for x in (k, v)),
         selection,
         first,
+        None if starts is None else _Documents.of(plan, starts),
         plan,
         interpret,
     )

@@ -142,14 +142,19 @@ class Shape:
         """Row and column time of each entry of a wide C x C matrix."""
         return iota(x.shape, 0), iota(x.shape, 1) % self.chunk
 
-    def earlier(self, x: jax.Array, *, strict: bool, transposed: bool = False) -> jax.Array:
+    def earlier(
+        self, x: jax.Array, *, strict: bool, transposed: bool = False, limit=None
+    ) -> jax.Array:
         """Keeps entries whose source is earlier than (or, not strict, at) their target.
 
         Rows are targets, columns sources; the other way round if transposed. A select, never a
-        multiplication: what it discards can be huge.
+        multiplication: what it discards can be huge. `limit` [1, wide], if given: the last target
+        that reads each column's source; if transposed, the first source that its target reads.
         """
         target, source = self.times(x)[:: -1 if transposed else 1]
         keep = source < target if strict else source <= target
+        if limit is not None:
+            keep &= source >= limit if transposed else target <= limit
         return jnp.where(keep, x, jnp.zeros_like(x))
 
     def terms(self, x: jax.Array) -> list[jax.Array]:
@@ -159,15 +164,19 @@ class Shape:
         high = x.astype(self.dtype)
         return [high, (x - high.astype(F32)).astype(self.dtype)]
 
-    def cumulate(self, x: jax.Array, *, reverse: bool = False) -> jax.Array:
+    def cumulate(self, x: jax.Array, *, reverse: bool = False, first=None) -> jax.Array:
         """Inclusive sum of float32 [C, lanes] over rows, from the top or (reverse) from the bottom.
 
+        `first`, if given, for each row (and lane, twice): the first row whose sum it is part of.
         A product with a triangle of ones, of depth 2 C where x is cut into two terms.
         """
         terms = self.terms(x)
         shape = (self.chunk, self.chunk * len(terms))
         row, column = iota(shape, 0), iota(shape, 1) % self.chunk
-        ones = jnp.where(column >= row if reverse else column <= row, 1.0, 0.0)
+        counts = column >= row if reverse else column <= row
+        if first is not None:
+            counts &= row >= first[:, : shape[1]]
+        ones = jnp.where(counts, 1.0, 0.0)
         return dot(ones.astype(self.dtype), rows(*terms))
 
 

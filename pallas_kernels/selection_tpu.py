@@ -41,16 +41,16 @@ def _kernel(
     first_ref,  # SMEM [B]: position of the first query
     q_ref,  # [1, queries, 128]
     keys_ref,  # [1, chunks, 128] float32
-    chosen_ref,  # [1, heads, J, queries] int32
-    scores_ref,  # VMEM [8 * chunks, 128] float32: row g * chunks + c, g numbers (head, 128 queries)
-    best_ref,  # VMEM [J, 8, 128] float32: best scores so far, descending
-    chunks_ref,  # VMEM [J, 8, 128] int32: their chunks
-    *,
+    *refs,  # where documents are packed, [1, 1, 8, 128] int32: each query's first chunk, as scores
+    # lie; the choices [1, heads, J, queries] int32; and in VMEM
+    # scores [8 * chunks, 128] float32: row g * chunks + c, g numbers (head, 128 queries);
+    # best [J, 8, 128] float32: best scores so far, descending; and their chunks [J, 8, 128] int32
     head: int,
     packs: int,
     chunk_size: int,
     slots: int,
 ):  # fmt: skip
+    *lowest_ref, chosen_ref, scores_ref, best_ref, chunks_ref = refs
     step = pl.program_id(1)
     block = block_ref[step]
     queries, heads = q_ref.shape[1], LANES // head
@@ -82,7 +82,10 @@ def _kernel(
                 chunk = i * SUBLANES + c
                 scores = scores_ref[pl.ds(chunk, SUBLANES, stride=count), :]
                 number = block * count + chunk
-                best = _insert(best, jnp.where(number < own, scores, -jnp.inf), number)
+                past = number < own
+                if lowest_ref:
+                    past &= number >= lowest_ref[0][0, 0]
+                best = _insert(best, jnp.where(past, scores, -jnp.inf), number)
             return best
 
         best = [best_ref[j] for j in range(slots)], [chunks_ref[j] for j in range(slots)]
@@ -159,6 +162,7 @@ def select_by_keys(
     *,
     chunk_size: int,
     count: int,
+    lowest: jax.Array | None = None,  # [B, T]
     interpret=False,
 ) -> jax.Array:
     """The `count` past chunks with the highest q . key, past as `rwkvx_jax.ops.selection` has it.
@@ -170,6 +174,8 @@ def select_by_keys(
       first: position of the first query, an int or int32 [B].
       chunk_size: tokens in a chunk.
       count: how many chunks to choose, at least 1.
+      lowest: int32, the first chunk that each query may choose: that in which its document begins,
+        where documents are packed.
       interpret: True or `pltpu.InterpretParams` to run on a CPU.
 
     Returns:
@@ -198,11 +204,23 @@ def select_by_keys(
     ):  # the tables of the walk must fit its memory
         half = steps // 2 * queries
         options = dict(chunk_size=chunk_size, count=count, interpret=interpret)
-        parts = (q[:, :half], keys, first), (q[:, half:], keys, first + half)
-        return jnp.concatenate([select_by_keys(*part, **options) for part in parts], axis=1)
+        parts = (slice(None, half), first), (slice(half, None), first + half)
+        some = lambda x, part: None if x is None else x[:, part]
+        chosen = [
+            select_by_keys(q[:, part], keys, first, lowest=some(lowest, part), **options)
+            for part, first in parts
+        ]
+        return jnp.concatenate(chosen, axis=1)
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
     arrays = pack(q, steps * queries), pack(keys.astype(F32), blocks * block)
     arrays = in_main_memory(interpret, *arrays)
+    lowest_spec = []
+    if lowest is not None:  # as the scores of a block of queries lie: the same for each head
+        lowest = jnp.pad(lowest, ((0, 0), (0, steps * queries - length)))
+        lowest = lowest.reshape(batch, steps, queries // LANES, LANES)
+        arrays += (jnp.tile(lowest, (1, 1, each, 1)),)
+        index = lambda g, t, q, c, first: (g // packs, q[t], 0, 0)
+        lowest_spec.append(pl.BlockSpec((1, 1, SUBLANES, LANES), index))
     chosen = pl.pallas_call(
         functools.partial(_kernel, head=head, packs=packs, chunk_size=chunk_size, slots=count),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -215,6 +233,7 @@ def select_by_keys(
                 pl.BlockSpec(
                     (1, block, LANES), lambda g, t, q, c, first: (g // packs, c[t], g % packs)
                 ),
+                *lowest_spec,
             ],
             out_specs=pl.BlockSpec(
                 (1, each, count, queries), lambda g, t, q, c, first: (g, 0, 0, q[t])

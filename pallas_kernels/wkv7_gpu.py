@@ -79,6 +79,29 @@ def _inverse(ab: jax.Array, dtype) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Documents:
+    """Which packed document each token of a chunk is of, as numbers that never decrease."""
+
+    tokens: jax.Array  # [C]
+    before: jax.Array  # of the token before the chunk
+    last: jax.Array  # of the chunk's last token
+
+    @classmethod
+    def load(cls, ref, rows, chunk: int) -> "_Documents":
+        before = jnp.where(rows.start > 0, ref[jnp.maximum(rows.start, 1) - 1], 0)
+        return cls(ref[rows], before, ref[rows.start + chunk - 1])
+
+    def same(self) -> jax.Array:
+        return self.tokens[:, None] == self.tokens[None, :]
+
+    def later(self) -> jax.Array:
+        """Ones for the tokens of the own document from each token on, float32 [C, C]."""
+        size = self.tokens.shape[0]
+        row, column = iota((size, size), 0), iota((size, size), 1)
+        return jnp.where(self.same() & (column >= row), 1.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Chunk:
     """Operands of a chunk, their decays taken relative to the middle row; scales as [C, K]."""
 
@@ -92,9 +115,10 @@ class _Chunk:
     inverse_scale: jax.Array  # of b and k
     to_middle: jax.Array  # [1, K] decay from the chunk's start to its middle
     to_end: jax.Array  # [1, K] from its middle to its end
+    documents: _Documents | None  # None: all tokens are of one
 
     @classmethod
-    def load(cls, refs, rows, dtype) -> "_Chunk":
+    def load(cls, refs, rows, dtype, documents: _Documents | None) -> "_Chunk":
         r, log_w, k, v, a, b = (ref[rows, :] for ref in refs)
         inclusive = jnp.cumsum(log_w, axis=0)
         first_half = iota(log_w.shape, 0) < log_w.shape[0] // 2
@@ -117,13 +141,35 @@ class _Chunk:
             inverse_scale=inverse_scale,
             to_middle=jnp.exp(middle),
             to_end=jnp.exp(last - middle),
+            documents=documents,
         )
 
     def scores(self, targets: jax.Array, sources: jax.Array, *, strict: bool) -> jax.Array:
         """[C, C] products with later sources dropped; a select, as those can be huge."""
         product = dot(targets, sources, NT)
         row, column = iota(product.shape, 0), iota(product.shape, 1)
-        return jnp.where(row > column if strict else row >= column, product, 0.0)
+        keep = row > column if strict else row >= column
+        if self.documents is not None:
+            keep &= self.documents.same()
+        return jnp.where(keep, product, 0.0)
+
+    def reading(self, x: jax.Array) -> jax.Array:
+        """x [C, n] without rows of tokens that do not read the state before the chunk."""
+        if self.documents is None:
+            return x
+        return jnp.where((self.documents.tokens == self.documents.before)[:, None], x, 0)
+
+    def writing(self, x: jax.Array) -> jax.Array:
+        """x [C, n] without rows of tokens that do not reach the state after the chunk."""
+        if self.documents is None:
+            return x
+        return jnp.where((self.documents.tokens == self.documents.last)[:, None], x, 0)
+
+    def crossing(self, state: jax.Array) -> jax.Array:
+        """What of the state before the chunk is left after it: all or nothing."""
+        if self.documents is None:
+            return state
+        return jnp.where(self.documents.before == self.documents.last, state, 0)
 
     def removed(self, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """u (what each removal key reads) [C, V], the inverse and ak [C, C], for the state scaled
@@ -131,34 +177,36 @@ class _Chunk:
         dtype = self.v.dtype
         inverse = _inverse(self.scores(self.a, self.b, strict=True), dtype)
         ak = self.scores(self.a, self.k, strict=True).astype(dtype)
-        z = dot(self.a, state, NT) + dot(ak, self.v)
+        z = self.reading(dot(self.a, state, NT)) + dot(ak, self.v)
         return dot(inverse, z.astype(dtype)).astype(dtype), inverse, ak
 
 
 def _forward_kernel(
     r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [T, K]; v: [T, V], V being the program's block
     start_ref,  # [V, K]
-    y_ref,  # [T, V]
-    end_ref,  # [V, K]
-    *states_ref,  # if residuals: [N, V, K]
+    *others,  # if packed: documents [T]; y [T, V]; end [V, K]; if residuals: states [N, V, K]
     chunk: int,
     dtype,
+    packed: int,  # arrays of documents: 1 or 0
 ):  # fmt: skip
+    documents_ref, (y_ref, end_ref, *states_ref) = others[:packed], others[packed:]
     refs = (r_ref, w_ref, k_ref, v_ref, a_ref, b_ref)
 
     def step(c, state):
         rows = pl.ds(c * chunk, chunk)
         if states_ref:
             states_ref[0][c] = state
-        x = _Chunk.load(refs, rows, dtype)
+        documents = _Documents.load(documents_ref[0], rows, chunk) if packed else None
+        x = _Chunk.load(refs, rows, dtype, documents)
         state = state * x.to_middle
         operand = state.astype(dtype)
         u, _, _ = x.removed(operand)
         rb = x.scores(x.r, x.b, strict=False).astype(dtype)
         rk = x.scores(x.r, x.k, strict=False).astype(dtype)
-        y = dot(x.r, operand, NT) + dot(rb, u) + dot(rk, x.v)
+        y = x.reading(dot(x.r, operand, NT)) + dot(rb, u) + dot(rk, x.v)
         y_ref[rows, :] = y.astype(y_ref.dtype)
-        return (state + dot(u, x.b, TN) + dot(x.v, x.k, TN)) * x.to_end
+        state = x.crossing(state) + dot(u, x.writing(x.b), TN) + dot(x.v, x.writing(x.k), TN)
+        return state * x.to_end
 
     end_ref[...] = lax.fori_loop(0, r_ref.shape[0] // chunk, step, start_ref[...])
 
@@ -169,12 +217,14 @@ def _backward_kernel(
     end_ref,  # [V, K]
     dy_ref,  # [T, V]
     dend_ref,  # [V, K]
-    dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref,  # as the inputs: this block's share
-    dstart_ref,  # [V, K]
-    *,
+    *others,  # if packed: documents [T]; gradients as the inputs, this block's share; and of the
+    # first state, [V, K]
     chunk: int,
     dtype,
+    packed: int,
 ):  # fmt: skip
+    documents_ref, others = others[:packed], others[packed:]
+    dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref, dstart_ref = others
     refs = (r_ref, w_ref, k_ref, v_ref, a_ref, b_ref)
     chunks = r_ref.shape[0] // chunk
 
@@ -182,7 +232,8 @@ def _backward_kernel(
         dstate, dlast = carry  # gradient of the state after the chunk; of its total log decay
         c = chunks - 1 - i
         rows = pl.ds(c * chunk, chunk)
-        x = _Chunk.load(refs, rows, dtype)
+        documents = _Documents.load(documents_ref[0], rows, chunk) if packed else None
+        x = _Chunk.load(refs, rows, dtype, documents)
         before = states_ref[c]
         state = (before * x.to_middle).astype(dtype)
         u, inverse, ak = x.removed(state)
@@ -191,32 +242,37 @@ def _backward_kernel(
         dend = dstate.astype(dtype)
 
         rb = x.scores(x.r, x.b, strict=False).astype(dtype)
-        du = dot(rb, dy, TN) + dot(x.b, dend, NT)
+        du = dot(rb, dy, TN) + x.writing(dot(x.b, dend, NT))
         dz = dot(inverse, du.astype(dtype), TN).astype(dtype)
         rk = x.scores(x.r, x.k, strict=False).astype(dtype)
-        dv = dot(rk, dy, TN) + dot(x.k, dend, NT) + dot(ak, dz, TN)
+        dv = dot(rk, dy, TN) + x.writing(dot(x.k, dend, NT)) + dot(ak, dz, TN)
         dv_ref[rows, :] = dv.astype(dv_ref.dtype)
 
         dab = x.scores(dz, u, strict=True).astype(dtype)
         dak = x.scores(dz, x.v, strict=True).astype(dtype)
         drb = x.scores(dy, u, strict=False).astype(dtype)
         drk = x.scores(dy, x.v, strict=False).astype(dtype)
-        da = (dot(dab, x.b) + dot(dak, x.k) + dot(dz, state)) * x.a_scale
-        dr = (dot(drb, x.b) + dot(drk, x.k) + dot(dy, state)) * x.r_scale
-        db = dot(dab, x.a, TN) + dot(drb, x.r, TN) + dot(u, dend)
-        dk = dot(dak, x.a, TN) + dot(drk, x.r, TN) + dot(x.v, dend)
+        da = (dot(dab, x.b) + dot(dak, x.k) + x.reading(dot(dz, state))) * x.a_scale
+        dr = (dot(drb, x.b) + dot(drk, x.k) + x.reading(dot(dy, state))) * x.r_scale
+        db = dot(dab, x.a, TN) + dot(drb, x.r, TN) + x.writing(dot(u, dend))
+        dk = dot(dak, x.a, TN) + dot(drk, x.r, TN) + x.writing(dot(x.v, dend))
         db, dk = db * x.inverse_scale, dk * x.inverse_scale
 
         a_da = a_ref[rows, :].astype(F32) * da
         dlog = r_ref[rows, :].astype(F32) * dr + a_da
         dlog -= b_ref[rows, :].astype(F32) * db + k_ref[rows, :].astype(F32) * dk
         # Sum from each row to the chunk's end; a's decay excludes its own row.
-        after = jnp.sum(dlog, axis=0, keepdims=True) - jnp.cumsum(dlog, axis=0) + dlog
+        if packed:
+            after = dot(documents.later(), dlog)
+            dlast = x.writing(jnp.broadcast_to(dlast, dlog.shape))
+        else:
+            after = jnp.sum(dlog, axis=0, keepdims=True) - jnp.cumsum(dlog, axis=0) + dlog
         dw_ref[rows, :] = after - a_da + dlast
         for ref, value in ((dr_ref, dr), (dk_ref, dk), (da_ref, da), (db_ref, db)):
             ref[rows, :] = value.astype(ref.dtype)
 
-        dstate = (dstate + dot(dz, x.a, TN) + dot(dy, x.r, TN)) * x.to_middle
+        dstate = x.crossing(dstate) + dot(dz, x.reading(x.a), TN) + dot(dy, x.reading(x.r), TN)
+        dstate = dstate * x.to_middle
         return dstate, jnp.sum(dstate * before, axis=0, keepdims=True)
 
     dend = dend_ref[...]
@@ -232,6 +288,7 @@ def _specs(shape: tuple[int, ...], tile: TileConfig) -> dict[str, pl.BlockSpec]:
     return {
         "keys": pl.BlockSpec((None, time, None, head), lambda i, j, n: (i, 0, j, 0)),
         "values": pl.BlockSpec((None, time, None, block), lambda i, j, n: (i, 0, j, n)),
+        "documents": pl.BlockSpec((None, time), lambda i, j, n: (i, 0)),
         "state": pl.BlockSpec((None, None, block, head), lambda i, j, n: (i, j, n, 0)),
         "states": pl.BlockSpec(states, lambda i, j, n: (i, 0, j, n, 0)),
         "shares": pl.BlockSpec((None, None, time, None, head), lambda i, j, n: (n, i, 0, j, 0)),
@@ -257,7 +314,7 @@ def _cost(shape, square: int, mixed: int, chunk: int, arrays) -> pl.CostEstimate
     )
 
 
-def _forward_call(tokens, start, *, tile, residuals, interpret):
+def _forward_call(tokens, start, documents, *, tile, residuals, interpret):
     r = tokens[0]
     batch, time, heads, head = r.shape
     specs = _specs(r.shape, tile)
@@ -271,19 +328,19 @@ def _forward_call(tokens, start, *, tile, residuals, interpret):
         out_specs.append(specs["states"])
         out_shape.append(jax.ShapeDtypeStruct(states, F32))
     return pl.pallas_call(
-        functools.partial(_forward_kernel, chunk=tile.chunk, dtype=r.dtype),
+        functools.partial(_forward_kernel, chunk=tile.chunk, dtype=r.dtype, packed=len(documents)),
         grid=_grid(r.shape, tile),
-        in_specs=[*_token_specs(specs), specs["state"]],
+        in_specs=[*_token_specs(specs), specs["state"], *[specs["documents"]] * len(documents)],
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=triton().CompilerParams(num_warps=tile.forward_warps, num_stages=1),
         cost_estimate=_cost(r.shape, 9, 4, tile.chunk, [*tokens, start, *out_shape]),
         interpret=interpret,
         name="wkv7_forward",
-    )(*tokens, start)
+    )(*tokens, start, *documents)
 
 
-def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
+def _backward_call(tokens, states, end, dy, dend, documents, *, tile, interpret):
     r = tokens[0]
     grid = _grid(r.shape, tile)
     specs = _specs(r.shape, tile)
@@ -296,7 +353,7 @@ def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
         out_shape.append(jax.ShapeDtypeStruct(shape, dtype))
     inputs = (*tokens, states, end, dy, dend)
     *shares, dstart = pl.pallas_call(
-        functools.partial(_backward_kernel, chunk=tile.chunk, dtype=r.dtype),
+        functools.partial(_backward_kernel, chunk=tile.chunk, dtype=r.dtype, packed=len(documents)),
         grid=grid,
         in_specs=[
             *_token_specs(specs),
@@ -304,6 +361,7 @@ def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
             specs["state"],
             specs["values"],
             specs["state"],
+            *[specs["documents"]] * len(documents),
         ],
         out_specs=[*out_specs, specs["state"]],
         out_shape=[*out_shape, jax.ShapeDtypeStruct(end.shape, F32)],
@@ -311,7 +369,7 @@ def _backward_call(tokens, states, end, dy, dend, *, tile, interpret):
         cost_estimate=_cost(r.shape, 22, 9, tile.chunk, [*inputs, *out_shape]),
         interpret=interpret,
         name="wkv7_backward",
-    )(*inputs)
+    )(*inputs, *documents)
     grads = [
         x if name == "v" else jnp.sum(x, axis=0).astype(F32 if name == "w" else r.dtype)
         for name, x in zip("rwkvab", shares, strict=True)
@@ -325,28 +383,45 @@ def _pad(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _wkv7(r, log_w, k, v, a, b, state, tile, interpret):
+def _documents(fresh: jax.Array | None, chunk: int) -> list[jax.Array]:
+    """Numbers of the documents, int32 [B, T'] of whole chunks, as a list of one; nothing without
+    `fresh`, [B, T] bool, which says where they begin."""
+    if fresh is None:
+        return []
+    fresh = jnp.pad(fresh, ((0, 0), (0, -fresh.shape[1] % chunk)))
+    return [jnp.cumsum(fresh, axis=1, dtype=jnp.int32)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _wkv7(r, log_w, k, v, a, b, state, fresh, tile, interpret):
     tokens = tuple(_pad(x, tile.chunk) for x in (r, log_w, k, v, a, b))
-    y, end = _forward_call(tokens, state, tile=tile, residuals=False, interpret=interpret)
+    documents = _documents(fresh, tile.chunk)
+    y, end = _forward_call(
+        tokens, state, documents, tile=tile, residuals=False, interpret=interpret
+    )
     return y[:, : r.shape[1]], end
 
 
-def _wkv7_forward(r, log_w, k, v, a, b, state, tile, interpret):
+def _wkv7_forward(r, log_w, k, v, a, b, state, fresh, tile, interpret):
     inputs = (r, log_w, k, v, a, b)
     tokens = tuple(_pad(x, tile.chunk) for x in inputs)
-    y, end, states = _forward_call(tokens, state, tile=tile, residuals=True, interpret=interpret)
-    return (y[:, : r.shape[1]], end), (inputs, states, end)
+    documents = _documents(fresh, tile.chunk)
+    y, end, states = _forward_call(
+        tokens, state, documents, tile=tile, residuals=True, interpret=interpret
+    )
+    return (y[:, : r.shape[1]], end), (inputs, fresh, states, end)
 
 
 def _wkv7_backward(tile, interpret, residuals, cotangents):
-    inputs, states, end = residuals
+    inputs, fresh, states, end = residuals
     dy, dend = cotangents
     tokens = tuple(_pad(x, tile.chunk) for x in inputs)
     *grads, dstart = _backward_call(
-        tokens, states, end, _pad(dy, tile.chunk), dend, tile=tile, interpret=interpret
+        *(tokens, states, end, _pad(dy, tile.chunk), dend, _documents(fresh, tile.chunk)),
+        tile=tile,
+        interpret=interpret,
     )
-    return (*(g[:, : dy.shape[1]] for g in grads), dstart)
+    return (*(g[:, : dy.shape[1]] for g in grads), dstart, None)
 
 
 _wkv7.defvjp(_wkv7_forward, _wkv7_backward)
@@ -361,6 +436,7 @@ def wkv7(
     b: jax.Array,  # [B, T, H, K]
     state: jax.Array | None = None,  # [B, H, V, K]
     *,
+    fresh: jax.Array | None = None,  # [B, T]
     tile: TileConfig | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -373,7 +449,7 @@ def wkv7(
         batch, _, heads, head = r.shape
         state = jnp.zeros((batch, heads, head, head), F32)
     tile = default_tile(r.shape[-1]) if tile is None else tile
-    return _wkv7(r, log_w.astype(F32), k, v, a, b, state.astype(F32), tile, interpret)
+    return _wkv7(r, log_w.astype(F32), k, v, a, b, state.astype(F32), fresh, tile, interpret)
 
 
 def _check(r, log_w, k, v, a, b, state) -> None:

@@ -6,18 +6,23 @@ heads of K = V = 64 channels or one of 128; wide, stacked and the other words fo
 are those of recurrence_tpu.py. Decays inside a chunk are scaled by at most exp(0.6065 * C / 2),
 which float32 holds.
 
+Where documents are packed, decays go on across their borders, and what would cross one is masked:
+scores, reads of the state before the chunk, and writes to the state after it.
+
 docs/kernels.md derives the products and records what each choice cost or saved.
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import common
-from pallas_kernels.common import F32, LANES, LOG2_E, NT, TN, dot
+from pallas_kernels.common import F32, LANES, LOG2_E, NT, TN, dot, iota
 from pallas_kernels.recurrence_tpu import (
     TILES,
     Carried,
@@ -81,6 +86,69 @@ class _Decay:
         return jnp.exp2(self.last - self.middle)
 
 
+class _Borders(NamedTuple):
+    """Borders of packed documents in a chunk, rows [1, lanes] int32; no rows where there is one
+    text, and then everything is kept as it is.
+
+    `begins` and `ends`, of each token (of each head): the first and last token of its document in
+    the chunk. `first` and `last`: where the first and the last document begins that does so in the
+    chunk, else C and 0; the same number in all lanes.
+    """
+
+    begins: jax.Array | None = None
+    ends: jax.Array | None = None
+    first: jax.Array | None = None
+    last: jax.Array | None = None
+
+    @classmethod
+    def read(cls, borders_ref: tuple, shape: Shape, chunk: int) -> "_Borders":
+        """Of a chunk of a block; borders_ref: nothing, or [1, J, 4, lanes]."""
+        if not borders_ref:
+            return cls()
+        begins, ends, first, last = (borders_ref[0][0, chunk, i : i + 1] for i in range(4))
+        return cls(begins, ends[:, : shape.wide], first[:, :LANES], last[:, :LANES])
+
+    def sources(self, shape: Shape) -> jax.Array | None:
+        """First source that each target reads, as `Shape.earlier` takes it."""
+        return None if self.begins is None else self.begins[:, : shape.wide]
+
+    def reading(self, x: jax.Array, chunk: int) -> jax.Array:
+        """x [n C, 128] without rows of targets that do not read the state before the chunk."""
+        if self.first is None:
+            return x
+        return jnp.where(iota(x.shape, 0) % chunk < self.first, x, jnp.zeros_like(x))
+
+    def writing(self, x: jax.Array, chunk: int) -> jax.Array:
+        """x [n C, 128] without rows of sources that do not reach the state after the chunk."""
+        if self.last is None:
+            return x
+        return jnp.where(iota(x.shape, 0) % chunk >= self.last, x, jnp.zeros_like(x))
+
+    def crossing(self, state: jax.Array, chunk: int) -> jax.Array:
+        """What of the state before the chunk [V, 128] is left after it: all or nothing."""
+        if self.first is None:
+            return state
+        return jnp.where(self.first == chunk, state, jnp.zeros_like(state))
+
+
+def _borders(fresh: jax.Array | None, chunk: int) -> list[jax.Array]:
+    """The rows of `_Borders` of all chunks, int32 [B, N, 4, lanes], as a list of one; nothing
+    without `fresh`, [B, T] bool, which says where documents begin."""
+    if fresh is None:
+        return []
+    fresh = jnp.pad(fresh, ((0, 0), (0, -fresh.shape[1] % chunk)))
+    fresh = fresh.reshape(fresh.shape[0], -1, chunk)
+    token = iota(fresh.shape, 2)
+    after = jnp.where(fresh, token, chunk)
+    begins = lax.cummax(jnp.where(fresh, token, 0), axis=2)
+    following = jnp.pad(after[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=chunk)
+    ends = lax.cummin(following, axis=2, reverse=True) - 1
+    wide = lambda x: jnp.broadcast_to(x, fresh.shape)
+    rows = begins, ends, wide(after.min(2, keepdims=True)), wide(begins[..., -1:])
+    rows = jnp.stack(rows, axis=2)
+    return [jnp.tile(rows, (1, 1, 1, max(2, LANES // chunk)))]
+
+
 # --------------------------------------------------------------------------------------------
 # Kernels
 # --------------------------------------------------------------------------------------------
@@ -89,16 +157,18 @@ class _Decay:
 def _forward_kernel(
     r_ref, w_ref, k_ref, v_ref, a_ref, b_ref,  # [1, J C, G 128]
     start_ref,  # [1, G, V, 128] state before the first token
-    y_ref,  # [1, J C, G 128]
-    end_ref,  # [1, G, V, 128] state after the last token
-    *refs,  # if residuals: states [1, J, G, V, 128], inverse [1, J, G, C, wide], u [1, J C, G 128]
+    *refs,  # if packed: borders, see `_Borders.read`; y [1, J C, G 128]; state after the last token
+    # [1, G, V, 128]; if residuals: states [1, J, G, V, 128], inverse [1, J, G, C, wide],
+    # u [1, J C, G 128]; and VMEM [G, V, 128]: the state, carried over the grid's last axis
     shape: Shape,
     packs: int,
     chunks: int,
     residuals: bool,
+    packed: int,  # arrays of borders: 1 where documents are packed, else 0
 ):  # fmt: skip
+    borders_ref, (y_ref, end_ref, *refs) = refs[:packed], refs[packed:]
     states_ref, inverse_ref, u_ref = refs[:3] if residuals else (None, None, None)
-    state_ref = refs[-1]  # VMEM [G, V, 128]: the state, carried over the grid's last axis
+    state_ref = refs[-1]
     step = pl.program_id(2)
 
     carried = {Carried(pack, -1) for pack in range(packs)}
@@ -109,6 +179,7 @@ def _forward_kernel(
 
     def solve(item: Item) -> Stages:
         size, dtype, pack = shape.chunk, shape.dtype, item.pack
+        borders = _Borders.read(borders_ref, shape, item.chunk)
         decay = _Decay.of(shape, item.get_f32(w_ref))
         yield
         a = (item.get_f32(a_ref) * decay.exclusive_scale()).astype(dtype)
@@ -118,13 +189,13 @@ def _forward_kernel(
         a_r, b_stack = rows(a, r), shape.stack(b)
         yield
         product = dot(a_r, b_stack, NT)
-        ab = shape.earlier(product[:size], strict=True)
-        rb = shape.earlier(product[size:], strict=False).astype(dtype)
+        ab = shape.earlier(product[:size], strict=True, limit=borders.ends)
+        rb = shape.earlier(product[size:], strict=False, limit=borders.ends).astype(dtype)
         k_stack, v = shape.stack(k), item.get_operand(v_ref)
         yield
         product = dot(a_r, k_stack, NT)
-        ak = shape.earlier(product[:size], strict=True)
-        rk = shape.earlier(product[size:], strict=False)
+        ak = shape.earlier(product[:size], strict=True, limit=borders.ends)
+        rk = shape.earlier(product[size:], strict=False, limit=borders.ends)
         ak_rk, v_stack = rows(ak, rk).astype(dtype), shape.stack(v)
         yield
         from_v = dot(ak_rk, v_stack)
@@ -136,7 +207,8 @@ def _forward_kernel(
         if residuals:
             states_ref[0, item.chunk, pack] = state
         state = state * decay.state_to_middle()
-        z_y = from_v + dot(a_r, shape.stack(state.astype(dtype)), NT)
+        from_state = dot(a_r, shape.stack(state.astype(dtype)), NT)
+        z_y = from_v + borders.reading(from_state, size)
         z_stack = shape.stack(z_y[:size].astype(dtype))
         yield
         u = dot(x, z_stack).astype(dtype)
@@ -144,7 +216,8 @@ def _forward_kernel(
             item.put(u_ref, u)
         u_stack, u_v = shape.stack(u), rows(u, v)
         yield
-        state = state + shape.unstack(dot(u_v, rows(b, k), TN))
+        state = borders.crossing(state, size)
+        state = state + shape.unstack(dot(u_v, borders.writing(rows(b, k), size), TN))
         state_ref[pack] = state * decay.middle_to_end()
         carried.add(Carried(pack, item.chunk))
         item.put(y_ref, z_y[size:] + dot(rb, u_stack))
@@ -164,14 +237,15 @@ def _backward_kernel(
     inverse_ref,  # [1, J, G, C, wide]
     u_ref, dy_ref,  # [1, J C, G 128]
     dend_ref,  # [1, G, V, 128]
-    dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref,  # [1, J C, G 128]
-    dstart_ref,  # [1, G, V, 128]
-    dstate_ref, next_ref,  # VMEM [G, V, 128]: gradient of, and value of, the state after a step
-    *,
+    *refs,  # if packed: borders, see `_Borders.read`; gradients of the tokens [1, J C, G 128] and
+    # of the first state; and VMEM [G, V, 128]: gradient of, and value of, the state after a step
     shape: Shape,
     packs: int,
     chunks: int,
+    packed: int,  # arrays of borders: 1 where documents are packed, else 0
 ):  # fmt: skip
+    borders_ref, refs = refs[:packed], refs[packed:]
+    dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref, dstart_ref, dstate_ref, next_ref = refs
     step = pl.program_id(2)
 
     @pl.when(step == 0)
@@ -183,6 +257,8 @@ def _backward_kernel(
 
     def solve(item: Item) -> Stages:
         size, dtype, pack, index = shape.chunk, shape.dtype, item.pack, item.chunk
+        borders = _Borders.read(borders_ref, shape, index)
+        by_source = {"transposed": True, "limit": borders.sources(shape)}
         decay = _Decay.of(shape, item.get_f32(w_ref))
         yield
         a_scale, r_scale = decay.exclusive_scale(), decay.inclusive_scale()
@@ -197,10 +273,10 @@ def _backward_kernel(
         yield
         # Rows are sources here: transposed by exchanging the operands, not by moving data.
         product = dot(b_k, r_stack, NT)
-        br = shape.earlier(product[:size], strict=False, transposed=True)
-        kr = shape.earlier(product[size:], strict=False, transposed=True)
+        br = shape.earlier(product[:size], strict=False, **by_source)
+        kr = shape.earlier(product[size:], strict=False, **by_source)
         br_kr = rows(br, kr).astype(dtype)
-        ka = shape.earlier(dot(k, a_stack, NT), strict=True, transposed=True).astype(dtype)
+        ka = shape.earlier(dot(k, a_stack, NT), strict=True, **by_source).astype(dtype)
         yield
         du_dv = dot(br_kr, dy_stack)
         if index < chunks - 1:  # the gradient of the state comes from the chunk after this one
@@ -211,26 +287,27 @@ def _backward_kernel(
         dstate = dstate * decay.middle_to_end()
         dstate_stack = shape.stack(dstate.astype(dtype))
         yield
-        du_dv = du_dv + dot(b_k, dstate_stack, NT)
+        du_dv = du_dv + borders.writing(dot(b_k, dstate_stack, NT), size)
         du = du_dv[:size].astype(dtype)
         yield
         dz = shape.unstack(dot(inverse_ref[0, index, pack], du, TN)).astype(dtype)
         dz_dy, dz_stack = rows(dz, dy), shape.stack(dz)
         yield
-        dstate = dstate + shape.unstack(dot(dz_dy, a_r, TN))
+        dstate = borders.crossing(dstate, size)
+        dstate = dstate + shape.unstack(dot(dz_dy, borders.reading(a_r, size), TN))
         dstate_ref[pack] = dstate * decay.state_to_middle()
         carried.add(Carried(pack, index))
         item.put(dv_ref, du_dv[size:] + dot(ka, dz_stack))
         u_stack, v_stack = shape.stack(u), shape.stack(v)
         yield
         product = dot(dz_dy, u_stack, NT)
-        dab = shape.earlier(product[:size], strict=True)
-        drb = shape.earlier(product[size:], strict=False)
+        dab = shape.earlier(product[:size], strict=True, limit=borders.ends)
+        drb = shape.earlier(product[size:], strict=False, limit=borders.ends)
         dab_drb = rows(dab, drb).astype(dtype)
         yield
         product = dot(dz_dy, v_stack, NT)
-        dak = shape.earlier(product[:size], strict=True)
-        drk = shape.earlier(product[size:], strict=False)
+        dak = shape.earlier(product[:size], strict=True, limit=borders.ends)
+        drk = shape.earlier(product[size:], strict=False, limit=borders.ends)
         dak_drk = rows(dak, drk).astype(dtype)
         before = states_ref[0, index, pack]
         if index == 0:
@@ -238,7 +315,7 @@ def _backward_kernel(
         state_stack = shape.stack((before * decay.state_to_middle()).astype(dtype))
         b_stack, k_stack = shape.stack(b), shape.stack(k)
         yield
-        da_dr = dot(dz_dy, state_stack) + dot(dab_drb, b_stack)
+        da_dr = borders.reading(dot(dz_dy, state_stack), size) + dot(dab_drb, b_stack)
         yield
         da_dr = da_dr + dot(dak_drk, k_stack)
         da, dr = da_dr[:size] * a_scale, da_dr[size:] * r_scale
@@ -248,7 +325,7 @@ def _backward_kernel(
         # Gradient of the inclusive log decays; a's, of the exclusive one, is corrected below.
         dlog = item.get_f32(r_ref) * dr + a_da
         yield
-        db_dk = dot(rows(u, v), dstate_stack)
+        db_dk = borders.writing(dot(rows(u, v), dstate_stack), size)
         yield
         from_a_r = _source_gradients(shape, dab_drb, dak_drk, a_r)
         db = (db_dk[:size] + from_a_r[0]) * inverse_scale
@@ -257,7 +334,10 @@ def _backward_kernel(
         item.put(dk_ref, dk)
         dlog = dlog - item.get_f32(b_ref) * db - item.get_f32(k_ref) * dk
         yield
-        item.put(dw_ref, shape.cumulate(dlog, reverse=True) - a_da + dlast)
+        dlog = shape.cumulate(dlog, reverse=True, first=borders.begins) - a_da
+        if packed:
+            dlast = borders.writing(jnp.broadcast_to(dlast, dlog.shape), size)
+        item.put(dw_ref, dlog + dlast)
 
     last_first = reversed(range(chunks))
     items = (Item(pack, chunk, shape, packs) for chunk in last_first for pack in range(packs))
@@ -299,8 +379,16 @@ def _flops(shape: Shape, square: int, mixed: int) -> int:
     return 2 * shape.chunk * shape.key * (square * shape.chunk + mixed * shape.value)
 
 
-def _forward_call(tokens, start, *, head, tile, residuals, interpret):
-    """Packed arrays: tokens (r, log_w, k, v, a, b) [B, T, P 128], start [B, P, V, 128]."""
+def _borders_specs(plan: Plan, borders, *, reverse: bool) -> list[pl.BlockSpec]:
+    """Of the blocks that a step's chunks have of `_borders`."""
+    time = lambda c: plan.grid[2] - 1 - c if reverse else c
+    block = lambda x: (1, plan.chunks, *x.shape[2:])
+    return [pl.BlockSpec(block(x), lambda i, j, c: (i, time(c), 0, 0)) for x in borders]
+
+
+def _forward_call(tokens, start, borders, *, head, tile, residuals, interpret):
+    """Packed arrays: tokens (r, log_w, k, v, a, b) [B, T, P 128], start [B, P, V, 128]; `borders`
+    as `_borders` returns them."""
     plan = _plan(tokens[0], head, tile)
     specs, shapes = plan.specs(reverse=False), plan.shapes()
     outputs = {"tokens": shapes["keys"](tokens[0].dtype), "state": shapes["state"]}
@@ -315,11 +403,16 @@ def _forward_call(tokens, start, *, head, tile, residuals, interpret):
         packs=plan.packs,
         chunks=plan.chunks,
         residuals=residuals,
+        packed=len(borders),
     )
     return pl.pallas_call(
         kernel,
         grid=plan.grid,
-        in_specs=[specs["keys"]] * 6 + [specs["state"]],
+        in_specs=[
+            *[specs["keys"]] * 6,
+            specs["state"],
+            *_borders_specs(plan, borders, reverse=False),
+        ],
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[plan.scratch()],
@@ -327,10 +420,10 @@ def _forward_call(tokens, start, *, head, tile, residuals, interpret):
         cost_estimate=plan.cost(_flops(plan.shape, 9, 4), 3, [*tokens, start, *out_shape]),
         interpret=interpret,
         name="wkv7_forward",
-    )(*tokens, start)
+    )(*tokens, start, *borders)
 
 
-def _backward_call(tokens, saved, dy, dend, *, head, tile, interpret):
+def _backward_call(tokens, saved, dy, dend, borders, *, head, tile, interpret):
     """saved: (states, end, inverse, u) of the forward call, packed as there."""
     plan = _plan(tokens[0], head, tile)
     specs, shapes = plan.specs(reverse=True), plan.shapes()
@@ -339,12 +432,22 @@ def _backward_call(tokens, saved, dy, dend, *, head, tile, interpret):
     inputs = (*tokens, *saved, dy, dend)
     saved_specs = [specs["states"], specs["state"], specs["inverse"], specs["keys"]]
     kernel = functools.partial(
-        _backward_kernel, shape=plan.shape, packs=plan.packs, chunks=plan.chunks
+        _backward_kernel,
+        shape=plan.shape,
+        packs=plan.packs,
+        chunks=plan.chunks,
+        packed=len(borders),
     )
     return pl.pallas_call(
         kernel,
         grid=plan.grid,
-        in_specs=[specs["keys"]] * 6 + saved_specs + [specs["keys"], specs["state"]],
+        in_specs=[
+            *[specs["keys"]] * 6,
+            *saved_specs,
+            specs["keys"],
+            specs["state"],
+            *_borders_specs(plan, borders, reverse=True),
+        ],
         out_specs=[specs["keys"]] * 6 + [specs["state"]],
         out_shape=out_shape,
         scratch_shapes=[plan.scratch(), plan.scratch()],
@@ -352,7 +455,7 @@ def _backward_call(tokens, saved, dy, dend, *, head, tile, interpret):
         cost_estimate=plan.cost(_flops(plan.shape, 17, 8), 3, [*inputs, *out_shape]),
         interpret=interpret,
         name="wkv7_backward",
-    )(*inputs)
+    )(*inputs, *borders)
 
 
 def _check(r, log_w, k, v, a, b, state, tile) -> None:
@@ -373,12 +476,13 @@ def _check(r, log_w, k, v, a, b, state, tile) -> None:
         raise ValueError(f"state has shape {state.shape}, not [B, H, V, K] for r of {r.shape}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _wkv7(r, log_w, k, v, a, b, state, tile, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _wkv7(r, log_w, k, v, a, b, state, fresh, tile, interpret):
     tokens = tuple(pad(x, tile.chunk, _heads(r.shape[-1])) for x in (r, log_w, k, v, a, b))
     y, end = _forward_call(
         tokens,
         pack_state(state, _heads(r.shape[-1])),
+        _borders(fresh, tile.chunk),
         head=r.shape[-1],
         tile=tile,
         residuals=False,
@@ -387,22 +491,23 @@ def _wkv7(r, log_w, k, v, a, b, state, tile, interpret):
     return crop(y, r.shape), unpack_state(end, r.shape[2], _heads(r.shape[-1]))
 
 
-def _wkv7_forward(r, log_w, k, v, a, b, state, tile, interpret):
+def _wkv7_forward(r, log_w, k, v, a, b, state, fresh, tile, interpret):
     inputs = (r, log_w, k, v, a, b)
     y, end, states, inverse, u = _forward_call(
         tuple(pad(x, tile.chunk, _heads(r.shape[-1])) for x in inputs),
         pack_state(state, _heads(r.shape[-1])),
+        _borders(fresh, tile.chunk),
         head=r.shape[-1],
         tile=tile,
         residuals=True,
         interpret=interpret,
     )
     outputs = crop(y, r.shape), unpack_state(end, r.shape[2], _heads(r.shape[-1]))
-    return outputs, (inputs, (states, end, inverse, u))
+    return outputs, (inputs, fresh, (states, end, inverse, u))
 
 
 def _wkv7_backward(tile, interpret, residuals, cotangents):
-    inputs, saved = residuals
+    inputs, fresh, saved = residuals
     dy, dend = cotangents
     r = inputs[0]
     *grads, dstart = _backward_call(
@@ -410,6 +515,7 @@ def _wkv7_backward(tile, interpret, residuals, cotangents):
         saved,
         pad(dy, tile.chunk, _heads(r.shape[-1])),
         pack_state(dend, _heads(r.shape[-1])),
+        _borders(fresh, tile.chunk),
         head=r.shape[-1],
         tile=tile,
         interpret=interpret,
@@ -417,6 +523,7 @@ def _wkv7_backward(tile, interpret, residuals, cotangents):
     return (
         *(crop(g, r.shape) for g in grads),
         unpack_state(dstart, r.shape[2], _heads(r.shape[-1])),
+        None,
     )
 
 
@@ -432,6 +539,7 @@ def wkv7(
     b: jax.Array,  # [B, T, H, K]
     state: jax.Array | None = None,  # [B, H, V, K]
     *,
+    fresh: jax.Array | None = None,  # [B, T]
     tile: TileConfig | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -445,6 +553,7 @@ def wkv7(
         RWKV-7, a = -kk and b = kk * iclr with kk of unit norm.
       log_w: log decay in [-exp(-1/2), 0); read as float32. Decays below that bound can overflow.
       state: state before the first token, rows are values; zeros if None.
+      fresh: bool, where packed documents begin: S_{t-1} is zeros there. None: nowhere.
       tile: see `TileConfig`; default: `default_tile()`.
       interpret: True or `pltpu.InterpretParams` to run on a CPU, for tests.
 
@@ -462,4 +571,4 @@ def wkv7(
     if state is None:
         batch, _, heads, head = r.shape
         state = jnp.zeros((batch, heads, head, head), F32)
-    return _wkv7(r, log_w.astype(F32), k, v, a, b, state.astype(F32), tile, interpret)
+    return _wkv7(r, log_w.astype(F32), k, v, a, b, state.astype(F32), fresh, tile, interpret)

@@ -151,7 +151,7 @@ def _candidates(
     q, k, v, choices, slots, chunk_size, q_offset, segment_ids, everything
 ) -> list[Candidate]:
     def problem(kernels) -> str | None:
-        if segment_ids is not None:
+        if segment_ids is not None and kernels is block_sparse_mosaic_gpu:
             return NO_DOCUMENTS
         if choices != k.shape[2]:
             return f"{k.shape[2]} key heads have {choices} choices of chunks, not one each"
@@ -179,7 +179,8 @@ def _kernels(platform: str):
     return block_sparse_gpu if platform == "gpu" else block_sparse_tpu
 
 
-def _by_kernels(kernels, q, k, v, selection, *, chunk_size, scale, q_offset=0):
+def _by_kernels(kernels, q, k, v, selection, *, chunk_size, scale, q_offset=0, starts=None):
+    packed = {} if starts is None else {"starts": starts}
     return kernels().block_sparse_attention(
         q,
         k,
@@ -188,6 +189,7 @@ def _by_kernels(kernels, q, k, v, selection, *, chunk_size, scale, q_offset=0):
         chunk_size=chunk_size,
         scale=scale,
         q_offset=known_or_rows(q_offset, q.shape[0]),
+        **packed,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
-NO_DOCUMENTS = "it takes no segment_ids yet: documents are packed by the forms in XLA alone"
+NO_DOCUMENTS = "it takes no segment_ids yet"
 """Why a kernel does not run where there are some."""
 
 

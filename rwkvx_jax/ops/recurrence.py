@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.ops.derivatives import reverse_only
 from rwkvx_jax.ops.dispatch import Candidate, current_platform, missing_module, resolve
-from rwkvx_jax.ops.documents import NO_DOCUMENTS, as_decays, beginnings, check_segment_ids
+from rwkvx_jax.ops.documents import beginnings, check_segment_ids
 from rwkvx_jax.ops.placement import local, vary_together
 from rwkvx_jax.ops.recurrence_checks import check_arrays, check_chunk_size, lowest_decay
 from rwkvx_jax.ops.recurrence_chunked import MAX_EXPONENT, wkv7_chunked
@@ -29,8 +29,6 @@ _NO_FORWARD_MODE = (
 
 # Each module has `wkv7(r, log_w, k, v, a, b, state)` and `unsupported_reason(K, V, dtype)`.
 _KERNELS = {"tpu": "pallas_kernels.wkv7_tpu", "gpu": "pallas_kernels.wkv7_gpu"}
-# Packed documents begin with decays to 0, which those kernels would divide by; this one does not.
-_ANY_DECAY = "pallas_kernels.delta_rule_tpu"
 
 
 def wkv7(
@@ -90,12 +88,12 @@ def wkv7(
     """
     named = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
     check_arrays("wkv7", named, state, general=False)
-    implementation = resolve("wkv7", implementation, _candidates(r, v, segment_ids))
+    implementation = resolve("wkv7", implementation, _candidates(r, v))
     if state is None:
         batch, _, heads, width = v.shape
         state = jnp.zeros((batch, heads, width, k.shape[-1]), jnp.float32)
     check_chunk_size("wkv7", chunk_size, implementation)
-    run, size = _form(implementation, chunk_size, r, packed=segment_ids is not None)
+    run, size = _form(implementation, chunk_size, r)
     _check_decay(log_w, implementation, size)
     arrays: tuple[jax.Array, ...] = (r, log_w, k, v, a, b, state)
     if segment_ids is not None:
@@ -112,17 +110,16 @@ def wkv7(
     )
 
 
-def _form(implementation: str, chunk_size: int | None, r: jax.Array, *, packed: bool):
+def _form(implementation: str, chunk_size: int | None, r: jax.Array):
     """The function of the seven arrays (of eight where documents are packed) that runs, and how
     many tokens it solves at once by dividing by decays: 0 for none."""
     if implementation == "sequential":
         return wkv7_sequential, 0
     platform, associative = current_platform(), implementation == "associative"
-    if implementation == "pallas" and packed:
-        return _packed_by_kernel, 0
     if implementation == "pallas":
         kernels = importlib.import_module(_KERNELS[platform])
-        return kernels.wkv7, kernels.TileConfig().chunk
+        run = functools.partial(_by_kernel, kernels.wkv7)
+        return run, kernels.TileConfig().chunk
     plan = Plan(
         chunk_size=chunk_size or CHUNK_SIZE.get(platform, CHUNK_SIZE["cpu"]),
         segment=None if associative else SEGMENT.get(platform, SEGMENT["cpu"]),
@@ -134,10 +131,9 @@ def _form(implementation: str, chunk_size: int | None, r: jax.Array, *, packed: 
     return functools.partial(wkv7_chunked, plan=plan), plan.fit(r.shape[1])[0].chunk_size
 
 
-def _packed_by_kernel(r, log_w, k, v, a, b, state, fresh):
-    tokens = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "fresh": fresh}
-    kernel = importlib.import_module(_ANY_DECAY).generalized_delta_rule
-    return kernel(**as_decays(tokens), state=state)
+def _by_kernel(kernel, r, log_w, k, v, a, b, state, fresh=None):
+    packed = {} if fresh is None else {"fresh": fresh[..., 0, 0] > 0}
+    return kernel(r, log_w, k, v, a, b, state, **packed)
 
 
 def wkv7_sequential(
@@ -189,7 +185,7 @@ def wkv7_affine(
     # end as M and read z, and rows that start as zeros end as G and read y0.
     batch, _, heads, width = k.shape
     identity = jnp.broadcast_to(jnp.eye(width, dtype=jnp.float32), (batch, heads, width, width))
-    chosen = resolve("wkv7", implementation, _candidates(r, v, segment_ids))
+    chosen = resolve("wkv7", implementation, _candidates(r, v))
     run = functools.partial(
         wkv7, segment_ids=segment_ids, implementation=chosen, chunk_size=chunk_size
     )
@@ -222,18 +218,14 @@ def segment_map(
     )[2:]  # fmt: skip
 
 
-def _candidates(r: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> tuple[Candidate, ...]:
+def _candidates(r: jax.Array, v: jax.Array) -> tuple[Candidate, ...]:
     """Implementations of `wkv7`, fastest first."""
 
     def kernel_problem(platform: str) -> str | None:
-        if segment_ids is not None and platform != "tpu":
-            return NO_DOCUMENTS
-        module = _KERNELS[platform] if segment_ids is None else _ANY_DECAY
+        module = _KERNELS[platform]
         if (reason := missing_module(module)) is not None:
             return reason
         unsupported = importlib.import_module(module).unsupported_reason
-        if segment_ids is not None:
-            unsupported = functools.partial(unsupported, scalar=False, decay_bound=None)
         return unsupported(r.shape[-1], v.shape[-1], r.dtype)
 
     return (

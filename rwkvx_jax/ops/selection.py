@@ -26,7 +26,7 @@ from rwkvx_jax.ops.attention_inputs import (
     run_attention,
 )
 from rwkvx_jax.ops.dispatch import Candidate, resolve
-from rwkvx_jax.ops.documents import NO_DOCUMENTS, check_segment_ids
+from rwkvx_jax.ops.documents import check_segment_ids
 from rwkvx_jax.ops.selectors import MEAN, Selector, check_selector
 
 # Scores held at once, over batch and heads. About a million of them stay in cache; a block of fewer
@@ -325,8 +325,6 @@ def select_chunks(
     complete = k.shape[1] // chunk_size
 
     def problem(platform: str) -> str | None:
-        if segment_ids is not None:
-            return NO_DOCUMENTS
         if not selector.is_product:
             return f"the selector is {selector.kind!r} and the kernel scores one key a chunk"
         if selector.span or selector.forced != "none":
@@ -347,9 +345,14 @@ def select_chunks(
     return run_attention(run, arrays, q_offset, segment_ids=segment_ids, check_vma=not by_kernel)
 
 
-def _select_by_kernel(q, k, *, chunk_size, count, selector, q_offset):
-    factors = kernel_factors(q, k, chunk_size, selector)
-    return selection_tpu.select_by_keys(*factors, q_offset, chunk_size=chunk_size, count=count)
+def _select_by_kernel(q, k, *, chunk_size, count, selector, q_offset, starts=None, interpret=False):
+    lowest = counted = None
+    if starts is not None:
+        lowest = query_starts(starts, q_offset, q.shape[1]) // chunk_size
+        counted = readable_keys(starts, chunk_size)
+    factors = kernel_factors(q, k, chunk_size, selector, counted)
+    options = {"chunk_size": chunk_size, "count": count, "interpret": interpret}
+    return selection_tpu.select_by_keys(*factors, q_offset, lowest=lowest, **options)
 
 
 def _select_in_xla(q, k, *, chunk_size, count, selector, q_offset, starts=None):
@@ -376,11 +379,14 @@ def readable_keys(starts: Int32[Array, "B T"], chunk_size: int) -> Bool[Array, "
     return jnp.arange(complete)[None] >= begin
 
 
-def kernel_factors(q, k, chunk_size, selector):
-    """Queries [B, Tq, S, F] and keys [B, N, S, F] of the complete chunks, for the TPU kernel."""
+def kernel_factors(q, k, chunk_size, selector, counted=None):
+    """Queries [B, Tq, S, F] and keys [B, N, S, F] of the complete chunks, for the TPU kernel;
+    `counted` as `readable_keys` returns them, where documents are packed."""
     complete = k.shape[1] // chunk_size * chunk_size
-    rows = selector.rows_of(k[:, :complete], chunk_size).swapaxes(1, 2)
-    queries, keys = selector.queries(q, 2), selector.keys(rows, chunk_size).swapaxes(1, 2)
+    rows = selector.rows_of(k[:, :complete], chunk_size, counted).swapaxes(1, 2)
+    counts = None if counted is None else selector.counts(counted, chunk_size)
+    counts = None if counts is None else counts[:, None]  # for all heads
+    queries, keys = selector.queries(q, 2), selector.keys(rows, chunk_size, counts).swapaxes(1, 2)
     return queries, jnp.repeat(keys, queries.shape[2] // keys.shape[2], axis=2)
 
 

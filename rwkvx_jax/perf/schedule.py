@@ -87,7 +87,7 @@ def _trip_count(start_line: str, text: str) -> int:
     first = found and re.search(rf"%{found[2]} = smov (?:\(!?%p\w+\), )?(-?\d+)\b", text)
     step = re.search(rf"%{index} = sadd\.s32 (?:\(!?%p\w+\), )?(\d+), %(s\w+)", text)
     if not found and step:
-        kept = _kept_counter(index, step[2], start_line, text)
+        kept = _kept_counter(index, int(step[1]), step[2], start_line, text)
         if kept is not None:
             return max(1, math.ceil((stop - kept) / int(step[1])))
     if not first or not step or not _same_scalar(step[2], found[1], text):
@@ -95,31 +95,42 @@ def _trip_count(start_line: str, text: str) -> int:
     return max(1, math.ceil((stop - int(first[1])) / int(step[1])))
 
 
-def _kept_counter(index: str, previous: str, start_line: str, text: str) -> int | None:
+def _kept_counter(index: str, step: int, previous: str, start_line: str, text: str) -> int | None:
     """First value of a counter that is kept in memory from pass to pass, not in a register.
 
-    The slot that `index` is stored to must be the one that `previous` was loaded from (through
-    other slots, maybe), and hold a constant before the loop.
+    The slot that `index`, or the same sum computed once more, is stored to must be one that
+    `previous` was loaded from (through other slots, maybe), and hold a constant before the loop.
     """
-    slot = re.search(rf"sst \[smem:\[(#\w+_spill)\]\] %{index}\b", text)
-    if not slot:
-        return None
-    for _ in range(8):  # follow `previous` to where it came from
-        loaded = re.search(rf"%{previous} = sld \[smem:\[(#\w+_spill)\]\]", text)
-        if not loaded:
-            return None
-        if loaded[1] == slot[1]:
-            break
+    before, inside = text.split(start_line)
+    for slot in _slots(previous, text):
+        stored = re.findall(rf"sst \[smem:\[{slot}\]\] %(s\w+)", start_line + inside)
+        same = [
+            name
+            for name in stored
+            for other in re.findall(rf"%{name} = sadd\.s32 {step}, %(s\w+)", text)
+            if slot in _slots(other, text)
+        ]
+        if index in stored or same:
+            first = re.findall(rf"sst \[smem:\[{slot}\]\] %(s\w+)", before)
+            value = first and re.search(rf"%{first[-1]} = smov (-?\d+)\b", before)
+            return int(value[1]) if value else None
+    return None
+
+
+def _slots(name: str, text: str) -> list[str]:
+    """Slots of memory that a scalar was loaded from, one after the other, through copies."""
+    slots: list[str] = []
+    while True:
+        while copied := re.search(rf"%{name} = smov %(s\w+)", text):
+            name = copied[1]
+        loaded = re.search(rf"%{name} = sld \[smem:\[(#\w+_spill)\]\]", text)
+        if not loaded or loaded[1] in slots:
+            return slots
+        slots.append(loaded[1])
         stored = re.search(rf"sst \[smem:\[{loaded[1]}\]\] %(s\w+)", text)
         if not stored:
-            return None
-        previous = stored[1]
-    else:
-        return None
-    before = text[: text.index(start_line)]
-    first = re.findall(rf"sst \[smem:\[{slot[1]}\]\] %(s\w+)", before)
-    value = first and re.search(rf"%{first[-1]} = smov (-?\d+)\b", before)
-    return int(value[1]) if value else None
+            return slots
+        name = stored[1]
 
 
 def _same_scalar(name: str, original: str, text: str) -> bool:

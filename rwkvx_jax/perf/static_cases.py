@@ -27,6 +27,7 @@ class Case:
       width, time: D (of the values) and T; the batch is 1.
       chunk, top_k: of sparse attention; 0 for other kernels.
       group: of sparse attention, query heads that share a key head and a choice of chunks.
+      documents: whether documents are packed.
     """
 
     kernel: str
@@ -36,12 +37,18 @@ class Case:
     chunk: int = 0
     top_k: int = 0
     group: int = 1
+    documents: bool = False
 
     @property
     def name(self) -> str:
         sparse = f"/C{self.chunk}/K{self.top_k}" if self.chunk else ""
         group = f"/M{self.group}" if self.group > 1 else ""
-        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}{group}"
+        documents = "/documents" if self.documents else ""
+        return f"{self.kernel}/{self.chip}/D{self.width}/T{self.time}{sparse}{group}{documents}"
+
+    def with_documents(self) -> "Case":
+        """The same with packed documents."""
+        return dataclasses.replace(self, documents=True)
 
     @property
     def topology(self) -> str:
@@ -77,8 +84,9 @@ def all_cases() -> list[Case]:
 
 def case_named(name: str) -> Case:
     """The case of a name such as "wkv7_forward/v5e/D768/T4096"."""
-    kernel, chip, *numbers = name.split("/")
-    return Case(kernel, chip, *(int(x[1:]) for x in numbers))
+    kernel, chip, *numbers = name.removesuffix("/documents").split("/")
+    documents = name.endswith("/documents")
+    return Case(kernel, chip, *(int(x[1:]) for x in numbers), documents=documents)
 
 
 def _wkv7(case: Case, struct):
@@ -89,6 +97,11 @@ def _wkv7(case: Case, struct):
     tokens = struct((1, case.time, case.width), jnp.bfloat16)
     log_w = struct((1, case.time, case.width), jnp.float32)
     state = struct((1, packs, head, 128), jnp.float32)
+    borders = []
+    if case.documents:
+        found = functools.partial(wkv7_tpu._borders, chunk=tile.chunk)
+        fresh = jax.eval_shape(found, jax.ShapeDtypeStruct((1, case.time), bool))
+        borders = [struct(x.shape, x.dtype) for x in fresh]
     states = struct((1, chunks, packs, head, 128), jnp.float32)
     inputs = (tokens, log_w, tokens, tokens, tokens, tokens)
     contract = [*inputs, state, state, states, tokens]
@@ -96,19 +109,19 @@ def _wkv7(case: Case, struct):
 
         def function(*x):
             return wkv7_tpu._forward_call(
-                x[:6], x[6], head=head, tile=tile, residuals=True, interpret=False
+                x[:6], x[6], x[7:], head=head, tile=tile, residuals=True, interpret=False
             )
 
-        arguments = (*inputs, state)
+        arguments = (*inputs, state, *borders)
     else:
         inverse = struct((1, chunks, packs, tile.chunk, 2 * tile.chunk), jnp.bfloat16)
 
         def function(*x):
             return wkv7_tpu._backward_call(
-                x[:6], x[6:10], x[10], x[11], head=head, tile=tile, interpret=False
+                x[:6], x[6:10], x[10], x[11], x[12:], head=head, tile=tile, interpret=False
             )
 
-        arguments = (*inputs, states, state, inverse, tokens, tokens, state)
+        arguments = (*inputs, states, state, inverse, tokens, tokens, state, *borders)
         contract += [*inputs, state]  # and the gradients
     minimum = sum(math.prod(x.shape) * x.dtype.itemsize for x in contract)
     return function, arguments, minimum, case.time * packs
@@ -156,7 +169,8 @@ def block_sparse_plan(case: Case, struct):
     tokens = lambda heads: struct((1, case.time, heads, 64), jnp.bfloat16)
     q, k = tokens(case.width // 64), tokens(case.width // 64 // case.group)
     tile = block_sparse_tpu.TILES[case.chip]
-    return block_sparse_tpu._plan_of(q, k, case.top_k - 1, case.chunk, 0.125, 0, tile)
+    sizes = case.top_k - 1, case.chunk, 0.125, 0
+    return block_sparse_tpu._plan_of(q, k, *sizes, tile, case.documents)
 
 
 def block_sparse_calls(case: Case, struct) -> dict:
@@ -176,11 +190,19 @@ def block_sparse_calls(case: Case, struct) -> dict:
     ordered = struct((groups, routes.segments, routes.pairs // 128 + 8, 128), jnp.int32)
     means = struct((1, case.time // chunk, heads, 64), jnp.float32)
     call = lambda function: functools.partial(function, plan, interpret=False)
-    choose = functools.partial(
-        selection_tpu.select_by_keys, first=0, chunk_size=chunk, count=case.top_k - 1
-    )
+    documents = None
+    if case.documents:
+        found = functools.partial(block_sparse_tpu._Documents.of, plan)
+        starts = jax.ShapeDtypeStruct((1, case.time), jnp.int32)
+        documents = jax.tree.map(lambda x: struct(x.shape, x.dtype), jax.eval_shape(found, starts))
+    lowest = struct((1, case.time), jnp.int32) if case.documents else None
+
+    def choose(x, means, lowest):
+        options = {"chunk_size": chunk, "count": case.top_k - 1}
+        return selection_tpu.select_by_keys(x, means, 0, lowest=lowest, **options)
+
     return {
-        "select_chunks": (choose, (x, means)),
+        "select_chunks": (choose, (x, means, lowest)),
         "routing_sort": (lambda x: routing._sort_call(x, routes, False), (keys,)),
         "routing_emit": (
             lambda *x: routing._emit_call(*x, routes, False),
@@ -189,19 +211,19 @@ def block_sparse_calls(case: Case, struct) -> dict:
         "block_sparse_start": (call(block_sparse_tpu._start), (packed,)),
         "block_sparse_past_forward": (
             call(block_sparse_tpu._past_forward),
-            (routed, packed, keys_packed, keys_packed, results),
+            (routed, packed, keys_packed, keys_packed, results, documents),
         ),
         "block_sparse_own_forward": (
             call(block_sparse_tpu._own_forward),
-            (packed, keys_packed, keys_packed, results, first),
+            (packed, keys_packed, keys_packed, results, first, documents),
         ),
         "block_sparse_past_backward": (
             call(block_sparse_tpu._past_backward),
-            (routed, packed, keys_packed, keys_packed, packed, results),
+            (routed, packed, keys_packed, keys_packed, packed, results, documents),
         ),
         "block_sparse_own_backward": (
             call(block_sparse_tpu._own_backward),
-            (packed, keys_packed, keys_packed, packed, results, wide, wide, first),
+            (packed, keys_packed, keys_packed, packed, results, wide, wide, first, documents),
         ),
     }
 
@@ -238,6 +260,14 @@ BLOCK_SPARSE = (
     "routing_sort",
     "routing_emit",
     "block_sparse_start",
+    "block_sparse_past_forward",
+    "block_sparse_own_forward",
+    "block_sparse_past_backward",
+    "block_sparse_own_backward",
+)
+PACKED = (  # those that take documents
+    *WKV7,
+    "select_chunks",
     "block_sparse_past_forward",
     "block_sparse_own_forward",
     "block_sparse_past_backward",

@@ -8,7 +8,8 @@ calls it that.
     python -m rwkvx_jax.perf.static_costs    compiles all cases, rewrites the table, prints both
 
 `--only v5e` takes the cases whose name contains a text and only prints them; with `--write` their
-results enter the table.
+results enter the table. `--documents` prints the kernels that take packed documents, compiled with
+them, beside the table's without.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rwkvx_jax.perf.dumps import compiled_apart, read_dump
 from rwkvx_jax.perf.kernel_costs import TABLE, read_costs
 from rwkvx_jax.perf.schedule import Loop, read_schedule, read_utilization
 from rwkvx_jax.perf.stages import CORES, Stage
-from rwkvx_jax.perf.static_cases import BUILDERS, Case, all_cases, case_named
+from rwkvx_jax.perf.static_cases import BUILDERS, PACKED, Case, all_cases, case_named
 from rwkvx_jax.perf.work import read_work
 
 _PIPELINE_PASSES = 2  # extra passes of a grid loop, which fill and drain its copies
@@ -133,27 +134,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this; no rewrite")
     parser.add_argument("--write", action="store_true", help="with --only: rewrite those cases")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--documents", action="store_true", help="with packed documents; no rewrite"
+    )
     options = parser.parse_args(arguments)
     if options.child:
         print(json.dumps(_compile(case_named(options.child))))
         return
+    if options.documents and options.write:
+        parser.error("the table has no cases of packed documents: leave --write out")
     cases = [case for case in all_cases() if options.only in case.name]
+    if options.documents:
+        cases = [case.with_documents() for case in cases if case.kernel in PACKED]
     if not cases:
         raise SystemExit(f"no case contains {options.only!r}; e.g. {all_cases()[0].name}")
     old, new = read_costs(), {}
     print(f"{'case':58} {'per unit':>9} {'was':>9} {'traffic':>8} {'estimate':>10} {'compile':>8}")
     for case in cases:
         result = measure(case)
-        was = old.get(case.name, {}).get("bundles_per_unit", "-")
+        was = old.get(case.name.removesuffix("/documents"), {}).get("bundles_per_unit", "-")
         print(
             f"{case.name:58} {result['bundles_per_unit']:9} {was:>9} {result['traffic']:8} "
             f"{1e3 * result['estimated_seconds']:8.3f}ms {result.pop('compile_seconds'):7}s",
             flush=True,
         )
         new[case.name] = result
-        if options.write or not options.only:
+        if options.write or not (options.only or options.documents):
             _write_table(old | new)  # what is measured stays, should a later case fail
-    if not options.only:
+    if not (options.only or options.documents):
         _write_table(new)
         print(f"wrote {TABLE}")
 

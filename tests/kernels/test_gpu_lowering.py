@@ -49,12 +49,12 @@ def attention_arguments(head, dtype, struct=jax.ShapeDtypeStruct):
     return [x, x, x, struct((1, 1000, 2, 2), jnp.int32), x]
 
 
-def attention_gradients(q, k, v, selection, cotangent, chunk_size=128):
+def attention_gradients(q, k, v, selection, cotangent, chunk_size=128, starts=None):
     """Runs all five kernels of sparse attention."""
 
     def attend(q, k, v):
         return block_sparse_gpu.block_sparse_attention(
-            q, k, v, selection, chunk_size=chunk_size, scale=0.1
+            q, k, v, selection, chunk_size=chunk_size, scale=0.1, starts=starts
         )
 
     return jax.vjp(attend, q, k, v)[1](cotangent)
@@ -71,6 +71,37 @@ def test_lowers_for_cuda(function, struct, kernels, head, dtype):
         traced = jax.jit(function).trace(*struct(head, dtype))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(TRITON) == kernels
+
+
+def packed_gradients(*x):
+    """The kernels of WKV-7 where documents are packed."""
+    *x, fresh = x
+    return jax.vjp(functools.partial(wkv7_gpu.wkv7, fresh=fresh), *x[:7])[1](tuple(x[7:]))
+
+
+def packed_arguments(head, dtype, struct=jax.ShapeDtypeStruct):
+    return [*arguments(head, dtype, struct), struct((1, 512), bool)]
+
+
+def packed_attention_gradients(*x):
+    """The kernels of sparse attention where documents are packed."""
+    *x, starts = x
+    return attention_gradients(*x, starts=starts)
+
+
+def packed_attention_arguments(head, dtype, struct=jax.ShapeDtypeStruct):
+    return [*attention_arguments(head, dtype, struct), struct((1, 1000), jnp.int32)]
+
+
+@pytest.mark.parametrize(
+    "function, struct, kernels",
+    [
+        (packed_gradients, packed_arguments, 2),
+        (packed_attention_gradients, packed_attention_arguments, 5),
+    ],
+)
+def test_packed_documents_lower_for_cuda(function, struct, kernels):
+    test_lowers_for_cuda(function, struct, kernels, 64, jnp.bfloat16)
 
 
 @pytest.mark.slow
@@ -184,14 +215,18 @@ with jax.set_mesh(mesh):
 @pytest.mark.parametrize(
     "prefix, names",
     [
-        ("", ("wkv7_forward", "wkv7_backward")),
-        (
-            "attention_",
-            tuple(
-                f"block_sparse_{x}"
-                for x in ("past_forward", "own_forward", "past_dq", "own_dq", "dkv")
+        (prefix + op, names)
+        for prefix in ("", "packed_")
+        for op, names in (
+            ("", ("wkv7_forward", "wkv7_backward")),
+            (
+                "attention_",
+                tuple(
+                    f"block_sparse_{x}"
+                    for x in ("past_forward", "own_forward", "past_dq", "own_dq", "dkv")
+                ),
             ),
-        ),
+        )
     ],
 )
 def test_h100_does_not_spill(prefix, names, head, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from rwkvx_jax import generalized_delta_rule, wkv7
-from rwkvx_jax.ops import dispatch, recurrences
+from rwkvx_jax.ops import dispatch, recurrence, recurrences
 from rwkvx_jax.ops.delta_rule import affine
 from rwkvx_jax.ops.documents import beginnings, check_segment_ids
 from rwkvx_jax.ops.recurrence import wkv7_affine
@@ -155,11 +155,12 @@ def test_nothing_crosses_a_border(kind, form):
     ],
 )
 def test_the_interpreted_tpu_kernel(kind, monkeypatch):
-    """Values and all gradients through the op; the kernel gets resets and knows of no documents."""
-    monkeypatch.setattr(sys.modules[__name__], "KEYS", 32)
-    monkeypatch.setattr(sys.modules[__name__], "VALUES", 32)
+    """Values and all gradients through the op."""
+    size = 64 if kind == "rwkv7" else 32  # its kernel takes no other
+    monkeypatch.setattr(sys.modules[__name__], "KEYS", size)
+    monkeypatch.setattr(sys.modules[__name__], "VALUES", size)
     op, *_, options = KINDS[kind]
-    lengths = (1, 15, 16, 1, 1, 20)
+    lengths = (1, 15, 16, 1, 1, 30, 1, 21)  # one begins with the kernel's second chunk
     inputs, cotangents = make_inputs(kind, lengths), cotangents_of(lengths)
 
     def run(form):
@@ -170,7 +171,8 @@ def test_the_interpreted_tpu_kernel(kind, monkeypatch):
         return outputs, pull_back(cotangents)[0]
 
     expected = jax.jit(run, static_argnums=0)("sequential")
-    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    for module in (dispatch, recurrence):
+        monkeypatch.setattr(module, "current_platform", lambda: "tpu")
     with pltpu.force_tpu_interpret_mode():
         found = jax.jit(run, static_argnums=0)("pallas")
     for name, x, y in zip(("y", "state"), found[0], expected[0], strict=True):
@@ -292,9 +294,15 @@ def test_wkv4(form):
 def test_ids_that_number_no_documents(ids, message):
     with pytest.raises(ValueError, match=message):
         check_segment_ids("op", jnp.asarray(ids), 1, 4)
-    with pytest.raises(ValueError, match="segment_ids"):
-        inputs = make_inputs("rwkv7", (4,))
-        wkv7(**inputs, segment_ids=jnp.asarray(ids))
+    inputs = {kind: make_inputs(kind, (4,)) for kind in ("rwkv7", "scalar-delta")}
+    wkv4_inputs = -jnp.ones(8), jnp.ones(8), *[jnp.ones((1, 4, 8))] * 2
+    for run in (
+        functools.partial(wkv7, **inputs["rwkv7"]),
+        functools.partial(generalized_delta_rule, **inputs["scalar-delta"]),
+        functools.partial(wkv4, *wkv4_inputs),
+    ):
+        with pytest.raises(ValueError, match=f"segment_ids.*{message}"):
+            run(segment_ids=jnp.asarray(ids))
 
 
 def test_where_documents_begin():

@@ -349,30 +349,35 @@ def test_no_ids_leave_no_trace(kind):
 
 def test_what_takes_no_ids_is_passed_over(monkeypatch, caplog):
     q, k, v = random_qkv(0, 1, 16, size=64, dtype=jnp.bfloat16)
-    ids = jnp.ones((1, 16), jnp.int32)
-    sparse = functools.partial(sparse_attention, chunk_size=8, top_k=2, segment_ids=ids)
-    for platform, op, name in (
-        ("tpu", sparse, "pallas"),
-        ("gpu", sparse, "pallas"),
-        ("gpu", functools.partial(full_attention, segment_ids=ids), "cudnn"),
-        ("tpu", lambda q, k, v, implementation=None: select_chunks(
-            q, k, chunk_size=8, top_k=2, segment_ids=ids, implementation=implementation
-        ), "pallas"),
-    ):  # fmt: skip
-        monkeypatch.setattr(dispatch, "current_platform", lambda platform=platform: platform)
-        dispatch.forget_choices()
-        caplog.clear()
-        with pytest.raises(ValueError, match="takes no segment_ids yet"):
-            op(q, k, v, implementation=name)
-        jax.make_jaxpr(lambda *qkv, op=op: op(*qkv))(q, k, v)  # a new function, traced anew
-        assert "falling back" in caplog.text and "takes no segment_ids" in caplog.text
+    attend = functools.partial(full_attention, segment_ids=jnp.ones((1, 16), jnp.int32))
+    monkeypatch.setattr(dispatch, "current_platform", lambda: "gpu")
+    dispatch.forget_choices()
+    with pytest.raises(ValueError, match="takes no segment_ids yet"):
+        attend(q, k, v, implementation="cudnn")
+    jax.make_jaxpr(lambda *qkv: attend(*qkv))(q, k, v)  # a new function, traced anew
+    assert "falling back" in caplog.text and "takes no segment_ids" in caplog.text
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_kernels_take_ids(monkeypatch, platform):
+    """By themselves, where the platform has them."""
+    q, k, v = random_qkv(0, 1, 256, size=64, dtype=jnp.bfloat16)
+    monkeypatch.setattr(dispatch, "current_platform", lambda: platform)
+    options = {"chunk_size": 64, "top_k": 2, "segment_ids": jnp.ones((1, 256), jnp.int32)}
+    attend = functools.partial(sparse_attention, **options)
+    text = str(jax.make_jaxpr(lambda *qkv: attend(*qkv))(q, k, v))
+    names = {"block_sparse_past_forward", "block_sparse_own_forward"}
+    names |= {"select_chunks"} if platform == "tpu" else set()
+    assert all(f"name={name}" in text for name in names)
 
 
 @pytest.mark.parametrize(
     "ids, message",
     [
         ([[1] * 15], r"segment_ids must be int32 \[1, 16\]"),
+        ([[1.0] * 16], "got float32"),
         ([[2] * 8 + [1] * 8], "go from 2 to 1 at token 8"),
+        ([[1] * 8 + [3] * 8], "go from 1 to 3 at token 8"),
     ],
 )
 def test_ids_that_number_no_documents(ids, message):

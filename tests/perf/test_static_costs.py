@@ -90,6 +90,18 @@ def test_a_counter_kept_in_memory():
     assert loop.trips == 3  # 2, 5, 8
 
 
+def test_a_counter_that_is_computed_twice():
+    """What is stored is another sum of the same numbers than the one that is compared."""
+    text = KEPT.replace("{ %s15 =", "{ %s20 = sadd.s32 3, %s14 ;; %s15 =")
+    text = text.replace("] %s15 ;;", "] %s20 ;;")
+    text = text.replace("%s14 = sld", "%s21 = smov %s14 ;; %s14 = sld")  # and by way of a copy
+    text = text.replace("%s20 = sadd.s32 3, %s14", "%s20 = sadd.s32 3, %s21")
+    (loop,) = read_schedule(text).inner
+    assert loop.trips == 3
+    with pytest.raises(UnknownTripCount, match="bundle 0x2"):
+        read_schedule(text.replace("%s20 = sadd.s32 3", "%s20 = sadd.s32 4"))
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -168,7 +180,8 @@ def test_a_body_is_counted_per_grid_step():
 
 def test_names_round_trip_and_the_table_holds_every_case():
     cases = static_cases.all_cases()
-    assert [static_cases.case_named(case.name) for case in cases] == cases
+    packed = [case.with_documents() for case in cases]
+    assert [static_cases.case_named(case.name) for case in cases + packed] == cases + packed
     assert set(read_costs()) == {case.name for case in cases}
 
 
