@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.ops.blocked_attention import MASKED, filled
-from rwkvx_jax.ops.documents import document_starts
+from rwkvx_jax.ops.documents import check_segment_ids, document_starts
 from rwkvx_jax.ops.loop_bounds import at_most
 from rwkvx_jax.ops.selection import readable_keys
 from rwkvx_jax.ops.selectors import Selector, check_selector
@@ -105,7 +105,8 @@ def selection_loss(
       float32 [B, S], differentiable in index_q and index_k.
 
     Raises:
-      ValueError: a selector that does not fit the chunk, or heads together.
+      ValueError: a selector that does not fit the chunk, heads together, or segment_ids that number
+        no documents.
     """
     choices = index_q.shape[2]
     if selector.together > 1 or q.shape[2] % choices:
@@ -114,6 +115,8 @@ def selection_loss(
             "heads together: give one index query a choice, and a divisor of the heads"
         )
     check_selector(selector, chunk_size, choices, index_k.shape[2])
+    if segment_ids is not None:
+        check_segment_ids("selection_loss", segment_ids, *k.shape[:2])
     complete = k.shape[1] // chunk_size * chunk_size
     if complete == 0:
         return jnp.zeros((q.shape[0], choices), jnp.float32)

@@ -21,8 +21,14 @@ def check_segment_ids(op: str, segment_ids: jax.Array, batch: int, time: int) ->
     """Refuses ids that number no documents; values only where they are known, outside `jax.jit`.
 
     Raises:
-      ValueError: another shape or dtype, a negative id, or ids that decrease, skip or come again.
+      ValueError: no array, another shape or dtype, a negative id, or ids that decrease, skip or
+        come again.
     """
+    if not hasattr(segment_ids, "dtype"):
+        raise ValueError(
+            f"{op}: segment_ids must be an int32 array [{batch}, {time}], got a "
+            f"{type(segment_ids).__name__}: use jnp.asarray"
+        )
     if segment_ids.shape != (batch, time) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(
             f"{op}: segment_ids must be int32 [{batch}, {time}], got {segment_ids.dtype}"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from rwkvx_jax.ops.delta_rule import generalized_delta_rule
+from rwkvx_jax.ops.documents import check_segment_ids
 
 Output = tuple[Float[Array, "B T HV V"], Float32[Array, "B HV V K"]]
 
@@ -88,7 +89,10 @@ def gated_delta_product(
     spread = lambda x, at: (
         jnp.zeros((*k.shape[:2], *x.shape[2:]), x.dtype).at[:, at::updates].set(x)
     )
-    ids = None if segment_ids is None else jnp.repeat(segment_ids, updates, axis=1)
+    ids = None
+    if segment_ids is not None:
+        check_segment_ids("gated_delta_product", segment_ids, *q.shape[:2])
+        ids = jnp.repeat(segment_ids, updates, axis=1)
     y, state = gated_delta_rule(
         spread(q, updates - 1), k, v, spread(g, 0), beta, state,
         scale=scale, segment_ids=ids, implementation=implementation, chunk_size=chunk_size,

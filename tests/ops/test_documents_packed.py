@@ -17,9 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rwkvx_jax import generalized_delta_rule, wkv7
 from rwkvx_jax.ops import dispatch, recurrence, recurrences
+from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.delta_rule import affine
 from rwkvx_jax.ops.documents import beginnings, check_segment_ids
 from rwkvx_jax.ops.recurrence import wkv7_affine
+from rwkvx_jax.ops.selectors import Selector
 from rwkvx_jax.ops.wkv4 import wkv4
 from tests.helpers import assert_close
 
@@ -289,20 +291,53 @@ def test_wkv4(form):
         ([[1, 2, 0, -1]], "from 0 to -1 at token 3"),
         ([[1, 1, 2]], r"must be int32 \[1, 4\]"),
         ([[1.0, 1, 2, 2]], "got float32"),
+        ([1, 1, 2, 2], r"must be int32 \[1, 4\], got int32\[4\]"),
+        ([[True, True, False, False]], "got bool"),
     ],
 )
 def test_ids_that_number_no_documents(ids, message):
     with pytest.raises(ValueError, match=message):
         check_segment_ids("op", jnp.asarray(ids), 1, 4)
-    inputs = {kind: make_inputs(kind, (4,)) for kind in ("rwkv7", "scalar-delta")}
-    wkv4_inputs = -jnp.ones(8), jnp.ones(8), *[jnp.ones((1, 4, 8))] * 2
-    for run in (
-        functools.partial(wkv7, **inputs["rwkv7"]),
-        functools.partial(generalized_delta_rule, **inputs["scalar-delta"]),
-        functools.partial(wkv4, *wkv4_inputs),
-    ):
-        with pytest.raises(ValueError, match=f"segment_ids.*{message}"):
-            run(segment_ids=jnp.asarray(ids))
+
+
+def test_ids_are_an_array():
+    with pytest.raises(ValueError, match="segment_ids must be .* got a list: use jnp.asarray"):
+        check_segment_ids("op", [[1, 1, 2, 2]], 1, 4)
+
+
+def every_op():
+    """Every operation that takes segment_ids, on 4 tokens; attention's in test_packed_attention."""
+    rows = {name: make_inputs(name, (4,)) for name in ("rwkv7", "scalar-delta")}
+    x = jnp.ones((1, 4, HEADS, KEYS))
+    named = {
+        name: functools.partial(getattr(recurrences, name), *named_arguments(name, 0, 4))
+        for name in ("gated_delta_rule", "kda", "simple_gla", "rwkv6", "gated_delta_product")
+    }
+    without = {n: y for n, y in rows["rwkv7"].items() if n != "state"}
+    return named | {
+        "wkv7": functools.partial(wkv7, **rows["rwkv7"]),
+        "wkv7_affine": functools.partial(wkv7_affine, **without),
+        "generalized_delta_rule": functools.partial(generalized_delta_rule, **rows["scalar-delta"]),
+        "wkv4": functools.partial(wkv4, *jnp.ones((2, 6)), *jnp.ones((2, 1, 4, 6))),
+        "selection_loss": functools.partial(
+            selection_loss, x, x, x, x, chunk_size=2, selector=Selector("mean")
+        ),
+    }
+
+
+def test_every_op_refuses_ids_that_number_no_documents():
+    wrong = (
+        (jnp.asarray([[1, 2, 1, 1]]), "from 2 to 1 at token"),
+        (jnp.asarray([[1, 1, 3, 3]]), "from 1 to 3 at token"),
+        (jnp.asarray([1, 1, 2, 2]), r"must be int32 \[1, 4\], got int32\[4\]"),
+        (jnp.ones((1, 5), jnp.int32), r"must be int32 \[1, 4\], got int32\[1, 5\]"),
+        (jnp.ones((1, 4)), "got float32"),
+    )
+    for name, op in every_op().items():
+        for ids, message in wrong:
+            with pytest.raises(ValueError, match=message) as error:
+                op(segment_ids=ids)
+            assert "segment_ids" in str(error.value), name
 
 
 def test_where_documents_begin():
