@@ -137,12 +137,12 @@ def test_prompts_are_not_padded_to_each_other():
 
 
 def test_a_row_is_read_in_place():
-    """Nothing as large as the cache, of which it is a part, is copied."""
+    """Not even the keys of that row are copied, let alone the cache."""
     rows = make_engine(4, max_length=1 << 16).rows
     arguments = rows.params, rows.progress.logits, rows.cache, np.ones((1, 16), np.int32)
     count, row = np.asarray([16], np.int32), np.int32(1)
     memory = rows.programs.read.lower(*arguments, count, row, None).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < rows.cache.pages.keys.nbytes / 16
+    assert memory.temp_size_in_bytes < rows.cache.pages.keys.nbytes / 4
 
 
 def test_requests_that_can_not_be_answered_say_why(engine, alone):
