@@ -145,8 +145,21 @@ def unsupported_reason(
     """
     tile = default_tile() if tile is None else tile
     reason = alignment.unsupported_reason(q.shape[3], v.shape[3], chunk_size, q.dtype)
+    reason = reason or _cell_problem(chunk_size, tile)
     reason = reason or _group_problem(q.shape[2] // k.shape[2], chunk_size, tile)
     return reason or _plan_of(q, k, slots, chunk_size, 1.0, q_offset, tile).problem
+
+
+def _cell_problem(chunk_size: int, tile: TileConfig) -> str | None:
+    """Why the own chunk cannot be cut into cells; None if it can. The log-sum-exp of a cell lies
+    along lanes, of which a block has a multiple of 128."""
+    square = chunk_size * max(1, tile.diagonal // chunk_size)
+    if square % min(LANES, tile.diagonal):
+        return (
+            f"{square} tokens of the own chunk (chunk size {chunk_size}) are not a multiple of "
+            f"{LANES}: take 32, 64, 192 or a multiple of {LANES}"
+        )
+    return None
 
 
 def _group_problem(group: int, chunk_size: int, tile: TileConfig) -> str | None:
@@ -246,7 +259,8 @@ class _Shape:
         square = self.square(limit)
         if square <= limit:
             return square
-        return max(x for x in range(64, limit + 1, 64) if square % x == 0)
+        step = min(LANES, limit)
+        return max(x for x in range(step, limit + 1, step) if square % x == 0)
 
     def stat_lane(self, head):
         """First of the lanes that hold a query's statistics, in the last part of its row."""
@@ -1556,7 +1570,7 @@ def block_sparse_attention(
         is a power of two; query head h reads key head, and uses choice, h // (H / G).
       selection: int32, distinct chunks of each query; entries that are not complete chunks before
         the query's own are ignored.
-      chunk_size: 32 or a multiple of 64 up to 2048.
+      chunk_size: 32, 64, 192, or a multiple of 128 up to 2048.
       scale: factor on q . k.
       q_offset: position of the first query among the keys: int, or int32 [B] (may be traced).
       starts: int32, of packed documents: the position at which the document of each key begins. A

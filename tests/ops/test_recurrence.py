@@ -345,20 +345,13 @@ def test_bad_choices_say_what_to_use(arguments, message):
 
 
 def test_kernel_is_chosen_where_it_can_run(monkeypatch):
-    """On a TPU: a kernel for the shapes it takes, "chunked" for others; for packed documents that
-    of any decays. On a GPU: none for these."""
-    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    """A kernel for the shapes that it takes, with packed documents or not; "chunked" for others."""
     x = lambda keys: np.zeros((1, 4, 2, keys), np.float32)
-    candidates = lambda keys, ids=None: recurrence._candidates(x(keys), x(keys), ids)
-    assert dispatch.resolve("wkv7", None, candidates(64)) == "pallas"
-    assert dispatch.resolve("wkv7", None, candidates(16)) == "chunked"
-    packed, narrow = (candidates(n, np.ones((1, 4), np.int32)) for n in (64, 16))
-    assert dispatch.resolve("wkv7", None, packed) == "pallas"
-    assert dispatch.resolve("wkv7", None, narrow) == "chunked"
-    monkeypatch.setattr(dispatch, "current_platform", lambda: "gpu")
-    assert dispatch.resolve("wkv7", None, packed) == "chunked"
-    with pytest.raises(ValueError, match="segment_ids"):
-        dispatch.resolve("wkv7", "pallas", packed)
+    for platform in ("tpu", "gpu"):
+        monkeypatch.setattr(dispatch, "current_platform", lambda platform=platform: platform)
+        for keys, chosen in ((64, "pallas"), (16, "chunked")):
+            candidates = recurrence._candidates(x(keys), x(keys))
+            assert dispatch.resolve("wkv7", None, candidates) == chosen
 
 
 # ------------------------------------------------------------------------------- strong decays
