@@ -20,7 +20,7 @@ def unsupported_reason(
     return common.unsupported_reason(head_size, value_size, dtype)
 
 
-def check(q, k, v, selection) -> None:
+def check(q, k, v, selection, starts=None) -> None:
     """Raises ValueError unless shapes and dtypes of attention's arguments fit together."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"q, k, v must be [B, T, H, K], got {q.shape}, {k.shape}, {v.shape}")
@@ -37,6 +37,8 @@ def check(q, k, v, selection) -> None:
             f"selection {selection.shape} must be [B, Tq, G, J] for q {q.shape} and k {k.shape}: "
             "one choice a key head"
         )
+    if starts is not None and starts.shape != k.shape[:2]:
+        raise ValueError(f"starts {starts.shape} must be [B, Tk] for k {k.shape}")
 
 
 def align(x: jax.Array, q_offset, block: int, fill=0) -> tuple[jax.Array, int | jax.Array]:

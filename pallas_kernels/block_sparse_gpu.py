@@ -687,9 +687,10 @@ def block_sparse_attention(
     """Causal attention to the own chunk and the selected past chunks on an NVIDIA GPU.
 
     Arguments, results and errors are those of
-    `pallas_kernels.block_sparse_tpu.block_sparse_attention`.
+    `pallas_kernels.block_sparse_tpu.block_sparse_attention`, but that chunk_size is 32 or any
+    multiple of 64 up to 2048.
     """
-    alignment.check(q, k, v, selection)
+    alignment.check(q, k, v, selection, starts)
     reason = unsupported_reason(q, k, v, selection.shape[3], chunk_size)
     if reason:
         raise ValueError(f"block_sparse on GPU: {reason}")

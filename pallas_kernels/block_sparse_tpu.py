@@ -154,10 +154,10 @@ def _cell_problem(chunk_size: int, tile: TileConfig) -> str | None:
     """Why the own chunk cannot be cut into cells; None if it can. The log-sum-exp of a cell lies
     along lanes, of which a block has a multiple of 128."""
     square = chunk_size * max(1, tile.diagonal // chunk_size)
-    if square % min(LANES, tile.diagonal):
+    if square % LANES:
         return (
             f"{square} tokens of the own chunk (chunk size {chunk_size}) are not a multiple of "
-            f"{LANES}: take 32, 64, 192 or a multiple of {LANES}"
+            f"{LANES}: take 32, 64 or a multiple of {LANES}"
         )
     return None
 
@@ -259,8 +259,7 @@ class _Shape:
         square = self.square(limit)
         if square <= limit:
             return square
-        step = min(LANES, limit)
-        return max(x for x in range(step, limit + 1, step) if square % x == 0)
+        return max(x for x in range(LANES, limit + 1, LANES) if square % x == 0)
 
     def stat_lane(self, head):
         """First of the lanes that hold a query's statistics, in the last part of its row."""
@@ -1585,7 +1584,7 @@ def block_sparse_attention(
       ValueError: unsupported sizes or dtypes, shapes that disagree, or more tiles than scalar
         memory has room for.
     """
-    alignment.check(q, k, v, selection)
+    alignment.check(q, k, v, selection, starts)
     reason = unsupported_reason(q, k, v, selection.shape[3], chunk_size, q_offset, tile)
     if reason:
         raise ValueError(f"block_sparse on TPU: {reason}")

@@ -444,7 +444,7 @@ def wkv7(
 
     Arguments, results and errors are those of `pallas_kernels.wkv7_tpu.wkv7`.
     """
-    _check(r, log_w, k, v, a, b, state)
+    _check(r, log_w, k, v, a, b, state, fresh)
     if state is None:
         batch, _, heads, head = r.shape
         state = jnp.zeros((batch, heads, head, head), F32)
@@ -452,7 +452,7 @@ def wkv7(
     return _wkv7(r, log_w.astype(F32), k, v, a, b, state.astype(F32), fresh, tile, interpret)
 
 
-def _check(r, log_w, k, v, a, b, state) -> None:
+def _check(r, log_w, k, v, a, b, state, fresh) -> None:
     if r.ndim != 4 or r.shape[1] < 1:
         raise ValueError(f"r must be [B, T, H, K] with T at least 1, got shape {r.shape}")
     batch, _, heads, head = r.shape
@@ -466,3 +466,5 @@ def _check(r, log_w, k, v, a, b, state) -> None:
             raise ValueError(f"{name} is {x.dtype}, r is {r.dtype}; they must share a dtype")
     if state is not None and state.shape != (batch, heads, head, head):
         raise ValueError(f"state has shape {state.shape}, not [B, H, V, K] for r of {r.shape}")
+    if fresh is not None and fresh.shape != r.shape[:2]:
+        raise ValueError(f"fresh has shape {fresh.shape}, not [B, T] for r of {r.shape}")

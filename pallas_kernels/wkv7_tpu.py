@@ -458,7 +458,7 @@ def _backward_call(tokens, saved, dy, dend, borders, *, head, tile, interpret):
     )(*inputs, *borders)
 
 
-def _check(r, log_w, k, v, a, b, state, tile) -> None:
+def _check(r, log_w, k, v, a, b, state, fresh, tile) -> None:
     if r.ndim != 4:
         raise ValueError(f"r must be [B, T, H, K], got shape {r.shape}")
     batch, time, heads, head = r.shape
@@ -474,6 +474,8 @@ def _check(r, log_w, k, v, a, b, state, tile) -> None:
             raise ValueError(f"{name} has shape {x.shape}, r has {r.shape}")
     if state is not None and state.shape != (batch, heads, head, head):
         raise ValueError(f"state has shape {state.shape}, not [B, H, V, K] for r of {r.shape}")
+    if fresh is not None and fresh.shape != (batch, time):
+        raise ValueError(f"fresh has shape {fresh.shape}, not [B, T] for r of {r.shape}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
@@ -564,7 +566,7 @@ def wkv7(
       ValueError: unsupported head size or dtype, or shapes that disagree.
     """
     tile = default_tile() if tile is None else tile
-    _check(r, log_w, k, v, a, b, state, tile)
+    _check(r, log_w, k, v, a, b, state, fresh, tile)
     if any(x.dtype != r.dtype for x in (k, v, a, b)):
         found = {name: str(x.dtype) for name, x in zip("rkvab", (r, k, v, a, b), strict=True)}
         raise ValueError(f"wkv7 on TPU: r, k, v, a, b must share a dtype, got {found}")

@@ -27,7 +27,7 @@ _NO_FORWARD_MODE = (
     "linearize); all others have a reverse mode of their own (grad, vjp, and hessian over it)"
 )
 
-# Each module has `wkv7(r, log_w, k, v, a, b, state)` and `unsupported_reason(K, V, dtype)`.
+# Each module has `wkv7(r, log_w, k, v, a, b, state, fresh)` and `unsupported_reason(K, V, dtype)`.
 _KERNELS = {"tpu": "pallas_kernels.wkv7_tpu", "gpu": "pallas_kernels.wkv7_gpu"}
 
 

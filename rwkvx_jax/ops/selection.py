@@ -371,7 +371,7 @@ def readable_keys(starts: Int32[Array, "B T"], chunk_size: int) -> Bool[Array, "
     """Which keys of complete chunks are of the document that their chunk ends with.
 
     Args:
-      starts: where the document of each token begins; of padding, anywhere after it.
+      starts: where the document of each token begins; a run of padding has a beginning of its own.
       chunk_size: tokens in a chunk.
     """
     complete = starts.shape[1] // chunk_size * chunk_size

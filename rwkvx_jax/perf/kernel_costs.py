@@ -112,7 +112,7 @@ def static_estimate(op: str, model: ModelConfig, length: int) -> float | None:
     """Seconds of a forward call in bfloat16 by `pallas_kernels/static_costs.json`; an estimate.
 
     It is that of the case nearest in width and length, scaled: packs of heads take turns, so that
-    time is proportional to the width.
+    time is proportional to their number.
 
     Args:
       op: its name.
@@ -129,7 +129,9 @@ def static_estimate(op: str, model: ModelConfig, length: int) -> float | None:
     for kernel in call.kernels:
         pattern = re.compile(rf"{kernel}/{chip}/D(\d+)/T(\d+){call.sizes}")
         cases = {
-            (call.width / int(match[1]), length / int(match[2])): case["estimated_seconds"]
+            (_packs(call.width) / _packs(int(match[1])), length / int(match[2])): case[
+                "estimated_seconds"
+            ]
             for name, case in costs.items()
             if (match := pattern.fullmatch(name))
         }
@@ -138,6 +140,11 @@ def static_estimate(op: str, model: ModelConfig, length: int) -> float | None:
         wider, longer = min(cases, key=lambda ratios: sum(abs(math.log(x)) for x in ratios))
         total += cases[wider, longer] * wider * longer**call.power
     return total
+
+
+def _packs(width: int) -> int:
+    """Packs of 128 channels that so many take."""
+    return -(-width // 128)
 
 
 def _call(op: str, model: ModelConfig) -> _Call | None:

@@ -101,7 +101,7 @@ def _kept_counter(index: str, step: int, previous: str, start_line: str, text: s
     The slot that `index`, or the same sum computed once more, is stored to must be one that
     `previous` was loaded from (through other slots, maybe), and hold a constant before the loop.
     """
-    before, inside = text.split(start_line)
+    before, _, inside = text.partition(start_line)
     for slot in _slots(previous, text):
         stored = re.findall(rf"sst \[smem:\[{slot}\]\] %(s\w+)", start_line + inside)
         same = [

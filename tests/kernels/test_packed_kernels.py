@@ -164,3 +164,19 @@ def test_wkv7(module, dtype, size):
         for name, x in zip(wkv7_cases.NAMES[:-1], gradients, strict=True):
             assert not np.where(own, 0, x).any() and x.any(), (document, name)
         assert dstart[0].any() == (document == 1) and not dstart[1].any()
+
+
+@pytest.mark.parametrize("module", [block_sparse_tpu, block_sparse_gpu], ids=["tpu", "gpu"])
+def test_documents_of_another_shape_are_refused(module):
+    x, selection = jnp.zeros((1, 128, 2, 64)), jnp.zeros((1, 128, 2, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"starts \(1, 64\) must be \[B, Tk\]"):
+        module.block_sparse_attention(
+            x, x, x, selection, chunk_size=64, scale=1.0, starts=jnp.zeros((1, 64), jnp.int32)
+        )
+
+
+@pytest.mark.parametrize("module", [wkv7_tpu, wkv7_gpu], ids=["tpu", "gpu"])
+def test_beginnings_of_another_shape_are_refused(module):
+    x = jnp.zeros((1, 128, 2, 64))
+    with pytest.raises(ValueError, match=r"fresh has shape \(1, 64\), not \[B, T\]"):
+        module.wkv7(x, x, x, x, x, x, fresh=jnp.zeros((1, 64), bool))
