@@ -64,8 +64,9 @@ class EvalTasks:
         if not self._folder.is_dir():
             return
         for folder in self._folder.iterdir():
-            number = folder.name.removeprefix("step-")
-            if number.isdecimal() and int(number) > step:
+            before, begins, number = folder.name.partition("step-")
+            ours = begins and not before and folder.is_dir()
+            if ours and number.isdecimal() and int(number) > step:
                 remove_folder(folder)
 
     def __call__(self, trained: Trained) -> dict[str, float]:
@@ -107,7 +108,7 @@ def _parse(line: str, folder: Path) -> tuple[Any, Callable[..., None]]:
         if not words:
             raise UsageError("no task is named")
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-            options = parse([*words, *given], "eval.py")
+            options = parse([words[0], *given, *words[1:]], "eval.py")
     except SystemExit as error:
         raise ConfigError(f"run.eval_tasks {line!r}:\n{told.getvalue().strip()}") from error
     except (ConfigError, UsageError, ValueError) as error:

@@ -106,7 +106,9 @@ class GreedyReader:
         requests = (Request(prompt[shared:], count, stop=()) for prompt in prompts)
         done = lambda _, tokens: ended(np.asarray(tokens, np.int32))
         for found in engine.answer(requests, ended=done, advance=advance):
-            answer = np.full(count, NOT_FINITE if found.problem else 0, np.int32)
+            if found.problem and not found.not_finite:
+                found.check()
+            answer = np.full(count, NOT_FINITE if found.not_finite else 0, np.int32)
             answer[: len(found.tokens)] = found.tokens
             yield found.number, answer
 

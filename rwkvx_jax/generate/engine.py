@@ -99,7 +99,8 @@ class Engine:
                 raise ConfigError(f"{size} is {value}: it must be at least 1")
         check_memory(model, batch, max_length, policy)
         self.batch, self.vocab_size = batch, model.config.vocab_size
-        unlimited = policy is not None or not model.config.num_attention_blocks
+        compressed = policy is not None and policy.trigger < max_length  # else it never is
+        unlimited = compressed or not model.config.num_attention_blocks
         self.max_length = None if unlimited else max_length
         self._policy, self._name = policy, name
         self.rows = Rows(
@@ -110,7 +111,7 @@ class Engine:
         self._prefix = np.zeros(0, np.int32)
         self._held: Held | None = None
         self._has = np.ones(batch, bool)  # rows with the keys and values of what is held
-        self._spoilt = np.zeros(batch, bool)  # rows with keys that are not finite
+        self._spoilt = np.zeros(batch, bool)  # rows that may hold keys that are not finite
 
     @property
     def speed(self) -> Speed:
@@ -131,8 +132,8 @@ class Engine:
             still being answered.
         """
         self._check_idle()
-        text = np.asarray(prefix, np.int32)
         self._check_tokens("the prefix", prefix)
+        text = np.asarray(prefix, np.int32)
         self._check_length("the prefix", len(text))
         known = len(self._prefix)
         if not np.array_equal(text[:known], self._prefix):
@@ -235,6 +236,7 @@ class Engine:
                 elif not self._more:
                     return
         finally:
+            self._spoilt |= [text is not None and text.request.score for text in self._texts]
             self._texts, self._busy = [None] * self.batch, False
 
     def _fill(
@@ -262,9 +264,11 @@ class Engine:
         prompts = {row: np.asarray(text.request.prompt, np.int32) for row, text in fresh.items()}
         scored = {row: p for row, p in prompts.items() if fresh[row].request.score}
         self.rows.read({row: p for row, p in prompts.items() if row not in scored}, advance)
-        for row, scores in self.rows.score(scored, advance).items():
+        found = self.rows.score(scored, advance)
+        for row, scores in found.items():  # before the first yield, from which none may come back
             self._spoilt[row] |= not np.isfinite(scores.losses).all()
             self._texts[row] = None
+        for row, scores in found.items():
             yield fresh[row].ended(scores=scores)
 
     def _step(self, ended: Ended) -> Iterator[Token]:
@@ -275,7 +279,7 @@ class Engine:
             if text is None:
                 continue
             if token == NOT_FINITE:
-                self._spoilt[row], self._texts[row] = True, None
+                self._texts[row] = None
                 yield text.ended(self._not_finite(text, row), not_finite=True)
                 continue
             done = token in text.request.stop
@@ -293,7 +297,8 @@ class Engine:
             for row in np.flatnonzero(new & ~self._has):
                 self.rows.copy(int(np.argmax(self._has)), int(row))
                 self._has[row] = True
-        held, wipe = self._held if length else None, bool((new & self._spoilt).any())
+        held = self._held if length else None
+        wipe = bool((new & (self._spoilt | self.rows.not_finite())).any())
         self.rows.restart(new, seeds, held, length, wipe=wipe)
         self._spoilt &= ~new
 

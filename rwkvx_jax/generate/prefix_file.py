@@ -44,8 +44,8 @@ def identity_of(model: RWKVX, params: Params, policy: CachePolicy | None) -> Ide
       policy: compression of the cache.
     """
     digest = hashlib.sha256()
-    for name, leaf in sorted(_layers(params), key=lambda part: part[0]):
-        array = np.ascontiguousarray(leaf)
+    for name, leaf, layer in sorted(_layers(params), key=lambda part: part[0]):
+        array = np.ascontiguousarray(leaf if layer is None else leaf[layer])  # one at a time
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.view(np.uint8).data)
     return {
@@ -56,14 +56,14 @@ def identity_of(model: RWKVX, params: Params, policy: CachePolicy | None) -> Ide
     }
 
 
-def _layers(params: Params) -> Iterator[tuple[str, Any]]:
-    """(dotted name, array) of all parameters, those of each layer by themselves."""
+def _layers(params: Params) -> Iterator[tuple[str, Any, int | None]]:
+    """(dotted name, array, index in it or None) of all parameters, those of each layer alone."""
     for name, leaf in flat(params):
         stack, _, rest = name.partition(".")
         if stack in ("blocks", "attention_blocks") and not rest[0].isdigit():
-            yield from ((f"{stack}.{i}.{rest}", layer) for i, layer in enumerate(leaf))
+            yield from ((f"{stack}.{i}.{rest}", leaf, i) for i in range(len(leaf)))
         else:
-            yield name, leaf
+            yield name, leaf, None
 
 
 def write_prefix(
@@ -132,7 +132,9 @@ def read_prefix(path: Path, empty: Cache, own: Identity) -> tuple[np.ndarray, He
         _check_identity(path, json.loads(metadata["identity"]), own)
         arrays = {name: tensor.read() for name, tensor in tensors.items()}
         tokens = arrays.pop("tokens")
-    except (ConversionError, KeyError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (ConversionError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path}: no prefix can be read from it ({error}): {_REMEDY}") from error
     rows = empty.pages.keys, empty.pages.values
     state = snapshot(empty)._replace(rows=rows)

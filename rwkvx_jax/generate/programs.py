@@ -60,7 +60,8 @@ class Programs:
 
     Attributes:
       abstract: the model with shapes in place of arrays.
-      begin, read, step, restart, copy, keep, place: jitted; see the methods that they are made of.
+      begin, read, step, restart, copy, keep, place, finite: jitted; see the methods that they are
+        made of.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Programs:
         self.copy = jax.jit(copied_row, donate_argnums=0)
         self.keep = jax.jit(_kept)
         self.place = jax.jit(_placed, donate_argnums=0)
+        self.finite = jax.jit(lambda logits: whole(jnp.isfinite(logits).all(axis=-1)))
 
     def empty(self, batch: int) -> Cache:
         """A cache that has read nothing."""

@@ -181,7 +181,8 @@ class Rows:
         for chunk, counts in found:
             losses, hits = jax.device_get(chunk)
             for i, (row, count) in enumerate(counts.items()):
-                parts[row].append(TokenScores(losses[i, :count], hits[i, :count]))
+                if row in parts:  # a chunk of all rows has those that read nothing, too
+                    parts[row].append(TokenScores(losses[i, :count], hits[i, :count]))
         join = lambda own: TokenScores(*map(np.concatenate, zip(*own, strict=True)))
         return {row: join(own) for row, own in parts.items()}
 
@@ -230,6 +231,10 @@ class Rows:
             return list(range(self._batch)), max(sizes.values())
         row = min(sizes)
         return [row], sizes[row]
+
+    def not_finite(self) -> np.ndarray:
+        """Texts whose next logits are not finite, bool [B], ended ones too."""
+        return ~np.asarray(self.programs.finite(self.progress.logits))
 
     def next_tokens(self, active: np.ndarray) -> np.ndarray:
         """Chooses the next token of each text and reads it.

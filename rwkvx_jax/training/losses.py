@@ -150,7 +150,8 @@ def longce_weights(
     rows = [tokens] if segment_ids is None else [tokens, segment_ids]
     rows = [jnp.pad(row, ((0, 0), (0, beyond))) for row in rows]
     # Devices that share a sequence take windows of it each; the last round may run some twice.
-    batch, at_once = len(tokens), sequence_parts(time) * config.at_once
+    parallel = sequence_parts(time)
+    batch, at_once = len(tokens), parallel * min(config.at_once, -(-len(starts) // parallel))
     rounds = np.resize(starts, (-(-len(starts) // at_once), at_once))
 
     def windows(starts: jax.Array) -> jax.Array:  # [at_once] -> [B, at_once * stride]

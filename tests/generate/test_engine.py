@@ -216,6 +216,26 @@ def test_what_is_not_finite_spoils_no_later_text(alone):
             assert answer.tokens.tolist() == expected
 
 
+def test_a_last_token_that_is_not_finite_spoils_no_later_text(alone):
+    """It is read before its text ends, which is then whole."""
+    params = jax.tree.map(np.copy, random_params(CONFIG))
+    params["embed"][10:] = np.nan
+    model = with_params(abstract_model(CONFIG, FLOAT32), params)
+    engine = Engine(model, max_length=LONGEST, batch=1, piece=16, sampling=DRAWN)
+    rng = np.random.default_rng(6)
+    requests = [Request(rng.integers(1, 10, 20).tolist(), 1, (), seed=i) for i in range(6)]
+    found = {n: answer.tokens.tolist() for n, answer in answers_of(engine, requests).items()}
+    assert max(found[n][0] for n in range(5)) >= 10  # whose embedding is NaN
+    assert [found[n] for n in range(6)] == [solo(alone, request) for request in requests]
+
+
+def test_a_policy_that_never_compresses_leaves_the_limit():
+    engine = make_engine(1, max_length=16, policy=CachePolicy(trigger=20, keep=12, window=5))
+    assert engine.max_length == 16
+    (answer,) = engine.answer([Request([1, 2, 3], 99, ())])
+    assert len(answer.tokens) == 13
+
+
 @pytest.mark.thorough
 def test_under_a_policy():
     policy = CachePolicy(trigger=20, keep=12, window=5)
@@ -249,7 +269,12 @@ def test_over_a_mesh(alone, mesh, monkeypatch):
             with_params(model, params), max_length=LONGEST, batch=4, piece=16, sampling=DRAWN
         )
         answers = answers_of(engine, requests, [1, 2, 3])
-    assert sorted(set(traced)) == ["_next_token", "_read_chunk"] and len(traced) <= 3
+        scored = [Request([7, *range(1, 9 + 8 * i)], 0, score=True) for i in range(3)]
+        scores = answers_of(engine, [*scored, requests[0]], [1, 2, 3])
+    for number, answer in answers_of(alone, scored, [1, 2, 3]).items():
+        np.testing.assert_allclose(scores[number].scores.losses, answer.scores.losses, rtol=1e-5)
+    assert scores[3].tokens.tolist() == answers[0].tokens.tolist()
+    assert sorted(set(traced)) == ["_next_token", "_read_chunk"] and len(traced) <= 5
     assert sorted(answers) == list(range(16))
     for number, answer in answers.items():
         assert answer.tokens.tolist() == solo(alone, requests[number], (1, 2, 3))
