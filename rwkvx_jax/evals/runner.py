@@ -18,6 +18,7 @@ from rich.console import Console
 
 from rwkvx_jax.evals.models import EvalModel, EvalOptions, mesh_of, open_models
 from rwkvx_jax.evals.results import Results, Task
+from rwkvx_jax.hosts import first_does
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
 
@@ -81,8 +82,7 @@ def run(
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             with until_interrupted(console):
                 found = evaluate(options, models, console)
-    if jax.process_index() == 0:
-        show(found, models, console)
+    first_does(lambda: show(found, models, console), f"{options.output}: no figure can be written")
 
 
 def show(

@@ -58,6 +58,7 @@ def test_they_are_those_of_the_checkpoint(tmp_path):
         ("speed", "asks nothing of the parameters under training"),
         ("passkey --top-k 3", "leave out --checkpoint, --output, --mesh, --chunk-size"),
         ("passkey --checkpoint there", "leave out --checkpoint"),
+        ("passkey --output there", "leave out --checkpoint, --output"),
     ],
 )
 def test_wrong_lines_are_refused_before_training(line, message, tmp_path):
