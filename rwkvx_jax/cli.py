@@ -304,17 +304,17 @@ def _check_overrides(overrides: Sequence[str], config: Config, flags: Sequence[s
 
 
 def _split_lists(overrides: Sequence[str], config: Config) -> list[str]:
-    """Lists written `a,b`, as the parser takes them: word by word. Items that have spaces are
-    commands, whose commas are their own."""
+    """Lists written `a,b`, as the parser takes them: word by word. Not those of commands, whose
+    commas are their own."""
     fields, words, in_list = dict(_fields(config)), [], False
     for argument in overrides:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
-            in_list = isinstance(fields.get(flag[2:].replace("-", "_")), tuple)
-            listed = in_list and equals and " " not in value
-            words += [flag, *value.split(",")] if listed else [argument]
+            name = flag[2:].replace("-", "_")
+            in_list = isinstance(fields.get(name), tuple) and name != "run.eval_tasks"
+            words += [flag, *value.split(",")] if in_list and equals else [argument]
         else:
-            words += argument.split(",") if in_list and " " not in argument else [argument]
+            words += argument.split(",") if in_list else [argument]
     return words
 
 

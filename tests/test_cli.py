@@ -152,13 +152,23 @@ def test_the_help_has_every_field_once_with_its_values_and_fits_two_screens(caps
     assert line.endswith("Tokens per sample")
 
 
-@pytest.mark.parametrize("words", [["0.5,0.25,0.25,0"], ["0.5", "0.25", "0.25", "0"]])
+@pytest.mark.parametrize(
+    "words", [["0.5,0.25,0.25,0"], ["0.5", "0.25", "0.25", "0"], ["0.5, 0.25, 0.25, 0"]]
+)
 def test_lists_are_written_with_commas_or_blanks(words):
     parser = cli.argparse.ArgumentParser(prog="train.py", add_help=False)
     parser.add_argument("--config", default="tiny_cpu")
     flags = ["--stages.0.source-weights", *words, "--data.seed", "3"]
     config = cli.parse_with_overrides(parser, flags)[1]
     assert config.stages[0].source_weights == (0.5, 0.25, 0.25, 0) and config.data.seed == 3
+
+
+def test_commas_of_a_command_are_its_own():
+    parser = cli.argparse.ArgumentParser(prog="train.py", add_help=False)
+    parser.add_argument("--config", default="tiny_cpu")
+    lines = ["passkey --lengths 256,512", "lookup --trials 2"]
+    config = cli.parse_with_overrides(parser, ["--run.eval-tasks", *lines])[1]
+    assert config.run.eval_tasks == tuple(lines)
 
 
 @pytest.mark.parametrize("lengths", [["256,512"], ["256", "512"], ["256", "512,1024"]])
