@@ -42,12 +42,17 @@ def main() -> None:
         for document in cut(file.read_text(encoding="utf-8"), options.least, options.most, rng)
     ]
     rng.shuffle(documents)
-    write(documents, options.output)
+    part = options.output.with_name(f"part-{options.output.name}")  # a stopped run leaves no output
+    if part.exists():
+        parser.error(f"{part} is left of a run that was stopped: remove it")
+    write(documents, part)
+    part.rename(options.output)
     print(f"{options.output}: {len(documents):,} documents of {len(files)} files")
 
 
 def cut(text: str, least: int, most: int, rng: np.random.Generator) -> Iterator[str]:
-    """Documents of at least `least` and at most `most` bytes; a shorter rest is left out."""
+    """Documents of at least `least` and at most `most` bytes. Left out are what a sentence has
+    beyond `most`, and a shorter rest at the end of the text."""
     goal, document = rng.integers(least, most + 1), ""
     for sentence in re.split(r"(?<=[.!?]\s)", text.replace("\r\n", "\n")):
         document += sentence
