@@ -146,6 +146,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def mesh_of(config: MeshConfig) -> Mesh | None:
+    """The mesh that inference asks for; None for one device alone, which needs none.
+
+    Raises:
+      ConfigError: as `make_mesh` raises it.
+    """
+    if jax.process_count() == 1 and set(config.sizes.values()) == {1}:
+        return None
+    return make_mesh(config)
+
+
+def in_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Puts a mesh in force; None: leaves everything as it is."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def _arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slice_axis: str) -> np.ndarray:
     """Devices as a grid of this shape: neighbours in it are neighbours on the network.
 

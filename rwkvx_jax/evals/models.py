@@ -12,18 +12,15 @@ import jax
 import numpy as np
 import tyro
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.generate.sampling import check_seed
 from rwkvx_jax.generate.terminal import one_line
-from rwkvx_jax.hosts import place
 from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params
-from rwkvx_jax.sharding import make_mesh, mesh_in_force
 from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
-from rwkvx_jax.training.step import param_shardings
+from rwkvx_jax.training.step import placed_params
 
 _ADDED = (  # fields of ModelConfig since version 0.2.0
     "learned_state",
@@ -147,10 +144,7 @@ class EvalModel(NamedTuple):
         Raises:
           ConfigError: a mesh that does not divide them.
         """
-        mesh = mesh_in_force()
-        if mesh is None:
-            return jax.device_put(self.params)
-        return place(self.params, param_shardings(self.abstract, mesh))
+        return placed_params(self.abstract, self.params)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -175,17 +169,6 @@ class EvalModel(NamedTuple):
             config=self.config.without_attention(),
             params=params,
         )
-
-
-def mesh_of(config: MeshConfig) -> Mesh | None:
-    """The mesh of an evaluation; None for one device alone, which needs none.
-
-    Raises:
-      ConfigError: sizes that do not multiply to the number of devices.
-    """
-    if jax.process_count() == 1 and set(config.sizes.values()) == {1}:
-        return None
-    return make_mesh(config)
 
 
 def open_models(options: EvalOptions) -> list[EvalModel]:

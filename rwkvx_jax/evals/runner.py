@@ -16,11 +16,12 @@ from typing import Any, Protocol, TypeVar
 import jax
 from rich.console import Console
 
-from rwkvx_jax.evals.models import EvalModel, EvalOptions, mesh_of, open_models
+from rwkvx_jax.evals.models import EvalModel, EvalOptions, open_models
 from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.hosts import first_does
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.records import Record
+from rwkvx_jax.sharding import in_mesh, mesh_of
 
 Options = TypeVar("Options", bound=EvalOptions)
 Found = TypeVar("Found")
@@ -79,7 +80,7 @@ def run(
         console = open_console()
         mesh = mesh_of(options.mesh)
         models = open_models(options)  # onto the host of each process: no mesh is in force yet
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with in_mesh(mesh):
             with until_interrupted(console):
                 found = evaluate(options, models, console)
     first_does(lambda: show(found, models, console), f"{options.output}: no figure can be written")

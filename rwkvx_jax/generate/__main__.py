@@ -14,15 +14,18 @@ import tyro
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.cli import command_line, parse, settle_platform
-from rwkvx_jax.config import ConfigError
+from rwkvx_jax.config import ConfigError, MeshConfig
 from rwkvx_jax.data.chat import TURN_END, chat_prompt
 from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.requests import Request
 from rwkvx_jax.generate.sampling import Sampling, check_seed
 from rwkvx_jax.generate.terminal import show
 from rwkvx_jax.generate.texts import continue_texts
+from rwkvx_jax.model import RWKVX, abstract_model, get_params, with_params
+from rwkvx_jax.sharding import even_rows, in_mesh, mesh_of
 from rwkvx_jax.storage import WorkPath
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
+from rwkvx_jax.training.step import placed_params
 
 _DEFAULT_LENGTH = 4096  # of a chat, or of a text whose length nobody gave
 
@@ -73,6 +76,9 @@ class Options:
     """Tokenizer, where the checkpoint does not name it."""
     vocab_file: str = ""
     """Vocabulary of the World tokenizer, where pyrwkv-tokenizer is not installed."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """Devices along each mesh axis, as for training: texts over data, heads over tensor, the cache
+    of a long text over context. By default one device alone."""
 
     def __post_init__(self):
         for name in ("max_tokens", "max_length", "piece", "chunk_size", "attention_top_k"):
@@ -139,7 +145,8 @@ def _read_prompts(path: Path) -> list[str]:
 def run(options: Options, ask: Callable[[str], str] = input) -> None:
     """Continues the prompts, or chats, with answers going to the standard output."""
     prompts = options.prompts()
-    loaded = load_checkpoint(
+    mesh = mesh_of(options.mesh)
+    loaded = load_checkpoint(  # onto the host: no mesh is in force yet
         options.checkpoint, chunk_size=options.chunk_size, top_k=options.attention_top_k
     )
     name = options.tokenizer or loaded.tokenizer
@@ -151,28 +158,36 @@ def run(options: Options, ask: Callable[[str], str] = input) -> None:
     if options.vocab_file and name != "world":
         raise ConfigError(f"--vocab-file is of the World tokenizer; the model uses {name!r}")
     tokenizer = load_tokenizer(name, options.vocab_file or loaded.vocab_file)
+    with in_mesh(mesh):
+        engine = _engine(options, loaded.model, tokenizer, prompts)
+        del loaded
+        if options.chat:
+            _chat(engine, tokenizer, options, ask)
+        else:
+            _continue(engine, tokenizer, options, prompts)
+
+
+def _engine(options: Options, model: RWKVX, tokenizer: Tokenizer, prompts: list[str]) -> Engine:
+    """An engine on the mesh in force, with room for the longest prompt and its answer."""
     needed = max((len(tokenizer.encode(prompt)) for prompt in prompts), default=_DEFAULT_LENGTH)
     answers = 0 if options.chat else options.max_tokens
     policy = None if options.cache_policy is None else CachePolicy(*options.cache_policy)
+    abstract = abstract_model(model.config, model.run)
     engine = Engine(
-        loaded.model,
+        with_params(abstract, placed_params(abstract, get_params(model))),
         max_length=options.max_length or needed + answers,
-        batch=max(1, len(prompts)),
+        batch=even_rows(max(1, len(prompts))),
         piece=options.piece,
         sampling=options.sampling(),
         policy=policy,
         name=str(options.checkpoint),
     )
-    del loaded
     if prompts and engine.max_length is not None and engine.max_length <= needed:
         raise ConfigError(
             f"--max-length {engine.max_length} leaves no room for an answer: the longest prompt "
             f"has {needed} tokens"
         )
-    if options.chat:
-        _chat(engine, tokenizer, options, ask)
-    else:
-        _continue(engine, tokenizer, options, prompts)
+    return engine
 
 
 def _continue(engine: Engine, tokenizer: Tokenizer, options: Options, prompts: list[str]) -> None:

@@ -31,7 +31,7 @@ from rwkvx_jax.model import (
     select,
     with_params,
 )
-from rwkvx_jax.sharding import batch_sharding, named_sharding, replicated
+from rwkvx_jax.sharding import batch_sharding, mesh_in_force, named_sharding, replicated
 from rwkvx_jax.training.losses import (
     longce_weights,
     selecting_queries,
@@ -168,6 +168,16 @@ def bind(model: RWKVX, params: Params, stage: Stage) -> RWKVX:
 def param_shardings(model: RWKVX, mesh: Mesh) -> Params:
     """Sharding of every parameter of an abstract model; errors name the parameter."""
     return shardings_of(get_params(model), param_axes(model), mesh)
+
+
+def placed_params(model: RWKVX, params: Params) -> Params:
+    """Parameters of an abstract model on the device, or over the mesh in force.
+
+    Raises:
+      ConfigError: a mesh that does not divide them.
+    """
+    mesh = mesh_in_force()
+    return jax.device_put(params) if mesh is None else place(params, param_shardings(model, mesh))
 
 
 def shardings_of(shapes: Params, axes: Params, mesh: Mesh) -> Params:

@@ -237,6 +237,24 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.thorough
+def test_command_line_on_several_devices(model, tmp_path, monkeypatch, capsys):
+    class Loaded:
+        tokenizer, vocab_file = "byte", ""
+
+    Loaded.model = model
+    monkeypatch.setattr(cli, "load_checkpoint", lambda *_, **__: Loaded)
+    common = ["--checkpoint", "x", "--max-tokens", "4", "--piece", "16", "--temperature", "0"]
+    common += ["--prompt", "ab", "--prompt", "a longer one", "--prompt", "b"]
+    cli.main(common)
+    alone = capsys.readouterr().out
+    cli.main([*common, "--mesh.data", "4", "--mesh.context", "2"])
+    assert capsys.readouterr().out == alone
+    with pytest.raises(SystemExit):
+        cli.main([*common, "--mesh.data", "3"])
+    assert "asks for 3 devices, but there are 8" in " ".join(capsys.readouterr().err.split())
+
+
 def test_prompts_are_lines_and_nothing_else(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\nt\x0cw\xe2\x80\xa8o\n three")
