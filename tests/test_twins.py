@@ -85,3 +85,31 @@ def test_the_table_of_twins(tmp_path):
     (tmp_path / "mamba3").mkdir()
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "['mamba3']" in refused.stderr
+
+
+def test_losses_of_two_models_in_pairs(tmp_path):
+    """tools/paired_loss.py: the difference of pieces that both have read, and its error."""
+    path = tmp_path / "long_loss.jsonl"
+    model = {"model": {}, "parameters": "x", "compute_dtype": "float32", "tokenizer": "byte"}
+    header = {
+        "format": 2,
+        "task": "long-loss",
+        "key": ["file", "start"],
+        "identity": list(model),
+        "settings": {},
+        "plan": {},
+        "models": [{"label": name} | model for name in "ab"],
+    }
+    trials = [
+        {"model": name, "file": "f", "start": i, "loss": 1.0 + i + more, "edges": [0, 4, 9]}
+        | {"losses": [1.0 + i, 2.0 + i + 2 * more]}
+        for name in "ab"
+        for i, more in enumerate([0.1, 0.3] if name == "b" else [0.0, 0.0])
+    ]
+    trials.append(trials[0] | {"start": 7, "loss": 50.0})  # b has not read it
+    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *trials]))
+    command = [sys.executable, "tools/paired_loss.py", str(path)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "| all | 1.5000 | 1.7000 | 0.2000 ± 0.1960 |" in table
+    assert "| 4 to 9 | 2.5000 | 2.9000 | 0.4000 ± 0.3920 |" in table
+    assert "| 0 to 4 | 1.5000 | 1.5000 | 0.0000 ± 0.0000 |" in table
