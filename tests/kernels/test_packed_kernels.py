@@ -5,6 +5,7 @@ and all gradients, and what one document owes to another: exactly nothing. The g
 choice in XLA.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -27,6 +28,7 @@ from tests.ops.test_packed_attention import ids_of, runs_of
 # but padding; one document.
 ROWS = (63, 1, 1, 85, 149, 1), (-3, 60, 1, 200, -35, 1), (-300,), (300,)
 TIME = 300
+CORES = dataclasses.replace(SMALL, cores=2)  # which share the heads of a pack
 PIECE = ROWS[:2], 130, (40, 133)  # queries in the middle, of each row somewhere else
 
 
@@ -52,7 +54,7 @@ def gradients_of(attend, **options):
 @pytest.mark.parametrize(
     "tile, dtype, size, chunk, slots, heads, key_heads, rows, queries, offset",
     [
-        pytest.param(tile, *case, marks=mark, id=f"{name}-{'tpu' if tile is SMALL else 'gpu'}")
+        pytest.param(tile, *case, marks=mark, id=f"{name}-{'gpu' if tile is GPU else 'tpu'}")
         for name, tile, mark, case in (
             ("float32", SMALL, pytest.mark.thorough, (jnp.float32, 64, 64, 4, 1, 1, ROWS, TIME, 0)),
             ("float32", GPU, pytest.mark.thorough, (jnp.float32, 64, 64, 4, 1, 1, ROWS, TIME, 0)),
@@ -62,6 +64,7 @@ def gradients_of(attend, **options):
             ("groups", SMALL, pytest.mark.slow, (jnp.float32, 64, 32, 7, 4, 2, ROWS[:2], TIME, 0)),
             ("chunk 32", GPU, pytest.mark.slow, (jnp.float32, 64, 32, 7, 1, 1, ROWS[:2], TIME, 0)),
             ("256", SMALL, pytest.mark.slow, (jnp.float32, 64, 256, 1, 1, 1, ROWS[:2], TIME, 0)),
+            ("cores", CORES, pytest.mark.slow, (jnp.float32, 64, 64, 4, 2, 2, ROWS[:2], TIME, 0)),
             ("rows", SMALL, pytest.mark.slow, (jnp.float32, 64, 64, 4, 1, 1, *PIECE)),
             ("rows", GPU, pytest.mark.slow, (jnp.float32, 64, 64, 4, 1, 1, *PIECE)),
         )
@@ -77,7 +80,7 @@ def test_sparse_attention(tile, dtype, size, chunk, slots, heads, key_heads, row
     place = np.broadcast_to(offset, batch)[:, None] + np.arange(queries)
     known = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
     options = {"chunk_size": chunk, "scale": size**-0.5, "q_offset": known, "starts": starts}
-    module = block_sparse_tpu if tile is SMALL else block_sparse_gpu
+    module = block_sparse_gpu if tile is GPU else block_sparse_tpu
     kernel = gradients_of(module.block_sparse_attention, tile=tile, interpret=True, **options)
     found = kernel(cotangent, q, k, v, chosen)
     exact = [x.astype(jnp.float32) for x in (cotangent, q, k, v)]
