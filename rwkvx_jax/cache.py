@@ -341,13 +341,13 @@ def write_rows(
     put = partial(_put, index=(*rows_of(k), page, slot))
     scored = (k if scored is None else scored).astype(jnp.float32)
     where, part = rows_of(scored), slot // (chunk // selector.keys_per_chunk)
-    at = lambda sums, row: sums.at[(*where, page * selector.rows + row)]
-    spans = pages.span_rows
-    if selector.kind == "bounds":
-        sums = at(pages.key_sums, 2 * part).max(-scored, mode="drop")
-        sums = at(sums, 2 * part + 1).max(scored, mode="drop")
-    else:
-        sums = at(pages.key_sums, part).add(scored, mode="drop")
+    sums, spans = pages.key_sums, pages.span_rows
+    for i, name in enumerate(selector.kept):
+        at = sums.at[(*where, page * selector.rows + part * len(selector.kept) + i)]
+        if name == "sum":
+            sums = at.add(scored, mode="drop")
+        else:
+            sums = at.max(-scored if name == "least" else scored, mode="drop")
     if spans is not None:
         first = 2 * (page // selector.span)
         spans = spans.at[(*where, first)].max(-scored, mode="drop")

@@ -151,7 +151,7 @@ def load_checkpoint(
       top_k: replaces the stored number of chunks that a query reads.
       run: dtypes and implementations; None: float32 on a CPU, bfloat16 elsewhere.
       overrides: further fields of ModelConfig that do not change the parameters. With another
-        selector than "index" the indexers of a checkpoint are left out.
+        selector than its learned one the indexers of a checkpoint are left out.
 
     Raises:
       ConfigError, ConversionError: nothing readable there, values that are not finite, or overrides
@@ -165,7 +165,7 @@ def load_checkpoint(
     changes |= {k: v for k, v in {"chunk_size": chunk_size, "top_k": top_k}.items() if v}
 
     def bound(config: ModelConfig, params: Params) -> RWKVX:
-        if config.selector == "index" and changes.get("selector", "index") != "index":
+        if config.learned_selector and changes.get("selector", config.selector) != config.selector:
             config, params = _without_indexers(config, params)
         config = dataclasses.replace(config, **changes)
         check_shapes(params, config, str(path))

@@ -62,12 +62,12 @@ class Options:
     """Tokens of one chunk of the sparse attention."""
     top_k: Annotated[int | None, tyro.conf.arg(metavar="CHUNKS")] = None
     """Chunks that a query reads."""
-    selector: Literal["mean", "max", "pooled", "bounds", "index"] | None = None
+    selector: Literal["mean", "max", "pooled", "bounds", "index", "seer"] | None = None
     """How a query scores chunks; see docs/selectors.md."""
     selector_blocks: int | None = None
     """Parts of a chunk for the selectors max, pooled and index."""
     index_size: int | None = None
-    """Channels of the vectors of the selector index; 0: as many as a head has."""
+    """Channels of the vectors of the selectors index and seer; 0: as many as a head has."""
     selection_groups: int | None = None
     """Choices of chunks, each shared by neighbouring heads; 0: each head chooses for itself."""
     selection_join: Literal["sum", "max"] | None = None

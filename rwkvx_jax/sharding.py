@@ -210,11 +210,11 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
     model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
     check_heads(model, tensor)
-    if parts > 1 and model.selector != "index" and model.selection_groups // tensor % parts:
+    if parts > 1 and not model.learned_selector and model.selection_groups // tensor % parts:
         raise ConfigError(
             f"mesh.context {parts} would part heads that choose chunks together: make "
             f"model.selection_groups {model.selection_groups} a multiple of mesh.tensor x "
-            f'mesh.context = {tensor * parts}, or use selector="index"'
+            f'mesh.context = {tensor * parts}, or use selector="index" or "seer"'
         )
     for stage in config.stages:
         batch_sharding(mesh, stage.global_batch)

@@ -151,6 +151,12 @@ POLICY = CachePolicy(trigger=22, keep=12, window=5)
             "tensor 2 x context 4",
             marks=pytest.mark.thorough,
         ),
+        pytest.param(
+            {"selector": "seer", "selection_groups": 2, "num_kv_heads": 2, "top_k": 4},
+            {"policy": POLICY},
+            "tensor 2 x context 4",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param({"num_attention_blocks": 0}, {}, "context 8", marks=pytest.mark.thorough),
         pytest.param({"learned_state": True}, {}, "context 8", marks=pytest.mark.thorough),
     ],

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from rwkvx_jax.config.model import ModelConfig
 
 
+LEARNED = ("index", "seer")
+"""Selectors that are learned, by `Stage.selection_loss`."""
+
+
 def check_choices(config: ModelConfig) -> None:
     """Raises ConfigError for options of the choice of chunks that do not go together."""
     require(
@@ -18,7 +22,7 @@ def check_choices(config: ModelConfig) -> None:
         f"model.selector_blocks {config.selector_blocks} does not divide model.chunk_size "
         f"{config.chunk_size}, as the selector {config.selector!r} needs it to",
     )
-    learned, heads = config.selector == "index", config.num_heads
+    heads = config.num_heads
     require(
         config.selection_groups >= 0 and heads % config.choices == 0,
         f"model.selection_groups is {config.selection_groups}: it must divide the {heads} heads "
@@ -26,7 +30,7 @@ def check_choices(config: ModelConfig) -> None:
     )
     within = config.choices % config.kv_heads == 0
     require(
-        within or learned,
+        within or config.selector == "index",
         f"model.selection_groups is {config.selection_groups}, but heads that choose together by "
         f"the selector {config.selector!r} score the same keys: use a multiple of the "
         f'{config.kv_heads} heads of keys (model.num_kv_heads), or selector="index"',
@@ -37,9 +41,9 @@ def check_choices(config: ModelConfig) -> None:
         "heads of keys (model.num_kv_heads) one must divide the other",
     )
     require(
-        config.index_size >= 0 and (learned or config.index_size == 0),
-        f'model.index_size is {config.index_size}: it is of the selector "index", not of '
-        f"{config.selector!r}, and 0 is head_size",
+        config.index_size >= 0 and (config.learned_selector or config.index_size == 0),
+        f'model.index_size is {config.index_size}: it is of the selectors "index" and "seer", not '
+        f"of {config.selector!r}, and 0 is head_size",
     )
     if not config.selection_span:
         return

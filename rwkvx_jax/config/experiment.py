@@ -146,7 +146,7 @@ class Stage(Checked):
     l2wrap: float = 0.5e-4
     """Factor of max_logit^2 per token in the loss; 0 turns it off."""
     selection_loss: float = 0.0
-    """Factor of the loss that teaches the selector "index" which chunks full attention looks at:
+    """Factor of the loss that teaches a learned selector which chunks full attention looks at:
     the mean over queries, choices and blocks of the divergence of its scores from the mass of each
     past chunk. Its gradient reaches the indexers alone. It costs the scores of full attention;
     0 turns it off."""
@@ -325,9 +325,9 @@ class Config(Checked):
         """Raises ConfigError where there is nothing to learn from the loss of a selector."""
         owner, chunk = f"stage {stage.name!r}: selection_loss", self.model.chunk_size
         require(
-            self.model.selector == "index" and self.model.num_attention_blocks > 0,
-            f'{owner} trains the selector "index" of attention blocks, but model.selector is '
-            f"{self.model.selector!r} and model.num_attention_blocks "
+            self.model.learned_selector and self.model.num_attention_blocks > 0,
+            f'{owner} trains the selector "index" or "seer" of attention blocks, but '
+            f"model.selector is {self.model.selector!r} and model.num_attention_blocks "
             f"{self.model.num_attention_blocks}: set it to 0, or change these",
         )
         require(

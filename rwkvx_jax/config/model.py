@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from rwkvx_jax.config.choices import check_choices
+from rwkvx_jax.config.choices import LEARNED, check_choices
 from rwkvx_jax.config.mixers import MIXER_TITLES, MixerName, MixerSizes, mixer_sizes
 from rwkvx_jax.config.values import Checked, require, require_positive
 
@@ -83,19 +83,20 @@ class ModelConfig(Checked):
     """Tokens of one chunk of the sparse attention."""
     top_k: int = 3
     """Chunks a query reads: its own and the top_k - 1 best past ones."""
-    selector: Literal["mean", "max", "pooled", "bounds", "index"] = "mean"
+    selector: Literal["mean", "max", "pooled", "bounds", "index", "seer"] = "mean"
     """How a query scores a past chunk: by its mean key (the paper), by the best or the pooled mean
-    keys of parts of it, by bounds of its keys, or by learned vectors; see docs/selectors.md."""
+    keys of parts of it, by bounds of its keys, by bounds of learned vectors ("index"), or by
+    learned maps of its smallest, largest and mean keys ("seer"); see docs/selectors.md."""
     selector_blocks: int = 8
     """Parts of a chunk for the selectors "max", "pooled" and "index"; divides chunk_size."""
     index_size: int = 0
-    """Channels of the learned vectors of the selector "index"; 0: head_size."""
+    """Channels of the learned vectors of the selectors "index" and "seer"; 0: head_size."""
     selection_groups: int = 0
     """S: choices of chunks, each shared by H / S neighbouring heads of queries; 0: each head
     chooses for itself."""
     selection_join: Literal["sum", "max"] = "sum"
     """What the scores of heads that choose together count as: their sum or the largest. The
-    selector "index" has one score a choice."""
+    selectors "index" and "seer" have one score a choice."""
     forced_chunks: Literal["none", "previous", "first", "both"] = "none"
     """Past chunks that every query reads, among its top_k: the one before its own, the first of the
     text, or both."""
@@ -261,22 +262,37 @@ class ModelConfig(Checked):
         return self.selection_groups or self.num_heads
 
     @property
+    def learned_selector(self) -> bool:
+        """Whether the selector has parameters, those of an indexer."""
+        return self.selector in LEARNED
+
+    @property
+    def asking_heads(self) -> int:
+        """Heads of what the selector asks with: of queries, or one learned query a choice."""
+        return self.choices if self.learned_selector else self.num_heads
+
+    @property
     def scored_heads(self) -> int:
         """Heads of what the selector keeps: of keys, or of the learned vectors."""
         return self.choices if self.selector == "index" else self.kv_heads
 
     @property
-    def scored_size(self) -> int:
-        """Channels of each of those heads."""
+    def index_channels(self) -> int:
+        """I: channels of the learned vectors."""
         return self.index_size or self.head_size
+
+    @property
+    def scored_size(self) -> int:
+        """Channels of each of the scored heads."""
+        return self.index_channels if self.selector == "index" else self.head_size
 
     @property
     def indexer_matrices(self) -> int:
         """Numbers in the matrices by which one attention block makes its learned vectors."""
-        if self.selector != "index":
+        if not self.learned_selector:
             return 0
-        heads = self.num_heads + max(self.choices, self.kv_heads)
-        return heads * self.head_size * self.scored_size
+        of_keys = 3 * self.choices if self.selector == "seer" else max(self.choices, self.kv_heads)
+        return (self.num_heads + of_keys) * self.head_size * self.index_channels
 
     @property
     def hidden_width(self) -> int:

@@ -125,7 +125,8 @@ def _check_sparse(case: Case) -> tuple[str, Values]:
         q, k, v = _qkv(case, length, seed, heads)
         # Chosen once: kernel and oracle must read the same chunks.
         selector = selector_of(model)._replace(together=1)
-        return q, k, v, select_chunks(q, k, **chunking, selector=selector)
+        asked = jnp.tile(q, selector.query_vectors)
+        return q, k, v, select_chunks(asked, k, **chunking, selector=selector)
 
     def run(implementation: str | None):
         def attend(q, k, v, selection):
@@ -158,7 +159,12 @@ def _check_selection(case: Case) -> tuple[str, Values]:
     model = case.model
     chunking = {"chunk_size": model.chunk_size, "top_k": model.top_k}
     selector = selector_of(model)._replace(together=1)  # of the keys here each head has its own
-    q, k, _ = _qkv(case, case.length, 0)
+
+    def make(length: int, seed: int, heads: int | None = _ORACLE_HEADS):
+        q, k, _ = _qkv(case, length, seed, heads)
+        return jnp.tile(q, selector.query_vectors), k
+
+    q, k = make(case.length, 0)
     chosen = np.asarray(select_chunks(q, k, **chunking, selector=selector))
     expected = np.asarray(select_chunks_reference(q, k, **chunking, selector=selector))
     if ((chosen >= 0).sum(-1) != (expected >= 0).sum(-1)).any():
@@ -171,7 +177,7 @@ def _check_selection(case: Case) -> tuple[str, Values]:
     text = f"{share:.4%} of queries differ from the reference (near ties)"
     if case.timed:
         select = jax.jit(functools.partial(select_chunks, **chunking, selector=selector))
-        inputs = _qkv(case, case.timed, 1, model.num_heads)[:2]
+        inputs = make(case.timed, 1, model.num_heads)
         text += _timing("select_chunks", case, select, inputs, values)
     return text, values
 

@@ -20,7 +20,7 @@ from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.cached_attention import attend_cached
 from rwkvx_jax.modules.convolution import short_convolution
-from rwkvx_jax.modules.indexer import Indexer
+from rwkvx_jax.modules.indexer import INDEXERS, Indexer, SeerGate
 from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter, project
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate
@@ -36,7 +36,7 @@ class Attention(nnx.Module):
     """Matrices, stored [in, out]: receptance (the query) and output [D, D], key and value [D, X],
     X = config.kv_width; with config.qkv_bias also receptance_bias [D], key_bias and value_bias [X].
     key_conv [config.key_conv, X], if that is not 0: what is added to each key, tap j of the key j
-    tokens before. indexer: with the selector "index"."""
+    tokens before. indexer: with a learned selector."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -61,8 +61,8 @@ class Attention(nnx.Module):
             # Past the last tap (key_conv=1) nothing is set.
             taps = jnp.zeros((config.key_conv, kv_width)).at[1].set(float(aligned), mode="drop")
             self.key_conv = parameter(taps, "taps", "vector")
-        if config.selector == "index":
-            self.indexer = Indexer(config, rngs)
+        if config.learned_selector:
+            self.indexer: Indexer | SeerGate = INDEXERS[config.selector](config, rngs)
 
     def __call__(
         self,
@@ -77,8 +77,9 @@ class Attention(nnx.Module):
             op = full_attention
         else:
             op = partial(self._attend, implementation=run.sparse_attention)
-            if self.config.selector == "index":
-                index = self.scored(q, k)
+            if self.config.learned_selector:
+                asked, scored = self.scored(q, k)
+                index = (asked,) if scored is k else (asked, scored)
         if sequence_parts(h.shape[1]) > 1:
             out = context.attention(op, q, k, v, segment_ids, *index)
         else:
@@ -89,7 +90,8 @@ class Attention(nnx.Module):
         return self.combine(out)
 
     def _attend(self, q, k, v, *index, implementation, q_offset=0, segment_ids=None) -> jax.Array:
-        """Sparse attention, chunks chosen by q and k or by an index query and key a choice."""
+        """Sparse attention, chunks chosen by q and k, by an index query a choice and k, or by an
+        index query and key a choice."""
         chunk_size, top_k = self.config.chunk_size, self.config.top_k
         selector = selector_of(self.config)
         attend = partial(
@@ -104,8 +106,10 @@ class Attention(nnx.Module):
             return attend(q, k, v, selector=selector)
         if k.shape[1] <= chunk_size * top_k:  # whatever is chosen, everything is read
             return attend(q, k, v)
+        asked, scored = (*index, k)[:2]
         selection = select_chunks(
-            *index,
+            asked,
+            scored,
             chunk_size=chunk_size,
             top_k=top_k,
             q_offset=q_offset,
@@ -128,9 +132,9 @@ class Attention(nnx.Module):
 
     def scored(
         self, q: Float[Array, "B Tq H K"], k: Float[Array, "B Tk G K"]
-    ) -> tuple[Float[Array, "B Tq H2 I"], Float[Array, "B Tk G2 I"]]:
+    ) -> tuple[Float[Array, "B Tq H2 Q"], Float[Array, "B Tk G2 I"]]:
         """What the selector asks with and what it scores: queries and keys, or the indexer's."""
-        if self.config.selector != "index":
+        if not self.config.learned_selector:
             return q, k
         return self.indexer.queries(q), self.indexer.keys(k)
 

@@ -34,7 +34,7 @@ def attend_cached(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
-    asked: Float[Array, "B T H2 I"],
+    asked: Float[Array, "B T H2 Q"],
     scored: Float[Array, "B T G2 I"],
     pages: Pages,
     layer: Int[Array, ""],

@@ -112,7 +112,8 @@ def attention(
       k: keys.
       v: values.
       segment_ids: numbers of packed documents; every device has those of all tokens.
-      index: an index query and an index key a choice, or nothing; of S and G one divides the other.
+      index: index queries, or index queries and keys, of each choice, or nothing; of S and G one
+        divides the other.
     """
     axis, parts = rule("time"), sequence_parts(q.shape[1])
 

@@ -77,8 +77,8 @@ def log_mass(
 def selection_loss(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
-    index_q: Float[Array, "B T S I"],
-    index_k: Float[Array, "B T S I"],
+    index_q: Float[Array, "B T S Q"],
+    index_k: Float[Array, "B T G2 I"],
     segment_ids: Int[Array, "B T"] | None = None,
     *,
     chunk_size: int,
@@ -94,8 +94,8 @@ def selection_loss(
     Args:
       q: [B, T, H, K] queries of whole sequences; no gradient.
       k: [B, T, G, K] keys; no gradient.
-      index_q: [B, T, S, I] what the selector is asked with.
-      index_k: [B, T, S, I] what it scores.
+      index_q: [B, T, S, Q] what the selector is asked with; Q is I times its `query_vectors`.
+      index_k: [B, T, G2, I] what it scores; G2 divides S.
       segment_ids: numbers of packed documents; their queries see and choose within them, as in
         `select_chunks`, and padding adds 0. None: a row is one text.
       chunk_size: tokens in a chunk.
@@ -127,6 +127,7 @@ def selection_loss(
         counts = selector.counts(counted, chunk_size)
         first = jnp.where(segment_ids > 0, first, k.shape[1])  # padding sees nothing
     rows = selector.rows_of(index_k[:, :complete], chunk_size, counted)
+    rows = jnp.repeat(rows, choices // index_k.shape[2], axis=2)
     return _divergence(index_q, rows, q, k, (first, counts), chunk_size, selector)
 
 
@@ -199,7 +200,7 @@ def _divergence_from(mass, past, counts, chunk_size, selector, index_q, rows):
     counts = None if counts is None else counts[:, None]
     keys = selector.keys(rows.swapaxes(1, 2), chunk_size, counts)  # [B, S, N * keys_per_chunk, F]
     queries = selector.queries(index_q.astype(jnp.float32).swapaxes(1, 2), 1)
-    size, part = index_q.shape[3], chunk_size // selector.keys_per_chunk
+    size, part = rows.shape[3], chunk_size // selector.keys_per_chunk
     weights = None if counts is None else counts[:, :, None] / part
     products = _product("bsqf,bsnf->bsqn", queries, keys)
     scores = selector.combine(products, size, weights) * size**-0.5

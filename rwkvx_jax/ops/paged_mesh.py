@@ -17,7 +17,7 @@ from rwkvx_jax.ops.selection import Selector
 
 
 def choose_together(
-    q: Float[Array, "B T H K"],
+    q: Float[Array, "B T H Q"],
     sums: Float32[Array, "M B G NR K"],
     layer: Int[Array, ""],
     chosen: Int32[Array, "B T S J"],
@@ -77,7 +77,7 @@ def _scores(q, sums, layer, chosen, chunk_size: int, selector: Selector) -> jax.
 
     Computed anew, by one formula for each page: those with equal rows tie, whoever holds them.
     """
-    batch, time, heads, size = q.shape
+    (batch, time, *_), size = q.shape, sums.shape[4]
     choices, slots = chosen.shape[2:]
     along = lambda x, dimension: x.reshape([-1 if i == dimension else 1 for i in range(5)])
     group = along(jnp.arange(choices) // (choices // sums.shape[2]), 2)

@@ -29,7 +29,7 @@ ROWS_ALIKE = 8
 
 
 def select_pages(
-    q: Float[Array, "B T H K"],
+    q: Float[Array, "B T H Q"],
     rows: Float32[Array, "M B G NR K"],
     layer: Int[ArrayLike, ""],
     positions: Int32[Array, "B T"],
@@ -43,7 +43,7 @@ def select_pages(
     """The `count` past pages that each token and head reads in one attention block.
 
     Args:
-      q: queries.
+      q: queries; Q is K times the selector's `query_vectors`.
       rows: what the selector keeps of the N pages of each of M blocks, R rows a page; those of
         pages that are not complete may hold anything. G, the number of key heads, divides H.
       layer: which of the M blocks.

@@ -57,10 +57,12 @@ class PackedChunks(NamedTuple):
 
 def selector_of(config: ModelConfig) -> Selector:
     """The selector that a configuration names: of queries and keys, or with "index" of the vectors
-    that `modules/indexer.py` makes of them."""
+    that `modules/indexer.py` makes of them, with "seer" of its queries and keys."""
     parts = config.selector_blocks if config.selector in ("max", "pooled", "index") else 1
     if config.selector == "index":  # its queries and keys are those of the choices
         selector = Selector("bounds", parts)
+    elif config.selector == "seer":  # its queries are
+        selector = Selector("seer")
     else:
         together = config.num_heads // config.choices
         selector = Selector(config.selector, parts, together, config.selection_join)
@@ -76,7 +78,7 @@ def repeated_choices(selection: Int[Array, "B T S J"], key_heads: int) -> Int[Ar
 
 
 def select_from_rows(
-    q: Float[Array, "B Tq H K"],
+    q: Float[Array, "B Tq H Q"],
     rows: Float[Array, "B NR G K"],
     positions: Int[Array, "B Tq"],
     *,
@@ -90,7 +92,7 @@ def select_from_rows(
     A chunk is past for a query when it ends at or before the start of the query's own chunk.
 
     Args:
-      q: [B, Tq, H, K] queries.
+      q: [B, Tq, H, Q] queries; Q is K times the selector's `query_vectors`.
       rows: [B, N * selector.rows, G, K] float32, what the selector keeps of chunks 0..N-1; those
         of chunks that are not past for a query (not complete, in a cache) may hold anything. G
         divides H.
@@ -105,7 +107,7 @@ def select_from_rows(
       H / selector.together.
       No gradient flows through it.
     """
-    batch, length, heads, size = q.shape
+    (batch, length, heads, _), size = q.shape, rows.shape[3]
     chunks = rows.shape[1] // selector.rows
     taken = min(count, chunks)
     if taken == 0:
@@ -281,7 +283,7 @@ def _best(scores, count):
 
 
 def select_chunks(
-    q: Float[Array, "B Tq H K"],
+    q: Float[Array, "B Tq H Q"],
     k: Float[Array, "B Tk G K"],
     *,
     chunk_size: int,
@@ -294,7 +296,8 @@ def select_chunks(
     """Chooses the past chunks that each query and head attends to beside its own chunk.
 
     Args:
-      q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
+      q: [B, Tq, H, Q] queries; the first of row b stands at absolute position q_offset[b]. Q is K
+        times the selector's `query_vectors`.
       k: [B, Tk, G, K] keys from position 0. G divides H, and query head h scores the keys of head
         h // (H / G).
       chunk_size: tokens in a chunk, counted from position 0.
@@ -331,9 +334,9 @@ def select_chunks(
             return "the kernel scores all chunks alike, and has no spans and no forced chunks"
         if not selector.sums_queries:
             return "heads that choose together take the largest score and the kernel sums queries"
-        reason = selection_tpu.unsupported_reason(q.shape[3] * selector.rows, q.dtype)
-        if reason and selector.kind == "bounds":
-            reason += ' (the selector "bounds" doubles it)'
+        reason = selection_tpu.unsupported_reason(k.shape[3] * selector.rows, q.dtype)
+        if reason and selector.rows > 1:
+            reason += f" ({selector.rows} times that of a key, by the selector {selector.kind!r})"
         return reason
 
     candidates = Candidate("pallas", ("tpu",), problem), Candidate("xla")
@@ -392,9 +395,12 @@ def kernel_factors(q, k, chunk_size, selector, counted=None):
 
 def check_selection(q, k, chunk_size, top_k, q_offset, selector) -> None:
     check_chunking(chunk_size, top_k)
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    vectors = selector.query_vectors
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != vectors * k.shape[3]:
+        times = "" if vectors == 1 else f" (in q {vectors} times it, by {selector.kind!r})"
         raise ValueError(
-            f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch and key size"
+            f"q {q.shape} and k {k.shape} must be [B, T, H, K] with the same batch and key "
+            f"size{times}"
         )
     check_selector(selector, chunk_size, q.shape[2], k.shape[2])
     check_offset(q_offset, q.shape[0])

@@ -10,7 +10,7 @@ from rwkvx_jax.ops.selectors import MEAN, Selector
 
 
 def select_chunks_reference(
-    q: Float[Array, "B Tq H K"],
+    q: Float[Array, "B Tq H Q"],
     k: Float[Array, "B Tk G K"],
     *,
     chunk_size: int,
@@ -65,6 +65,8 @@ def _score_reference(q, chunk, selector: Selector) -> jax.Array:
     dot = lambda key: jnp.sum(q * key[:, None], axis=-1)
     if selector.kind == "mean":
         return dot(jnp.mean(chunk, axis=1))
+    if selector.kind == "seer":
+        return dot(jnp.concatenate([chunk.min(1), chunk.max(1), chunk.mean(1)], axis=-1))
     parts = jnp.split(chunk, selector.blocks, axis=1)
     if selector.kind == "bounds":
         bound = lambda low, high: jnp.sum(jnp.maximum(q * low, q * high), axis=-1)

@@ -25,6 +25,9 @@ class Selector(NamedTuple):
       "bounds": sum over channels of the larger of q * smallest key and q * largest key, an upper
         bound of q . k over the chunk (Quest, arXiv 2406.10774); with `blocks`, the largest of
         those of its parts. With parts of one token it is the largest q . k of the chunk.
+      "seer": a query has three vectors, for the smallest, the largest and the mean key (by
+        channel); the sum of the three products. `modules/indexer.py` makes these queries
+        (SeerAttention, arXiv 2410.13276).
     blocks: parts of a chunk, for "max", "pooled" and "bounds".
     together: neighbouring query heads that share a choice, by the sum of their scores or the
       largest. They read one key head.
@@ -36,7 +39,7 @@ class Selector(NamedTuple):
     spans: spans whose chunks are candidates.
     """
 
-    kind: Literal["mean", "max", "pooled", "bounds"] = "mean"
+    kind: Literal["mean", "max", "pooled", "bounds", "seer"] = "mean"
     blocks: int = 1
     together: int = 1
     joined: Literal["sum", "max"] = "sum"
@@ -45,9 +48,26 @@ class Selector(NamedTuple):
     spans: int = 8
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """The rows kept of each part: "least" and "most", the largest of -k and of k by channel;
+        "sum", that of k."""
+        extremes = "least", "most"
+        return {"bounds": extremes, "seer": (*extremes, "sum")}.get(self.kind, ("sum",))
+
+    @property
+    def keys_per_chunk(self) -> int:
+        """Parts of a chunk, of each of which `keys` makes one key."""
+        return 1 if self.kind in ("mean", "seer") else self.blocks
+
+    @property
     def rows(self) -> int:
         """Rows kept of each chunk."""
-        return {"mean": 1, "bounds": 2 * self.blocks}.get(self.kind, self.blocks)
+        return self.keys_per_chunk * len(self.kept)
+
+    @property
+    def query_vectors(self) -> int:
+        """Vectors of the size of a key that a query consists of."""
+        return 3 if self.kind == "seer" else 1
 
     def rows_of(
         self,
@@ -56,35 +76,34 @@ class Selector(NamedTuple):
         counted: Bool[Array, "B T"] | None = None,
     ) -> Float32[Array, "B NR H K"]:
         """What is kept of keys [B, T, H, K] in chunks: float32 [B, ceil(T / chunk_size) * rows, H,
-        K]. Sums over the parts of each chunk, or for "bounds" the largest of -k and of k in each
-        part; a trailing partial chunk as far as it goes. Keys that are not `counted` are left out.
-        """
+        K], for each part the rows that `kept` names; a trailing partial chunk as far as it goes.
+        Keys that are not `counted` are left out."""
+        batch, length, heads, size = k.shape
+        parts = -(-length // chunk_size) * self.keys_per_chunk
+        each = chunk_size // self.keys_per_chunk
         counts = None if counted is None else counted[..., None, None]
         only = lambda x, empty: x if counts is None else jnp.where(counts, x, empty)
-        if self.kind != "bounds":
-            k = only(k, 0)
-            sums = chunk_key_sums(k, chunk_size // self.rows)
-            missing = -(-k.shape[1] // chunk_size) * self.rows - sums.shape[1]
-            return jnp.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        batch, length, heads, size = k.shape
-        chunks = -(-length // chunk_size)
-        padding = ((0, 0), (0, chunks * chunk_size - length), (0, 0), (0, 0))
-        split = lambda x: jnp.pad(only(x, -jnp.inf), padding, constant_values=-jnp.inf).reshape(
-            batch, chunks * self.blocks, -1, heads, size
-        )
-        k = k.astype(jnp.float32)
-        bounds = jnp.stack([split(-k).max(2), split(k).max(2)], axis=2)
-        return bounds.reshape(batch, -1, heads, size)
+
+        def sums():
+            found = chunk_key_sums(only(k, 0), each)
+            return jnp.pad(found, ((0, 0), (0, parts - found.shape[1]), (0, 0), (0, 0)))
+
+        def most(k):
+            padding = ((0, 0), (0, parts * each - length), (0, 0), (0, 0))
+            k = jnp.pad(only(k, -jnp.inf), padding, constant_values=-jnp.inf)
+            return k.reshape(batch, parts, each, heads, size).max(2)
+
+        if self.kept == ("sum",):
+            return sums()
+        exact = k.astype(jnp.float32)
+        rows = {"least": lambda: most(-exact), "most": lambda: most(exact), "sum": sums}
+        found = jnp.stack([rows[name]() for name in self.kept], axis=2)
+        return found.reshape(batch, -1, heads, size)
 
     @property
     def is_product(self) -> bool:
         """Whether the score is a product of the query with one vector of the chunk."""
-        return self.kind == "mean" or (self.kind == "bounds" and self.blocks == 1)
-
-    @property
-    def keys_per_chunk(self) -> int:
-        """Keys that `keys` makes of each chunk."""
-        return self.blocks if self.kind == "bounds" else self.rows
+        return self.keys_per_chunk == 1 and self.kind in ("mean", "bounds", "seer")
 
     def counts(
         self, counted: Bool[Array, "B T"], chunk_size: int
@@ -103,12 +122,17 @@ class Selector(NamedTuple):
         counts: Float32[Array, "*some keys"] | None = None,
     ) -> Float32[Array, "*any keys F"]:
         """What queries are multiplied with: float32 [..., N * rows, K] -> [..., N *
-        keys_per_chunk, F]. F is K, and for "bounds" 2 K: [-smallest, largest]. `counts` says of how
-        many keys the sums are, where not of whole parts."""
-        if self.kind != "bounds":
-            whole = chunk_size // self.rows
-            return rows / (whole if counts is None else jnp.maximum(counts, 1)[..., None])
-        keys = rows.reshape(*rows.shape[:-2], -1, 2 * rows.shape[-1])
+        keys_per_chunk, F]. F is K, for "bounds" 2 K: [-smallest, largest], and for "seer" 3 K:
+        [smallest, largest, mean]. `counts` says of how many keys the sums are, where not of whole
+        parts."""
+        whole = chunk_size // self.keys_per_chunk
+        number = whole if counts is None else jnp.maximum(counts, 1)[..., None]
+        if self.kept == ("sum",):
+            return rows / number
+        keys = rows.reshape(*rows.shape[:-2], -1, len(self.kept) * rows.shape[-1])
+        if self.kind == "seer":
+            least, most, sums = jnp.split(keys, 3, axis=-1)
+            return jnp.concatenate([-least, most, sums / number], axis=-1)
         return keys if counts is None else jnp.where(counts[..., None] > 0, keys, 0)
 
     @property
@@ -117,8 +141,8 @@ class Selector(NamedTuple):
         it: the sum of their scores where these are products."""
         return self.together == 1 or (self.is_product and self.joined == "sum")
 
-    def queries(self, q: Float[Array, "*any K"], axis: int) -> Float[Array, "*some F"]:
-        """What is multiplied with those keys: [..., K] -> [..., F]. Heads, along `axis`, that
+    def queries(self, q: Float[Array, "*any Q"], axis: int) -> Float[Array, "*some F"]:
+        """What is multiplied with those keys: [..., Q] -> [..., F]. Heads, along `axis`, that
         choose together become one where it `sums_queries`, in float32; else the dtype stays."""
         if self.kind == "bounds":
             q = jnp.concatenate([jax.nn.relu(-q), jax.nn.relu(q)], axis=-1)
@@ -190,8 +214,11 @@ class Selector(NamedTuple):
         return scores
 
     def start(self, shape: tuple[int, ...]) -> Float32[Array, "..."]:
-        """Rows of chunks without any key, float32."""
-        return jnp.full(shape, -jnp.inf if self.kind == "bounds" else 0.0, jnp.float32)
+        """Rows of chunks without any key, float32 [..., N * rows, K]."""
+        if self.kind != "seer":
+            return jnp.full(shape, 0.0 if self.kept == ("sum",) else -jnp.inf, jnp.float32)
+        one = jnp.array([0.0 if name == "sum" else -jnp.inf for name in self.kept])
+        return jnp.broadcast_to(jnp.tile(one, shape[-2] // len(one))[:, None], shape)
 
 
 MEAN = Selector()
@@ -217,9 +244,9 @@ def chunk_key_sums(k: Float[Array, "B T H K"], chunk_size: int) -> Float32[Array
 def check_selector(selector: Selector, chunk_size: int, heads: int, key_heads: int) -> None:
     """Raises ValueError on an unknown kind, blocks that do not divide the chunk, or heads that
     can't choose together."""
-    if selector.kind not in ("mean", "max", "pooled", "bounds"):
+    if selector.kind not in ("mean", "max", "pooled", "bounds", "seer"):
         raise ValueError(
-            f"selector {selector.kind!r} is unknown: choose mean, max, pooled or bounds"
+            f"selector {selector.kind!r} is unknown: choose mean, max, pooled, bounds or seer"
         )
     if selector.blocks < 1 or chunk_size % selector.blocks:
         raise ValueError(

@@ -61,7 +61,7 @@ def next_stage(
         params = expand(params, config.model, fresh_shardings(wanted["attention_blocks"]))
     if config.model.learned_state:
         params = with_initial_states(params, config.model)
-    if config.model.selector == "index" and "attention_blocks" in params:
+    if config.model.learned_selector and "attention_blocks" in params:
         params = with_indexers(params, config.model)
     if stage.trainable == "lora" and ADAPTERS not in params:
         shapes, seed = program.params[ADAPTERS], config.model.init_seed

@@ -77,7 +77,7 @@ def with_indexers(params: Params, config: ModelConfig) -> Params:
 
     Args:
       params: of a model that differs from `config` in these at most.
-      config: with the selector "index".
+      config: with a learned selector.
     """
     if "indexer" in params["attention_blocks"]["attention"]:
         return params

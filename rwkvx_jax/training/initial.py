@@ -110,7 +110,7 @@ def _check_usable(found: ModelConfig, config: Config, path: Path) -> None:
         )
     # States that are not there yet begin as zeros, indexers as a selector of queries and keys.
     wanted = dataclasses.replace(wanted, learned_state=found.learned_state)
-    if wanted.selector == "index" and found.selector != "index":
+    if wanted.learned_selector and not found.learned_selector:
         wanted = dataclasses.replace(wanted, selector="bounds", index_size=0, selection_groups=0)
     lines = [
         f"{name}: {there} there, {here} in the config"
@@ -139,8 +139,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         # A convolution of attention keys, which a model without attention blocks has not.
         "model.key_conv": config.key_conv if config.num_attention_blocks else 0,
         # An indexer likewise.
-        "model.selector": "index"
-        if config.indexer_matrices and config.num_attention_blocks
+        "model.selector": config.selector
+        if config.learned_selector and config.num_attention_blocks
         else "",
         "model.ffn_width": config.hidden_width,
         "model.low_rank_override": tuple(config.ranks) if config.mixer == "rwkv7" else (),

@@ -81,7 +81,7 @@ def token_losses(
       tokens: [B, T + 1] int32.
       block_tokens: tokens whose logits exist at once (rounded to whole time steps).
       segment_ids: [B, T] int32, the document of each input, or None: a row is one text.
-      selection: whether the loss of the selector "index" is wanted as well.
+      selection: whether the loss of the learned selector is wanted as well.
       skip: predictions at the beginning that nobody asks for, less than T: they get no logits.
 
     Returns:

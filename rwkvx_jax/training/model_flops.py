@@ -48,7 +48,7 @@ def attention_flops(config: ModelConfig, time: int) -> float:
     """Forward products of one token's attention itself: scores, weighted values and gate."""
     gate = 0.0
     if config.attention == "sparse":
-        selector, heads = selector_of(config), (config.num_heads, config.scored_heads)
+        selector, heads = selector_of(config), (config.asking_heads, config.scored_heads)
         past = _past_chunks(config, time, time) / time
         products = selector.products(*heads) * past
         if selector.span:

@@ -21,28 +21,31 @@ from tests.training.training_cases import one_device_mesh
 
 BOUNDS = dataclasses.replace(INDEX, selector="bounds", index_size=0)
 SHARED = dataclasses.replace(INDEX, num_kv_heads=2, selection_groups=1)
+SEER = dataclasses.replace(SHARED, selector="seer", selection_groups=2)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("selectors")
-    for name, config in (("index", SHARED), ("bounds", BOUNDS)):
+    for name, config in (("index", SHARED), ("bounds", BOUNDS), ("seer", SEER)):
         params = dict(flat(random_params(config)))
         write_own_safetensors(folder / f"{name}.safetensors", config, "byte", params)
     return folder
 
 
-def test_an_indexer_is_kept_or_left_out(folder):
-    path, params = folder / "index.safetensors", random_params(SHARED)
+@pytest.mark.parametrize("config", [SHARED, SEER], ids=["index", "seer"])
+def test_an_indexer_is_kept_or_left_out(folder, config):
+    path, params = folder / f"{config.selector}.safetensors", random_params(config)
     kept = load_checkpoint(path).model
-    assert kept.config == SHARED
-    assert_close(jax.jit(kept)(TOKENS), jax.jit(model_of(SHARED, params))(TOKENS), rel=1e-6)
+    assert kept.config == config
+    assert_close(jax.jit(kept)(TOKENS), jax.jit(model_of(config, params))(TOKENS), rel=1e-6)
     without = load_checkpoint(path, overrides={"selector": "mean"}).model
     assert without.config == dataclasses.replace(
-        SHARED, selector="mean", index_size=0, selection_groups=2
+        config, selector="mean", index_size=0, selection_groups=2
     )
     assert "indexer" not in get_params(without)["attention_blocks"]["attention"]
-    assert outside_table(INDEX) == "selector='index'"
+    alone = dataclasses.replace(config, num_kv_heads=0, selection_groups=0)
+    assert outside_table(alone) == f"selector={config.selector!r}"
 
 
 def test_training_goes_on_from_a_model_without_an_indexer(folder):
@@ -56,3 +59,6 @@ def test_training_goes_on_from_a_model_without_an_indexer(folder):
     back = Config(BOUNDS, (dataclasses.replace(stage, trainable="all", selection_loss=0),))
     with pytest.raises(ConfigError, match="model.selector: index there,  in the config"):
         load_initial_params(folder / "index.safetensors", back, mesh)
+    other = Config(dataclasses.replace(SHARED, selector="seer", selection_groups=2), (stage,))
+    with pytest.raises(ConfigError, match="model.selector: index there, seer in the config"):
+        load_initial_params(folder / "index.safetensors", other, mesh)

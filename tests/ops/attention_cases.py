@@ -19,6 +19,12 @@ def random_qkv(seed, batch, length, keys=None, heads=2, size=16, values=None, dt
     ]
 
 
+def queries_for(selector, q):
+    """q with as many vectors of the size of a key as the selector asks with."""
+    vectors = [q, q[..., ::-1], -jnp.roll(q, 1, -1)]
+    return jnp.concatenate(vectors[: selector.query_vectors], axis=-1)
+
+
 def random_selection(seed, batch, length, heads, chunk_size, top_k, offsets=0, skip=()):
     """Distinct past chunks in random order, without those in `skip`; some slots left empty."""
     rng = np.random.default_rng(seed)

@@ -28,13 +28,29 @@ def of_chunks(weights):
 
 
 def plain_loss(q, k, index_q, index_k, blocks):
-    """Sums [B, S], from whole matrices."""
+    """Sums [B, S] of the selector "bounds", from whole matrices."""
     batch, length, choices, size = index_q.shape
     chunks = length // CHUNK
     parts = index_k[:, : chunks * CHUNK].reshape(batch, chunks, blocks, -1, choices, size)
     of_queries = index_q[:, :, None, None]  # [B, T, 1, 1, S, I]
     bounds = [of_queries * x[:, None] for x in (parts.min(3), parts.max(3))]
-    scores = jnp.maximum(*bounds).sum(-1).max(3) * size**-0.5  # [B, T, N, S]
+    return plain_divergence(q, k, jnp.maximum(*bounds).sum(-1).max(3) * size**-0.5)
+
+
+def plain_gate_loss(q, k, index_q, index_k):
+    """Sums [B, S] of the selector "seer", from whole matrices."""
+    batch, length, groups, size = index_k.shape
+    chunks = length // CHUNK
+    parts = index_k[:, : chunks * CHUNK].reshape(batch, chunks, CHUNK, groups, size)
+    pooled = jnp.concatenate([parts.min(2), parts.max(2), parts.mean(2)], axis=-1)
+    pooled = jnp.repeat(pooled, index_q.shape[2] // groups, axis=2)
+    scores = jnp.einsum("btsf,bnsf->btns", index_q, pooled, precision="highest")
+    return plain_divergence(q, k, scores * size**-0.5)
+
+
+def plain_divergence(q, k, scores):
+    """Sums [B, S] for scores [B, T, N, S]."""
+    length, chunks = scores.shape[1:3]
     past = (np.arange(chunks) < np.arange(length)[:, None] // CHUNK)[None, :, :, None]
     log_p = jax.nn.log_softmax(jnp.where(past, scores, -1e30), axis=2)
     mass = of_chunks(attention(q, k))[..., :chunks].transpose(0, 2, 3, 1)  # [B, T, N, H]
@@ -80,6 +96,21 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(heads, groups, choices
     assert_close(jax.jit(loss)(q, k, *index), plain_loss(q, k, *index, blocks), rel=1e-5)
     found = jax.jit(jax.grad(summed(loss), (0, 1, 2, 3)))(q, k, *index)
     expected = jax.jit(jax.grad(summed(plain_loss, blocks), (2, 3)))(q, k, *index)
+    for actual, wanted in zip(found[2:], expected, strict=True):
+        assert_close(actual, wanted, rel=1e-4)
+    assert not np.asarray(found[0]).any() and not np.asarray(found[1]).any()
+
+
+def test_loss_of_the_gate_is_that_of_the_whole_matrix():
+    """One head of keys for two choices."""
+    q, k, _, _ = arrays(4, 1, 2, 53, size=6)
+    index = jax.random.normal(jax.random.key(9), (2, 53, 2, 18)), k
+    loss = functools.partial(selection_loss, chunk_size=CHUNK, selector=Selector("seer"))
+    weights = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    summed = lambda f: lambda q, k, *index: (weights * f(q, k, *index)).sum()
+    assert_close(jax.jit(loss)(q, k, *index), plain_gate_loss(q, k, *index), rel=1e-5)
+    found = jax.jit(jax.grad(summed(loss), (0, 1, 2, 3)))(q, k, *index)
+    expected = jax.jit(jax.grad(summed(plain_gate_loss), (2, 3)))(q, k, *index)
     for actual, wanted in zip(found[2:], expected, strict=True):
         assert_close(actual, wanted, rel=1e-4)
     assert not np.asarray(found[0]).any() and not np.asarray(found[1]).any()

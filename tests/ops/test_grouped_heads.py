@@ -15,7 +15,13 @@ from rwkvx_jax.ops.paged_selection import select_pages
 from rwkvx_jax.ops.selection import Selector, select_chunks
 from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from tests.helpers import assert_close
-from tests.ops.attention_cases import compare, random_qkv, random_selection, value_and_gradients
+from tests.ops.attention_cases import (
+    compare,
+    queries_for,
+    random_qkv,
+    random_selection,
+    value_and_gradients,
+)
 
 # Query heads, choices, key heads.
 HEADS = [(4, 4, 2), (4, 4, 1), (4, 2, 2), (8, 4, 2), (16, 1, 1)]
@@ -97,11 +103,13 @@ SELECTORS = [
     for kind, blocks in (("mean", 1), ("max", 4), ("pooled", 2), ("bounds", 1), ("bounds", 4))
     for together, joined in ((1, "sum"), (2, "sum"), (2, "max"))
 ]
+SELECTORS.append(Selector("seer"))
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=str)
 def test_choices_equal_their_oracle(selector):
     q, k, _ = grouped_qkv(11, 8, 2, keys=77)
+    q = queries_for(selector, q)
     options = {"chunk_size": 8, "top_k": 4, "q_offset": jnp.array([3, 16]), "selector": selector}
     actual = select_chunks(q, k, **options)
     assert actual.shape == (2, 53, 8 // selector.together, 3)

@@ -22,6 +22,7 @@ from rwkvx_jax.ops.selection import Selector, select_chunks
 from tests.helpers import assert_close
 from tests.ops.attention_cases import (
     compare,
+    queries_for,
     random_qkv,
     random_selection,
     value_and_gradients,
@@ -175,6 +176,9 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
         found = lambda some: np.array([key for key in some if key is not None])
         if selector.kind == "mean":
             return query @ found(keys).mean(0)
+        if selector.kind == "seer":
+            keys = found(keys)
+            return query @ np.concatenate([keys.min(0), keys.max(0), keys.mean(0)])
         size = chunk // selector.blocks
         parts = [found(keys[i : i + size]) for i in range(0, chunk, size)]
         if selector.kind == "bounds":
@@ -213,6 +217,7 @@ def numpy_selection(q, k, runs, chunk, top_k, offsets, selector):
         (Selector("pooled", 2, together=2, joined="max"), "many blocks"),
         (Selector("bounds"), "one block"),
         (Selector("max", 3), "one block"),
+        (Selector("seer"), "many blocks"),
         (Selector("bounds", 3, forced="both"), "many blocks"),
         pytest.param(Selector("bounds", 6, together=2), "one block", marks=pytest.mark.thorough),
         pytest.param(Selector(), "many blocks", marks=pytest.mark.thorough),
@@ -226,7 +231,7 @@ def test_chunks_are_chosen_by_a_documents_own_keys(selector, blocks, monkeypatch
         monkeypatch.setattr(selection, "MIN_QUERIES_TO_BRANCH", 8)
         monkeypatch.setattr(selection, "MIN_CHUNKS_PER_PREFIX", 2)
     offsets = (7, 27)
-    q, _, _ = random_qkv(3, 2, 40)
+    q = queries_for(selector, random_qkv(3, 2, 40)[0])
     _, k, _ = random_qkv(4, 2, TIME, heads=2 if selector.together == 1 else 1)
     options = {"chunk_size": 6, "top_k": 3, "segment_ids": IDS, "selector": selector}
     choose = functools.partial(select_chunks, q_offset=jnp.array(offsets), **options)

@@ -93,6 +93,7 @@ def test_piece_in_place_equals_slice(kind, batch, time, heads, chunk, pages):
 
 
 SELECTORS = [Selector(), Selector("max", 4), Selector("pooled", 2), Selector("bounds")]
+SELECTORS.append(Selector("seer"))
 
 
 @pytest.mark.thorough
@@ -107,7 +108,7 @@ def test_pages_chosen_in_place_are_those_of_the_slice(
     layers, batch, heads, size, chunk = 3, 4, 2, 12, 8
     monkeypatch.setattr(paged_selection, "SCORED_BYTES", once * 4 * selector.rows * size)
     rng = np.random.default_rng(7)
-    q = _normal(rng, batch, 1, heads, size)
+    q = _normal(rng, batch, 1, heads, size * selector.query_vectors)
     rows = np.array(_normal(rng, layers, batch, heads, pages * selector.rows, size))
     pairs = rows.reshape(layers, batch, heads, pages, selector.rows, size)
     pairs[:, :, :, 1::2] = pairs[:, :, :, :-1:2]

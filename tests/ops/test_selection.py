@@ -1,5 +1,7 @@
 """Chunk selection: against its oracle, the oracle against a NumPy loop, ties, offsets, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from rwkvx_jax.ops.selection import (
 from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.ops.selectors import chunk_key_sums
 from tests.helpers import assert_close
-from tests.ops.attention_cases import jaxpr_shapes
+from tests.ops.attention_cases import jaxpr_shapes, queries_for
 
 reference = jax.jit(select_chunks_reference, static_argnames=("chunk_size", "top_k"))
 
@@ -151,6 +153,7 @@ def test_running_sums_select_like_keys():
 
 
 OTHERS = [Selector("max", 4), Selector("pooled", 2), Selector("bounds"), Selector("max", 8)]
+OTHERS.append(Selector("seer"))  # as all here with queries of a model without learned maps
 
 
 @pytest.mark.parametrize("selector", OTHERS, ids=str)
@@ -158,15 +161,17 @@ OTHERS = [Selector("max", 4), Selector("pooled", 2), Selector("bounds"), Selecto
 def test_other_selectors_equal_their_oracle(selector, length, blocks_of_queries):
     q, k = random_qk(11, 2, length, 77)
     options = {"chunk_size": 8, "top_k": 4, "q_offset": jnp.asarray([3, 16]), "selector": selector}
+    means, q = functools.partial(select_chunks, q), queries_for(selector, q)
     actual = jax.jit(lambda q, k: select_chunks(q, k, **options))(q, k)
     np.testing.assert_array_equal(actual, select_chunks_reference(q, k, **options))
     if length == 61:  # it is another choice than by means
-        assert (actual != select_chunks(q, k, **options | {"selector": selection.MEAN})).any()
+        assert (actual != means(k, **options | {"selector": selection.MEAN})).any()
 
 
 @pytest.mark.parametrize("selector", OTHERS, ids=str)
 def test_ties_of_other_selectors_go_to_the_lower_index(selector):
     q, k = random_qk(3, 1, 48, 48)
+    q = queries_for(selector, q)
     actual = select_chunks(q, jnp.ones_like(k), chunk_size=8, top_k=3, selector=selector)
     for position, chosen in enumerate(np.asarray(actual)[0]):
         past = list(range(position // 8))[:2]
@@ -176,6 +181,7 @@ def test_ties_of_other_selectors_go_to_the_lower_index(selector):
 @pytest.mark.parametrize("selector", [selection.MEAN, *OTHERS], ids=str)
 def test_rows_of_garbage_behind_are_ignored(selector):
     q, k = random_qk(5, 2, 50, 50)
+    q = queries_for(selector, q)
     rows = selector.rows_of(k, 8)
     assert rows.shape == (2, 7 * selector.rows, 2, 16) and rows.dtype == jnp.float32
     garbage = jnp.full((2, 4 * selector.rows, 2, 16), jnp.nan)
@@ -251,6 +257,7 @@ def test_scores_are_never_held_in_full():
     "change, message",
     [
         (dict(selector=Selector("best")), "selector 'best' is unknown"),
+        (dict(selector=Selector("seer")), "same batch and key size .in q 3 times it, by 'seer'"),
         (dict(selector=Selector("max", 3)), "4 tokens can't be cut into 3 equal blocks"),
         (dict(chunk_size=0), "chunk_size is 0"),
         (dict(top_k=0), "top_k is 0"),

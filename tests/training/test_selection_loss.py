@@ -34,13 +34,14 @@ CONFIG = Config(INDEX, (STAGE,), optimizer=OptimizerConfig(policy="rwkv_lm", cli
 NAMES = [f"attention_blocks.attention.indexer.{name}_map" for name in ("query", "key")]
 
 
-def run(stage=STAGE, mesh=None, **changes):
+def run(stage=STAGE, mesh=None, model=INDEX, **changes):
     """Gradients and metrics of one step, always from the same parameters."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    config = dataclasses.replace(CONFIG, stages=(stage,), run=dataclasses.replace(RUN, **changes))
+    changed = {"model": model, "stages": (stage,), "run": dataclasses.replace(RUN, **changes)}
+    config = dataclasses.replace(CONFIG, **changed)
     with jax.set_mesh(mesh):
         program = stage_program(config, stage, mesh)
-        state = program.start(random_params(INDEX), None)
+        state = program.start(random_params(model), None)
         batch = jax.device_put(random_batch(8, TIME), batch_sharding(mesh, 8))
         state, metrics = program.train_step(state, batch)
     moments = next(s for s in state.opt_state if hasattr(s, "mu")).mu
@@ -107,6 +108,17 @@ def test_devices_change_nothing():
     found, metrics = run(mesh=mesh)
     same(found, whole()[0], rel=2e-5)
     assert_close(metrics["selection_loss"], whole()[1]["selection_loss"], rel=1e-5)
+
+
+@pytest.mark.thorough
+def test_devices_teach_the_gate_as_one_does():
+    model = dataclasses.replace(INDEX, selector="seer")
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    found, metrics = run(mesh=mesh, model=model)
+    expected, wanted = run(model=model)
+    same(found, expected, rel=2e-5)
+    assert_close(metrics["selection_loss"], wanted["selection_loss"], rel=1e-5)
+    assert min(np.abs(found[name]).max() for name in NAMES) > 1e-4
 
 
 @pytest.mark.parametrize(

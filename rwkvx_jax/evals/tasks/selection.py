@@ -52,6 +52,7 @@ _NAMES = {
     "pooled": "pooled blocks",
     "bounds": "bounds",
     "index": "learned",
+    "seer": "learned gate",
     "recent": "most recent chunks",
     "oracle": "oracle (most mass)",
 }
