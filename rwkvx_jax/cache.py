@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from rwkvx_jax.config import ConfigError, ModelConfig
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.ops.selection import MEAN, Selector, selector_of
-from rwkvx_jax.sharding import check_heads, constrain, ways
+from rwkvx_jax.sharding import check_heads, check_shared_choices, constrain, ways
 
 Gate = Literal["per_head", "shared"]
 
@@ -57,14 +57,24 @@ class AttentionState(NamedTuple):
     key_tail: Float[Array, "B X"]  # keys that the convolution still needs: key_conv - 1
 
 
+class Shared(NamedTuple):
+    """What one attention block hands to the next, where blocks share choices of chunks."""
+
+    chooses: Bool[Array, ""]  # whether this block chooses; only then the pages get rows of it
+    rows: Int[Array, ""]  # where in the pages the rows of the last block that chose lie
+    choice: Int32[Array, "B T S J"] | None  # what that block chose; None: full attention
+    kept: Int32[Array, "B G keep"] | None  # rows that it kept last; None without a policy
+
+
 class Pages(NamedTuple):
     """Keys and values of all attention blocks; N pages of C rows for each of their G heads."""
 
     keys: Float[Array, "M B G N C K"]
     values: Float[Array, "M B G N C K"]
-    # What the selector keeps of each page's keys; G and K are those of what it scores.
-    key_sums: Float32[Array, "M B G2 NR K2"]
-    span_rows: Float32[Array, "M B G2 NS K2"] | None = None  # and of spans of pages, if it has some
+    # What the selector keeps of each page's keys, in blocks that choose; G and K are those of what
+    # it scores.
+    key_sums: Float32[Array, "M2 B G2 NR K2"]
+    span_rows: Float32[Array, "M2 B G2 NS K2"] | None = None  # and of spans of pages, if any
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ def init_cache(
 
     Raises:
       ConfigError: a size below 1 or beyond what rows are numbered by, a gate that is not known,
-        heads that the mesh does not divide, or spans or forced chunks where it parts pages.
+        heads that the mesh does not divide, or spans or shared choices where it parts pages.
     """
     if batch < 1 or max_length < 1:
         raise ConfigError(f"cache needs batch and max_length >= 1, not {batch}, {max_length}")
@@ -179,6 +189,7 @@ def init_cache(
     if config.num_attention_blocks:
         check_heads(config, ways("heads"))
     check_spans(config)
+    check_shared_choices(config, ways("pages"))
     # Compiled, so that every device makes its own part.
     return jax.jit(lambda: spread(_empty(*arguments)))()
 
@@ -196,7 +207,7 @@ def _empty(
     mixer, selector = config.mixer_sizes, selector_of(config)
     pages = (attention, batch, heads, count, config.chunk_size, size)
     scored = lambda rows: selector.start(
-        (attention, batch, config.scored_heads, rows, config.scored_size)
+        (config.choosing_blocks, batch, config.scored_heads, rows, config.scored_size)
     )
     return Cache(
         length=jnp.zeros(batch, jnp.int32),
@@ -271,6 +282,12 @@ def _check_gate(gate: Gate, config: ModelConfig) -> None:
             f'gate "shared" is the original package\'s, whose selector is "mean", not '
             f'{config.selector!r}: use gate="per_head"'
         )
+    if gate == "shared" and config.shares_choices:
+        raise ConfigError(
+            f'gate "shared" is the original package\'s, in which each attention block chooses, but '
+            f"model.share_selection_every is {config.share_selection_every}: use "
+            'gate="per_head"'
+        )
     if gate == "shared" and config.kv_heads != config.num_heads:
         raise ConfigError(
             f'gate "shared" scores a chunk by all channels of queries and keys, of which there are '
@@ -325,6 +342,7 @@ def write_rows(
     lengths: Int[Array, " B"],  # valid tokens
     selector: Selector = MEAN,
     scored: Float[Array, "B T G2 K2"] | None = None,  # what the selector scores; None: k
+    shared: Shared | None = None,
 ) -> Pages:
     """Appends the valid rows of k and v to the pages of one attention block; those outside the
     pages (which may be a stretch of a text's) are dropped."""
@@ -333,14 +351,19 @@ def write_rows(
     valid = (jnp.arange(k.shape[1])[None] < lengths[:, None]) & (row >= 0)
     page = jnp.where(valid, row // chunk, pages.keys.shape[3])[:, :, None]  # beyond: dropped
     slot = (row % chunk)[:, :, None]
-    rows_of = lambda x: (
+    rows_of = lambda x, layer=layer: (
         layer,
         jnp.arange(x.shape[0])[:, None, None],
         jnp.arange(x.shape[2])[None, None],
     )
     put = partial(_put, index=(*rows_of(k), page, slot))
     scored = (k if scored is None else scored).astype(jnp.float32)
-    where, part = rows_of(scored), slot // (chunk // selector.keys_per_chunk)
+    if shared is None:
+        where = rows_of(scored)
+    else:
+        where = rows_of(scored, shared.rows)
+        page = jnp.where(shared.chooses, page, pages.keys.shape[3])
+    part = slot // (chunk // selector.keys_per_chunk)
     sums, spans = pages.key_sums, pages.span_rows
     for i, name in enumerate(selector.kept):
         at = sums.at[(*where, page * selector.rows + part * len(selector.kept) + i)]
@@ -359,21 +382,17 @@ def _put(target: jax.Array, rows: jax.Array, index: tuple) -> jax.Array:
     return target.at[index].set(rows.astype(target.dtype), mode="drop")
 
 
-def compress(
+def rows_to_keep(
     pages: Pages,
     layer: Int[Array, ""],
     q: Float[Array, "B H K"],  # the query of the token about to be read
     length: Int[Array, " B"],
-    due: Bool[Array, " B"],
     policy: CachePolicy,
-    selector: Selector,
-    scored: Callable[[jax.Array], jax.Array],  # keys [B, T, G, K] -> what the selector scores
-) -> Pages:
-    """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-    old_keys, old_values, old_sums = (take(x) for x in pages[:3])
-    batch, heads, count, chunk, size = old_keys.shape
-    keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
+) -> Int32[Array, "B G {policy.keep}"]:
+    """The rows of one block that stay when a policy compresses them."""
+    keys = jax.lax.dynamic_index_in_dim(pages.keys, layer, 0, keepdims=False)
+    batch, heads, *_, size = keys.shape
+    keys = keys.reshape(batch, heads, -1, size)
     row = jnp.arange(keys.shape[2])
     past = row[None] < (length - policy.window)[:, None]  # [B, S]
     q = q.reshape(batch, heads, -1, size).sum(2)  # so that the scores are summed
@@ -383,7 +402,25 @@ def compress(
     _, chosen = jax.lax.top_k(scores, policy.keep - policy.window)
     recent = (length - policy.window)[:, None] + jnp.arange(policy.window)[None]  # [B, window]
     recent = jnp.broadcast_to(recent[:, None], (batch, heads, policy.window))
-    kept = jnp.concatenate([chosen, recent], axis=-1)[..., None]
+    return jnp.concatenate([chosen, recent], axis=-1)
+
+
+def compress(
+    pages: Pages,
+    layer: Int[Array, ""],
+    kept: Int[Array, "B G keep"],  # rows that stay
+    due: Bool[Array, " B"],
+    policy: CachePolicy,
+    selector: Selector,
+    scored: Callable[[jax.Array], jax.Array],  # keys [B, T, G, K] -> what the selector scores
+    shared: Shared | None = None,
+) -> Pages:
+    """Pages of one block with only `policy.keep` rows, in the batch rows that are due."""
+    kept, rows_layer = kept[..., None], layer if shared is None else shared.rows
+    take = lambda x, layer=layer: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    old_keys, old_values, old_sums = (*map(take, pages[:2]), take(pages.key_sums, rows_layer))
+    batch, heads, count, chunk, size = old_keys.shape
+    keys, values = (x.reshape(batch, heads, -1, size) for x in (old_keys, old_values))
 
     def repack(x: jax.Array, old: jax.Array) -> jax.Array:
         rows = jnp.take_along_axis(x, kept, axis=2)
@@ -398,8 +435,11 @@ def compress(
     shape[2] -= sums.shape[2]
     empty = selector.start(tuple(shape))
     sums = jnp.concatenate([sums, empty], axis=2)
-    new_sums = jnp.where(due[:, None, None, None], sums, old_sums)
-    put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)
-    new = put(pages.keys, new_keys), put(pages.values, new_values), put(pages.key_sums, new_sums)
+    renewed = due if shared is None else due & shared.chooses
+    new_sums = jnp.where(renewed[:, None, None, None], sums, old_sums)
+    put = lambda x, new, layer=layer: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0)
+    new = put(pages.keys, new_keys), put(pages.values, new_values)
     spans = pages.span_rows
-    return Pages(*new, None if spans is None else put(spans, selector.span_rows(new_sums)))
+    if spans is not None:
+        spans = put(spans, selector.span_rows(new_sums), rows_layer)
+    return Pages(*new, put(pages.key_sums, new_sums, rows_layer), spans)

@@ -38,6 +38,7 @@ _SETTINGS = (  # flags that are fields of ModelConfig
     "index_size",
     "selection_groups",
     "selection_join",
+    "share_selection_every",
     "key_conv",
     "attention_init",
     "init_seed",
@@ -72,6 +73,8 @@ class Options:
     """Choices of chunks, each shared by neighbouring heads; 0: each head chooses for itself."""
     selection_join: Literal["sum", "max"] | None = None
     """What the scores of heads that choose together count as."""
+    share_selection_every: int | None = None
+    """Attention blocks that read the chunks which the first of them chose; 1: each chooses."""
     key_conv: int | None = None
     """Width of a causal convolution on the attention keys; 0 for none."""
     attention_init: Literal["zero", "copy", "aligned"] | None = None

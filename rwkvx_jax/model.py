@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Float32, Int, Int32
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32
 
 from rwkvx_jax.cache import (
     AttentionState,
     Cache,
     CachePolicy,
     Gate,
+    Shared,
     check_room,
     init_cache,
     spread,
@@ -119,9 +120,12 @@ class RWKVX(nnx.Module):
         tokens: Int[ArrayLike, "B T"],
         look: Callable[[Attention, jax.Array], Any],
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        choosing: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """`features`, and what `look` returns for each attention module and its input [B, T, D],
-        stacked [M, ...] (None without attention blocks)."""
+        stacked [M, ...] (None without attention blocks). `choosing`: zeros for the blocks that read
+        what another one chose."""
         if segment_ids is not None:
             check_segment_ids("model", segment_ids, *jnp.shape(tokens))
         x = self.embed_tokens(tokens)
@@ -132,30 +136,38 @@ class RWKVX(nnx.Module):
             x, v_first, _ = block(*inputs, first, self.run, segment_ids=segment_ids)
             return (x, v_first), None
 
-        def attention(x, block):
+        def attention(x, choice, block, chooses):
             x = block_input(x)
-            attend = lambda attention, h: (
-                attention(h, self.run, segment_ids), look(attention, h)
-            )  # fmt: skip
-            x, _, seen = block(x, attend, segment_ids=segment_ids)
-            return x, seen
+
+            def attend(attention, h):
+                own = choice
+                if choice is None:
+                    out = attention(h, self.run, segment_ids)
+                else:
+                    out, own = attention.sharing(h, self.run, segment_ids, chooses, choice)
+                see = lambda: look(attention, h)
+                return out, (own, _where(chooses, see) if choosing else see())
+
+            x, _, (choice, seen) = block(x, attend, segment_ids=segment_ids)
+            return x, choice, seen
 
         rwkv, attention = (rematerialize(f, self.run.remat) for f in (rwkv, attention))
 
         attention_blocks, shared = self.attentions()
 
         def group(carry, scanned):
-            blocks, block = scanned
+            (carry, choice), (blocks, block, chooses), seen = carry, scanned, None
             if self.config.num_blocks:
                 carry, _ = jax.lax.scan(rwkv, carry, blocks)
             (x, v_first), block = carry, block if shared is None else shared
-            x, seen = (x, None) if block is None else attention(x, block)
-            return (x, v_first), seen
+            if block is not None:
+                x, choice, seen = attention(x, choice, block, chooses)
+            return ((x, v_first), choice), seen
 
-        carry = (x, jnp.zeros_like(x))
-        (x, _), seen = jax.lax.scan(
-            group, carry, (self.grouped(self.recurrent()), attention_blocks)
-        )
+        beyond = x.shape[1] > self.config.chunk_size * self.config.top_k  # else all is read
+        carry = (x, jnp.zeros_like(x)), self._no_choice(*x.shape[:2]) if beyond else None
+        groups = self.grouped(self.recurrent()), attention_blocks, self._choosing()
+        ((x, _), _), seen = jax.lax.scan(group, carry, groups)
         return self.ln_out(x), seen
 
     def init_cache(
@@ -222,8 +234,8 @@ class RWKVX(nnx.Module):
             return (x, v_first), state
 
         def group(carry, scanned):
-            x, v_first, pages = carry
-            blocks, states, (layer, block, state) = scanned
+            x, v_first, pages, (choice, kept) = carry
+            blocks, states, (layer, block, state, (chooses, rows)) = scanned
             if config.num_blocks:
                 (x, v_first), states = _scan(rwkv, (x, v_first), (blocks, states))
             block = block if shared is None else shared
@@ -238,19 +250,29 @@ class RWKVX(nnx.Module):
                     cache.gate,
                     cache.policy,
                     state.key_tail,
+                    None if chooses is None else Shared(chooses, rows, choice, kept),
                 )
-                x, shift, (pages, tail) = block(x, attend, state.ffn_shift, lengths)
+                x, shift, (pages, tail, handed) = block(x, attend, state.ffn_shift, lengths)
                 state = AttentionState(shift, tail)
-            return (x, v_first, pages), (states, state)
+                choice, kept = (None, None) if handed is None else handed[2:]
+            return (x, v_first, pages, (choice, kept)), (states, state)
 
         blocks, states = self.grouped((self.recurrent(), cache.blocks))
         layers = cache.layers
         if layers is None:
             layers = jnp.arange(max(1, config.num_attention_blocks))
-        (x, _, pages), (states, attention) = _scan(
+        rows = kept = None
+        chooses = self._choosing()
+        if chooses is not None:
+            rows = layers[jnp.arange(len(layers)) // config.share_selection_every]
+            if cache.policy is not None and config.shares_choices:
+                rows_kept = jnp.zeros((len(x), config.kv_heads, cache.policy.keep), jnp.int32)
+                kept = constrain(rows_kept, "batch", "heads", None)
+        handed = self._no_choice(*tokens.shape), kept
+        (x, _, pages, _), (states, attention) = _scan(
             group,
-            (x, jnp.zeros_like(x), cache.pages),
-            (blocks, states, (layers, attention_blocks, cache.attention)),
+            (x, jnp.zeros_like(x), cache.pages, handed),
+            (blocks, states, (layers, attention_blocks, cache.attention, (chooses, rows))),
         )
         flat = lambda p: p.reshape(config.num_blocks, *p.shape[2:])
         rows = start if cache.policy is None else cache.policy.rows_after(start)
@@ -309,6 +331,20 @@ class RWKVX(nnx.Module):
             return getattr(self, "attention_blocks", None), None
         blocks = self.attention_blocks
         return None, blocks[0] if _is_list(blocks) else jax.tree.map(lambda p: p[0], blocks)
+
+    def _choosing(self) -> Bool[Array, " M"] | None:
+        """Which attention blocks choose chunks; None: all of them, or there are none."""
+        config = self.config
+        if config.choosing_blocks == config.num_attention_blocks:
+            return None
+        return jnp.arange(config.num_attention_blocks) % config.share_selection_every == 0
+
+    def _no_choice(self, batch: int, time: int) -> Int32[Array, "B T S J"] | None:
+        """Choices of no chunk, for the first block to choose others; None: none are handed on."""
+        if not self.config.shares_choices:
+            return None
+        shape = (batch, time, self.config.choices, self.config.top_k - 1)
+        return constrain(jnp.full(shape, -1, jnp.int32), "batch", "time", "heads", None)
 
     def grouped(self, stacked: Any) -> Any:
         """Trees by recurrent block [L, ...] as groups [M, L / M, ...]."""
@@ -373,6 +409,14 @@ def joined(first: Params, second: Params) -> Params:
         nested = isinstance(value, dict) and key in first
         both[key] = joined(first[key], value) if nested else value
     return both
+
+
+def _where(condition: jax.Array | None, make: Callable[[], Any]) -> Any:
+    """What `make` returns, or zeros; None: always the former."""
+    if condition is None:
+        return make()
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
+    return jax.lax.cond(condition, make, zeros)
 
 
 def _is_list(x: Any) -> bool:

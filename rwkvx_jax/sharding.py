@@ -206,6 +206,17 @@ def check_heads(model: ModelConfig, tensor: int) -> None:
             )
 
 
+def check_shared_choices(model: ModelConfig, context: int) -> None:
+    """Raises ConfigError where so many devices along `context` would part what blocks share."""
+    if model.shares_choices and context > 1:
+        raise ConfigError(
+            f"model.share_selection_every {model.share_selection_every} hands the chunks that one "
+            f"attention block chose to the next, but with mesh.context {context} no device knows "
+            "the choices of whole sequences: use mesh.context 1 (mesh.tensor parts heads), or "
+            "share_selection_every 1"
+        )
+
+
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
     model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
@@ -216,6 +227,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
             f"model.selection_groups {model.selection_groups} a multiple of mesh.tensor x "
             f'mesh.context = {tensor * parts}, or use selector="index" or "seer"'
         )
+    check_shared_choices(model, parts)
     for stage in config.stages:
         batch_sharding(mesh, stage.global_batch)
         model = config.stage_model(stage)

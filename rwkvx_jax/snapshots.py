@@ -99,7 +99,7 @@ def row_of(cache: Cache, row: Int[Array, ""]) -> Cache:
     Pages [M, B, ...] are seen as [M * B, 1, ...], where attention block i of row b is i * B + b.
     """
     blocks, batch = cache.pages.keys.shape[:2]
-    seen = lambda x: x.reshape(blocks * batch, 1, *x.shape[2:])
+    seen = lambda x: x.reshape(x.shape[0] * batch, 1, *x.shape[2:])  # fewer blocks choose
     small = of_text(_small(cache), row)
     pages = jax.tree.map(seen, cache.pages)
     layers = jnp.arange(max(1, blocks), dtype=jnp.int32) * batch + row

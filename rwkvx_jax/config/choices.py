@@ -45,6 +45,11 @@ def check_choices(config: ModelConfig) -> None:
         f'model.index_size is {config.index_size}: it is of the selectors "index" and "seer", not '
         f"of {config.selector!r}, and 0 is head_size",
     )
+    require(
+        config.share_selection_every >= 1,
+        f"model.share_selection_every is {config.share_selection_every}: use 1, so that each "
+        "attention block chooses for itself, or more",
+    )
     if not config.selection_span:
         return
     require(

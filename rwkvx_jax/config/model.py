@@ -100,6 +100,9 @@ class ModelConfig(Checked):
     forced_chunks: Literal["none", "previous", "first", "both"] = "none"
     """Past chunks that every query reads, among its top_k: the one before its own, the first of the
     text, or both."""
+    share_selection_every: int = 1
+    """Attention block i reads the chunks that block (i // n) * n chose: only every n-th block
+    chooses (IndexShare); 1: each chooses for itself."""
     selection_span: int = 0
     """Chunks of a span, with the selectors "bounds" and "index": queries choose spans by bounds of
     all their keys first, and then chunks of these alone; 0: among all chunks."""
@@ -270,6 +273,17 @@ class ModelConfig(Checked):
     def asking_heads(self) -> int:
         """Heads of what the selector asks with: of queries, or one learned query a choice."""
         return self.choices if self.learned_selector else self.num_heads
+
+    @property
+    def choosing_blocks(self) -> int:
+        """Attention blocks that choose chunks; the others read what one of these chose."""
+        return -(-self.num_attention_blocks // self.share_selection_every)
+
+    @property
+    def shares_choices(self) -> bool:
+        """Whether some attention block reads the chunks that another one chose."""
+        shared = self.choosing_blocks < self.num_attention_blocks
+        return shared and self.attention == "sparse" and self.top_k > 1
 
     @property
     def scored_heads(self) -> int:

@@ -13,9 +13,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from rwkvx_jax.cache import CachePolicy, Gate, Pages, compress
+from rwkvx_jax.cache import CachePolicy, Gate, Pages, Shared, compress, rows_to_keep
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.cached_attention import attend_cached
@@ -29,7 +29,7 @@ from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import repeated_choices, select_chunks, selector_of
-from rwkvx_jax.sharding import constrain, per_device, sequence_parts
+from rwkvx_jax.sharding import check_shared_choices, constrain, per_device, sequence_parts
 
 
 class Attention(nnx.Module):
@@ -118,6 +118,36 @@ class Attention(nnx.Module):
         )
         return attend(q, k, v, selection=repeated_choices(selection, k.shape[2]))
 
+    def sharing(
+        self,
+        h: Float[Array, "B T D"],
+        run: RunConfig,
+        segment_ids: Int[Array, "B T"] | None,
+        chooses: Bool[Array, ""],
+        choice: Int32[Array, "B T S J"],
+    ) -> tuple[Float[Array, "B T D"], Int32[Array, "B T S J"]]:
+        """Sparse attention of a whole sequence by the choice of an earlier block, or where it
+        `chooses` by its own; also the choice."""
+        config, (q, k, v, _) = self.config, self.project(h, segment_ids=segment_ids)
+        check_shared_choices(config, sequence_parts(h.shape[1]))
+        chunking = {"chunk_size": config.chunk_size, "top_k": config.top_k}
+        tokens, ids = ("batch", None, "heads", None), ("batch", None)
+
+        def choose():
+            op = partial(select_chunks, **chunking, selector=selector_of(config))
+            select = lambda ids, *arrays: op(*arrays, segment_ids=ids)
+            arrays = jax.lax.stop_gradient(self.scored(q, k))
+            return per_device(select, (ids, tokens, tokens), tokens)(segment_ids, *arrays)
+
+        def attend(ids, choice, q, k, v):
+            selection = repeated_choices(choice, k.shape[2])
+            options = {"segment_ids": ids, "implementation": run.sparse_attention}
+            return sparse_attention(q, k, v, **chunking, selection=selection, **options)
+
+        choice = jax.lax.cond(chooses, choose, lambda: choice)
+        out = per_device(attend, (ids, *[tokens] * 4), tokens)(segment_ids, choice, q, k, v)
+        return self.combine(out), choice
+
     def selection_loss(
         self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float32[Array, "B S"]:
@@ -149,13 +179,15 @@ class Attention(nnx.Module):
         gate: Gate,
         policy: CachePolicy | None,
         tail: Float[Array, "B X"],  # last keys before the convolution
-    ) -> tuple[Float[Array, "B T D"], tuple[Pages, Float[Array, "B X"] | None]]:
+        shared: Shared | None = None,  # what the block before hands on, where blocks share choices
+    ) -> tuple[Float[Array, "B T D"], tuple[Pages, Float[Array, "B X"] | None, Shared | None]]:
         """Attention of a piece to itself and to everything in the pages.
 
         With a policy, rows that are due are compressed first, by the query of the first token.
+        Blocks that share choices keep the same rows, so that their pages stay alike.
 
         Returns:
-          The output [B, T, D]; pages with the piece appended, and the new tail.
+          The output [B, T, D]; pages with the piece appended, the new tail, and what to hand on.
         """
         q, k, v, new_tail = self.project(h, position, tail, lengths)
         asked, scored = self.scored(q, k)
@@ -163,15 +195,22 @@ class Attention(nnx.Module):
             selector = selector_of(self.config)
             due = policy.due(start) & (lengths > 0)
             of_keys = lambda k: self.scored(q, k)[1]
-            squeeze = lambda pages: compress(
-                pages, layer, q[:, 0], start, due, policy, selector, of_keys
-            )
-            pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
+
+            def squeeze(pages, kept):
+                rows = lambda: rows_to_keep(pages, layer, q[:, 0], start, policy)
+                alone = shared is None or kept is None
+                now = rows() if alone else jax.lax.cond(shared.chooses, rows, lambda: kept)
+                pages = compress(pages, layer, now, due, policy, selector, of_keys, shared)
+                return pages, None if alone else now
+
+            kept = None if shared is None else shared.kept
+            pages, kept = jax.lax.cond(jnp.any(due), squeeze, lambda *same: same, pages, kept)
             start = jnp.where(due, policy.keep, start)
-        out, pages = attend_cached(
-            q, k, v, asked, scored, pages, layer, start, lengths, config=self.config, gate=gate
-        )
-        return self.combine(out), (pages, new_tail)
+            shared = None if shared is None else shared._replace(kept=kept)
+        read = partial(attend_cached, config=self.config, gate=gate, shared=shared)
+        out, pages, choice = read(q, k, v, asked, scored, pages, layer, start, lengths)
+        shared = None if shared is None else shared._replace(choice=choice)
+        return self.combine(out), (pages, new_tail, shared)
 
     def project(
         self,

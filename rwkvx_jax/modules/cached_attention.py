@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rwkvx_jax.cache import Gate, Pages, check_spans, page_axes, write_rows
+from rwkvx_jax.cache import Gate, Pages, Shared, check_spans, page_axes, write_rows
 from rwkvx_jax.config import ModelConfig
 from rwkvx_jax.ops.paged import (
     Softmax,
@@ -40,10 +40,11 @@ def attend_cached(
     layer: Int[Array, ""],
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
-    *index: Float[Array, "B T S I"],
+    *,
     config: ModelConfig,
     gate: Gate,
-) -> tuple[Float[Array, "B T H K"], Pages]:
+    shared: Shared | None = None,
+) -> tuple[Float[Array, "B T H K"], Pages, Int[Array, "B T S J"] | None]:
     """Appends a piece to the pages, and attends to them.
 
     Args:
@@ -56,12 +57,12 @@ def attend_cached(
       layer: index of this block in the pages.
       start: rows in the pages before this piece.
       lengths: valid tokens of the piece.
-      index: what the selector asks with and what it scores, where that is not q and k.
       config: the model.
       gate: how past pages are chosen.
+      shared: what the block before hands on, where blocks share choices.
 
     Returns:
-      The output, and the pages with the piece appended.
+      The output, the pages with the piece appended, and the choice to be handed on.
     """
     context = cut_along("pages", pages.keys.shape[3])
     if context is not None:
@@ -69,10 +70,11 @@ def attend_cached(
     tensor = cut_along("heads", *(x.shape[2] for x in (q, k, asked, scored)))
     reader = _Reader(config, gate, context, tensor)
     stored = page_axes(gate)
-    inputs = (*[_TOKENS] * 5, *stored, (), ("batch",), ("batch",))
-    run = per_device(reader.__call__, inputs, (_TOKENS, *stored))
-    out, *written = run(q, k, v, asked, scored, *pages, layer, start, lengths)
-    return out, Pages(*written)
+    handed = (None,) * 3 if shared is None else shared[:3]
+    inputs = (*[_TOKENS] * 5, *stored, (), ("batch",), ("batch",), (), (), _TOKENS)
+    run = per_device(reader.__call__, inputs, (_TOKENS, *stored, _TOKENS))
+    out, *written, choice = run(q, k, v, asked, scored, *pages, layer, start, lengths, *handed)
+    return out, Pages(*written), choice
 
 
 class _Reader(NamedTuple):
@@ -90,18 +92,28 @@ class _Reader(NamedTuple):
     context: str | None
     tensor: str | None
 
-    def __call__(self, q, k, v, asked, scored, keys, values, sums, spans, layer, start, lengths):
+    def __call__(
+        self, q, k, v, asked, scored, keys, values, sums, spans, layer, start, lengths, *handed
+    ):
+        chooses, rows, choice = handed
+        shared = None if chooses is None else Shared(chooses, rows, choice, None)
         count, chunk = keys.shape[3:5]
         if self.context is not None:
             start = start - jax.lax.axis_index(self.context) * (count * chunk)
         if self.gate == "shared":
             scored = self._all_heads(k)
         pages = Pages(keys, values, sums, spans)
-        pages = write_rows(pages, layer, k, v, start, lengths, self._selector, scored)
-        chosen = self._choose(q, asked, pages, layer, start)
+        pages = write_rows(pages, layer, k, v, start, lengths, self._selector, scored, shared)
+        if choice is None:
+            chosen = self._choose(q, asked, pages, layer, start)
+        else:
+            choose = lambda: self._choose(q, asked, pages, rows, start)
+            choice = chosen = jax.lax.cond(chooses, choose, lambda: choice)
+        if chosen is not None and self.gate == "per_head":
+            chosen = repeated_choices(chosen, keys.shape[2])
         read = self._read_one if q.shape[1] == 1 else self._read_piece
         out = read(q, pages, layer, start, chosen)
-        return out.astype(q.dtype), *pages
+        return out.astype(q.dtype), *pages, choice
 
     @property
     def _selector(self):
@@ -114,7 +126,8 @@ class _Reader(NamedTuple):
         return jax.lax.all_gather(x, self.tensor, axis=2, tiled=True)
 
     def _choose(self, q, asked, pages: Pages, layer, start) -> jax.Array | None:
-        """Past pages of each token and choice, [B, T, S, J]; None: all of them (full attention)."""
+        """Past pages of each token and choice, [B, T, S, J], by the rows of block `layer`; None:
+        all of them (full attention)."""
         if self.config.attention == "full":
             return None
         heads, chunk = q.shape[2], pages.keys.shape[4]
@@ -142,7 +155,7 @@ class _Reader(NamedTuple):
                 asked, sums, layer, chosen, start, self.context, self._selector, chunk
             )
         if self.gate == "per_head":
-            return repeated_choices(chosen, pages.keys.shape[2])
+            return chosen
         return jnp.broadcast_to(chosen, (*chosen.shape[:2], heads, chosen.shape[3]))
 
     def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:

@@ -63,7 +63,7 @@ def token_weights(mask: jax.Array, average: str, segment_ids: jax.Array | None =
 
 def selecting_queries(model: ModelConfig, length: int) -> int:
     """Choices among past chunks that one sequence of `length` tokens makes, over all blocks."""
-    return model.num_attention_blocks * model.choices * max(0, length - model.chunk_size)
+    return model.choosing_blocks * model.choices * max(0, length - model.chunk_size)
 
 
 def token_losses(
@@ -88,7 +88,7 @@ def token_losses(
       Terms [B, T - skip].
     """
     look = lambda attention, h: attention.selection_loss(h, segment_ids) if selection else None
-    features, seen = model.observe(tokens[:, :-1], look, segment_ids)
+    features, seen = model.observe(tokens[:, :-1], look, segment_ids, choosing=True)
     features, targets = features[:, skip:], tokens[:, skip + 1 :]
     # Parts of a sequence that lie on several devices become rows, so that none has to move.
     shape, parts = targets.shape, sequence_parts(targets.shape[1])

@@ -45,7 +45,8 @@ def _past_chunks(config: ModelConfig, time: int, most: int) -> int:
 
 
 def attention_flops(config: ModelConfig, time: int) -> float:
-    """Forward products of one token's attention itself: scores, weighted values and gate."""
+    """Forward products of one token's attention itself: scores, weighted values and gate, the
+    latter as the mean over blocks, of which some may not choose."""
     gate = 0.0
     if config.attention == "sparse":
         selector, heads = selector_of(config), (config.asking_heads, config.scored_heads)
@@ -59,6 +60,7 @@ def attention_flops(config: ModelConfig, time: int) -> float:
                 + selector.coarse.products(*heads) * past / selector.span
             )
         gate = 2.0 * (products * config.scored_size + config.indexer_matrices)
+        gate *= config.choosing_blocks / max(1, config.num_attention_blocks)
     return 4.0 * config.width * visible_keys(config, time) + gate
 
 
@@ -96,7 +98,7 @@ def step_flops(config: Config, stage: Stage) -> float:
             frozen += model.num_attention_blocks * own
         total -= time * frozen
     if stage.selection_loss:
-        total += 2.0 * model.num_attention_blocks * model.width * time * (time + 1) / 2
+        total += 2.0 * model.choosing_blocks * model.width * time * (time + 1) / 2
     if stage.loss == "longce":
         span = stage.longce.window + stage.longce.stride
         windows = len(longce_starts(time, stage.longce))

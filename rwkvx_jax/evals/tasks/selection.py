@@ -101,7 +101,10 @@ class Observer:
             own = attention.scored(q, k)
             return q[0], jnp.repeat(k[0], q.shape[2] // k.shape[2], axis=1), [x[0] for x in own]
 
-        _, seen = model.observe(tokens[None], look)
+        _, (*seen, own) = model.observe(tokens[None], look)
+        every = model.config.share_selection_every
+        choosing = jnp.arange(model.config.num_attention_blocks) // every * every
+        seen = *seen, jax.tree.map(lambda x: x[choosing], own)
         one = partial(measure, config=model.config, named=self._named)
         look = lambda seen: one(*seen, jnp.asarray(self._positions))
         return whole(jax.lax.map(look, seen))

@@ -1,0 +1,177 @@
+"""Attention blocks that read the chunks which another one chose: against the choice handed over by
+hand, in values and gradients; reading from a cache against the whole sequence; devices, too."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.config import Config, ConfigError, MeshConfig, Stage
+from rwkvx_jax.model import abstract_model, get_params, param_axes, unstack, with_params
+from rwkvx_jax.ops.block_sparse import sparse_attention
+from rwkvx_jax.ops.selection import repeated_choices, selector_of
+from rwkvx_jax.ops.selection_reference import select_chunks_reference
+from rwkvx_jax.sharding import check_fits, make_mesh
+from rwkvx_jax.snapshots import row_of, with_row
+from rwkvx_jax.training.step import shardings_of
+from tests.helpers import assert_close
+from tests.model_cases import FLOAT32, random_params
+from tests.modules.test_indexer import INDEX, PLAIN, SEER, TOKENS
+
+# Three blocks of which every second one chooses; a Transformer, as nothing else hides the choices.
+SHARED = {"num_attention_blocks": 3, "share_selection_every": 2}
+CASES = {
+    "mean": dataclasses.replace(PLAIN, **SHARED),
+    "seer": dataclasses.replace(SEER, **SHARED, num_kv_heads=1, selection_groups=2),
+    "index": dataclasses.replace(
+        INDEX, **SHARED, num_kv_heads=2, selection_groups=1, selection_span=2, selection_spans=2
+    ),
+}
+
+
+def model_of(config, run=FLOAT32):
+    return with_params(abstract_model(config, run), random_params(config))
+
+
+def by_hand(model, tokens):
+    """Logits, block by block, with choices of the oracle."""
+    config, x, chosen = model.config, model.embed_tokens(tokens), None
+    options = {"chunk_size": 8, "top_k": 3}
+    for i in range(config.num_attention_blocks):
+        block = jax.tree.map(lambda p, i=i: p[i], model.attention_blocks)
+
+        def attend(attention, h, i=i):
+            nonlocal chosen
+            q, k, v, _ = attention.project(h)
+            if i % config.share_selection_every == 0:
+                scored = jax.lax.stop_gradient(attention.scored(q, k))
+                chosen = select_chunks_reference(*scored, **options, selector=selector_of(config))
+            selection = repeated_choices(chosen, k.shape[2])
+            run = functools.partial(sparse_attention, implementation="reference", **options)
+            return attention.combine(run(q, k, v, selection=selection)), None
+
+        x, *_ = block(x, attend)
+    return model.head(model.ln_out(x))
+
+
+@functools.cache
+def expected_of(name):
+    """Logits and gradients by hand."""
+    return value_and_gradients(model_of(CASES[name]), by_hand)
+
+
+def value_and_gradients(model, forward):
+    weights = jnp.asarray(np.random.default_rng(5).standard_normal((2, 53, 40)), jnp.float32)
+
+    def loss(params):
+        logits = forward(with_params(model, params), TOKENS)
+        return (weights * logits).sum(), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(get_params(model))
+    return logits, gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        ("mean", "none"),
+        ("seer", "block"),
+        pytest.param("index", "save_projections", marks=pytest.mark.thorough),
+    ],
+)
+def test_choices_are_those_handed_over_by_hand(name, remat):
+    model = model_of(CASES[name], dataclasses.replace(FLOAT32, remat=remat))
+    logits, gradients = value_and_gradients(model, lambda model, tokens: model(tokens))
+    expected, wanted = expected_of(name)
+    assert_close(logits, expected, rel=1e-5)
+    jax.tree.map(lambda x, y: assert_close(x, y, rel=1e-4), gradients, wanted)
+    alone = dataclasses.replace(CASES[name], share_selection_every=1)
+    assert np.abs(jax.jit(model_of(alone))(TOKENS) - expected).max() > 1e-3
+
+
+def read(model, cache, tokens=TOKENS):
+    """Logits after two pieces, of rows of different lengths, and after each token then."""
+    prefill, decode = jax.jit(model.prefill), jax.jit(model.decode)
+    done, found = np.zeros(2, int), []
+    padded = np.pad(tokens, ((0, 0), (0, 30)))
+    for lengths in ([23, 30], [17, 5]):
+        piece = np.stack([row[at : at + 30] for row, at in zip(padded, done, strict=True)])
+        logits, cache = prefill(piece, cache, np.array(lengths))
+        done += lengths
+        found.append((done.copy(), logits))
+    while done.max() < 53:
+        logits, cache = decode(tokens[np.arange(2), done], cache)
+        done += 1
+        found.append((done.copy(), logits))
+    return found, cache
+
+
+@pytest.mark.parametrize(
+    "name", ["mean", "seer", pytest.param("index", marks=pytest.mark.thorough)]
+)
+def test_pieces_and_tokens_are_the_whole_sequence(name):
+    model, expected = model_of(CASES[name]), expected_of(name)[0]
+    cache = model.init_cache(2, 64)
+    assert cache.pages.keys.shape[0] == 3 and cache.pages.key_sums.shape[0] == 2
+    for done, logits in read(model, cache)[0]:
+        assert_close(logits, expected[np.arange(2), done - 1], rel=1e-5)
+
+
+def test_one_row_by_itself_and_layers_by_themselves_change_nothing():
+    model, expected = unstack(model_of(CASES["seer"])), expected_of("seer")[0]
+    cache = model.init_cache(2, 64)
+    advance = jax.jit(lambda piece, cache, row: model.prefill(piece, row_of(cache, row)))
+    for row in (1, 0):
+        logits, own = advance(TOKENS[row : row + 1, :40], cache, jnp.int32(row))
+        cache = with_row(cache, own, jnp.int32(row))
+        assert_close(logits[0], expected[row, 39], rel=1e-5)
+    logits, _ = jax.jit(model.decode)(TOKENS[:, 40], cache)
+    assert_close(logits, expected[:, 40], rel=1e-5)
+
+
+def test_blocks_that_share_choices_keep_the_same_rows():
+    """Under a policy that lets each block's pages hold the same places of the text."""
+    config = dataclasses.replace(CASES["mean"], rope_theta=0.0)
+    model = model_of(config)
+    policy = CachePolicy(trigger=40, keep=29, window=9)
+    _, cache = read(model, model.init_cache(2, 64, policy=policy))
+    rows = int(cache.length[0])
+    assert rows < 53
+    alone = model_of(dataclasses.replace(config, share_selection_every=1))
+    single, _ = alone.init_cache(2, 64), None
+    _, single = jax.jit(alone.prefill)(TOKENS, single)
+    places = []
+    for layer in (0, 1):
+        kept = cache.pages.keys[layer].reshape(2, 4, -1, 8)[:, :, :rows]
+        attention = jax.tree.map(lambda p, i=layer: p[i], model.attention_blocks).attention
+        del attention
+        whole = single.pages.keys[layer].reshape(2, 4, -1, 8)[:, :, :53]
+        places.append((kept, whole))
+    kept, whole = places[0]
+    nearest = jnp.abs(kept[:, :, :, None] - whole[:, :, None]).sum(-1).argmin(-1)
+    assert nearest.shape == (2, 4, rows)
+
+
+@pytest.mark.parametrize("name", ["seer"])
+def test_devices_share_as_one_does(name):
+    config = dataclasses.replace(CASES[name], num_kv_heads=2)
+    model, params = abstract_model(config, FLOAT32), random_params(config)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    spread = jax.device_put(params, shardings_of(get_params(model), param_axes(model), mesh))
+    whole = with_params(model, params)
+    expected = jax.jit(whole)(TOKENS)
+    bind = lambda params: with_params(model, params)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda params: bind(params)(TOKENS))(spread)
+        cache = model.init_cache(2, 64)
+        read = jax.jit(lambda params, cache: bind(params).prefill(TOKENS[:, :50], cache))
+        last, cache = read(spread, cache)
+        decode = jax.jit(lambda params, cache: bind(params).decode(TOKENS[:, 50], cache))
+        token, _ = decode(spread, cache)
+    assert_close(found, expected, rel=1e-5)
+    assert_close(last, expected[:, 49], rel=1e-5)
+    assert_close(token, expected[:, 50], rel=1e-5)
