@@ -12,11 +12,14 @@ import pytest
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import Config, ConfigError, MeshConfig, Stage
 from rwkvx_jax.model import abstract_model, get_params, param_axes, unstack, with_params
+from rwkvx_jax.modules import attention
 from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.selection import repeated_choices, selector_of
 from rwkvx_jax.ops.selection_reference import select_chunks_reference
 from rwkvx_jax.sharding import check_fits, make_mesh
 from rwkvx_jax.snapshots import row_of, with_row
+from rwkvx_jax.training.losses import selecting_queries
+from rwkvx_jax.training.model_flops import attention_flops, visible_keys
 from rwkvx_jax.training.step import shardings_of
 from tests.helpers import assert_close
 from tests.model_cases import FLOAT32, random_params
@@ -133,32 +136,100 @@ def test_one_row_by_itself_and_layers_by_themselves_change_nothing():
     assert_close(logits, expected[:, 40], rel=1e-5)
 
 
-def test_blocks_that_share_choices_keep_the_same_rows():
-    """Under a policy that lets each block's pages hold the same places of the text."""
-    config = dataclasses.replace(CASES["mean"], rope_theta=0.0)
+POLICY = CachePolicy(trigger=40, keep=29, window=9)
+
+
+def test_blocks_that_share_choices_keep_the_same_rows(monkeypatch):
+    """So that a page holds the same places of a text in all of them."""
+    model, kept = model_of(CASES["mean"]), {}
+    _, cache = jax.jit(model.prefill)(TOKENS[:, :41], model.init_cache(2, 64, policy=POLICY))
+    original = attention.compress
+
+    def note(pages, layer, rows, *more):
+        jax.debug.callback(lambda layer, rows: kept.update({int(layer): rows}), layer, rows)
+        return original(pages, layer, rows, *more)
+
+    monkeypatch.setattr(attention, "compress", note)
+    _, cache = jax.jit(model.decode)(TOKENS[:, 41], cache)
+    assert cache.length.tolist() == [30, 30]
+    jax.effects_barrier()
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert (kept[2] != kept[0]).any()
+
+
+@pytest.mark.thorough
+def test_a_policy_does_not_mind_how_a_text_is_read():
+    model = model_of(CASES["seer"])
+    pieces, _ = read(model, model.init_cache(2, 64, policy=POLICY))
+    cache, decode, by_token = model.init_cache(2, 64, policy=POLICY), jax.jit(model.decode), []
+    for i in range(53):
+        logits, cache = decode(TOKENS[:, i], cache)
+        by_token.append(logits)
+    assert int(cache.length[0]) < 53
+    for done, logits in pieces:
+        assert_close(logits, np.stack(by_token)[done - 1, np.arange(2)], rel=1e-5)
+
+
+def test_only_blocks_that_choose_are_taught():
+    config = CASES["seer"]
     model = model_of(config)
-    policy = CachePolicy(trigger=40, keep=29, window=9)
-    _, cache = read(model, model.init_cache(2, 64, policy=policy))
-    rows = int(cache.length[0])
-    assert rows < 53
-    alone = model_of(dataclasses.replace(config, share_selection_every=1))
-    single, _ = alone.init_cache(2, 64), None
-    _, single = jax.jit(alone.prefill)(TOKENS, single)
-    places = []
-    for layer in (0, 1):
-        kept = cache.pages.keys[layer].reshape(2, 4, -1, 8)[:, :, :rows]
-        attention = jax.tree.map(lambda p, i=layer: p[i], model.attention_blocks).attention
-        del attention
-        whole = single.pages.keys[layer].reshape(2, 4, -1, 8)[:, :, :53]
-        places.append((kept, whole))
-    kept, whole = places[0]
-    nearest = jnp.abs(kept[:, :, :, None] - whole[:, :, None]).sum(-1).argmin(-1)
-    assert nearest.shape == (2, 4, rows)
+    look = lambda attention, h: attention.selection_loss(h)
+
+    @jax.jit
+    def sums(params):
+        def total(params):
+            _, seen = with_params(model, params).observe(TOKENS, look, choosing=True)
+            return seen.sum(), seen
+
+        _, every = with_params(model, params).observe(TOKENS, look)
+        return *jax.grad(total, has_aux=True)(params), every
+
+    gradients, taught, every = sums(get_params(model))
+    assert_close(taught, every.at[1].set(0), rel=1e-6)
+    assert every[1].min() > 0
+    for name, x in gradients["attention_blocks"]["attention"]["indexer"].items():
+        assert not x[1].any() and min(abs(x[0]).max(), abs(x[2]).max()) > 0, name
+    assert selecting_queries(config, 53) == 2 * 2 * (53 - 8)
 
 
-@pytest.mark.parametrize("name", ["seer"])
-def test_devices_share_as_one_does(name):
-    config = dataclasses.replace(CASES[name], num_kv_heads=2)
+def test_a_packed_document_shares_as_it_does_alone():
+    run = jax.jit(model_of(CASES["mean"]))
+    ids = jnp.repeat(jnp.array([[1, 2, 3]] * 2), jnp.array([8, 27, 18]), axis=1)
+    assert_close(run(TOKENS, ids)[:, 8:35], run(TOKENS[:, 8:35]), rel=1e-5)
+
+
+def test_the_gate_is_counted_where_blocks_choose():
+    shared, length = CASES["mean"], 53
+    alone = dataclasses.replace(shared, share_selection_every=1)
+    rest = 4.0 * shared.width * visible_keys(shared, length)
+    gates = [attention_flops(config, length) - rest for config in (shared, alone)]
+    assert gates[0] == pytest.approx(gates[1] * 2 / 3) and gates[0] > 0
+
+
+def config_on(**model):
+    return Config(
+        dataclasses.replace(CASES["mean"], **model), (Stage("one", 32, 4, 1, 1e-3),), run=FLOAT32
+    )
+
+
+def test_what_can_not_be_shared_is_refused():
+    with pytest.raises(ConfigError, match="share_selection_every is 0: use 1"):
+        config_on(share_selection_every=0)
+    mesh = make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2])
+    wanted = "share_selection_every 2 hands .* with mesh.context 2 .*: use mesh.context 1"
+    with pytest.raises(ConfigError, match=wanted):
+        check_fits(config_on(), mesh)
+    check_fits(config_on(share_selection_every=1), mesh)
+    model = abstract_model(CASES["mean"], FLOAT32)
+    with jax.set_mesh(mesh):
+        with pytest.raises(ConfigError, match=wanted):
+            model.init_cache(2, 64)
+    with pytest.raises(ConfigError, match='gate "shared" .*share_selection_every is 2'):
+        model.init_cache(2, 64, gate="shared")
+
+
+def test_devices_share_as_one_does():
+    config = dataclasses.replace(CASES["seer"], num_kv_heads=2)
     model, params = abstract_model(config, FLOAT32), random_params(config)
     mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
     spread = jax.device_put(params, shardings_of(get_params(model), param_axes(model), mesh))
