@@ -3,6 +3,7 @@ hand, in values and gradients; reading from a cache against the whole sequence; 
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 
 from rwkvx_jax.cache import CachePolicy
 from rwkvx_jax.config import Config, ConfigError, MeshConfig, Stage
+from rwkvx_jax.evals.chunk_mass import measure, positions_of, selectors
+from rwkvx_jax.evals.tasks.selection import Observer
 from rwkvx_jax.model import abstract_model, get_params, param_axes, unstack, with_params
 from rwkvx_jax.modules import attention
 from rwkvx_jax.ops.block_sparse import sparse_attention
@@ -196,6 +199,26 @@ def test_a_packed_document_shares_as_it_does_alone():
     run = jax.jit(model_of(CASES["mean"]))
     ids = jnp.repeat(jnp.array([[1, 2, 3]] * 2), jnp.array([8, 27, 18]), axis=1)
     assert_close(run(TOKENS, ids)[:, 8:35], run(TOKENS[:, 8:35]), rel=1e-5)
+
+
+@pytest.mark.thorough
+def test_the_mass_that_is_held_is_that_of_shared_choices():
+    """As `eval.py selection` measures it, in a block that reads what another one chose."""
+    model, tokens = model_of(CASES["mean"]), TOKENS[0]
+    options = SimpleNamespace(length=53, queries=20, blocks=2)
+    placed = lambda: get_params(model)
+    known = SimpleNamespace(config=model.config, abstract=model, placed=placed)
+    found = Observer(known, options)(tokens)["selectors"]["own"]
+
+    def look(attention, h):
+        q, k, *_ = attention.project(h)
+        return q[0], k[0]
+
+    _, (q, k) = model.observe(tokens[None], look)
+    positions, named = positions_of(model.config, 53, 20), selectors(model.config, 2)
+    wanted = measure(q[1], k[1], (q[0], k[0]), jnp.asarray(positions), model.config, named)
+    for name, expected in wanted["selectors"]["own"].items():
+        assert_close(found[name][1], expected, rel=1e-5, name=name)
 
 
 def test_the_gate_is_counted_where_blocks_choose():
