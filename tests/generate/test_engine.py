@@ -12,8 +12,10 @@ from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.programs import Programs
 from rwkvx_jax.generate.requests import NotFiniteError, Request
 from rwkvx_jax.generate.sampling import Sampling
+from rwkvx_jax.generate.texts import continue_texts
 from rwkvx_jax.model import abstract_model, get_params, param_axes, with_params
 from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.tokenizer import load_tokenizer
 from rwkvx_jax.training.step import shardings_of
 from tests.model_cases import random_params
 
@@ -43,6 +45,11 @@ def make_engine(batch, **options):
 @pytest.fixture(scope="module")
 def engine():
     return make_engine(4)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return make_engine(2)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +188,64 @@ def test_an_engine_answers_one_call_at_a_time(engine, alone):
             act()
     answers.close()
     assert answers_of(engine, [request])[0].tokens.tolist() == solo(alone, request)
+
+
+def failing(program):
+    """A jitted function that fails when it has deleted what was donated."""
+
+    def fail(*given, **named):
+        program(*given, **named)
+        raise MemoryError
+
+    return fail
+
+
+def test_answers_that_nobody_takes_leave_the_engine_free(engine, alone):
+    """Even while the generator that was left is kept alive, as by a traceback."""
+    request = Request([1, 2], 9, ())
+    answers = engine.answer([request, request])
+    next(answers)
+    answers.close()
+
+    def fail(number, text):
+        if not text:  # the answer is whole
+            raise OSError("broken pipe")
+
+    with pytest.raises(OSError) as kept:
+        continue_texts(engine, load_tokenizer("byte"), [request, request], fail)
+    assert kept.tb
+    assert answers_of(engine, [request])[0].tokens.tolist() == solo(alone, request)
+
+
+@pytest.mark.parametrize("name", ["step", "read", "restart"])
+def test_an_engine_goes_on_after_a_call_that_took_its_arrays(pair, alone, name, monkeypatch):
+    """As one that runs out of memory does: the prefix is read again."""
+    engine, prefix, request = pair, [3, 1, 4], Request([1, 5], 9, ())
+    engine.hold(prefix)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.rows.programs, name, failing(getattr(engine.rows.programs, name)))
+        with pytest.raises(MemoryError):
+            list(engine.answer([request]))
+        if name == "read":  # fails while the prefix is read again, which is not forgotten
+            with pytest.raises(MemoryError):
+                list(engine.answer([request]))
+    expected = solo(alone, request, prefix)
+    for _ in range(2):
+        assert [a.tokens.tolist() for a in engine.answer([request])] == [expected]
+    assert engine.prefix.tolist() == prefix
+
+
+def test_a_prefix_that_could_not_be_read_is_not_held(pair, alone, monkeypatch):
+    engine, request = pair, Request([1, 5], 9, ())
+    engine.hold([3, 1, 4])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(engine.rows.programs, "read", failing(engine.rows.programs.read))
+        engine.hold([3, 1, 4, 1])
+    assert not len(engine.prefix)
+    assert [a.tokens.tolist() for a in engine.answer([request])] == [solo(alone, request)]
+    assert answers_of(engine, [request], [3, 1, 4])[0].tokens.tolist() == solo(
+        alone, request, [3, 1, 4]
+    )
 
 
 def test_a_request_may_be_cancelled(engine, alone):
