@@ -119,6 +119,19 @@ def test_a_held_prefix_is_read_once(engine, alone, monkeypatch):
     engine.hold(())
 
 
+def test_prefixes_and_prompts_of_any_length_share_their_programs():
+    engine = make_engine(2, piece=64, max_length=100)
+    sizes = lambda: [
+        getattr(engine.rows.programs, name)._cache_size() for name in ("read", "step", "keep")
+    ]
+    list(engine.answer([Request([1] * 80, 2, ())]))  # chunks of 64 and of 16
+    assert sizes() == [2, 1, 0]
+    for length in (1, 17, 64, 97):
+        engine.hold([2 + length % 30] * length)
+        list(engine.answer([Request([1, 2], 2, ())]))
+    assert sizes() == [2, 1, 1] and engine.speed.prompt_tokens == 80 + 179 + 4 * 2
+
+
 def test_prompts_are_not_padded_to_each_other():
     """A short prompt beside a long one is read in chunks of its own row."""
     rows, shapes = make_engine(4, piece=64, max_length=200).rows, []
