@@ -7,39 +7,24 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.cache import CachePolicy
-from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
+from rwkvx_jax.config import ConfigError, MeshConfig
 from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.programs import Programs
 from rwkvx_jax.generate.requests import NotFiniteError, Request
-from rwkvx_jax.generate.sampling import Sampling
 from rwkvx_jax.generate.texts import continue_texts
 from rwkvx_jax.model import abstract_model, get_params, param_axes, with_params
 from rwkvx_jax.sharding import make_mesh
 from rwkvx_jax.tokenizer import load_tokenizer
 from rwkvx_jax.training.step import shardings_of
-from tests.model_cases import random_params
-
-# The recurrence that compiles fastest.
-FLOAT32 = RunConfig(compute_dtype="float32", recurrence="sequential")
-CONFIG = ModelConfig(
-    vocab_size=40,
-    num_blocks=1,
-    num_attention_blocks=1,
-    width=32,
-    head_size=16,
-    chunk_size=8,
-    top_k=2,
-    low_rank_override=(5, 6, 7, 9),
+from tests.generate.engine_cases import (
+    CONFIG,
+    DRAWN,
+    FLOAT32,
+    LONGEST,
+    draw_requests,
+    make_engine,
 )
-DRAWN = Sampling(0.9, 0.9, 0, 0.4, 0.3, 0.9)
-LONGEST = 48
-
-
-def make_engine(batch, **options):
-    model = with_params(abstract_model(CONFIG, FLOAT32), random_params(CONFIG))
-    return Engine(
-        model, **{"max_length": LONGEST, "batch": batch, "piece": 16, "sampling": DRAWN} | options
-    )
+from tests.model_cases import random_params
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +40,6 @@ def pair():
 @pytest.fixture(scope="module")
 def alone():
     return make_engine(1)
-
-
-def draw_requests(count, seed=0, longest=LONGEST):
-    """Prompts from one token to a full cache, stops that some reach, limits from none on."""
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        prompt = rng.integers(1, 40, rng.integers(1, longest + 1))
-        stop = tuple(int(t) for t in rng.integers(0, 40, rng.integers(0, 3)))
-        yield Request(prompt.tolist(), int(rng.integers(0, 20)), stop, seed=number)
 
 
 def answers_of(engine, requests, prefix=(), **options):
@@ -121,15 +97,14 @@ def test_a_held_prefix_is_read_once(engine, alone, monkeypatch):
 
 def test_prefixes_and_prompts_of_any_length_share_their_programs():
     engine = make_engine(2, piece=64, max_length=100)
-    sizes = lambda: [
-        getattr(engine.rows.programs, name)._cache_size() for name in ("read", "step", "keep")
-    ]
+    programs = engine.rows.programs
+    sizes = lambda: (programs.read._cache_size(), programs.step._cache_size())
     list(engine.answer([Request([1] * 80, 2, ())]))  # chunks of 64 and of 16
-    assert sizes() == [2, 1, 0]
+    assert sizes() == (2, 1)
     for length in (1, 17, 64, 97):
         engine.hold([2 + length % 30] * length)
         list(engine.answer([Request([1, 2], 2, ())]))
-    assert sizes() == [2, 1, 1] and engine.speed.prompt_tokens == 80 + 179 + 4 * 2
+    assert sizes() == (2, 1) and engine.speed.prompt_tokens == 80 + 179 + 4 * 2
 
 
 def test_prompts_are_not_padded_to_each_other():
