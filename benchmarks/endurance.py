@@ -1,6 +1,6 @@
 """Many requests of mixed length through one engine: none lost, none mixed up, memory flat.
 
-    python benchmarks/endurance.py --requests 10000
+    python -m benchmarks.endurance --requests 10000
 
 A tiny model, sampled with penalties, four rows, a held prefix, prompts from one token to a full
 cache, stop tokens, limits, cancellations, and texts that are scored. Each answer has to be what its
@@ -19,23 +19,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from rwkvx_jax.config import ModelConfig, RunConfig
-from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.requests import Answer, Request
-from rwkvx_jax.generate.sampling import Sampling
-from rwkvx_jax.model import create_model
+from tests.generate.engine_cases import LONGEST, make_engine
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    num_blocks=1,
-    num_attention_blocks=1,
-    width=32,
-    head_size=16,
-    chunk_size=8,
-    top_k=2,
-    low_rank_override=(5, 6, 7, 9),
-)
-PREFIX, LONGEST, DIFFERENT = (3, 1, 4, 1, 5, 9, 2), 48, 100
+PREFIX, DIFFERENT = (3, 1, 4, 1, 5, 9, 2), 100
 _WARM = 0.1  # share of the requests after which memory must not grow
 
 
@@ -50,12 +37,6 @@ def different_requests() -> list[Request]:
         scored = dataclasses.replace(request, max_tokens=0, score=True)
         requests.append(scored if number % 10 == 0 else request)
     return requests
-
-
-def make_engine(batch: int) -> Engine:
-    model = create_model(CONFIG, RunConfig(compute_dtype="float32", recurrence="sequential"))
-    drawn = Sampling(0.9, 0.9, 0, 0.4, 0.3, 0.9)
-    return Engine(model, max_length=LONGEST, batch=batch, piece=16, sampling=drawn)
 
 
 def cancelled(number: int, count: int) -> bool:

@@ -71,8 +71,8 @@ def check_resumable(
 ) -> None:
     """Refuses to continue a run under another model, data, optimizer or past stages.
 
-    The mesh, `run`, stages that have not begun, and the number of steps of the current stage may
-    change.
+    The mesh, `run`, stages that have not begun, the number of steps of the current stage, and
+    `longce.at_once` (which changes results by rounding only, as the mesh does) may change.
 
     Raises:
       ConfigError: lists every field that differs, with both values.
@@ -87,12 +87,10 @@ def check_resumable(
     ]
     for index, stage in enumerate(old.stages[: current + 1]):
         new = config.stages[index] if index < len(config.stages) else None
+        may_change = [f"stages.{index}.longce.at_once:"]
+        may_change += [f"stages.{index}.steps:"] if index == current else []
         lines = differences(stage, new, f"stages.{index}")
-        problems += [
-            line
-            for line in lines
-            if index < current or not line.startswith(f"stages.{index}.steps:")
-        ]
+        problems += [line for line in lines if not line.startswith(tuple(may_change))]
     if progress["data"] != fingerprint:
         problems.append(f"training text: {progress['data']} -> {fingerprint}")
     if not problems and progress["stage_step"] > config.stages[current].steps:

@@ -72,9 +72,11 @@ class EvalTasks:
     def __call__(self, trained: Trained) -> dict[str, float]:
         """Evaluates the model; in the first process, what sums up each result, by name of task.
 
+        Trials that are finished in the folder of this step are not asked again.
+
         Raises:
           ConfigError: a task that the model can't be asked, such as prompts that do not fit into
-            the memory.
+            the memory; or results of other flags in that folder.
         """
         model = EvalModel(
             label=f"step {trained.step}",
@@ -85,9 +87,11 @@ class EvalTasks:
             checkpoint=str(self._folder.parent),
             step=trained.step,
             trained_length=trained.length,
+            check=trained.check,
         )
         values: dict[str, float] = {}
         for asked in self._tasks:
+            trained.check()
             output = self._folder / f"step-{trained.step}" / (asked.task + asked.suffix)
             asked.run(dataclasses.replace(asked.options, output=output), [model])
             if jax.process_index() == 0:

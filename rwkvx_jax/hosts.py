@@ -5,6 +5,7 @@ Every host runs the same program. Where it needs to know that it is not alone, t
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -229,23 +230,24 @@ def any_process(flag: bool) -> bool:
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[int], str]]:
-    """Yields a function (steps done) -> name of the signal to save and stop for now, or "".
+def stop_signal() -> Iterator[Callable[[], str]]:
+    """Yields a function that gives the name of the signal to save and stop for now, or "".
 
-    It is to be asked after every step. SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal has gone)
-    are heard, but where the process was started to ignore one, as by nohup. The next signal ends
-    the process at once. Among several hosts a notice to any of them (which is how the end of a
-    preemptible machine is announced) makes all stop after the same step: JAX's preemption service
-    agrees on one that none has passed.
+    It is to be asked after every step, and equally often by all processes. SIGTERM, SIGINT (Ctrl-C)
+    and SIGHUP (the terminal has gone) are heard, but where the process was started to ignore one,
+    as by nohup. The next signal ends the process at once. Among several hosts a notice to any of
+    them (which is how the end of a preemptible machine is announced) makes all stop after the same
+    step: JAX's preemption service agrees on a question that none has asked yet.
     """
     if threading.current_thread() is not threading.main_thread():  # the caller handles signals
-        yield lambda _: ""
+        yield lambda: ""
         return
     several = jax.process_count() > 1
     # The service hears SIGTERM by itself; the others are passed on to it.
     numbers = (signal.SIGINT, signal.SIGHUP) + (() if several else (signal.SIGTERM,))
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     caught: list[str] = []
+    questions, agreed = itertools.count(1), False
 
     def handler(number: int, _) -> None:
         caught.append(signal.Signals(number).name)
@@ -256,10 +258,13 @@ def stop_signal() -> Iterator[Callable[[int], str]]:
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def stopping(step: int) -> str:
-        if several and not multihost_utils.reached_preemption_sync_point(step):
-            return ""
-        return (caught or ["SIGTERM"])[0] if several or caught else ""
+    def stopping() -> str:
+        nonlocal agreed
+        if not several:
+            return caught[0] if caught else ""
+        # The service says so once only.
+        agreed = agreed or multihost_utils.reached_preemption_sync_point(next(questions))
+        return (caught or ["SIGTERM"])[0] if agreed else ""
 
     try:
         for number in before:

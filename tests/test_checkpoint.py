@@ -17,7 +17,7 @@ from rwkvx_jax.checkpoint import (
     read_workdir,
 )
 from rwkvx_jax.checkpoint_store import CHECKPOINTS, Checkpoints
-from rwkvx_jax.config import ConfigError, MeshConfig, RunConfig, Stage
+from rwkvx_jax.config import ConfigError, LongCEConfig, MeshConfig, RunConfig, Stage
 from rwkvx_jax.convert.files import write_tensors
 from rwkvx_jax.convert.official import params_to_official
 from rwkvx_jax.convert.own import write_own_safetensors
@@ -54,6 +54,7 @@ def with_stage(index, **values):
         (changed("optimizer", policy="rwkvx"), "optimizer.policy: 'rwkv_lm' -> 'rwkvx'"),
         (with_stage(0, steps=5), "stages.0.steps: 4 -> 5"),
         (with_stage(1, peak_lr=0.5), "stages.1.peak_lr: 0.01 -> 0.5"),
+        (with_stage(1, longce=LongCEConfig(stride=8)), "stages.1.longce.stride: 4000 -> 8"),
         (with_stage(1, steps=1), "stages.1.steps: 2 steps are done already, the config has 1"),
         (dataclasses.replace(CURRICULUM, stages=STAGES[:1]), "stages.1: Stage("),
     ],
@@ -79,6 +80,8 @@ def test_other_text_is_refused(tmp_path):
         changed("data", cache_dir="elsewhere", cache_per_host=True, verify="full"),
         with_stage(1, steps=300),
         with_stage(2, peak_lr=0.5, seq_len=48),
+        with_stage(0, longce=LongCEConfig(at_once=2)),
+        with_stage(1, longce=LongCEConfig(at_once=2), steps=300),
         dataclasses.replace(CURRICULUM, stages=(*STAGES, Stage("more", 8, 8, 1, 1e-3))),
         dataclasses.replace(CURRICULUM, stages=STAGES[:2]),
     ],

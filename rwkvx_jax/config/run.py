@@ -40,7 +40,7 @@ class RunConfig(Checked):
     "passkey --lengths 4096 --depths 5 --trials 2"; all on the training mesh. See docs/training.md.
     """
     checkpoint_every: int = 100
-    """Steps between checkpoints; the end of a stage always makes one."""
+    """Steps between checkpoints; the end of a stage and `eval_tasks` always make one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the last one of each stage is kept besides."""
     storage_patience: float = 600.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -133,6 +133,8 @@ class EvalModel(NamedTuple):
     checkpoint: str
     step: int | None
     trained_length: int | None  # longest training sequence so far, if known
+    # Called whenever answers have been kept; ends the evaluation by an error.
+    check: Callable[[], None] = lambda: None
 
     @property
     def abstract(self) -> RWKVX:

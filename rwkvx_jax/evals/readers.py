@@ -8,6 +8,7 @@ more than reading many short prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import jax.numpy as jnp
 import numpy as np
@@ -105,12 +106,13 @@ class GreedyReader:
         advance_all(left)  # what was held before
         requests = (Request(prompt[shared:], count, stop=()) for prompt in prompts)
         done = lambda _, tokens: ended(np.asarray(tokens, np.int32))
-        for found in engine.answer(requests, ended=done, advance=advance):
-            if found.problem and not found.not_finite:
-                found.check()
-            answer = np.full(count, NOT_FINITE if found.not_finite else 0, np.int32)
-            answer[: len(found.tokens)] = found.tokens
-            yield found.number, answer
+        with closing(engine.answer(requests, ended=done, advance=advance)) as answers:
+            for found in answers:
+                if found.problem and not found.not_finite:
+                    found.check()
+                answer = np.full(count, NOT_FINITE if found.not_finite else 0, np.int32)
+                answer[: len(found.tokens)] = found.tokens
+                yield found.number, answer
 
     def _engine_for(self, rows: int) -> Engine:
         """The engine, made anew where its cache has fewer rows."""
@@ -173,9 +175,10 @@ class TextScorer:
         """
         found: dict[int, TokenScores] = {}
         requests = (Request(text, 0, score=True) for text in texts)
-        for answer in self._engine.answer(requests, advance=advance):
-            answer.check()
-            found[answer.number] = answer.scores
+        with closing(self._engine.answer(requests, advance=advance)) as answers:
+            for answer in answers:
+                answer.check()
+                found[answer.number] = answer.scores
         return [found[i] for i in range(len(texts))]
 
 

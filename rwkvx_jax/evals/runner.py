@@ -55,6 +55,8 @@ def evaluate(task: Task, output: Path, models: Sequence[Described], console: Con
                 results.add(model.label, records)
                 if i == 0:
                     progress.start_clock()
+                if isinstance(model, EvalModel):
+                    model.check()
     return results
 
 

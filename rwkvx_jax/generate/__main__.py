@@ -17,6 +17,7 @@ from rwkvx_jax.cli import command_line, parse, settle_platform
 from rwkvx_jax.config import ConfigError, MeshConfig
 from rwkvx_jax.data.chat import TURN_END, chat_prompt
 from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.memory import memory_left, rows_that_fit
 from rwkvx_jax.generate.requests import Request
 from rwkvx_jax.generate.sampling import Sampling, check_seed
 from rwkvx_jax.generate.terminal import show
@@ -28,6 +29,7 @@ from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 from rwkvx_jax.training.step import placed_params
 
 _DEFAULT_LENGTH = 4096  # of a chat, or of a text whose length nobody gave
+_MOST_ROWS = 8  # by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,9 @@ class Options:
     """Text to continue; give it several times to continue several texts side by side."""
     prompts_file: WorkPath | None = None
     """File with one prompt a line, beside those of --prompt."""
+    batch: int | None = None
+    """Texts side by side; the others wait until one of them has ended. No answer depends on it.
+    Default: 8, fewer where there are fewer prompts or the memory holds no more caches."""
     chat: bool = False
     """Talk with the model, turn by turn; an empty line or the end of the input ends it."""
     max_tokens: int = 200
@@ -81,7 +86,8 @@ class Options:
     of a long text over context. By default one device alone."""
 
     def __post_init__(self):
-        for name in ("max_tokens", "max_length", "piece", "chunk_size", "attention_top_k"):
+        sizes = ("batch", "max_tokens", "max_length", "piece", "chunk_size", "attention_top_k")
+        for name in sizes:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -89,6 +95,8 @@ class Options:
         self.sampling()
         if self.chat == bool(self.prompt or self.prompts_file):
             raise ConfigError("give either --chat, or prompts with --prompt or --prompts-file")
+        if self.chat and self.batch is not None:
+            raise ConfigError("--batch is of prompts: leave it out with --chat")
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -172,11 +180,15 @@ def _engine(options: Options, model: RWKVX, tokenizer: Tokenizer, prompts: list[
     needed = max((len(tokenizer.encode(prompt)) for prompt in prompts), default=_DEFAULT_LENGTH)
     answers = 0 if options.chat else options.max_tokens
     policy = None if options.cache_policy is None else CachePolicy(*options.cache_policy)
+    length, most = options.max_length or needed + answers, options.batch or _MOST_ROWS
+    rows = min(most, max(1, len(prompts)))
+    if options.batch is None:
+        rows = rows_that_fit(model, rows, length, policy, memory_left())
     abstract = abstract_model(model.config, model.run)
     engine = Engine(
         with_params(abstract, placed_params(abstract, get_params(model))),
-        max_length=options.max_length or needed + answers,
-        batch=even_rows(max(1, len(prompts))),
+        max_length=length,
+        batch=even_rows(rows),
         piece=options.piece,
         sampling=options.sampling(),
         policy=policy,

@@ -8,8 +8,10 @@ go on. Where a mesh is in force, texts, states and pages lie over it.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,8 @@ from rwkvx_jax.generate.requests import Answer, Request, Tokens, TokenScores
 from rwkvx_jax.generate.rows import Rows, Speed
 from rwkvx_jax.generate.sampling import NOT_FINITE, Sampling, check_seed
 from rwkvx_jax.model import RWKVX
+
+_log = logging.getLogger(__name__)
 
 Ended = Callable[[int, Sequence[int]], bool]
 """(number of a request, its answer so far) -> whether it needs no further token."""
@@ -135,16 +139,21 @@ class Engine:
         self._check_tokens("the prefix", prefix)
         text = np.asarray(prefix, np.int32)
         self._check_length("the prefix", len(text))
-        known = len(self._prefix)
-        if not np.array_equal(text[:known], self._prefix):
+        self._renew()
+        known = 0 if self._held is None else len(self._prefix)
+        if not np.array_equal(text[:known], self._prefix[:known]):
             known = 0
         if known == len(text) == len(self._prefix):
             return
         every = np.ones(self.batch, bool) if self.rows.together else np.arange(self.batch) == 0
-        self._begin(every, np.zeros(self.batch, np.uint32), known)
-        self._take(text[:0], None, every)  # should reading fail
-        self.rows.read({int(row): text[known:] for row in np.flatnonzero(every)}, advance)
-        self._take(text, self.rows.keep(0), every)
+        try:
+            self._begin(every, np.zeros(self.batch, np.uint32), known)
+            self.rows.read({int(row): text[known:] for row in np.flatnonzero(every)}, advance)
+            held = self.rows.keep(0)
+        except BaseException:
+            self._take(text[:0], None, every)
+            raise
+        self._take(text, held, every)
 
     def _take(self, prefix: np.ndarray, held: Held | None, has: np.ndarray) -> None:
         """Begins requests at this from now on."""
@@ -159,6 +168,7 @@ class Engine:
             the file can't be written.
         """
         self._check_idle()
+        self._recover()
         if self._held is None:
             raise ConfigError("no prefix is held: give one with hold(prefix) before save")
         self._check_alone()
@@ -177,6 +187,7 @@ class Engine:
         self._check_alone()
         tokens, held = read_prefix(Path(path), self.rows.programs.empty(1), self._identity())
         self._check_length(f"the prefix in {path}", len(tokens))
+        self._renew()
         every = np.ones(self.batch, bool)
         self._take(tokens, self.rows.place(held), every)
 
@@ -184,6 +195,25 @@ class Engine:
     def prefix(self) -> np.ndarray:
         """What is held, int32 [T]."""
         return self._prefix
+
+    def _renew(self) -> None:
+        """Makes the rows anew where a call has failed that had been given their arrays: what is
+        held is lost then, but for its tokens."""
+        if self.rows.broken(self._held):
+            _log.warning("%s: a call failed, and its rows are made anew", self._name)
+            self.rows.renew()
+            self._held, self._has = None, np.ones(self.batch, bool)
+            self._spoilt = np.zeros(self.batch, bool)
+
+    def _recover(self) -> None:
+        """As `_renew`, and reads what was held again."""
+        self._renew()
+        if self._held is None and len(self._prefix):
+            prefix = self._prefix
+            try:
+                self.hold(prefix)
+            finally:  # should it fail, the next call tries again
+                self._prefix = prefix
 
     def _identity(self) -> Identity:
         return identity_of(self.rows.programs.abstract, self.rows.params, self._policy)
@@ -201,11 +231,12 @@ class Engine:
         *,
         ended: Ended = lambda number, tokens: False,
         advance: Callable[[int], None] = lambda count: None,
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """Answers of all requests, each as soon as it is whole; see `stream`."""
-        for event in self.stream(requests, ended=ended, advance=advance):
-            if event.answer is not None:
-                yield event.answer
+        with closing(self.stream(requests, ended=ended, advance=advance)) as events:
+            for event in events:
+                if event.answer is not None:
+                    yield event.answer
 
     def stream(
         self,
@@ -213,10 +244,12 @@ class Engine:
         *,
         ended: Ended = lambda number, tokens: False,
         advance: Callable[[int], None] = lambda count: None,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """Tokens of all requests, as they come.
 
         An answer ends before a stop token, after `max_tokens`, or where its text fills the cache.
+        Where an earlier call failed and took the cache with it, a new one is made, and the prefix
+        is read again.
 
         Args:
           requests: taken one by one, as rows become free.
@@ -227,6 +260,7 @@ class Engine:
           ConfigError: requests of another call are still being answered.
         """
         self._check_idle()
+        self._recover()
         waiting, self._busy = enumerate(requests), True
         try:
             while True:

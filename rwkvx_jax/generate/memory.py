@@ -27,6 +27,16 @@ def memory_left(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     return None
 
 
+def rows_that_fit(
+    model: RWKVX, most: int, max_length: int, policy: CachePolicy | None, free: int | None
+) -> int:
+    """How many texts side by side have a cache in `free` bytes (None: not known), from 1 to
+    `most`."""
+    if free is None:
+        return most
+    return max(1, min(most, free // cache_bytes(model.config, model.dtype, 1, max_length, policy)))
+
+
 def check_memory(model: RWKVX, batch: int, max_length: int, policy: CachePolicy | None) -> None:
     """Refuses a cache that does not fit into the memory that is left.
 

@@ -99,10 +99,28 @@ class Rows:
         self.programs = Programs(abstract, batch, max_length, sampling, policy)
         self.together = batch == 1 or ways("batch") > 1
         self._batch, self._sizes = batch, chunk_sizes(piece)
-        self.cache = self.programs.empty(batch)
-        self.progress = self.programs.begin(np.zeros(batch, np.uint32))
-        self.lengths = np.zeros(batch, np.int64)
         self.speed = Speed()
+        self._set_empty()
+
+    def _set_empty(self) -> None:
+        self.cache = self.programs.empty(self._batch)
+        self.progress = self.programs.begin(np.zeros(self._batch, np.uint32))
+        self.lengths = np.zeros(self._batch, np.int64)
+
+    def broken(self, held: Held | None = None) -> bool:
+        """Whether arrays of the rows, or of what is held, are lost: a call failed that had been
+        given them, or that was to compute them."""
+        try:
+            jax.block_until_ready((self.cache, self.progress, held))
+        except RuntimeError:  # deleted, or an error on the device
+            return True
+        return False
+
+    def renew(self) -> None:
+        """Makes all arrays anew, which have read nothing; first lets go of the old ones."""
+        for array in jax.tree.leaves((self.cache, self.progress)):
+            array.delete()
+        self._set_empty()
 
     def restart(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from rwkvx_jax.generate.engine import Engine
@@ -51,9 +52,10 @@ def continue_texts(
     """
     streams, failed = [TextStream(tokenizer) for _ in requests], None
     said = lambda number, tokens: bool(show(number, streams[number].push(tokens[-1])))
-    for answer in engine.answer(requests, ended=said):
-        show(answer.number, streams[answer.number].finish())
-        failed = failed or (answer if answer.problem else None)
+    with closing(engine.answer(requests, ended=said)) as answers:
+        for answer in answers:
+            show(answer.number, streams[answer.number].finish())
+            failed = failed or (answer if answer.problem else None)
     if failed is not None:
         failed.check()
 

@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
     step: int  # over all stages
     length: int | None  # longest training sequence so far
+    check: Callable[[], None]  # raises where the run is to stop; equally often by all processes
 
 
 class Tasks(Protocol):
@@ -36,7 +37,10 @@ class Tasks(Protocol):
         """The run goes on from this step."""
 
     def __call__(self, trained: Trained) -> dict[str, float]:
-        """Numbers of a model, by name; all processes call it."""
+        """Numbers of a model, by name; all processes call it.
+
+        Called again with the same parameters, it goes on where `trained.check` has ended it.
+        """
 
 
 def check_targets(config: Config, data: OpenData) -> None:

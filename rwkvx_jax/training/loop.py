@@ -39,7 +39,14 @@ from rwkvx_jax.training.step import (
 )
 from rwkvx_jax.training.timing import RunClock
 from rwkvx_jax.training.trace import Trace
-from rwkvx_jax.training.under_way import Run, StepWatch, TrainingStopped, due, kept
+from rwkvx_jax.training.under_way import (
+    Run,
+    StepWatch,
+    TrainingStopped,
+    due,
+    kept,
+    stopped,
+)
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "train.lock"
@@ -221,6 +228,11 @@ def _run_stages(run: Run, start: Start | None, initial: Params | None) -> Params
         params = initial
     else:
         params = initial_params(config.stage_model(config.stages[0]), run.mesh)
+    if start is not None and run.owes_tasks(start.step):
+        stage = config.stages[start.position.stage]
+        with run.clock.spending("evaluation"):
+            if signal := run.run_tasks(start.step, stage, start.program, params):
+                raise stopped(signal, start.step)
     for index in range(0 if start is None else start.position.stage, len(config.stages)):
         if start is not None:
             _, position, program, state = start
@@ -267,23 +279,24 @@ def _run_stage(
                 position = position._replace(stage_step=position.stage_step + 1)
                 last = position.stage_step == stage.steps
                 watch.submit(position, metrics)
-                if last or due(total + 1, config.run.eval_every):
+                evaluates = run.evaluates(total + 1)
+                if evaluates:
                     with watch.interrupted("evaluation"):
-                        values = evaluate(state.params)
-                        with watch.unhurried():
-                            values |= run.task_values(total + 1, stage, program, state.params)
-                        run.report_evaluation(total + 1, stage, values)
-                save = due(total + 1, config.run.checkpoint_every)
-                stopping = run.stopping(total + 1)
-                if last or save or stopping or run.saver.retry_due():
+                        run.report_evaluation(total + 1, stage, evaluate(state.params))
+                tasks = evaluates and run.tasks is not None
+                save = last or tasks or due(total + 1, config.run.checkpoint_every)
+                stopping = run.stopping()
+                if save or stopping or run.saver.retry_due():
                     with watch.interrupted("checkpoint"):  # a bad step is found before it is saved
                         run.save(position, state, wait=bool(stopping) or last)
                     run.save_records(total + 1)
+                if tasks and not stopping:  # now that their errors lose no step
+                    with watch.interrupted("evaluation"), watch.unhurried():
+                        stopping = run.run_tasks(total + 1, stage, program, state.params)
+                    if stopping:
+                        run.save(position, state, wait=True)  # should that have failed before
                 if stopping:
-                    raise TrainingStopped(
-                        f"stopped by {stopping} after step {total + 1}; it is saved: the same "
-                        "command continues"
-                    )
+                    raise stopped(stopping, total + 1)
     finally:
         watch.end()
     return state

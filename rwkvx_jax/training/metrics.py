@@ -17,6 +17,9 @@ from rwkvx_jax.storage import in_bucket
 from rwkvx_jax.training.board import Board
 from rwkvx_jax.training.uploads import BucketLines
 
+TASKS = "eval_tasks"
+"""Field of a record: how many tasks have given its values."""
+
 
 def _timing_tag(name: str) -> str:
     """What TensorBoard calls a field of timing.jsonl."""
@@ -35,6 +38,7 @@ class MetricsWriter:
         self._workdir, self._active = workdir, active
         self._board: Board | None = None
         self.before: dict[str, Any] | None = None  # last record of timing.jsonl with totals
+        self.tasks_step: int | None = None  # of the last record with values of tasks
 
     def open(self, resume_step: int, config: str = "") -> None:
         """To be called first; drops what was said of steps beyond `resume_step`.
@@ -53,6 +57,7 @@ class MetricsWriter:
         for path in paths:
             cut_back(path, resume_step)
         self.before = last_with(paths[1], "wall_seconds")
+        self.tasks_step = (last_with(paths[0], TASKS) or {}).get("step")
         if not in_bucket(workdir):
             for path in paths:
                 path.open("a").close()  # an error now, not after the first step
@@ -81,7 +86,7 @@ class MetricsWriter:
             scalars = {
                 tag(key): value
                 for key, value in record.items()
-                if isinstance(value, int | float) and key not in ("step", "time")
+                if isinstance(value, int | float) and key not in ("step", "time", TASKS)
             }
             self._board.add(record["step"], scalars)
 

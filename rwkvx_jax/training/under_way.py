@@ -18,7 +18,7 @@ from rwkvx_jax.checkpoint import progress_record
 from rwkvx_jax.checkpoint_store import CheckpointFailed, Checkpoints
 from rwkvx_jax.config import Config, Stage, UserError
 from rwkvx_jax.data.pipeline import OpenData
-from rwkvx_jax.hosts import global_batch
+from rwkvx_jax.hosts import first_tells, global_batch
 from rwkvx_jax.lora import merged
 from rwkvx_jax.model import Params
 from rwkvx_jax.progress import Progress
@@ -26,7 +26,7 @@ from rwkvx_jax.sharding import batch_sharding
 from rwkvx_jax.training.bad_steps import explain_bad_step
 from rwkvx_jax.training.curriculum import Position, stage_ends
 from rwkvx_jax.training.evaluate import Tasks, Trained
-from rwkvx_jax.training.metrics import MetricsWriter
+from rwkvx_jax.training.metrics import TASKS, MetricsWriter
 from rwkvx_jax.training.saver import Saver
 from rwkvx_jax.training.step import StageProgram, TrainState
 from rwkvx_jax.training.timing import RunClock
@@ -36,6 +36,17 @@ from rwkvx_jax.training.watchdog import Watchdog, step_timeout
 
 class TrainingStopped(UserError, RuntimeError):
     """Training can't go on; the message says at which step and what was kept."""
+
+
+class _Heard(Exception):
+    """A signal, by name, that ends what is done between two steps."""
+
+
+def stopped(signal: str, step: int) -> TrainingStopped:
+    """The error that ends a run when a signal has come and a step has been saved."""
+    return TrainingStopped(
+        f"stopped by {signal} after step {step}; it is saved: the same command continues"
+    )
 
 
 @dataclass
@@ -52,7 +63,7 @@ class Run:
     console: Console
     trace: Trace
     clock: RunClock
-    stopping: Callable[[int], str]  # steps done -> signal because of which to save and stop
+    stopping: Callable[[], str]  # signal because of which to save and stop now, or ""
     reached: Position  # of the last step that was reported
     tasks: Tasks | None  # beside each held-out loss
 
@@ -66,19 +77,47 @@ class Run:
         self.writer.write_timing(step, self.clock.line())
         self.writer.upload()
 
-    def task_values(
-        self, step: int, stage: Stage, program: StageProgram, params: Params
-    ) -> dict[str, float]:
-        """What `run.eval_tasks` make of the parameters of a step."""
-        if self.tasks is None:
-            return {}
-        whole = merged(params, stage.lora, keep=True)
-        length = self.config.trained_length(step)
-        return self.tasks(Trained(program.model, whole, self.data.tokenizer, step, length))
+    def evaluates(self, step: int) -> bool:
+        """Whether a step is followed by held-out losses and tasks."""
+        return step in stage_ends(self.config) or due(step, self.config.run.eval_every)
 
-    def report_evaluation(self, step: int, stage: Stage, values: dict[str, float]) -> None:
+    def owes_tasks(self, step: int) -> bool:
+        """Whether the run goes on from a step whose tasks were not finished."""
+        if self.tasks is None or not self.evaluates(step):
+            return False
+        return step != first_tells(lambda: self.writer.tasks_step, "metrics.jsonl can't be read")
+
+    def run_tasks(self, step: int, stage: Stage, program: StageProgram, params: Params) -> str:
+        """Asks `run.eval_tasks` of the parameters of a step, of which there is a checkpoint.
+
+        Returns:
+          The signal that ended them too early; "" where they are finished and reported.
+        """
+        if self.tasks is None:
+            return ""
+        whole = merged(params, stage.lora, keep=True)
+        length, tokenizer = self.config.trained_length(step), self.data.tokenizer
+        try:
+            values = self.tasks(
+                Trained(program.model, whole, tokenizer, step, length, self._check_signal)
+            )
+        except _Heard as heard:
+            return str(heard)
+        self.report_evaluation(step, stage, values, tasks=len(self.config.run.eval_tasks))
+        return ""
+
+    def _check_signal(self) -> None:
+        if signal := self.stopping():
+            raise _Heard(signal)
+
+    def report_evaluation(
+        self, step: int, stage: Stage, values: dict[str, float], tasks: int = 0
+    ) -> None:
+        """Writes and prints what an evaluation has found; `tasks`: how many gave these values."""
+        if values or tasks:
+            counted = {TASKS: tasks} if tasks else {}
+            self.writer.write(step, stage.name, counted | values, group="eval")
         if values:
-            self.writer.write(step, stage.name, values, group="eval")
             text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             self.console.print(f"step {step} ({stage.name}): {text}")
 

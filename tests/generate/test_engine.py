@@ -7,37 +7,24 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.cache import CachePolicy
-from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
+from rwkvx_jax.config import ConfigError, MeshConfig
 from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.programs import Programs
 from rwkvx_jax.generate.requests import NotFiniteError, Request
-from rwkvx_jax.generate.sampling import Sampling
+from rwkvx_jax.generate.texts import continue_texts
 from rwkvx_jax.model import abstract_model, get_params, param_axes, with_params
 from rwkvx_jax.sharding import make_mesh
+from rwkvx_jax.tokenizer import load_tokenizer
 from rwkvx_jax.training.step import shardings_of
-from tests.model_cases import random_params
-
-# The recurrence that compiles fastest.
-FLOAT32 = RunConfig(compute_dtype="float32", recurrence="sequential")
-CONFIG = ModelConfig(
-    vocab_size=40,
-    num_blocks=1,
-    num_attention_blocks=1,
-    width=32,
-    head_size=16,
-    chunk_size=8,
-    top_k=2,
-    low_rank_override=(5, 6, 7, 9),
+from tests.generate.engine_cases import (
+    CONFIG,
+    DRAWN,
+    FLOAT32,
+    LONGEST,
+    draw_requests,
+    make_engine,
 )
-DRAWN = Sampling(0.9, 0.9, 0, 0.4, 0.3, 0.9)
-LONGEST = 48
-
-
-def make_engine(batch, **options):
-    model = with_params(abstract_model(CONFIG, FLOAT32), random_params(CONFIG))
-    return Engine(
-        model, **{"max_length": LONGEST, "batch": batch, "piece": 16, "sampling": DRAWN} | options
-    )
+from tests.model_cases import random_params
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +33,13 @@ def engine():
 
 
 @pytest.fixture(scope="module")
+def pair():
+    return make_engine(2)
+
+
+@pytest.fixture(scope="module")
 def alone():
     return make_engine(1)
-
-
-def draw_requests(count, seed=0, longest=LONGEST):
-    """Prompts from one token to a full cache, stops that some reach, limits from none on."""
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        prompt = rng.integers(1, 40, rng.integers(1, longest + 1))
-        stop = tuple(int(t) for t in rng.integers(0, 40, rng.integers(0, 3)))
-        yield Request(prompt.tolist(), int(rng.integers(0, 20)), stop, seed=number)
 
 
 def answers_of(engine, requests, prefix=(), **options):
@@ -110,6 +93,18 @@ def test_a_held_prefix_is_read_once(engine, alone, monkeypatch):
     other = answers_of(engine, requests[:5], [8, 8])  # begins anew
     assert other[1].tokens.tolist() == solo(alone, requests[1], [8, 8])
     engine.hold(())
+
+
+def test_prefixes_and_prompts_of_any_length_share_their_programs():
+    engine = make_engine(2, piece=64, max_length=100)
+    programs = engine.rows.programs
+    sizes = lambda: (programs.read._cache_size(), programs.step._cache_size())
+    list(engine.answer([Request([1] * 80, 2, ())]))  # chunks of 64 and of 16
+    assert sizes() == (2, 1)
+    for length in (1, 17, 64, 97):
+        engine.hold([2 + length % 30] * length)
+        list(engine.answer([Request([1, 2], 2, ())]))
+    assert sizes() == (2, 1) and engine.speed.prompt_tokens == 80 + 179 + 4 * 2
 
 
 def test_prompts_are_not_padded_to_each_other():
@@ -181,6 +176,64 @@ def test_an_engine_answers_one_call_at_a_time(engine, alone):
             act()
     answers.close()
     assert answers_of(engine, [request])[0].tokens.tolist() == solo(alone, request)
+
+
+def failing(program):
+    """A jitted function that fails when it has deleted what was donated."""
+
+    def fail(*given, **named):
+        program(*given, **named)
+        raise MemoryError
+
+    return fail
+
+
+def test_answers_that_nobody_takes_leave_the_engine_free(engine, alone):
+    """Even while the generator that was left is kept alive, as by a traceback."""
+    request = Request([1, 2], 9, ())
+    answers = engine.answer([request, request])
+    next(answers)
+    answers.close()
+
+    def fail(number, text):
+        if not text:  # the answer is whole
+            raise OSError("broken pipe")
+
+    with pytest.raises(OSError) as kept:
+        continue_texts(engine, load_tokenizer("byte"), [request, request], fail)
+    assert kept.tb
+    assert answers_of(engine, [request])[0].tokens.tolist() == solo(alone, request)
+
+
+@pytest.mark.parametrize("name", ["step", "read", "restart"])
+def test_an_engine_goes_on_after_a_call_that_took_its_arrays(pair, alone, name, monkeypatch):
+    """As one that runs out of memory does: the prefix is read again."""
+    engine, prefix, request = pair, [3, 1, 4], Request([1, 5], 9, ())
+    engine.hold(prefix)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.rows.programs, name, failing(getattr(engine.rows.programs, name)))
+        with pytest.raises(MemoryError):
+            list(engine.answer([request]))
+        if name == "read":  # fails while the prefix is read again, which is not forgotten
+            with pytest.raises(MemoryError):
+                list(engine.answer([request]))
+    expected = solo(alone, request, prefix)
+    for _ in range(2):
+        assert [a.tokens.tolist() for a in engine.answer([request])] == [expected]
+    assert engine.prefix.tolist() == prefix
+
+
+def test_a_prefix_that_could_not_be_read_is_not_held(pair, alone, monkeypatch):
+    engine, request = pair, Request([1, 5], 9, ())
+    engine.hold([3, 1, 4])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(engine.rows.programs, "read", failing(engine.rows.programs.read))
+        engine.hold([3, 1, 4, 1])
+    assert not len(engine.prefix)
+    assert [a.tokens.tolist() for a in engine.answer([request])] == [solo(alone, request)]
+    assert answers_of(engine, [request], [3, 1, 4])[0].tokens.tolist() == solo(
+        alone, request, [3, 1, 4]
+    )
 
 
 def test_a_request_may_be_cancelled(engine, alone):

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkvx_jax.cache import CachePolicy
+from rwkvx_jax.cache import CachePolicy, cache_bytes
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
 from rwkvx_jax.data.chat import chat_prompt, render_chat
 from rwkvx_jax.generate import __main__ as cli
 from rwkvx_jax.generate.engine import Engine
+from rwkvx_jax.generate.memory import rows_that_fit
 from rwkvx_jax.generate.requests import Answer, NotFiniteError, Request
 from rwkvx_jax.generate.sampling import Sampling
 from rwkvx_jax.generate.terminal import show
 from rwkvx_jax.generate.texts import TextStream, generate
-from rwkvx_jax.model import create_model, get_params, unstack, with_params
+from rwkvx_jax.model import abstract_model, create_model, get_params, unstack, with_params
 from rwkvx_jax.tokenizer import load_tokenizer
 from tests.helpers import assert_close
 
@@ -208,9 +209,18 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
     cli.main([*common, "--prompt", "ab"])
     out, err = capsys.readouterr()
     assert out.startswith("ab") and "generated" in err
-    (tmp_path / "p.txt").write_text("one\ntwo\n")
-    cli.main([*common, "--prompts-file", str(tmp_path / "p.txt")])
-    assert capsys.readouterr().out.count("---") == 2
+    (tmp_path / "p.txt").write_text("three, which is long\none\ntwo\n")
+    shown, made = [], []
+    counted = lambda *given, batch, **named: (
+        made.append(batch) or Engine(*given, batch=batch, **named)
+    )
+    monkeypatch.setattr(cli, "Engine", counted)
+    for rows in ((), ("--batch", "1")):
+        cli.main([*common, "--prompts-file", str(tmp_path / "p.txt"), *rows])
+        shown.append(capsys.readouterr().out)
+    assert made == [3, 1] and shown[0] == shown[1]  # in the order of the file
+    assert shown[0].split("\n--- ")[0].startswith("--- 0\nthree, which is long")
+    assert "\n--- 1\none" in shown[0] and "\n--- 2\ntwo" in shown[0]
     said = iter(["hello", "again", ""])
     options = cli.Options(checkpoint=tmp_path, chat=True, max_tokens=3, piece=16, max_length=200)
     cli.run(options, ask=lambda _: next(said))
@@ -224,6 +234,8 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
         (["--prompt", ""], "prompt 0 is empty"),
         (["--prompt", "a\udcff"], "is not UTF-8"),
         (["--chat", "--prompt", "a"], "give either --chat"),
+        (["--chat", "--batch", "2"], "--batch is of prompts"),
+        (["--batch", "0", "--prompt", "a"], "--batch is 0"),
         (["--max-length", "3", "--prompt", "abc"], "leaves no room for an answer"),
         (["--vocab-file", "nowhere", "--prompt", "a"], "of the World tokenizer"),
         (["--seed", str(2**70), "--prompt", "a"], "between 0 and 4294967295"),
@@ -253,6 +265,13 @@ def test_command_line_on_several_devices(model, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main([*common, "--mesh.data", "3"])
     assert "asks for 3 devices, but there are 8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_as_many_rows_as_fit():
+    model = abstract_model(CONFIG)
+    one = cache_bytes(CONFIG, model.dtype, 1, 1000)
+    fitting = [rows_that_fit(model, 8, 1000, None, free) for free in (0, 3 * one, 99 * one, None)]
+    assert fitting == [1, 3, 8, 8]
 
 
 def test_prompts_are_lines_and_nothing_else(tmp_path):

@@ -12,7 +12,7 @@ from rwkvx_jax.generate.engine import Engine
 from rwkvx_jax.generate.prefix_file import identity_of
 from rwkvx_jax.model import abstract_model, get_params, unstack, with_params
 from rwkvx_jax.sharding import make_mesh
-from tests.generate.test_engine import CONFIG, FLOAT32, draw_requests, make_engine
+from tests.generate.engine_cases import CONFIG, FLOAT32, draw_requests, make_engine
 from tests.model_cases import random_params
 
 PREFIX = np.random.default_rng(3).integers(1, 40, 21)
