@@ -29,7 +29,7 @@ from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import repeated_choices, select_chunks, selector_of
-from rwkvx_jax.sharding import constrain, per_device, sequence_parts
+from rwkvx_jax.sharding import check_choices, constrain, per_device, sequence_parts, ways
 
 
 class Attention(nnx.Module):
@@ -72,14 +72,15 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of a whole sequence to itself, or of each document packed in it."""
         q, k, v, _ = self.project(h, segment_ids=segment_ids)
-        index: tuple[jax.Array, ...] = ()
+        index = self.gates(h)
         if self.config.attention == "full":
             op = full_attention
         else:
             op = partial(self._attend, implementation=run.sparse_attention)
             if self.config.selector == "index":
                 index = self.scored(q, k)
-        if sequence_parts(h.shape[1]) > 1:
+        if (parts := sequence_parts(h.shape[1])) > 1:
+            check_choices(self.config, ways("heads"), parts)
             out = context.attention(op, q, k, v, segment_ids, *index)
         else:
             tokens = ("batch", None, "heads", None)
@@ -113,6 +114,10 @@ class Attention(nnx.Module):
             selector=selector,
         )
         return attend(q, k, v, selection=repeated_choices(selection, k.shape[2]))
+
+    def gates(self, h: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H 3"], ...]:
+        """Gates of the branches, where the attention has several (`modules/nsa.py`)."""
+        return ()
 
     def selection_loss(
         self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
@@ -164,8 +169,10 @@ class Attention(nnx.Module):
             )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
+        gates = next(iter(self.gates(h)), None)
+        options = {"config": self.config, "gate": gate, "gates": gates}
         out, pages = attend_cached(
-            q, k, v, asked, scored, pages, layer, start, lengths, config=self.config, gate=gate
+            q, k, v, asked, scored, pages, layer, start, lengths, **options
         )
         return self.combine(out), (pages, new_tail)
 
