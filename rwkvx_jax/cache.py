@@ -65,7 +65,7 @@ class Pages(NamedTuple):
     # What the selector keeps of each page's keys; G and K are those of what it scores.
     key_sums: Float32[Array, "M B G2 NR K2"]
     span_rows: Float32[Array, "M B G2 NS K2"] | None = None  # and of spans of pages, if it has some
-    value_sums: Float32[Array, "M B G N K"] | None = None  # of NSA, whose compressed branch reads them
+    value_sums: Float32[Array, "M B G N K"] | None = None  # for the compressed branch of NSA
 
 
 @dataclass(frozen=True)
@@ -245,13 +245,14 @@ def cache_axes(cache: Cache) -> Any:
     axes: Any = (texts, texts, rows, (*states, None, None), layers)
     length, position, shift, wkv, blocks = axes
     pages = zip(page_axes(cache.gate), cache.pages, strict=True)
+    there: Any = (None if x is None else axes for axes, x in pages)
     return replace(
         cache,
         length=length,
         position=position,
         blocks=BlockState(TimeMixState(shift, wkv), shift),
         attention=None if cache.attention is None else AttentionState(shift, shift),
-        pages=Pages(*(None if x is None else axes for axes, x in pages)),
+        pages=Pages(*there),
         layers=blocks,
     )
 
@@ -297,7 +298,7 @@ def _check_nsa(policy: CachePolicy | None) -> None:
         )
     if ways("pages") > 1:
         raise ConfigError(
-            f'mesh.context {ways("pages")} would part the chunks that the compressed branch of '
+            f"mesh.context {ways('pages')} would part the chunks that the compressed branch of "
             'attention "nsa" reads together in decoding: use mesh.context 1'
         )
 

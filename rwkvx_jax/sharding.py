@@ -212,8 +212,9 @@ def check_choices(model: ModelConfig, tensor: int, parts: int) -> None:
     alone = model.choices == model.num_heads or model.selector == "index"
     if parts == 1 or alone or model.choices // tensor % parts == 0:
         return
-    nsa = model.attention == "nsa"
-    field, other = ("num_kv_heads", "") if nsa else ("selection_groups", ', or use selector="index"')
+    field, other = "selection_groups", ', or use selector="index"'
+    if model.attention == "nsa":
+        field, other = "num_kv_heads", ""
     raise ConfigError(
         f"mesh.context {parts} would part heads that choose chunks together: make model.{field} "
         f"{model.choices} a multiple of mesh.tensor x mesh.context = {tensor * parts}{other}"

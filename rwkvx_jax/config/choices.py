@@ -64,8 +64,8 @@ def _check_nsa(config: ModelConfig) -> None:
     """Raises ConfigError where options contradict how NSA chooses."""
     require(
         config.top_k >= 3,
-        f'model.top_k is {config.top_k}, but attention "nsa" always reads a query\'s own chunk, the '
-        "one before it and the first: use 3 or more",
+        f'model.top_k is {config.top_k}, but attention "nsa" always reads the own chunk, the one '
+        "before it and the first: use 3 or more",
     )
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in ("selector", "selection_join", "selection_span"):
@@ -82,7 +82,7 @@ def _check_nsa(config: ModelConfig) -> None:
     )
     require(
         config.selection_groups in (0, config.kv_heads),
-        f"model.selection_groups is {config.selection_groups}, but with attention \"nsa\" the heads "
+        f'model.selection_groups is {config.selection_groups}, but with attention "nsa" the heads '
         f"of each of the {config.kv_heads} heads of keys (model.num_kv_heads) choose together: "
         "leave it 0",
     )

@@ -72,7 +72,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of a whole sequence to itself, or of each document packed in it."""
         q, k, v, _ = self.project(h, segment_ids=segment_ids)
-        index = self.gates(h)
+        gates = self.gates(h)
+        index: tuple[jax.Array, ...] = () if gates is None else (gates,)
         if self.config.attention == "full":
             op = full_attention
         else:
@@ -115,9 +116,9 @@ class Attention(nnx.Module):
         )
         return attend(q, k, v, selection=repeated_choices(selection, k.shape[2]))
 
-    def gates(self, h: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H 3"], ...]:
+    def gates(self, h: Float[Array, "B T D"]) -> Float[Array, "B T H 3"] | None:
         """Gates of the branches, where the attention has several (`modules/nsa.py`)."""
-        return ()
+        return None
 
     def selection_loss(
         self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
@@ -169,11 +170,10 @@ class Attention(nnx.Module):
             )
             pages = jax.lax.cond(jnp.any(due), squeeze, lambda pages: pages, pages)
             start = jnp.where(due, policy.keep, start)
-        gates = next(iter(self.gates(h)), None)
-        options = {"config": self.config, "gate": gate, "gates": gates}
         out, pages = attend_cached(
-            q, k, v, asked, scored, pages, layer, start, lengths, **options
-        )
+            q, k, v, asked, scored, pages, layer, start, lengths,
+            config=self.config, gate=gate, gates=self.gates(h),
+        )  # fmt: skip
         return self.combine(out), (pages, new_tail)
 
     def project(

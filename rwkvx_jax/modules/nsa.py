@@ -3,8 +3,8 @@
 Queries, keys and values are those of every other attention here, and the branches share them; so
 does the cache, which holds the sums of each page's values as well. Packed documents, shards and
 prefill in pieces work as they do there.
-Source: arXiv 2502.11089; gates as in flash-linear-attention: sigmoids of one product with the block's
-input, one a query head and branch.
+Source: arXiv 2502.11089; gates as in flash-linear-attention: sigmoids of one product with the
+block's input, one a query head and branch.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ class NativeSparseAttention(Attention):
         columns = config.num_heads * BRANCHES
         self.gate = parameter(jnp.zeros((config.width, columns)), "embed", "heads")
 
-    def gates(self, h: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H 3"], ...]:
+    def gates(self, h: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:
         """Gates between 0 and 1, in h's dtype."""
         gates = jax.nn.sigmoid(project(h, self.gate[...]))
         gates = gates.reshape(*h.shape[:2], self.config.num_heads, BRANCHES)
-        return (constrain(gates, "batch", "time", "heads", None),)
+        return constrain(gates, "batch", "time", "heads", None)
 
-    def _attend(
-        self, q, k, v, *gates, implementation, q_offset=0, segment_ids=None
-    ) -> jax.Array:
+    def _attend(self, q, k, v, *gates, implementation, q_offset=0, segment_ids=None) -> jax.Array:
         return native_sparse_attention(
             q,
             k,

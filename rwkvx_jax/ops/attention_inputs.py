@@ -171,7 +171,7 @@ def query_starts(
 
 
 def run_attention(
-    run: Callable[..., jax.Array],
+    run: Callable[..., Any],
     arrays: Sequence[jax.Array],
     q_offset,
     *,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from rwkvx_jax.ops.blocked_attention import MASKED
 from rwkvx_jax.ops.precision import precision_of
@@ -60,7 +60,7 @@ def chunk_means(
     counted = counts = None
     if starts is not None:
         counted = readable_keys(starts, chunk_size)
-        counts = MEAN.counts(counted, chunk_size)[:, None]  # for all heads
+        counts = counted.reshape(len(counted), 1, -1, chunk_size).sum(-1, dtype=jnp.float32)
 
     def means(x):
         rows = MEAN.rows_of(x[:, :complete], chunk_size, counted).swapaxes(1, 2)
@@ -113,8 +113,8 @@ def compressed_attention(
         return jnp.moveaxis(x.reshape(batch, blocks, -1, *x.shape[2:]), 1, 0)
 
     # Weights are computed again in the backward pass, so that only those of a block are held.
-    run = jax.checkpoint(run, prevent_cse=False)
-    out, chosen = jax.lax.map(run, tuple(map(split, (q, positions, first))))
+    again = jax.checkpoint(run, prevent_cse=False)
+    out, chosen = jax.lax.map(again, tuple(map(split, (q, positions, first))))
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
     return join(out), join(chosen)
 

@@ -125,9 +125,7 @@ def _cudnn_attention(q, k, v, *, scale, q_offset, window):
     )
 
 
-def _splash_attention(
-    q, k, v, *, scale, q_offset, window=None, starts=None, interpret=False
-):
+def _splash_attention(q, k, v, *, scale, q_offset, window=None, starts=None, interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, keys, heads = q.shape[1], k.shape[1], q.shape[2]

@@ -9,7 +9,8 @@ compression is the mean, and all branches share keys and values.
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -79,8 +80,8 @@ def native_sparse_attention(
     """
     _check(q, k, v, gates, chunk_size, top_k, window, q_offset, segment_ids)
     scale = check_scale(scale, q.shape[-1])
-    offset = {"q_offset": q_offset, "segment_ids": segment_ids}
-    chunks = {"chunk_size": chunk_size, "top_k": top_k}
+    offset: dict[str, Any] = {"q_offset": q_offset, "segment_ids": segment_ids}
+    chunks: dict[str, Any] = {"chunk_size": chunk_size, "top_k": top_k}
     if implementation == "reference":
         run = lambda q, k, v, **rows: nsa_reference(
             q, k, v, window=window, scale=scale, **chunks, **rows

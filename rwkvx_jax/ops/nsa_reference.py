@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def nsa_reference(
     weights, out = _compressed(q, k, v, share, positions, first, chunk_size, scale)
     groups = weights.reshape(q.shape[0], k.shape[2], -1, *weights.shape[2:]).sum(2)
     selection = _best(groups, positions // chunk_size, first // chunk_size, top_k - 1)
-    rows = {"scale": scale, "q_offset": q_offset, "starts": starts}
+    rows: dict[str, Any] = {"scale": scale, "q_offset": q_offset, "starts": starts}
     selected = sparse_attention_reference(q, k, v, selection, chunk_size=chunk_size, **rows)
     return NsaBranches(
         out, selected, full_attention_reference(q, k, v, window=window, **rows), selection

@@ -71,8 +71,9 @@ def attend_pages(
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
     """
-    options = {"scale": scale, "implementation": implementation}
-    found = page_softmax(q, keys, values, page, visible, hidden, **options)
+    found = page_softmax(
+        q, keys, values, page, visible, hidden, scale=scale, implementation=implementation
+    )
     return found.values / found.total[..., None]
 
 

@@ -14,6 +14,7 @@ from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig
 from rwkvx_jax.model import abstract_model, create_model, get_params, param_axes, with_params
 from rwkvx_jax.ops.nsa_reference import nsa_reference
 from rwkvx_jax.sharding import check_fits, make_mesh
+from rwkvx_jax.snapshots import rewind, snapshot
 from rwkvx_jax.training.step import shardings_of
 from tests.helpers import assert_close
 from tests.model_cases import FLOAT32, random_params
@@ -69,7 +70,8 @@ def test_a_whole_sequence_is_what_the_oracle_reads():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (n == "each head its own")) for n in CASES]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.thorough] * (n == "each head its own")) for n in CASES],
 )
 def test_pieces_and_tokens_are_the_whole_sequence(name):
     """Rows of different lengths, read in two pieces, then token by token."""
@@ -86,6 +88,15 @@ def test_pieces_and_tokens_are_the_whole_sequence(name):
         found, cache = decode(TOKENS[np.arange(2), done], cache)
         done += 1
         assert_close(found, expected[np.arange(2), done - 1], rel=1e-5)
+
+
+def test_a_text_goes_on_from_where_it_was_left():
+    """The sums of values go back with those of keys."""
+    model, prefill = model_of(NSA), jax.jit(model_of(NSA).prefill)
+    _, cache = prefill(TOKENS[:, :29], model.init_cache(2, 80))
+    _, after = prefill((TOKENS[:, :30] + 7) % 40, cache)
+    found, _ = prefill(TOKENS[:, 29:59], rewind(after, snapshot(cache)))
+    assert_close(found, logits_of("two key heads")[:, 58], rel=1e-5)
 
 
 def test_no_token_sees_a_later_one():
@@ -150,11 +161,11 @@ def test_sizes_are_those_counted_and_gates_begin_at_a_half():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": 2}, "top_k is 2, but attention \"nsa\" always reads"),
+        ({"top_k": 2}, 'top_k is 2, but attention "nsa" always reads'),
         ({"selector": "bounds"}, "selector is 'bounds', but .* leave it 'mean'"),
         ({"selection_join": "max"}, "selection_join is 'max'"),
         ({"forced_chunks": "first"}, "forced_chunks is 'first', but attention \"nsa\""),
-        ({"selection_groups": 4}, "selection_groups is 4, but with attention \"nsa\""),
+        ({"selection_groups": 4}, 'selection_groups is 4, but with attention "nsa"'),
         ({"window_size": 0}, "window_size"),
     ],
 )
@@ -170,7 +181,10 @@ def test_caches_it_can_not_read_are_refused():
     with pytest.raises(ConfigError, match='gate "shared"'):
         model.init_cache(1, 64, gate="shared")
     mesh = make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2])
-    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="mesh.context 2 would part the chunks"):
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ConfigError, match="mesh.context 2 would part the chunks"),
+    ):
         model.init_cache(1, 64)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from rwkvx_jax.ops import blocked_attention, compressed
+from rwkvx_jax.ops.block_sparse import sparse_attention
 from rwkvx_jax.ops.compressed import chunk_means, compressed_attention
 from rwkvx_jax.ops.nsa import native_sparse_attention
 from rwkvx_jax.ops.nsa_reference import nsa_reference
-from rwkvx_jax.ops.block_sparse import sparse_attention
 from tests.helpers import assert_close, shared_path
 from tests.ops.attention_cases import random_qkv
 

@@ -113,8 +113,8 @@ def check_model(model: EvalModel, options: SelectionOptions) -> None:
         raise ConfigError(f"{model.label} has no attention blocks: nothing is selected in it")
     if config.attention == "nsa":
         raise ConfigError(
-            f'{model.label} has attention "nsa", whose compressed branch chooses: this task compares '
-            "selectors of one softmax over the chosen chunks"
+            f'{model.label} has attention "nsa", whose compressed branch chooses: this task '
+            'compares selectors of attention "sparse"'
         )
     if config.top_k < 2:
         raise ConfigError(f"{model.label} reads its own chunk only (top_k 1): nothing to choose")
