@@ -65,23 +65,31 @@ def test_each_branch_is_that_of_the_published_code():
     q, k, v = (data[name] for name in "qkv")
     chunk, top_k, scale = int(data["block_size"]), int(data["block_count"]), float(data["scale"])
     chunks = {"chunk_size": chunk, "scale": scale}
-    oracle = nsa_reference(q, k, v, top_k=top_k, window=1, **chunks)
     positions = jnp.arange(q.shape[1])[None]
-    means = chunk_means(k, v, chunk)
-    out, chosen = compressed_attention(q, means, positions, count=top_k - 1, **chunks)
+    oracle = jax.jit(functools.partial(nsa_reference, top_k=top_k, window=1, **chunks))(q, k, v)
+
+    @jax.jit
+    def compressed_branch(q, k, v):
+        means = chunk_means(k, v, chunk)
+        return compressed_attention(q, means, positions, count=top_k - 1, **chunks)
+
+    out, chosen = compressed_branch(q, k, v)
     # Theirs name the own chunk, too; it is never among ours.
     own = np.broadcast_to(np.asarray(positions // chunk)[..., None, None], (*chosen.shape[:3], 1))
     for found, choice in ((oracle.compressed, oracle.selection), (out, chosen)):
         assert_close(found, data["o_cmp"], rel=1e-5)
         assert (sets_of(np.concatenate([own, choice], -1)) == data["block_indices"]).all()
-    for implementation in ("reference", "xla", "masked"):
-        run = functools.partial(
-            sparse_attention, top_k=top_k, selection=chosen, implementation=implementation, **chunks
-        )
-        selected, pullback = jax.vjp(run, q, k, v)
-        assert_close(selected, data["o_slc"], rel=1e-5)
-        for name, gradient in zip("qkv", pullback(jnp.asarray(data["ct_both"])), strict=True):
-            assert_close(gradient, data[f"d{name}_slc"], rel=1e-4, name=name)
+
+    @jax.jit
+    def selected(q, k, v):
+        run = functools.partial(sparse_attention, top_k=top_k, selection=chosen, **chunks)
+        out, pullback = jax.vjp(run, q, k, v)
+        return out, *pullback(jnp.asarray(data["ct_both"]))
+
+    out, *gradients = selected(q, k, v)
+    assert_close(out, data["o_slc"], rel=1e-5)
+    for name, gradient in zip("qkv", gradients, strict=True):
+        assert_close(gradient, data[f"d{name}_slc"], rel=1e-4, name=name)
 
 
 CASES = {  # queries, keys, offset, query and key heads, chunk, top-k, window, documents
@@ -95,7 +103,12 @@ CASES = {  # queries, keys, offset, query and key heads, chunk, top-k, window, d
 IDS = np.repeat([[1, 2, 3, 0], [0, 1, 2, 2]], [19, 40, 11, 7], axis=1)
 
 
-@pytest.mark.parametrize("name", CASES)
+THOROUGH = "whole", "one key head", "documents"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in THOROUGH)) for n in CASES]
+)
 def test_the_op_matches_its_oracle(monkeypatch, name):
     monkeypatch.setattr(blocked_attention, "MAX_BLOCK", 16)
     monkeypatch.setattr(compressed, "SCORES_PER_BLOCK", 1)
@@ -121,3 +134,19 @@ def test_the_op_matches_its_oracle(monkeypatch, name):
         return out, *pullback(cotangent)
 
     compare(run(None), run("reference"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"top_k": 2}, "top_k is 2: NSA always reads"),
+        ({"window": None}, "window is None"),
+        ({"window": 0}, "window is 0"),
+        ({"gates": np.zeros((2, 20, 2, 2), np.float32)}, r"gates are float32\[2, 20, 2, 2\]"),
+        ({"gates": np.zeros((2, 20, 2, 3), int)}, "expected floating"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    options = {"gates": np.ones((2, 20, 2, 3), np.float32), "top_k": 3, "window": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        native_sparse_attention(*random_qkv(0, 2, 20), chunk_size=4, **options)
