@@ -177,25 +177,21 @@ def _pad_time(x, multiple, least=0):
 
 
 def _blocked_attention(q, k, v, *, scale, q_offset, window, starts=None):
-    if window is not None:  # as if a document began where the window does
-        reach = jnp.maximum(jnp.arange(k.shape[1], dtype=jnp.int32) - (window - 1), 0)
-        reach = jnp.broadcast_to(reach, k.shape[:2])
-        starts = reach if starts is None else jnp.maximum(starts, reach)
-    return _blocked(q, k, v, rows_of(q_offset, starts, q.shape[0]), scale)
+    return _blocked(q, k, v, rows_of(q_offset, starts, q.shape[0]), scale, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q, k, v, rows, scale):
-    return _blocked_fwd(q, k, v, rows, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocked(q, k, v, rows, scale, window):
+    return _blocked_fwd(q, k, v, rows, scale, window)[0]
 
 
 def _first(starts, offset, q):
     return None if starts is None else first_keys(starts, offset, q.shape[0])
 
 
-def _blocked_fwd(q, k, v, rows, scale):
+def _blocked_fwd(q, k, v, rows, scale, window):
     def forward(q, k, v, offset, starts=None):
-        options = {"scale": scale, "first": _first(starts, offset, q)}
+        options = {"scale": scale, "window": window, "first": _first(starts, offset, q)}
         running = blocked.causal_forward(q, k[:, 0], v[:, 0], offset, **options)
         return blocked.softmax_finish(running, scale)
 
@@ -204,12 +200,13 @@ def _blocked_fwd(q, k, v, rows, scale):
     return out, (q, k, v, rows, out, lse)
 
 
-def _blocked_bwd(scale, saved, grad):
+def _blocked_bwd(scale, window, saved, grad):
     q, k, v, rows, out, lse = saved
 
     def backward(q, k, v, out, lse, grad, offset, starts=None):
         delta = blocked.output_dot(grad, out)
-        k, v, options = k[:, 0], v[:, 0], {"scale": scale, "first": _first(starts, offset, q)}
+        k, v, first = k[:, 0], v[:, 0], _first(starts, offset, q)
+        options = {"scale": scale, "window": window, "first": first}
         dq, dk, dv = blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
         return dq, dk[:, None], dv[:, None]
 

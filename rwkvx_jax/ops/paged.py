@@ -299,11 +299,9 @@ def piece_softmax(
         blocks = blocked.KeyBlocks(
             lambda j: read(j * cols, cols), cols, stored // cols, stored, values.shape[2]
         )
-        own_chunk, first = None if selection is None else chunk_size, None
-        if window is not None:
-            first = offset + jnp.arange(time, dtype=jnp.int32) - (window - 1)
+        own_chunk = None if selection is None else chunk_size
         running = blocked.causal_over_blocks(
-            q, blocks, offset, scale=scale, chunk_size=own_chunk, first=first
+            q, blocks, offset, scale=scale, chunk_size=own_chunk, window=window
         )
         if selection is not None and selection.size:
             running = add_past(

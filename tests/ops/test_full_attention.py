@@ -2,6 +2,7 @@
 do not fit its blocks, and the TPU kernel interpreted and lowered on the CPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,17 @@ def test_a_window_is_that_of_the_definition(small_blocks, window):
     expected = weights @ np.asarray(v)[0, :, 0] / weights.sum(1, keepdims=True)
     oracle = attend("reference", window=window, scale=0.25)(q, k, v)
     assert_close(oracle[0, :, 0], expected, rel=1e-5)
+
+
+def test_loops_of_a_window_are_as_short_as_it():
+    """What the planner takes for their length, in a text of 32 blocks."""
+    run = attend("blocked", window=512)
+    gradient = lambda *qkv: jax.grad(lambda q: run(q, *qkv[1:]).sum())(qkv[0])
+    qkv = [jax.ShapeDtypeStruct((1, 16384, 1, 8), jnp.float32)] * 3
+    for function in (run, gradient):
+        text = jax.jit(function).lower(*qkv).as_text(debug_info=True)
+        bounds = {int(n) for n in re.findall(r"at_most_(\d+)_times", text)}
+        assert bounds and max(bounds) <= 4
 
 
 @pytest.mark.parametrize("window", [0, 2.0])
