@@ -75,6 +75,7 @@ class Pages(NamedTuple):
     # it scores.
     key_sums: Float32[Array, "M2 B G2 NR K2"]
     span_rows: Float32[Array, "M2 B G2 NS K2"] | None = None  # and of spans of pages, if any
+    value_sums: Float32[Array, "M B G N K"] | None = None  # for the compressed branch of NSA
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ def init_cache(
             f"a cache of {rows:,} rows: it can have {MOST_ROWS:,}; lower max_length, or give a "
             "CachePolicy"
         )
+    if config.attention == "nsa":
+        _check_nsa(policy)
     count = _pages(config, rows)
     arguments = config, dtype, batch, count, gate, policy
     if jax.sharding.get_abstract_mesh().empty:
@@ -230,34 +233,37 @@ def _empty(
             jnp.zeros(pages, dtype),
             scored(count * selector.rows),
             scored(count // selector.span * 2) if selector.span else None,
+            scored(count) if config.attention == "nsa" else None,
         ),
         gate=gate,
         policy=policy,
     )
 
 
-def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes, Axes]:
+def page_axes(gate: Gate) -> tuple[Axes, Axes, Axes, Axes, Axes]:
     """Logical axes of `Pages`. Under the shared gate, which scores a chunk by the keys of all
     heads, every device has the sums of all."""
     rows = ("layers", "batch", "heads", "pages", None, None)
     scored = "heads" if gate == "per_head" else None
     sums = ("layers", "batch", scored, "pages", None)
-    return rows, rows, sums, sums
+    return rows, rows, sums, sums, sums
 
 
 def cache_axes(cache: Cache) -> Any:
     """Logical axes of every array of a cache, as a tree with tuples for leaves."""
     texts, rows, states = ("batch",), ("layers", "batch", None), ("layers", "batch", "heads")
     layers = None if cache.layers is None else ("layers",)
-    axes: Any = (texts, texts, rows, (*states, None, None), *page_axes(cache.gate), layers)
-    length, position, shift, wkv, keys, values, sums, spans, blocks = axes
+    axes: Any = (texts, texts, rows, (*states, None, None), layers)
+    length, position, shift, wkv, blocks = axes
+    pages = zip(page_axes(cache.gate), cache.pages, strict=True)
+    there: Any = (None if x is None else axes for axes, x in pages)
     return replace(
         cache,
         length=length,
         position=position,
         blocks=BlockState(TimeMixState(shift, wkv), shift),
         attention=None if cache.attention is None else AttentionState(shift, shift),
-        pages=Pages(keys, values, sums, None if cache.pages.span_rows is None else spans),
+        pages=Pages(*there),
         layers=blocks,
     )
 
@@ -277,6 +283,11 @@ def _check_gate(gate: Gate, config: ModelConfig) -> None:
     """Raises ConfigError for a gate that is not known, or that the model can't have."""
     if gate not in ("per_head", "shared"):
         raise ConfigError(f'gate is {gate!r}: choose "per_head" or "shared"')
+    if gate == "shared" and config.attention == "nsa":
+        raise ConfigError(
+            'gate "shared" is the original package\'s, which knows no attention "nsa": use '
+            'gate="per_head"'
+        )
     if gate == "shared" and config.selector != "mean":
         raise ConfigError(
             f'gate "shared" is the original package\'s, whose selector is "mean", not '
@@ -292,6 +303,20 @@ def _check_gate(gate: Gate, config: ModelConfig) -> None:
         raise ConfigError(
             f'gate "shared" scores a chunk by all channels of queries and keys, of which there are '
             f'{config.width} and {config.kv_width}: use gate="per_head"'
+        )
+
+
+def _check_nsa(policy: CachePolicy | None) -> None:
+    """Raises ConfigError for what the compressed branch of NSA can't read from."""
+    if policy is not None:
+        raise ConfigError(
+            f'{policy} drops rows, but attention "nsa" reads the means of whole chunks and the '
+            "last tokens by their places: use policy=None"
+        )
+    if ways("pages") > 1:
+        raise ConfigError(
+            f"mesh.context {ways('pages')} would part the chunks that the compressed branch of "
+            'attention "nsa" reads together in decoding: use mesh.context 1'
         )
 
 
@@ -375,7 +400,11 @@ def write_rows(
         first = 2 * (page // selector.span)
         spans = spans.at[(*where, first)].max(-scored, mode="drop")
         spans = spans.at[(*where, first + 1)].max(scored, mode="drop")
-    return Pages(put(pages.keys, k), put(pages.values, v), sums, spans)
+    value_sums = pages.value_sums
+    if value_sums is not None:
+        added = v.astype(jnp.float32)
+        value_sums = value_sums.at[(*rows_of(v), page)].add(added, mode="drop")
+    return Pages(put(pages.keys, k), put(pages.values, v), sums, spans, value_sums)
 
 
 def _put(target: jax.Array, rows: jax.Array, index: tuple) -> jax.Array:

@@ -33,6 +33,7 @@ _SETTINGS = (  # flags that are fields of ModelConfig
     "attention",
     "chunk_size",
     "top_k",
+    "window_size",
     "selector",
     "selector_blocks",
     "index_size",
@@ -56,13 +57,15 @@ class Options:
     """The hybrid: a .safetensors file of ours."""
     blocks: Annotated[int, tyro.conf.arg(metavar="M")]
     """Attention blocks; their number divides that of the RWKV-7 blocks."""
-    attention: Literal["sparse", "full"] | None = None
+    attention: Literal["sparse", "full", "nsa"] | None = None
     """Kind of the attention blocks. This flag and those below: by default what the source says, an
     official file the values of the paper (sparse, 2048, 3, mean, zero)."""
     chunk_size: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Tokens of one chunk of the sparse attention."""
     top_k: Annotated[int | None, tyro.conf.arg(metavar="CHUNKS")] = None
     """Chunks that a query reads."""
+    window_size: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Keys that the window branch of attention nsa reads."""
     selector: Literal["mean", "max", "pooled", "bounds", "index", "seer"] | None = None
     """How a query scores chunks; see docs/selectors.md."""
     selector_blocks: int | None = None

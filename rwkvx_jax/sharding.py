@@ -206,6 +206,21 @@ def check_heads(model: ModelConfig, tensor: int) -> None:
             )
 
 
+def check_choices(model: ModelConfig, tensor: int, parts: int) -> None:
+    """Raises ConfigError where so many devices along `tensor`, and `parts` along `context`, would
+    have some of the heads that choose chunks together, but not all of them."""
+    alone = model.choices == model.num_heads or model.learned_selector
+    if parts == 1 or alone or model.choices // tensor % parts == 0:
+        return
+    field, other = "selection_groups", ', or use selector="index" or "seer"'
+    if model.attention == "nsa":
+        field, other = "num_kv_heads", ""
+    raise ConfigError(
+        f"mesh.context {parts} would part heads that choose chunks together: make model.{field} "
+        f"{model.choices} a multiple of mesh.tensor x mesh.context = {tensor * parts}{other}"
+    )
+
+
 def check_shared_choices(model: ModelConfig, context: int) -> None:
     """Raises ConfigError where so many devices along `context` would part what blocks share."""
     if model.shares_choices and context > 1:
@@ -221,17 +236,12 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError where the mesh does not divide what the stages of `config` compute."""
     model, tensor, parts = config.model, mesh.shape["tensor"], mesh.shape["context"]
     check_heads(model, tensor)
-    if parts > 1 and not model.learned_selector and model.selection_groups // tensor % parts:
-        raise ConfigError(
-            f"mesh.context {parts} would part heads that choose chunks together: make "
-            f"model.selection_groups {model.selection_groups} a multiple of mesh.tensor x "
-            f'mesh.context = {tensor * parts}, or use selector="index" or "seer"'
-        )
+    check_choices(model, tensor, parts)
     check_shared_choices(model, parts)
     for stage in config.stages:
         batch_sharding(mesh, stage.global_batch)
         model = config.stage_model(stage)
-        chunked = model.num_attention_blocks > 0 and model.attention == "sparse"
+        chunked = model.num_attention_blocks > 0 and model.attention != "full"
         unit = model.chunk_size if chunked else 1
         if parts > 1 and stage.seq_len % (parts * unit):
             of_chunks = f" x model.chunk_size {unit}" if chunked else ""

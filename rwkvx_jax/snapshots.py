@@ -22,6 +22,7 @@ class Snapshot(NamedTuple):
     attention: AttentionState | None
     key_sums: jax.Array
     span_rows: jax.Array | None
+    value_sums: jax.Array | None
     rows: tuple[jax.Array, jax.Array] | None  # keys and values, under a policy
 
 
@@ -34,6 +35,7 @@ def snapshot(cache: Cache) -> Snapshot:
         cache.attention,
         cache.pages.key_sums,
         cache.pages.span_rows,
+        cache.pages.value_sums,
         None if cache.policy is None else (cache.pages.keys, cache.pages.values),
     )
 
@@ -51,7 +53,7 @@ def rewind(cache: Cache, snapshot: Snapshot) -> Cache:
         position=snapshot.position,
         blocks=snapshot.blocks,
         attention=snapshot.attention,
-        pages=Pages(keys, values, snapshot.key_sums, snapshot.span_rows),
+        pages=Pages(keys, values, snapshot.key_sums, snapshot.span_rows, snapshot.value_sums),
     )
 
 

@@ -54,7 +54,7 @@ def tuned(model, **lora):
         (lambda: ModelConfig(width=100), ["100", "64"]),
         (lambda: ModelConfig(chunk_size=0), ["model.chunk_size is 0", "at least 1"]),
         (lambda: ModelConfig(top_k=0), ["model.top_k is 0", "at least 1"]),
-        (lambda: ModelConfig(attention="spars"), ["'spars'", "['sparse', 'full']"]),
+        (lambda: ModelConfig(attention="spars"), ["'spars'", "['sparse', 'full', 'nsa']"]),
         (lambda: ModelConfig(width="64"), ["ModelConfig.width is '64'", "int"]),
         (lambda: ModelConfig(low_rank_override=(1, 2, 3)), ["(1, 2, 3)", "4 values"]),
         (lambda: ModelConfig(key_conv=-1), ["key_conv is -1"]),

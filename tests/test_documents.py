@@ -290,16 +290,16 @@ def run(page: str, number: int = 0, **names) -> dict:
     return names
 
 
-def on_shapes(page: str, make_names=dict) -> None:
-    """Traces the first block of a page: nothing is compiled or computed."""
-    jax.eval_shape(lambda: run(page, **make_names()) and 0)
+def on_shapes(page: str, make_names=dict, number: int = 0) -> None:
+    """Traces a block of a page: nothing is compiled or computed."""
+    jax.eval_shape(lambda: run(page, number, **make_names()) and 0)
 
 
 def test_every_program_is_run_by_a_test():
     counts = {page: len(programs(page)) for page in TEXTS if programs(page)}
     assert counts == {
         "README.md": 1,
-        "docs/attention.md": 1,
+        "docs/attention.md": 2,
         "docs/convert.md": 1,
         "docs/data.md": 3,
         "docs/evaluation.md": 1,
@@ -353,7 +353,9 @@ def test_programs_that_show_calls():
     channels, heads = jnp.zeros((1, 16, 2, 32)), jnp.zeros((1, 16, 2))
     names = dict.fromkeys(("r", "log_w", "k", "v", "a", "b", "q"), channels)
     on_shapes("docs/recurrences.md", lambda: names | {"g": heads, "beta": heads})
-    on_shapes("docs/attention.md", lambda: dict.fromkeys("qkv", jnp.zeros((1, 1024, 2, 16))))
+    arrays = lambda: dict.fromkeys("qkv", jnp.zeros((1, 1024, 2, 16)))
+    on_shapes("docs/attention.md", arrays)
+    on_shapes("docs/attention.md", lambda: arrays() | {"gates": jnp.zeros((1, 1024, 2, 3))}, 1)
     on_shapes(
         "docs/generation.md",
         lambda: {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from rwkvx_jax.config.values import require
@@ -16,6 +17,8 @@ LEARNED = ("index", "seer")
 
 def check_choices(config: ModelConfig) -> None:
     """Raises ConfigError for options of the choice of chunks that do not go together."""
+    if config.attention == "nsa":
+        _check_nsa(config)
     require(
         config.selector not in ("max", "pooled", "index")
         or (config.selector_blocks >= 1 and config.chunk_size % config.selector_blocks == 0),
@@ -63,4 +66,32 @@ def check_choices(config: ModelConfig) -> None:
         f"model.selection_spans {config.selection_spans} of model.selection_span "
         f"{config.selection_span} chunks may hold fewer past chunks than model.top_k "
         f"{config.top_k} asks for: raise one of them",
+    )
+
+
+def _check_nsa(config: ModelConfig) -> None:
+    """Raises ConfigError where options contradict how NSA chooses."""
+    require(
+        config.top_k >= 3,
+        f'model.top_k is {config.top_k}, but attention "nsa" always reads the own chunk, the one '
+        "before it and the first: use 3 or more",
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in ("selector", "selection_join", "selection_span", "share_selection_every"):
+        value, own = getattr(config, name), defaults[name]
+        require(
+            value == own,
+            f'model.{name} is {value!r}, but the chunks of attention "nsa" are chosen by its '
+            f"compressed branch: leave it {own!r}",
+        )
+    require(
+        config.forced_chunks in ("none", "both"),
+        f'model.forced_chunks is {config.forced_chunks!r}, but attention "nsa" always reads both '
+        'the first chunk and the previous one: leave it "none"',
+    )
+    require(
+        config.selection_groups in (0, config.kv_heads),
+        f'model.selection_groups is {config.selection_groups}, but with attention "nsa" the heads '
+        f"of each of the {config.kv_heads} heads of keys (model.num_kv_heads) choose together: "
+        "leave it 0",
     )

@@ -63,8 +63,9 @@ class ModelConfig(Checked):
     docs/recurrences.md. The channel mix and all else stay as they are."""
     ffn_width: int = 0
     """F: hidden width of the channel mix; 0 means 4 D."""
-    attention: Literal["sparse", "full"] = "sparse"
-    """Kind of the attention blocks; "full" is the full-attention hybrid (a baseline)."""
+    attention: Literal["sparse", "full", "nsa"] = "sparse"
+    """Kind of the attention blocks; "full" is the full-attention hybrid (a baseline), "nsa" Native
+    Sparse Attention (arXiv 2502.11089), see docs/attention.md."""
     num_kv_heads: int = 0
     """G: heads of keys and values, each for H / G heads of queries (arXiv 2305.13245); 0: as many
     as heads of queries."""
@@ -83,6 +84,8 @@ class ModelConfig(Checked):
     """Tokens of one chunk of the sparse attention."""
     top_k: int = 3
     """Chunks a query reads: its own and the top_k - 1 best past ones."""
+    window_size: int = 512
+    """Keys that the window branch of attention "nsa" reads, a query's own position included."""
     selector: Literal["mean", "max", "pooled", "bounds", "index", "seer"] = "mean"
     """How a query scores a past chunk: by its mean key (the paper), by the best or the pooled mean
     keys of parts of it, by bounds of its keys, by bounds of learned vectors ("index"), or by
@@ -138,6 +141,7 @@ class ModelConfig(Checked):
             head_size=self.head_size,
             chunk_size=self.chunk_size,
             top_k=self.top_k,
+            window_size=self.window_size,
         )
         require(
             self.num_attention_blocks >= 0,
@@ -262,7 +266,8 @@ class ModelConfig(Checked):
     @property
     def choices(self) -> int:
         """S: choices of chunks that a token makes in an attention block."""
-        return self.selection_groups or self.num_heads
+        each = self.kv_heads if self.attention == "nsa" else self.num_heads
+        return self.selection_groups or each
 
     @property
     def learned_selector(self) -> bool:
@@ -299,6 +304,11 @@ class ModelConfig(Checked):
     def scored_size(self) -> int:
         """Channels of each of the scored heads."""
         return self.index_channels if self.selector == "index" else self.head_size
+
+    @property
+    def gate_matrix(self) -> int:
+        """Numbers in the matrix by which one attention block makes the gates of its branches."""
+        return 3 * self.width * self.num_heads if self.attention == "nsa" else 0
 
     @property
     def indexer_matrices(self) -> int:
@@ -357,8 +367,8 @@ class ModelConfig(Checked):
 
     @property
     def attention_matrices(self) -> int:
-        """Numbers in the four matrices of one attention."""
-        return 2 * self.width * (self.width + self.kv_width)
+        """Numbers in the four matrices of one attention, and in that of its gates."""
+        return 2 * self.width * (self.width + self.kv_width) + self.gate_matrix
 
     @property
     def channel_mix_shift(self) -> int:

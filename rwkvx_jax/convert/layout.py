@@ -154,6 +154,8 @@ def outside_table(config: ModelConfig) -> str | None:
     found = [f"{name}={x!r}" for name, x in values.items() if x != getattr(plain, name)]
     if config.kv_heads != config.num_heads and config.num_attention_blocks:
         found.append(f"num_kv_heads={config.num_kv_heads}")
+    if config.attention == "nsa" and config.num_attention_blocks:
+        found.append("attention='nsa'")
     if config.learned_selector and config.num_attention_blocks:
         found.append(f"selector={config.selector!r}")
     if not config.num_blocks:

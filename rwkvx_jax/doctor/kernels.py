@@ -70,10 +70,12 @@ def kernel_checks(case: Case) -> Iterator[Check]:
         yield f"{recurrence} ({case.dtype}, {form})", functools.partial(check, case)
     if not case.model.num_attention_blocks:
         return
-    if case.model.attention == "full":
+    if case.model.attention != "sparse":  # "nsa" has it in a window
         yield f"full_attention ({case.dtype}, {form})", functools.partial(_check_full, case)
+    if case.model.attention == "full":
         return
-    yield f"select_chunks ({case.dtype}, {form})", functools.partial(_check_selection, case)
+    if case.model.attention == "sparse":
+        yield f"select_chunks ({case.dtype}, {form})", functools.partial(_check_selection, case)
     yield f"sparse_attention ({case.dtype}, {form})", functools.partial(_check_sparse, case)
 
 
@@ -112,9 +114,10 @@ def _check_delta_rule(case: Case) -> tuple[str, Values]:
 
 
 def _check_full(case: Case) -> tuple[str, Values]:
-    oracle = functools.partial(full_attention, implementation="reference")
-    make = functools.partial(_qkv, case)
-    return _compare("full_attention", case, full_attention, oracle, make)
+    window = case.model.window_size if case.model.attention == "nsa" else None
+    op = functools.partial(full_attention, window=window)
+    oracle = functools.partial(op, implementation="reference")
+    return _compare("full_attention", case, op, oracle, functools.partial(_qkv, case))
 
 
 def _check_sparse(case: Case) -> tuple[str, Values]:

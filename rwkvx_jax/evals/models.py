@@ -40,6 +40,7 @@ _ADDED = (  # fields of ModelConfig since version 0.2.0
     "selection_span",
     "selection_spans",
     "share_selection_every",
+    "window_size",
 )
 IDENTITY_FIELDS = ("model", "parameters", "compute_dtype", "tokenizer", "vocabulary")
 """Those fields of a model's description that decide its answers."""

@@ -103,6 +103,7 @@ def _cuts(config: ModelConfig, rows: int) -> dict[str, int]:
         "state.rows.1": count,
         "state.key_sums": count * selector.rows,
         "state.span_rows": spans,
+        "state.value_sums": count,
     }
 
 

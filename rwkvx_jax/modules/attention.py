@@ -29,7 +29,14 @@ from rwkvx_jax.ops.chunk_mass import selection_loss
 from rwkvx_jax.ops.documents import document_starts
 from rwkvx_jax.ops.full_attention import full_attention
 from rwkvx_jax.ops.selection import repeated_choices, select_chunks, selector_of
-from rwkvx_jax.sharding import check_shared_choices, constrain, per_device, sequence_parts
+from rwkvx_jax.sharding import (
+    check_choices,
+    check_shared_choices,
+    constrain,
+    per_device,
+    sequence_parts,
+    ways,
+)
 
 
 class Attention(nnx.Module):
@@ -72,7 +79,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of a whole sequence to itself, or of each document packed in it."""
         q, k, v, _ = self.project(h, segment_ids=segment_ids)
-        index: tuple[jax.Array, ...] = ()
+        gates = self.gates(h)
+        index: tuple[jax.Array, ...] = () if gates is None else (gates,)
         if self.config.attention == "full":
             op = full_attention
         else:
@@ -80,7 +88,8 @@ class Attention(nnx.Module):
             if self.config.learned_selector:
                 asked, scored = self.scored(q, k)
                 index = (asked,) if scored is k else (asked, scored)
-        if sequence_parts(h.shape[1]) > 1:
+        if (parts := sequence_parts(h.shape[1])) > 1:
+            check_choices(self.config, ways("heads"), parts)
             out = context.attention(op, q, k, v, segment_ids, *index)
         else:
             tokens = ("batch", None, "heads", None)
@@ -148,6 +157,10 @@ class Attention(nnx.Module):
         out = per_device(attend, (ids, *[tokens] * 4), tokens)(segment_ids, choice, q, k, v)
         return self.combine(out), choice
 
+    def gates(self, h: Float[Array, "B T D"]) -> Float[Array, "B T H 3"] | None:
+        """Gates of the branches, where the attention has several (`modules/nsa.py`)."""
+        return None
+
     def selection_loss(
         self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float32[Array, "B S"]:
@@ -207,7 +220,9 @@ class Attention(nnx.Module):
             pages, kept = jax.lax.cond(jnp.any(due), squeeze, lambda *same: same, pages, kept)
             start = jnp.where(due, policy.keep, start)
             shared = None if shared is None else shared._replace(kept=kept)
-        read = partial(attend_cached, config=self.config, gate=gate, shared=shared)
+        read = partial(
+            attend_cached, config=self.config, gate=gate, gates=self.gates(h), shared=shared
+        )
         out, pages, choice = read(q, k, v, asked, scored, pages, layer, start, lengths)
         shared = None if shared is None else shared._replace(choice=choice)
         return self.combine(out), (pages, new_tail, shared)

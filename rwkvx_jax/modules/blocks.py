@@ -19,6 +19,7 @@ from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules.attention import Attention
 from rwkvx_jax.modules.channel_mix import CHANNEL_MIXES
 from rwkvx_jax.modules.mixers import MIXERS
+from rwkvx_jax.modules.nsa import NativeSparseAttention
 from rwkvx_jax.modules.parameters import LayerConstants, norm
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.sharding import constrain
@@ -66,7 +67,8 @@ class AttentionBlock(nnx.Module):
         constants = LayerConstants(config, layer, config.num_blocks or config.num_attention_blocks)
         self.ln1 = norm(config, rngs, dtype)
         self.ln2 = norm(config, rngs, dtype)
-        self.attention = Attention(config, rngs)
+        kind = NativeSparseAttention if config.attention == "nsa" else Attention
+        self.attention = kind(config, rngs)
         self.channel_mix = CHANNEL_MIXES[config.backbone](config, constants, rngs)
 
     def __call__(

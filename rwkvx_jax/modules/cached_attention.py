@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from rwkvx_jax.cache import Gate, Pages, Shared, check_spans, page_axes, write_rows
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.ops.compressed import ChunkMeans, compressed_attention
+from rwkvx_jax.ops.nsa import gated
 from rwkvx_jax.ops.paged import (
     Softmax,
     attend_pages,
@@ -43,6 +45,7 @@ def attend_cached(
     *,
     config: ModelConfig,
     gate: Gate,
+    gates: Float[Array, "B T H 3"] | None = None,
     shared: Shared | None = None,
 ) -> tuple[Float[Array, "B T H K"], Pages, Int[Array, "B T S J"] | None]:
     """Appends a piece to the pages, and attends to them.
@@ -59,6 +62,7 @@ def attend_cached(
       lengths: valid tokens of the piece.
       config: the model.
       gate: how past pages are chosen.
+      gates: of the branches of attention "nsa"; None without.
       shared: what the block before hands on, where blocks share choices.
 
     Returns:
@@ -71,9 +75,11 @@ def attend_cached(
     reader = _Reader(config, gate, context, tensor)
     stored = page_axes(gate)
     handed = (None,) * 3 if shared is None else shared[:3]
-    inputs = (*[_TOKENS] * 5, *stored, (), ("batch",), ("batch",), (), (), _TOKENS)
+    inputs = (*[_TOKENS] * 6, *stored, (), ("batch",), ("batch",), (), (), _TOKENS)
     run = per_device(reader.__call__, inputs, (_TOKENS, *stored, _TOKENS))
-    out, *written, choice = run(q, k, v, asked, scored, *pages, layer, start, lengths, *handed)
+    out, *written, choice = run(
+        q, k, v, asked, scored, gates, *pages, layer, start, lengths, *handed
+    )
     return out, Pages(*written), choice
 
 
@@ -92,28 +98,30 @@ class _Reader(NamedTuple):
     context: str | None
     tensor: str | None
 
-    def __call__(
-        self, q, k, v, asked, scored, keys, values, sums, spans, layer, start, lengths, *handed
-    ):
-        chooses, rows, choice = handed
+    def __call__(self, q, k, v, asked, scored, gates, *given):
+        *stored, layer, start, lengths, chooses, rows, choice = given
         shared = None if chooses is None else Shared(chooses, rows, choice, None)
-        count, chunk = keys.shape[3:5]
+        pages = Pages(*stored)
+        count, chunk = pages.keys.shape[3:5]
         if self.context is not None:
             start = start - jax.lax.axis_index(self.context) * (count * chunk)
         if self.gate == "shared":
             scored = self._all_heads(k)
-        pages = Pages(keys, values, sums, spans)
         pages = write_rows(pages, layer, k, v, start, lengths, self._selector, scored, shared)
+        read = self._read_one if q.shape[1] == 1 else self._read_piece
+        if gates is not None:
+            compressed, chosen = self._read_means(q, pages, layer, start)
+            selected = read(q, pages, layer, start, chosen)
+            window = self._read_window(q, pages, layer, start)
+            return gated(gates, compressed, selected, window).astype(q.dtype), *pages, choice
         if choice is None:
             chosen = self._choose(q, asked, pages, layer, start)
         else:
             choose = lambda: self._choose(q, asked, pages, rows, start)
             choice = chosen = jax.lax.cond(chooses, choose, lambda: choice)
         if chosen is not None and self.gate == "per_head":
-            chosen = repeated_choices(chosen, keys.shape[2])
-        read = self._read_one if q.shape[1] == 1 else self._read_piece
-        out = read(q, pages, layer, start, chosen)
-        return out.astype(q.dtype), *pages, choice
+            chosen = repeated_choices(chosen, k.shape[2])
+        return read(q, pages, layer, start, chosen).astype(q.dtype), *pages, choice
 
     @property
     def _selector(self):
@@ -158,9 +166,36 @@ class _Reader(NamedTuple):
             return chosen
         return jnp.broadcast_to(chosen, (*chosen.shape[:2], heads, chosen.shape[3]))
 
+    def _read_means(self, q, pages: Pages, layer, start) -> tuple[jax.Array, jax.Array]:
+        """The compressed branch of NSA [B, T, H, K], and the past pages it chooses [B, T, G, J]."""
+        chunk = pages.keys.shape[4]
+        take = lambda sums: jax.lax.dynamic_index_in_dim(sums, layer, 0, False).swapaxes(1, 2)
+        return compressed_attention(
+            q,
+            ChunkMeans(take(pages.key_sums) / chunk, take(pages.value_sums) / chunk),
+            start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None],
+            chunk_size=chunk,
+            count=self.config.top_k - 1,
+            scale=q.shape[3] ** -0.5,
+        )
+
+    def _read_window(self, q, pages: Pages, layer, start) -> jax.Array:
+        """The window branch of NSA, [B, T, H, K]."""
+        window = self.config.window_size
+        if q.shape[1] > 1:
+            return self._read_piece(q, pages, layer, start, None, window)
+        batch, groups, count, chunk = pages.keys.shape[1:5]
+        most = min(count, -(-(window - 1) // chunk) + 1)  # pages that a window reaches into
+        page = start[:, None] // chunk - jnp.arange(most)[None]
+        within = lambda row: jnp.clip(row[:, None] - page * chunk, 0, chunk)
+        visible = jnp.where(page >= 0, within(start + 1), 0)
+        spread = lambda x: jnp.broadcast_to(x[:, None], (batch, groups, most))
+        page, hidden = jnp.clip(page, 0, count - 1), within(start + 1 - window)
+        return self._read_pages(q, pages, layer, *map(spread, (page, visible, hidden)))
+
     def _read_one(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
         """One token: the chosen pages and the filled part of its own, [B, 1, H, K]."""
-        _, batch, groups, count, chunk, size = pages.keys.shape
+        batch, groups, count, chunk = pages.keys.shape[1:5]
         # Queries of one key head are read together where they see the same pages.
         readers = groups if chosen is None else chosen.shape[2]
         if chosen is None:
@@ -174,6 +209,13 @@ class _Reader(NamedTuple):
             visible = jnp.concatenate([visible, filled], axis=-1)
             chosen = jnp.concatenate([chosen[:, 0], own], axis=-1)
             chosen = jnp.clip(chosen, 0, count - 1)
+        return self._read_pages(q, pages, layer, chosen, visible)
+
+    def _read_pages(self, q, pages: Pages, layer, chosen, visible, hidden=None) -> jax.Array:
+        """One token: rows hidden .. visible - 1 of pages, each [B, readers, J], of all readers'
+        queries; [B, 1, H, K]."""
+        _, batch, groups, count, chunk, size = pages.keys.shape
+        readers = chosen.shape[1]
         row = jnp.arange(batch * readers).reshape(batch, readers, 1) // (readers // groups)
         flat = (layer * batch * groups + row) * count + chosen
         arguments = (
@@ -182,6 +224,7 @@ class _Reader(NamedTuple):
             pages.values.reshape(-1, chunk, size),
             flat.reshape(batch * readers, -1),
             visible.reshape(batch * readers, -1),
+            None if hidden is None else hidden.reshape(batch * readers, -1),
         )
         if self.context is None:
             out = attend_pages(*arguments, scale=size**-0.5)
@@ -189,7 +232,7 @@ class _Reader(NamedTuple):
             out = join(page_softmax(*arguments, scale=size**-0.5), self.context)
         return out.reshape(batch, 1, -1, size)
 
-    def _read_piece(self, q, pages: Pages, layer, start, chosen) -> jax.Array:
+    def _read_piece(self, q, pages: Pages, layer, start, chosen, window=None) -> jax.Array:
         """Many tokens at once, [B, T, H, K]."""
         _, batch, groups, count, chunk, size = pages.keys.shape
         arguments = (
@@ -201,6 +244,7 @@ class _Reader(NamedTuple):
             start,
         )
         options = {"chunk_size": chunk, "scale": size**-0.5, "key_heads": groups}
+        options["window"] = window
         if self.context is None:
             return attend_piece(*arguments, **options)
         found: Softmax = piece_softmax(*arguments, **options)

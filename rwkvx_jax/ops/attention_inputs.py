@@ -118,6 +118,15 @@ def check_chunking(chunk_size: int, top_k: int) -> None:
         )
 
 
+def check_window(window: int | None) -> None:
+    """Raises ValueError unless window is a positive int, or None for everything."""
+    if window is not None and not (isinstance(window, numbers.Integral) and window > 0):
+        raise ValueError(
+            f"window is {window!r}: pass a positive Python int, the keys a query reads, or None "
+            "for all"
+        )
+
+
 def check_scale(scale: float | None, key_size: int) -> float:
     """The factor on q . k as a positive float; the default is 1 / sqrt(K)."""
     if scale is None:
@@ -162,13 +171,14 @@ def query_starts(
 
 
 def run_attention(
-    run: Callable[..., jax.Array],
+    run: Callable[..., Any],
     arrays: Sequence[jax.Array],
     q_offset,
     *,
     segment_ids: jax.Array | None = None,
+    outputs: str | tuple[str, ...] = "B.H.",
     check_vma: bool = True,
-) -> jax.Array:
+) -> Any:
     """`run(*arrays, q_offset=...)`, by each device for its own rows and heads (`placement.local`).
 
     Args:
@@ -176,6 +186,7 @@ def run_attention(
       arrays: its arguments.
       q_offset: int, integer scalar or integer [B]; stays an int where it is one.
       segment_ids: of the keys; with them `run` gets `starts` (`documents.document_starts`).
+      outputs: as in `placement.local`, where `run` returns several.
       check_vma: as in `jax.shard_map`.
     """
     given: dict[str, Any] = {"q_offset": known_or_rows(q_offset, arrays[0].shape[0])}
@@ -189,4 +200,4 @@ def run_attention(
         return run(*values[: len(arrays)], **(given | named))
 
     axes = ("B.H.",) * len(arrays) + tuple("B" + "." * (x.ndim - 1) for x in rows.values())
-    return local(shard, (*arrays, *rows.values()), axes, "B.H.", check_vma=check_vma)
+    return local(shard, (*arrays, *rows.values()), axes, outputs, check_vma=check_vma)

@@ -42,11 +42,13 @@ def full_attention_reference(
     *,
     scale: float,
     q_offset: Offset = 0,
+    window: int | None = None,
     starts: Int32[Array, "B Tk"] | None = None,
 ) -> Float[Array, "B Tq H V"]:
     """Oracle of `full_attention.full_attention`."""
     positions = query_positions(q_offset, q.shape[0], q.shape[1])
-    visible = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
+    behind = positions[:, :, None] - jnp.arange(k.shape[1])[None, None, :]
+    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     if starts is not None:
         visible &= _same_document(starts, q_offset, q.shape[1])
     return _masked_softmax_attention(q, k, v, visible[:, None], scale)

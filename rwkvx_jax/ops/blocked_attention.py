@@ -159,7 +159,7 @@ def split_rows(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(blocks, rows, *x.shape[1:])
 
 
-def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None, first=None):
+def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None, first=None, window=None):
     """Causal attention to one key head: to all earlier keys, to those of the query's own chunk, or
     to those of given chunks.
 
@@ -174,6 +174,7 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None, first=
         hold at most MAX_BLOCK keys; P divides M, and M / P neighbouring heads see the same.
       first: int32 [Tq], restricts each query to the keys from this position on, where its document
         begins; does not decrease, and is not behind the query. None: to all of these.
+      window: restricts each query to so many of the last keys, its own included; None: to none.
 
     Returns:
       The running softmax of the queries, with [Tq, M] for the rows of `softmax_start`.
@@ -182,9 +183,8 @@ def causal_forward(q, k, v, offset, *, scale, chunk_size=None, seen=None, first=
     k_blocks, v_blocks = split_rows(k, cols), split_rows(v, cols)
     read = lambda j: (k_blocks[j], v_blocks[j])
     blocks = KeyBlocks(read, cols, k_blocks.shape[0], k.shape[0], v.shape[1])
-    return causal_over_blocks(
-        q, blocks, offset, scale=scale, chunk_size=chunk_size, seen=seen, first=first
-    )
+    options = {"scale": scale, "chunk_size": chunk_size, "seen": seen, "first": first}
+    return causal_over_blocks(q, blocks, offset, window=window, **options)
 
 
 class KeyBlocks(NamedTuple):
@@ -198,15 +198,15 @@ class KeyBlocks(NamedTuple):
 
 
 def causal_over_blocks(
-    q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, seen=None, first=None
+    q, blocks: KeyBlocks, offset, *, scale, chunk_size=None, seen=None, first=None, window=None
 ):
     """`causal_forward` with keys and values that are read where they lie."""
     length, heads = q.shape[:2]
     cols = blocks.cols
     rows = tokens_at_once(block_size(chunk_size, seen is not None), length, heads)
     q = split_rows(q, rows)
-    first = _first_seen(first, offset, chunk_size, seen)
-    mask = _Mask(rows, cols, heads, chunk_size, seen, first)
+    first = _first_seen(first, offset, length, chunk_size, seen, window)
+    mask = _Mask(rows, cols, heads, chunk_size, seen, first, window)
 
     def query_block(numbered):
         index, block = numbered
@@ -231,12 +231,13 @@ def causal_over_blocks(
 
 
 def causal_backward(
-    q, k, v, grad, lse, delta, offset, *, scale, chunk_size=None, seen=None, first=None
-):
+    q, k, v, grad, lse, delta, offset, *,
+    scale, chunk_size=None, seen=None, first=None, window=None,
+):  # fmt: skip
     """Gradients of `causal_forward`, given the log-sum-exp over everything a query attends to.
 
     Args:
-      q, k, v, offset, scale, chunk_size, seen, first: as in `causal_forward`.
+      q, k, v, offset, scale, chunk_size, seen, first, window: as in `causal_forward`.
       grad: [Tq, M, V] gradient of the output.
       lse: [Tq, M] log-sum-exp; over more keys than visible here, if the caller adds others.
       delta: [Tq, M] sum over V of grad * output.
@@ -248,8 +249,8 @@ def causal_backward(
     length, heads = shape[:2]
     side = block_size(chunk_size, seen is not None)
     rows, cols = tokens_at_once(side, length, heads), min(side, keys)
-    first = _first_seen(first, offset, chunk_size, seen)
-    mask = _Mask(rows, cols, heads, chunk_size, seen, first)
+    first = _first_seen(first, offset, length, chunk_size, seen, window)
+    mask = _Mask(rows, cols, heads, chunk_size, seen, first, window)
     blocks = (split_rows(x, rows) for x in (q, grad, lse, delta))
     q, grad, lse, delta = (x.reshape(-1, rows * heads, *x.shape[3:]) for x in blocks)
 
@@ -282,11 +283,15 @@ def causal_backward(
     return dq, dk.reshape(-1, k.shape[1])[:keys], dv.reshape(-1, v.shape[1])[:keys]
 
 
-def _first_seen(first, offset, chunk_size, seen):
-    """`first` of `causal_forward`, with what restricts queries to their own chunk taken into it."""
+def _first_seen(first, offset, length, chunk_size, seen, window):
+    """`first` of `causal_forward`, with what restricts queries to their own chunk, if there is one,
+    and to a window taken into it."""
+    queries = offset + jnp.arange(length, dtype=jnp.int32)
+    if window is not None:
+        near = queries - (window - 1)
+        first = near if first is None else jnp.maximum(first, near)
     if first is None or chunk_size is None or seen is not None:
         return first
-    queries = offset + jnp.arange(first.shape[0], dtype=jnp.int32)
     return jnp.maximum(first, queries // chunk_size * chunk_size)
 
 
@@ -294,8 +299,12 @@ class _Mask:
     """What the queries of `rows` tokens and `heads` heads see in blocks of `cols` keys; the other
     fields as in `causal_forward`, `first` as `_first_seen` returns it."""
 
-    def __init__(self, rows: int, cols: int, heads: int, chunk_size: int | None, seen, first):
+    def __init__(
+        self, rows: int, cols: int, heads: int, chunk_size: int | None, seen, first,
+        window: int | None,
+    ):  # fmt: skip
         self.rows, self.cols, self.heads = rows, cols, heads
+        self.window = window
         self.chunk_size = chunk_size
         self.within = (
             chunk_size if seen is None else None
@@ -393,5 +402,6 @@ class _Mask:
         if self.seen is not None:
             return blocks
         edge = side // other + 2
-        reach = blocks if self.within is None else self.within // other + edge
+        sizes = [size for size in (self.within, self.window) if size is not None]
+        reach = min((size // other + edge for size in sizes), default=blocks)
         return min(blocks, edge if masked and self.first is None else reach)

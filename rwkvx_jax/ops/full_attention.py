@@ -19,6 +19,7 @@ from rwkvx_jax.ops.attention_inputs import (
     Offset,
     check_attention_inputs,
     check_scale,
+    check_window,
     rows_of,
     run_attention,
 )
@@ -41,10 +42,11 @@ def full_attention(
     *,
     q_offset: Offset = 0,
     segment_ids: Int[Array, "B Tk"] | None = None,
+    window: int | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Tq H V"]:
-    """Causal attention of every query to all keys at or before its position.
+    """Causal attention of every query to all keys at or before its position, or to the last ones.
 
     Args:
       q: [B, Tq, H, K] queries; the first of row b stands at absolute position q_offset[b].
@@ -55,6 +57,8 @@ def full_attention(
         last key are meaningless but finite.
       segment_ids: numbers of packed documents (`documents`), of the keys and so of the queries at
         their positions: no key of another document is read. None: all tokens are of one.
+      window: each query reads so many keys, its own position included (fewer where its text
+        begins); the time then grows with Tq * window. None: all.
       scale: factor on q . k, a positive float; default 1 / sqrt(K).
       implementation: "reference" (float32, quadratic memory), "blocked", "splash" (TPU),
         "cudnn" (GPU), or None to choose by platform, shapes and dtype.
@@ -63,11 +67,12 @@ def full_attention(
       [B, Tq, H, V] in q's dtype, differentiable in q, k, v in reverse mode ("reference" in both).
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit, segment_ids that number no documents, a named
-        implementation that cannot run here, or forward-mode differentiation of another than
-        "reference".
+      ValueError: on shapes or dtypes that do not fit, segment_ids that number no documents, a
+        window that is no positive int, a named implementation that cannot run here, or forward-mode
+        differentiation of another than "reference".
     """
     check_attention_inputs(q, k, v, q_offset)
+    check_window(window)
     scale = check_scale(scale, q.shape[-1])
     if segment_ids is not None:
         check_segment_ids("full_attention", segment_ids, *k.shape[:2])
@@ -81,7 +86,7 @@ def full_attention(
     chosen = resolve("full_attention", implementation, candidates)
     if chosen != "reference":
         q, k, v = reverse_only(NO_FORWARD_MODE.format("full_attention"), q, k, v)
-    run = functools.partial(_IMPLEMENTATIONS[chosen], scale=scale)
+    run = functools.partial(_IMPLEMENTATIONS[chosen], scale=scale, window=window)
     by_xla = chosen in ("blocked", "reference")
     return run_attention(run, (q, k, v), q_offset, segment_ids=segment_ids, check_vma=by_xla)
 
@@ -112,19 +117,21 @@ def _cudnn_obstacle(q, k, v, q_offset, segment_ids) -> str | None:
     return None
 
 
-def _cudnn_attention(q, k, v, *, scale, q_offset):
+def _cudnn_attention(q, k, v, *, scale, q_offset, window):
     del q_offset  # 0, or cuDNN is not chosen
+    local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
     )
 
 
-def _splash_attention(q, k, v, *, scale, q_offset, starts=None, interpret=False):
+def _splash_attention(q, k, v, *, scale, q_offset, window=None, starts=None, interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     rows, cols = _splash_block(length, SPLASH_QUERIES), _splash_block(keys, SPLASH_KEYS)
     compute = min(cols, SPLASH_COMPUTE)
+    cols = -(-cols // compute) * compute  # the kernel computes whole parts of a block
     sizes = splash.BlockSizes(
         block_q=rows,
         block_kv=cols,
@@ -134,9 +141,16 @@ def _splash_attention(q, k, v, *, scale, q_offset, starts=None, interpret=False)
         block_kv_dkv_compute=compute,
         use_fused_bwd_kernel=True,
     )
-    # Padding keys lie after every real query, where the causal mask hides them.
-    q, k, v = _pad_time(q * scale, rows), _pad_time(k, cols), _pad_time(v, cols)
-    mask = splash.CausalMask((q.shape[1], k.shape[1]), offset=q_offset)
+    # Padding keys lie after every real query, where the causal mask hides them. In a window, every
+    # padding query needs one, too: one that sees nothing would make gradients NaN.
+    q = _pad_time(q * scale, rows)
+    missing = 0 if window is None else max(0, q_offset + q.shape[1] - keys)
+    k, v = (_pad_time(x, cols, missing) for x in (k, v))
+    shape = q.shape[1], k.shape[1]
+    if window is None:
+        mask = splash.CausalMask(shape, offset=q_offset)
+    else:
+        mask = splash.LocalMask(shape, (window - 1, 0), q_offset)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
     )
@@ -156,26 +170,28 @@ def _splash_block(length: int, largest: int) -> int:
     return min(largest, -(-length // 128) * 128)
 
 
-def _pad_time(x, multiple):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+def _pad_time(x, multiple, least=0):
+    """x with at least so many tokens of zeros behind it, to a multiple."""
+    length = x.shape[1] + least
+    return jnp.pad(x, ((0, 0), (0, least + -length % multiple), (0, 0), (0, 0)))
 
 
-def _blocked_attention(q, k, v, *, scale, q_offset, starts=None):
-    return _blocked(q, k, v, rows_of(q_offset, starts, q.shape[0]), scale)
+def _blocked_attention(q, k, v, *, scale, q_offset, window, starts=None):
+    return _blocked(q, k, v, rows_of(q_offset, starts, q.shape[0]), scale, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q, k, v, rows, scale):
-    return _blocked_fwd(q, k, v, rows, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocked(q, k, v, rows, scale, window):
+    return _blocked_fwd(q, k, v, rows, scale, window)[0]
 
 
 def _first(starts, offset, q):
     return None if starts is None else first_keys(starts, offset, q.shape[0])
 
 
-def _blocked_fwd(q, k, v, rows, scale):
+def _blocked_fwd(q, k, v, rows, scale, window):
     def forward(q, k, v, offset, starts=None):
-        options = {"scale": scale, "first": _first(starts, offset, q)}
+        options = {"scale": scale, "window": window, "first": _first(starts, offset, q)}
         running = blocked.causal_forward(q, k[:, 0], v[:, 0], offset, **options)
         return blocked.softmax_finish(running, scale)
 
@@ -184,12 +200,13 @@ def _blocked_fwd(q, k, v, rows, scale):
     return out, (q, k, v, rows, out, lse)
 
 
-def _blocked_bwd(scale, saved, grad):
+def _blocked_bwd(scale, window, saved, grad):
     q, k, v, rows, out, lse = saved
 
     def backward(q, k, v, out, lse, grad, offset, starts=None):
         delta = blocked.output_dot(grad, out)
-        k, v, options = k[:, 0], v[:, 0], {"scale": scale, "first": _first(starts, offset, q)}
+        k, v, first = k[:, 0], v[:, 0], _first(starts, offset, q)
+        options = {"scale": scale, "window": window, "first": first}
         dq, dk, dv = blocked.causal_backward(q, k, v, grad, lse, delta, offset, **options)
         return dq, dk[:, None], dv[:, None]
 

@@ -47,6 +47,7 @@ def attend_pages(
     values: Float[Array, "P C V"],
     page: Int32[Array, "R J"],
     visible: Int32[Array, "R J"],
+    hidden: Int32[Array, "R J"] | None = None,
     *,
     scale: float,
     implementation: str | None = None,
@@ -59,6 +60,7 @@ def attend_pages(
       values: all pages.
       page: the J pages of each query; entries without visible rows may hold any valid index.
       visible: rows of each page that count, from its start; 0 leaves the page out.
+      hidden: how many of these do not count after all, from its start; None: none.
       scale: factor on q . k.
       implementation: "tiles" (CPU: reads only tiles with visible rows, one by one), "gather" (one
         gather of all pages; also the oracle), or None to choose by platform.
@@ -69,7 +71,9 @@ def attend_pages(
     Raises:
       ValueError: a named implementation that is unknown or cannot run here.
     """
-    found = page_softmax(q, keys, values, page, visible, scale=scale, implementation=implementation)
+    found = page_softmax(
+        q, keys, values, page, visible, hidden, scale=scale, implementation=implementation
+    )
     return found.values / found.total[..., None]
 
 
@@ -79,6 +83,7 @@ def page_softmax(
     values: Float[Array, "P C V"],
     page: Int32[Array, "R J"],
     visible: Int32[Array, "R J"],
+    hidden: Int32[Array, "R J"] | None = None,
     *,
     scale: float,
     implementation: str | None = None,
@@ -88,7 +93,7 @@ def page_softmax(
     chosen = resolve("attend_pages", implementation, candidates)
     run = _attend_tiles if chosen == "tiles" else _attend_gathered
     rows = q.astype(jnp.float32).reshape(q.shape[0], -1, q.shape[-1])
-    out, largest, total = run(rows, keys, values, page, visible, scale=scale)
+    out, largest, total = run(rows, keys, values, page, visible, hidden, scale=scale)
     shape = q.shape[:-1]
     return Softmax(out.reshape(*shape, -1), largest.reshape(shape), total.reshape(shape))
 
@@ -99,6 +104,7 @@ def _attend_gathered(
     values: Float[Array, "P C V"],
     page: Int[Array, "R J"],
     visible: Int[Array, "R J"],
+    hidden: Int[Array, "R J"] | None,
     *,
     scale: float,
 ) -> Softmax:
@@ -106,18 +112,21 @@ def _attend_gathered(
     keys, values = keys[page].astype(jnp.float32), values[page].astype(jnp.float32)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     scores = product("rmk,rjck->rmjc", q, keys) * scale
-    weights, largest, total = _softmax(scores, visible)
+    weights, largest, total = _softmax(scores, visible, hidden)
     return Softmax(product("rmjc,rjcv->rmv", weights, values), largest, total)
 
 
-def _attend_tiles(q, keys, values, page, visible, *, scale) -> Softmax:
+def _attend_tiles(q, keys, values, page, visible, hidden, *, scale) -> Softmax:
     """`page_softmax` by two loops over the tiles that hold visible rows, and no others."""
     rows, per_row = page.shape
     shared = q.shape[1]
     chunk, value_size = values.shape[1:]
     tile = next(t for t in range(min(TILE, chunk), 0, -1) if chunk % t == 0)
     parts = chunk // tile
-    filled = jnp.arange(parts)[None, None] * tile < visible[..., None]  # [R, J, parts]
+    begin = jnp.arange(parts)[None, None] * tile
+    filled = begin < visible[..., None]  # [R, J, parts]
+    if hidden is not None:
+        filled &= begin + tile > hidden[..., None]
     (numbers,) = jnp.nonzero(filled.reshape(-1), size=filled.size)
     count = filled.sum()
 
@@ -135,7 +144,7 @@ def _attend_tiles(q, keys, values, page, visible, *, scale) -> Softmax:
     scores = jax.lax.fori_loop(0, count, score, jnp.zeros((filled.size, shared * tile)))
     scores = scores.reshape(rows, per_row * parts, shared, tile).swapaxes(1, 2)
     scores = scores.reshape(rows, shared, per_row, chunk)
-    weights, largest, total = _softmax(scores * scale, visible)
+    weights, largest, total = _softmax(scores * scale, visible, hidden)
     weights = weights.reshape(rows, shared, per_row * parts, tile).swapaxes(1, 2)
     weights = weights.reshape(filled.size, shared, tile)
 
@@ -148,10 +157,16 @@ def _attend_tiles(q, keys, values, page, visible, *, scale) -> Softmax:
     return Softmax(sums.reshape(rows, -1, shared, value_size).sum(1), largest, total)
 
 
-def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _softmax(
+    scores: jax.Array, visible: jax.Array, hidden: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Exponentials [R, M, J, C] of the visible scores relative to the largest, that [R, M], and
     their sums [R, M], at least the smallest normal number."""
-    counts = (jnp.arange(scores.shape[3])[None, None] < visible[..., None])[:, None]
+    row = jnp.arange(scores.shape[3])[None, None]
+    counts = row < visible[..., None]
+    if hidden is not None:
+        counts &= row >= hidden[..., None]
+    counts = counts[:, None]
     largest = jnp.max(jnp.where(counts, scores, blocked.MASKED), axis=(2, 3))
     weights = jnp.where(counts, jnp.exp(scores - largest[..., None, None]), 0.0)
     return weights, largest, jnp.maximum(weights.sum((2, 3)), jnp.finfo(jnp.float32).tiny)
@@ -189,6 +204,7 @@ def attend_piece(
     chunk_size: int,
     scale: float,
     key_heads: int | None = None,
+    window: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H V"]:
     """Attention of a piece of text to the cached rows before it and to itself.
@@ -205,6 +221,7 @@ def attend_piece(
       chunk_size: tokens in a chunk; divides R.
       scale: factor on q . k.
       key_heads: key heads G of a batch row, which divides S; None: as many as q has.
+      window: rows that each query reads of full causal attention, its own included; None: all.
       implementation: "in_place" (CPU: costs nothing that grows with S but what is attended to),
         "slice" (cuts the block's rows out and calls `sparse_attention` or `full_attention`; also
         the oracle), or None to choose by platform.
@@ -230,13 +247,14 @@ def attend_piece(
             chunk_size=chunk_size,
             scale=scale,
             key_heads=groups,
+            window=window,
         )
         return (found.values / found.total[..., None]).astype(q.dtype)
     batch = q.shape[0]
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch * groups)
     k, v = (cut(x).reshape(batch, groups, *x.shape[1:]).swapaxes(1, 2) for x in (keys, values))
     if selection is None:
-        return full_attention(q, k, v, q_offset=offset, scale=scale)
+        return full_attention(q, k, v, q_offset=offset, window=window, scale=scale)
     return sparse_attention(
         q,
         k,
@@ -260,6 +278,7 @@ def piece_softmax(
     chunk_size: int,
     scale: float,
     key_heads: int,
+    window: int | None = None,
 ) -> Softmax:
     """`attend_piece` in place and before the division: [B, T, H, V] and twice [B, T, H].
 
@@ -281,7 +300,9 @@ def piece_softmax(
             lambda j: read(j * cols, cols), cols, stored // cols, stored, values.shape[2]
         )
         own_chunk = None if selection is None else chunk_size
-        running = blocked.causal_over_blocks(q, blocks, offset, scale=scale, chunk_size=own_chunk)
+        running = blocked.causal_over_blocks(
+            q, blocks, offset, scale=scale, chunk_size=own_chunk, window=window
+        )
         if selection is not None and selection.size:
             running = add_past(
                 running,

@@ -254,6 +254,8 @@ def bytes_per_token(config: ModelConfig, run_config: RunConfig, params: Params, 
         if span := selector.span:  # bounds of all spans, and the rows of the chunks in some
             kept = min(past, selector.spans * span) * selector.rows + 2 * -(-past // span)
         kept *= config.scored_heads * config.scored_size
+        if config.attention == "nsa":  # values beside the keys of the means, and the window
+            kept, rows = 2 * kept, rows + min(length + 1, config.window_size)
     attention = config.num_attention_blocks * config.kv_width * 2 * rows * item
     attention += 4 * config.choosing_blocks * kept
     return weights + states + attention + config.width * 4

@@ -138,7 +138,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "model.shared_attention": config.shared_attention,
         # A convolution of attention keys, which a model without attention blocks has not.
         "model.key_conv": config.key_conv if config.num_attention_blocks else 0,
-        # An indexer likewise.
+        # Gates of branches, and an indexer, likewise.
+        "model.attention": "nsa" if config.gate_matrix and config.num_attention_blocks else "",
         "model.selector": config.selector
         if config.learned_selector and config.num_attention_blocks
         else "",

@@ -48,6 +48,11 @@ def attention_flops(config: ModelConfig, time: int) -> float:
     """Forward products of one token's attention itself: scores, weighted values and gate, the
     latter as the mean over blocks, of which some may not choose."""
     gate = 0.0
+    if config.attention == "nsa":
+        ended = (_past_chunks(config, time, time) + time // config.chunk_size) / time
+        near = min(time, config.window_size)
+        window = (near * (near + 1) // 2 + (time - near) * near) / time
+        gate = 4.0 * config.width * (ended + window)  # the weights of the means are the gate
     if config.attention == "sparse":
         selector, heads = selector_of(config), (config.asking_heads, config.scored_heads)
         past = _past_chunks(config, time, time) / time

@@ -2,6 +2,7 @@
 do not fit its blocks, and the TPU kernel interpreted and lowered on the CPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,12 @@ def attend(implementation, **options):
     return functools.partial(full_attention, implementation=implementation, **options)
 
 
-def check(qkv, q_offset=0, **tolerances):
+def check(qkv, q_offset=0, window=None, **tolerances):
     """The blocked form against the reference."""
     runs = [
-        value_and_gradients(lambda q, k, v, o, name=name: attend(name, q_offset=o)(q, k, v))
+        value_and_gradients(
+            lambda q, k, v, o, name=name: attend(name, q_offset=o, window=window)(q, k, v)
+        )
         for name in ("blocked", "reference")
     ]
     compare(*(run(*qkv, q_offset) for run in runs), **tolerances)
@@ -59,6 +62,36 @@ def test_matches_oracle_at_full_blocks():
 @pytest.mark.parametrize("offset", [0, 5, 48, 55, [16, 37]])
 def test_queries_in_the_middle(small_blocks, offset):
     check(random_qkv(1, 2, 45, 100, values=8), jnp.asarray(np.broadcast_to(offset, 2)))
+
+
+@pytest.mark.parametrize(
+    "window", [19, *(pytest.param(w, marks=pytest.mark.thorough) for w in (1, 200))]
+)
+def test_a_window_is_that_of_the_definition(small_blocks, window):
+    check(random_qkv(1, 2, 45, 100, values=8), jnp.array([16, 55]), window=window)
+    q, k, v = random_qkv(0, 1, 30, heads=1)
+    seen = np.tril(np.triu(np.ones((30, 30)), 1 - window))
+    weights = np.exp(0.25 * np.asarray(q)[0, :, 0] @ np.asarray(k)[0, :, 0].T) * seen
+    expected = weights @ np.asarray(v)[0, :, 0] / weights.sum(1, keepdims=True)
+    oracle = attend("reference", window=window, scale=0.25)(q, k, v)
+    assert_close(oracle[0, :, 0], expected, rel=1e-5)
+
+
+def test_loops_of_a_window_are_as_short_as_it():
+    """What the planner takes for their length, in a text of 32 blocks."""
+    run = attend("blocked", window=512)
+    gradient = lambda *qkv: jax.grad(lambda q: run(q, *qkv[1:]).sum())(qkv[0])
+    qkv = [jax.ShapeDtypeStruct((1, 16384, 1, 8), jnp.float32)] * 3
+    for function in (run, gradient):
+        text = jax.jit(function).lower(*qkv).as_text(debug_info=True)
+        bounds = {int(n) for n in re.findall(r"at_most_(\d+)_times", text)}
+        assert bounds and max(bounds) <= 4
+
+
+@pytest.mark.parametrize("window", [0, 2.0])
+def test_what_is_no_window_is_refused(window):
+    with pytest.raises(ValueError, match="pass a positive Python int"):
+        full_attention(*random_qkv(0, 1, 8), window=window)
 
 
 @pytest.mark.slow
@@ -108,11 +141,20 @@ def test_no_quadratic_array():
     assert max(np.prod(shape) for shape in jaxpr_shapes(run, *qkv)) <= 512 * 512
 
 
-@pytest.mark.parametrize("length, keys, offset", [(256, 256, 0), (70, 200, 130)])
-def test_splash_matches_oracle_when_interpreted(length, keys, offset):
+@pytest.mark.parametrize(
+    "length, keys, offset, window",
+    [
+        (256, 256, 0, None),
+        (70, 200, 130, None),
+        (70, 600, 530, 90),
+        pytest.param(530, 530, 0, 40, marks=pytest.mark.thorough),
+    ],
+)
+def test_splash_matches_oracle_when_interpreted(length, keys, offset, window):
     qkv = random_qkv(7, 1, length, keys, heads=1, size=64)
-    fast = functools.partial(_splash_attention, scale=0.125, q_offset=offset, interpret=True)
-    oracle = attend("reference", q_offset=offset)
+    options = {"q_offset": offset, "window": window}
+    fast = functools.partial(_splash_attention, scale=0.125, interpret=True, **options)
+    oracle = attend("reference", **options)
     compare(value_and_gradients(fast)(*qkv), value_and_gradients(oracle)(*qkv))
 
 

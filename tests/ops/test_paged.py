@@ -28,17 +28,21 @@ def test_one_token_equals_oracle(tile, monkeypatch):
     page = jnp.asarray(rng.integers(0, pages, (rows, per_row)), jnp.int32)
     visible = rng.integers(1, chunk + 1, (rows, per_row)) * rng.integers(0, 2, (rows, per_row))
     visible[0], visible[1], visible[2] = chunk, 1, 0
-    visible = jnp.asarray(visible, jnp.int32)
+    hidden = visible * 0 if tile == 1024 else rng.integers(0, chunk // 2, visible.shape)
+    hidden[0, 0] = visible[0, 0] * (tile == 7)  # a page of which nothing is left
+    visible, hidden = jnp.asarray(visible, jnp.int32), jnp.asarray(hidden, jnp.int32)
+    given = None if tile == 1024 else hidden
     fast, slow = (
-        attend_pages(q, keys, values, page, visible, scale=0.3, implementation=name)
+        attend_pages(q, keys, values, page, visible, given, scale=0.3, implementation=name)
         for name in ("tiles", "gather")
     )
     assert_close(fast, slow, rel=1e-6)
     assert not np.asarray(fast[2]).any()
     # The oracle itself, by a loop over rows.
     for r in (0, 1, 3):
-        k = np.concatenate([keys[p][:n] for p, n in zip(page[r], visible[r], strict=True)])
-        v = np.concatenate([values[p][:n] for p, n in zip(page[r], visible[r], strict=True)])
+        seen = list(zip(page[r], hidden[r], visible[r], strict=True))
+        k = np.concatenate([keys[p][h:n] for p, h, n in seen])
+        v = np.concatenate([values[p][h:n] for p, h, n in seen])
         weights = np.exp(k @ q[r] * 0.3)
         assert_close(slow[r], weights @ v / max(weights.sum(), 1e-30), rel=1e-5)
 
@@ -61,7 +65,7 @@ def _selection(rng, offset, time, heads, chunk, count):
     return jnp.asarray(selection)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "own chunk", "full"])
+@pytest.mark.parametrize("kind", ["sparse", "own chunk", "full", "window"])
 @pytest.mark.parametrize("batch, time, heads, chunk, pages", [(2, 70, 3, 16, 9), (1, 45, 2, 70, 3)])
 def test_piece_in_place_equals_slice(kind, batch, time, heads, chunk, pages):
     rng = np.random.default_rng(2)
@@ -69,9 +73,9 @@ def test_piece_in_place_equals_slice(kind, batch, time, heads, chunk, pages):
     keys, values = _normal(rng, groups, pages * chunk, 16), _normal(rng, groups, pages * chunk, 12)
     q = _normal(rng, batch, time, heads, 16)
     offset = rng.integers(0, pages * chunk - time, batch).astype(np.int32)
-    counts = {"sparse": 2, "own chunk": 0, "full": None}
+    counts = {"sparse": 2, "own chunk": 0}
     selection = None
-    if (count := counts[kind]) is not None:
+    if (count := counts.get(kind)) is not None:
         selection = _selection(rng, offset, time, heads, chunk, count)
     fast, slow = (
         jax.jit(
@@ -84,6 +88,7 @@ def test_piece_in_place_equals_slice(kind, batch, time, heads, chunk, pages):
                 jnp.asarray(offset),
                 chunk_size=chunk,
                 scale=0.25,
+                window=19 if kind == "window" else None,
                 implementation=name,
             )
         )(q, keys, values, jnp.int32(batch * heads))

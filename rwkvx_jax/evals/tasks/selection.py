@@ -115,6 +115,11 @@ def check_model(model: EvalModel, options: SelectionOptions) -> None:
     config = model.config
     if not config.num_attention_blocks:
         raise ConfigError(f"{model.label} has no attention blocks: nothing is selected in it")
+    if config.attention == "nsa":
+        raise ConfigError(
+            f'{model.label} has attention "nsa", whose compressed branch chooses: this task '
+            'compares selectors of attention "sparse"'
+        )
     if config.top_k < 2:
         raise ConfigError(f"{model.label} reads its own chunk only (top_k 1): nothing to choose")
     least = (config.top_k + 1) * config.chunk_size
