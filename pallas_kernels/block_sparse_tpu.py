@@ -37,6 +37,8 @@ Sizes beside those of `common`:
 * square (own part): queries and keys of whole chunks up to `diagonal`, or of one chunk. Its cells
   of `side` rows and columns, those on and below the diagonal, are steps.
 * piece: `keys` keys of a chunk, met at once.
+* strip: rows of a tile that go through a past kernel's stages together, beside other strips that
+  are at other stages.
 * part: 128 lanes of a query's row of results; with heads of 64 there is one, else two.
 
 docs/kernels.md states the costs and what else was tried.
@@ -45,6 +47,7 @@ docs/kernels.md states the costs and what else was tried.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +72,7 @@ from pallas_kernels.common import (
 )
 
 _NO_SCORE = -1e30  # finite, so that differences of it are numbers
+_DONE = object()
 _SQUARE_ROWS = (
     8192  # rows of a square of the own part whose results and gradients VMEM has room for
 )
@@ -185,6 +189,11 @@ def _lane(shape: tuple[int, ...]) -> jax.Array:
     return iota(shape, len(shape) - 1)
 
 
+def _lanes(number: int) -> slice:
+    """A register's lanes of an array that is several registers wide."""
+    return slice(number * LANES, (number + 1) * LANES)
+
+
 def _column(x: jax.Array, lane) -> jax.Array:
     """Lane number `lane` of x [R, 128], as [R, 1]."""
     return jnp.sum(jnp.where(_lane(x.shape) == lane, x, 0.0), axis=1, keepdims=True)
@@ -224,6 +233,12 @@ class _Shape:
     def packed(self) -> bool:
         """Whether a query lies in the spare lanes of its row of results, as 32 words."""
         return self.heads > 1 and self.dtype == jnp.bfloat16
+
+    @property
+    def halved(self) -> bool:
+        """Whether queries meet keys by halves, in two products: where rows are many and keys few,
+        moving queries within their rows would take longer."""
+        return self.packed and self.group > 1 and self.chunk <= LANES
 
     @property
     def gathered(self) -> int:
@@ -293,14 +308,13 @@ def _pieces(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _numbers(rows_ref, tile, first: int, rows: int, zero=0) -> list:
-    """Query numbers of 8 rows of a step's tile.
+def _numbers(rows_ref, start) -> list:
+    """Row numbers of the 8 tokens from place `start` of a step's tiles.
 
     A view a group of 8 keeps offsets within it in registers; an offset of its own for each row
     would cost one more scalar instruction a row.
     """
-    start = pl.multiple_of(zero + tile * rows + first, SUBLANES)
-    view = rows_ref.at[0, 0, 0, pl.ds(start, SUBLANES)]
+    view = rows_ref.at[0, 0, 0, pl.ds(pl.multiple_of(start, SUBLANES), SUBLANES)]
     return [view[r] for r in range(SUBLANES)]
 
 
@@ -308,34 +322,31 @@ def _windows(numbers: list, group: int) -> list[list]:
     """Where the rows of 8 tokens stand: for each register of rows, 8-row windows that bring its
     tokens to their sublanes, one after the other.
 
-    Token n's rows stand at 8 + n * group. A window that begins r rows earlier has them at sublane
+    A token's rows stand at 8 + its number. A window that begins r rows earlier has them at sublane
     r; groups of 8 and more fill registers by themselves.
     """
     tokens, registers = max(1, SUBLANES // group), max(1, group // SUBLANES)
-    first = lambda n: n if group == 1 else n * group
     windows = []
     for start in range(0, SUBLANES, tokens):
         for part in range(registers):
-            places = [
-                first(numbers[start + i]) + SUBLANES * (1 + part) - i * group for i in range(tokens)
-            ]
+            places = [numbers[start + i] + SUBLANES * (1 + part) - i * group for i in range(tokens)]
             if group >= SUBLANES:
                 places = [pl.multiple_of(x, SUBLANES) for x in places]
             windows.append([pl.ds(x, SUBLANES) for x in places])
     return windows
 
 
-def _gather(rows_ref, tile, rows: int, sources, group: int) -> list[jax.Array]:
-    """Rows of VMEM: for each source [8 + S * group + 8, 128] a tile's rows [rows * group, 128],
-    float32.
+def _gather(rows_ref, start, tokens: int, sources, group: int) -> list[jax.Array]:
+    """Rows of VMEM: for each source [8 + S * group + 8, 128] those of `tokens` tokens from place
+    `start` of a step's tiles, [tokens * group, 128], float32.
 
     A load of 8 rows that begins r rows earlier brings a row to sublane r, where a select puts it in
     place: one load and one select a token and up to 8 rows, no store.
     """
     place = iota((SUBLANES, LANES), 0) // group
     found = [[] for _ in sources]
-    for first in range(0, rows, SUBLANES):
-        windows = _windows(_numbers(rows_ref, tile, first, rows), group)
+    for first in range(0, tokens, SUBLANES):
+        windows = _windows(_numbers(rows_ref, start + first), group)
         for source, pieces in zip(sources, found, strict=True):
             for register in windows:
                 x = source[register[0], :]
@@ -345,26 +356,47 @@ def _gather(rows_ref, tile, rows: int, sources, group: int) -> list[jax.Array]:
     return [jnp.concatenate(pieces, axis=0) for pieces in found]
 
 
-def _scatter(rows_ref, tile, pairs, group: int, zero, lanes=True) -> None:
+def _scatter(rows_ref, start, pairs, group: int, zero, lanes=True) -> None:
     """The reverse of `_gather`.
 
     Args:
-      pairs: for each array of results (rows [rows * group, 128], target [8 + S * group + 8, 128]).
+      pairs: for each array of results (rows [tokens * group, 128], target as in `_gather`).
       zero: a scalar that is 0 but not to the compiler. Without it, the compiler would keep all the
         numbers it read to gather, for which there are not enough registers.
       lanes: bool [8, 128], the lanes to write.
     """
     place = iota((SUBLANES, LANES), 0) // group
     masks = [(place == r) & lanes for r in range(max(1, SUBLANES // group))]
-    rows = pairs[0][0].shape[0] // group
-    for first in range(0, rows, SUBLANES):
-        windows = _windows(_numbers(rows_ref, tile, first, rows, zero), group)
+    tokens = pairs[0][0].shape[0] // group
+    for first in range(0, tokens, SUBLANES):
+        windows = _windows(_numbers(rows_ref, zero + start + first), group)
         for source, target in pairs:
             for i, register in enumerate(windows):
-                start = first * group + i * SUBLANES
-                x = source[start : start + SUBLANES]
+                row = first * group + i * SUBLANES
+                x = source[row : row + SUBLANES]
                 for window, mask in zip(register, masks, strict=True):
                     pltpu.store(target.at[window, :], x, mask=mask)
+
+
+def _strip_by_strip(stages, tile, tokens: int, rows: int, group: int) -> None:
+    """Runs the stages of a tile's strips, each strip a stage behind the one before it.
+
+    The compiler schedules close to source order: stages of different strips that are neighbours
+    there share bundles, as they use different units.
+
+    Args:
+      stages: of a strip, a generator for the place of its first token and the number of its tokens.
+      tile: number of the step's tile.
+      tokens: that a tile has.
+      rows: rows of a strip; a strip has at least 8 tokens.
+      group: rows of a token.
+    """
+    strip = min(max(SUBLANES, rows // group), tokens)
+    waiting = [stages(tile * tokens + first, strip) for first in range(0, tokens, strip)]
+    running: list[Iterator] = []
+    while waiting or running:
+        running[:0], waiting = waiting[:1], waiting[1:]
+        running = [one for one in running if next(one, _DONE) is not _DONE]
 
 
 def _copy(*pairs_and_sems) -> None:
@@ -392,16 +424,16 @@ class _TileWord(NamedTuple):
 
     @property
     def chunk(self) -> jax.Array:
-        return self.word // (2 * self.unit)
+        return lax.div(self.word, 2 * self.unit)
 
     @property
     def first_key(self) -> jax.Array | None:
         """The first key that rows may read, counted in the chunk; None for all keys."""
-        return None if self.unit == 1 else self.word // 2 % self.unit
+        return None if self.unit == 1 else lax.rem(lax.div(self.word, 2), self.unit)
 
     @property
     def used(self) -> jax.Array:
-        return self.word % 2 == 1
+        return self.word & 1 == 1
 
     def block(self, joined: int) -> jax.Array:
         """The block of keys that the chunk lies in."""
@@ -419,15 +451,15 @@ class _StepWord(NamedTuple):
 
     @property
     def segment(self):
-        return self.word // 4
+        return lax.div(self.word, 4)
 
     @property
     def first(self):
-        return self.word % 2 == 1
+        return self.word & 1 == 1
 
     @property
     def last(self):
-        return self.word // 2 % 2 == 1
+        return self.word & 2 == 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,17 +571,28 @@ def _start_kernel(
         results_ref[0, h, 0] = pltpu.bitcast(row, F32)
 
 
-def _query(row: jax.Array, shape: _Shape, head) -> jax.Array:
-    """The queries [R, 128] in rows of results, in the lanes of their head, zeros beside them."""
-    words = jnp.where(shape.in_query(_lane(row.shape), head), pltpu.bitcast(row, jnp.int32), 0)
+def _query(row: jax.Array, shape: _Shape, head) -> list[jax.Array]:
+    """The queries [R, 128] in rows of results, zeros beside them: in the lanes of their head or,
+    where they are `halved`, the upper and lower halves, each in the lanes of the words."""
+    row = jnp.where(shape.in_query(_lane(row.shape), head), row, 0.0)
+    words = pltpu.bitcast(row, jnp.int32)
+    halves = words & jnp.int32(-65536), lax.shift_left(words, 16)
+    upper, lower = (pltpu.bitcast(x, F32).astype(shape.dtype) for x in halves)
+    if shape.halved:
+        return [upper, lower]
+    move = lambda x, lanes: pltpu.roll(pltpu.bitcast(x, jnp.int32), lanes, 1)
+    words = move(upper, shape.head) | move(lower, shape.head // 2)  # two rows share a word
+    return [pltpu.bitcast(words, shape.dtype)]
 
-    def move(x, lanes):  # two rows share a word of bfloat16
-        x = pltpu.bitcast(x, F32).astype(shape.dtype)
-        return pltpu.roll(pltpu.bitcast(x, jnp.int32), lanes, 1)
 
-    upper = move(words & jnp.int32(-65536), shape.head)
-    lower = move(lax.shift_left(words, 16), shape.head // 2)
-    return pltpu.bitcast(upper | lower, shape.dtype)
+def _keys_of_halves(k: jax.Array, shape: _Shape) -> jax.Array:
+    """Keys [B, T, P * 128] as they meet `_query`, [B, T, P * 2 * 128]: their elements in the lanes
+    of its words, once for each half. To move queries instead would take a rotation a register."""
+    quarter = shape.head // 2
+    elements = k.reshape(*k.shape[:2], -1, shape.heads, 2, quarter)
+    halves = elements[..., ::-1, ::-1, :].swapaxes(3, 4)  # head 1 stands first, and the upper half
+    spare = ((0, 0),) * (halves.ndim - 1) + ((quarter, 0),)
+    return jnp.pad(halves, spare).reshape(*k.shape[:2], -1)
 
 
 def _take(refs: tuple, *counts: int) -> list[tuple]:
@@ -566,7 +609,7 @@ class _ForwardRefs(NamedTuple):
     """References of the past forward kernel, behind its tables; S rows a segment, and `after`."""
 
     q: tuple  # HBM [B, T, packs * 128] float32, where queries are `gathered`
-    k: Any  # [1, block, 128]
+    k: Any  # [1, block, 128], or 2 * 128: see `_keys_of_halves`
     v: Any  # [1, block, 128]
     results: Any  # HBM [packs, heads, parts, T, 128], also an input
     queries: tuple  # VMEM [8 + S + 8, 128], for each of q
@@ -619,13 +662,13 @@ def _past_forward_kernel(
     parts, head = shape.parts, step.head
     size = running[0].shape[0] - SUBLANES - shape.after
     body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
-    lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
+    lane = pl.ds(pl.multiple_of(lax.rem(step.pack, packs) * LANES, LANES), LANES)
 
     @pl.when(step.first_of_segment)
     def _():
         _copy(
             *(
-                (ref.at[step.pack // packs, window, lane], x.at[body], sems.at[parts])
+                (ref.at[lax.div(step.pack, packs), window, lane], x.at[body], sems.at[parts])
                 for ref, x in zip(q_ref, queries, strict=True)
             ),
             *(
@@ -638,33 +681,49 @@ def _past_forward_kernel(
     if shape.packed:
         lanes = ~shape.in_query(_lane((SUBLANES, LANES)), head)
 
-    def attend(number, start, first_key):
-        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running], shape.group)
+    def stages(start, first_key, place, tokens):
+        gathered = _gather(rows_ref, place, tokens, [*queries, *running], shape.group)
         acc, stats, stat = gathered[shape.gathered], gathered[-1], shape.stat_lane(head)
         if shape.packed:
             q = _query(acc, shape, head)
         else:
-            q = shape.own(gathered[0], head).astype(shape.dtype)
+            q = [shape.own(gathered[0], head).astype(shape.dtype)]
+        yield
         largest = _column(stats, stat + 1)
         total = _column(stats, stat) if parts > 1 else None
         for piece in _pieces(shape.chunk, keys):
             at = pl.ds(start + piece.start, piece.stop - piece.start)
-            scores = dot(q, k_ref[0, at, :], NT) * shape.log2_scale
+            products = [dot(x, k_ref[0, at, _lanes(i)], NT) for i, x in enumerate(q)]
+            scores = functools.reduce(jnp.add, products) * shape.log2_scale
             if first_key is not None:
-                readable = _readable(first_key, piece, q.shape[0])
+                readable = _readable(first_key, piece, acc.shape[0])
                 scores = jnp.where(readable, scores, _NO_SCORE)
+            yield
             new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
+            yield
             weights, shrink = jnp.exp2(scores - new), jnp.exp2(largest - new)
+            yield
             values = shape.values_and_ones(v_ref[0, at, :], head)
-            acc = acc * shrink + dot(weights.astype(shape.dtype), values)
+            more = dot(weights.astype(shape.dtype), values)
+            yield
+            acc = acc * shrink + more
             if parts > 1:
                 total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
             largest = new
         stats = jnp.where(_lane(stats.shape) == stat, total, stats) if parts > 1 else acc
         stats = jnp.where(_lane(stats.shape) == stat + 1, largest, stats)
+        yield
         results = [acc, stats] if parts > 1 else [stats]
         pairs = list(zip(results, running, strict=True))
-        _scatter(rows_ref, number, pairs, shape.group, step.zero, lanes)
+        _scatter(rows_ref, place, pairs, shape.group, step.zero, lanes)
+
+    rows = routes.rows * shape.group
+    if shape.chunk <= keys:  # else a strip has work for all units by itself
+        rows = LANES
+
+    def attend(number, *chunk):
+        one = functools.partial(stages, *chunk)
+        _strip_by_strip(one, number, routes.rows, rows, shape.group)
 
     @pl.when(step.used)
     def _():
@@ -803,8 +862,8 @@ def _past_backward_kernel(
     head, stat = step.head, shape.stat_lane(step.head)
     size = queries[0].shape[0] - SUBLANES - shape.after
     body, window = pl.ds(SUBLANES, size), _rows_of(step.segment, size)
-    batch = step.pack // packs
-    lane = pl.ds(pl.multiple_of(step.pack % packs * LANES, LANES), LANES)
+    batch = lax.div(step.pack, packs)
+    lane = pl.ds(pl.multiple_of(lax.rem(step.pack, packs) * LANES, LANES), LANES)
     own_sum = head if dk_ref.shape[0] > 1 else 0
     block_rows = _rows_of(step.block, routes.joined * shape.chunk)
 
@@ -833,10 +892,11 @@ def _past_backward_kernel(
             (dv_ref.at[own_sum, batch, block_rows, lane], dv, sems.at[1]),
         )
 
-    def attend(number, start, first_key):
-        gathered = _gather(rows_ref, number, routes.rows, [*queries, *running], shape.group)
+    def stages(start, first_key, place, tokens):
+        gathered = _gather(rows_ref, place, tokens, [*queries, *running], shape.group)
         q, do = _unpack(gathered[:sources], shape, head)
         dq, stats = gathered[sources], gathered[-1]
+        yield
         lse, delta = _column(stats, stat), _column(stats, stat + 1)
         more = jnp.zeros(stats.shape, F32)
         for piece in _pieces(shape.chunk, keys):
@@ -844,11 +904,21 @@ def _past_backward_kernel(
             k, v = k_ref[0, at, :], v_ref[0, at, :]
             seen = None if first_key is None else _readable(first_key, piece, q.shape[0])
             weights, dscores = _probabilities(q, k, do, v, lse, delta, shape, seen)
+            yield
             more = more + dot(dscores, k)
             dk[at, :] += dot(dscores, q, TN)
             dv[at, :] += dot(weights, do, TN)
+            yield
         dq = dq + shape.own(more, head)
-        _scatter(rows_ref, number, [(dq, running[0])], shape.group, step.zero)
+        _scatter(rows_ref, place, [(dq, running[0])], shape.group, step.zero)
+
+    rows = routes.rows * shape.group
+    if shape.chunk <= keys:  # else a strip has work for all units by itself
+        rows = rows // 2
+
+    def attend(number, *chunk):
+        one = functools.partial(stages, *chunk)
+        _strip_by_strip(one, number, routes.rows, rows, shape.group)
 
     @pl.when(step.used)
     def _():
@@ -1165,16 +1235,17 @@ def _past_call(
     )
 
 
-def _past_specs(plan: _Plan) -> list[pl.BlockSpec]:
-    """Blocks of k and v: the chunks that the step's tiles share."""
+def _past_specs(plan: _Plan, width=LANES) -> list[pl.BlockSpec]:
+    """Blocks of k, `width` lanes a pack, and v: the chunks that the step's tiles share."""
     packs, joined, together = plan.packs, plan.routing.joined, plan.routing.together
 
     def index(g, h, t, table, segments, first):
         pack = first[0] + g
         tile = _TileWord(table[g, h, t * together], plan.shape.unit)
-        return pack // packs, tile.block(joined), pack % packs
+        return lax.div(pack, packs), tile.block(joined), lax.rem(pack, packs)
 
-    return [pl.BlockSpec((1, joined * plan.shape.chunk, LANES), index)] * 2
+    size = joined * plan.shape.chunk
+    return [pl.BlockSpec((1, size, lanes), index) for lanes in (width, LANES)]
 
 
 def _segment_rows(plan: _Plan):
@@ -1207,6 +1278,7 @@ def _start(plan: _Plan, q, interpret):
 def _past_forward(plan: _Plan, routed, q, k, v, results, documents, interpret):
     parts, gathered = plan.shape.parts, plan.shape.gathered
     queries = [] if plan.shape.packed else [q.astype(F32)]
+    k = _keys_of_halves(k, plan.shape) if plan.shape.halved else k
     kernel = functools.partial(
         _past_forward_kernel,
         shape=plan.shape,
@@ -1220,7 +1292,10 @@ def _past_forward(plan: _Plan, routed, q, k, v, results, documents, interpret):
         routed,
         documents,
         [*queries, k, v],
-        [*[pl.BlockSpec(memory_space=pltpu.HBM)] * gathered, *_past_specs(plan)],
+        [
+            *[pl.BlockSpec(memory_space=pltpu.HBM)] * gathered,
+            *_past_specs(plan, k.shape[2] // plan.packs),
+        ],
         [results],
         [
             *[_segment_rows(plan)] * (gathered + parts),
@@ -1525,6 +1600,7 @@ def _make_plan(q, k, selection, shape: _Shape, tile: TileConfig, first: int | No
             slots=slots,
             chunk_size=shape.chunk,
             first=None if first is None else first * square,
+            stride=shape.group,
             joined=block // shape.chunk,
             together=tile.together if block > shape.chunk else 1,
         )

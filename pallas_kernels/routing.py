@@ -49,6 +49,7 @@ class Plan:
       tiles: number of tiles of each segment, each a multiple of `group`.
       numbered: whether a pair's integer holds its slot too (slot * S + query), so that a kernel can
         write a result of its own for each pair.
+      stride: rows that a query has; tiles hold the number of its first one.
       joined: neighbouring chunks that make a block of keys.
       together: tiles that a step takes, all of one block; divides 8.
     """
@@ -60,6 +61,7 @@ class Plan:
     slots: int
     tiles: tuple[int, ...]
     numbered: bool = False
+    stride: int = 1
     joined: int = 1
     together: int = 1
 
@@ -103,6 +105,7 @@ def make_plan(
     chunk_size: int,
     first: int | None,
     numbered: bool = False,
+    stride: int = 1,
     joined: int = 1,
     together: int = 1,
 ) -> Plan:
@@ -110,7 +113,7 @@ def make_plan(
 
     Args:
       queries: a multiple of `segment`.
-      segment, rows, chunks, slots, numbered, joined, together: see `Plan`.
+      segment, rows, chunks, slots, numbered, stride, joined, together: see `Plan`.
       chunk_size: tokens in a chunk.
       first: position of the first query if known; None if it is only known when running.
 
@@ -137,7 +140,16 @@ def make_plan(
         worst += -(-groups // joined) * (together - 1)  # and so may every block's last step
         tiles.append(max(group, -(-worst // group) * group))
     plan = Plan(
-        segment, queries // segment, rows, chunks, slots, tuple(tiles), numbered, joined, together
+        segment=segment,
+        segments=queries // segment,
+        rows=rows,
+        chunks=chunks,
+        slots=slots,
+        tiles=tuple(tiles),
+        numbered=numbered,
+        stride=stride,
+        joined=joined,
+        together=together,
     )
     if plan.chunks << plan.bits > _MOST:
         raise ValueError(
@@ -239,7 +251,8 @@ class Routing:
     """What a kernel needs of the pairs of G = B * H sequences and heads.
 
     Attributes:
-      rows: int32 [G, tiles, rows] query of each row within its segment, S where there is none.
+      rows: int32 [G, tiles, rows] query of each row within its segment, S where there is none,
+        times the stride.
       chunk: int32 [G, tiles] chunk of each tile.
       count: int32 [G, tiles] rows in use.
     """
@@ -487,10 +500,11 @@ def _emit_kernel(
     rows: int,
     bits: int,
     nothing: int,
+    stride: int,
 ):
     del segment_ref
     if rows < LANES:
-        _emit_small_tiles(info_ref, sorted_ref, rows_ref, rows, bits, nothing)
+        _emit_small_tiles(info_ref, sorted_ref, rows_ref, rows, bits, nothing, stride)
         return
     height = rows // LANES
     lane = iota((1, LANES), 1)
@@ -506,10 +520,12 @@ def _emit_kernel(
             pair = jnp.where(lane < LANES - shift, parts[i], parts[i + 1])
             used = lane < count - i * LANES
             query = jnp.where(used, pair & ((1 << bits) - 1), nothing)
-            rows_ref[0, tile * height + i : tile * height + i + 1] = query
+            rows_ref[0, tile * height + i : tile * height + i + 1] = query * stride
 
 
-def _emit_small_tiles(info_ref, sorted_ref, rows_ref, rows: int, bits: int, nothing: int):
+def _emit_small_tiles(
+    info_ref, sorted_ref, rows_ref, rows: int, bits: int, nothing: int, stride: int
+):
     """`_emit_kernel` where several tiles share a row of 128 lanes."""
     lane = iota((1, LANES), 1)
     for row in range(SUBLANES):
@@ -526,7 +542,7 @@ def _emit_small_tiles(info_ref, sorted_ref, rows_ref, rows: int, bits: int, noth
             pair = jnp.where(lane < LANES - shift, here, after)
             used = (place >= 0) & (place < count)
             queries = jnp.where(used, pair & ((1 << bits) - 1), queries)
-        rows_ref[0, row : row + 1] = queries
+        rows_ref[0, row : row + 1] = queries * stride
 
 
 def _start_and_count(info_ref, tile: int):
@@ -553,7 +569,13 @@ def _emit_call(ordered, start, count, plan: Plan, interpret) -> jax.Array:
         out_specs=pl.BlockSpec((1, height, LANES), lambda g, i, seg: (g, i, 0)),
     )
     rows = pl.pallas_call(
-        functools.partial(_emit_kernel, rows=plan.rows, bits=plan.bits, nothing=plan.segment),
+        functools.partial(
+            _emit_kernel,
+            rows=plan.rows,
+            bits=plan.bits,
+            nothing=plan.segment,
+            stride=plan.stride,
+        ),
         grid_spec=grid_spec,
         out_shape=jax.ShapeDtypeStruct((groups, steps * height, LANES), jnp.int32),
         **grid_options((groups, steps), 2, 64 * 1024 * 1024),

@@ -80,10 +80,12 @@ def test_groups_equal_the_oracle(heads, key_heads, chunk_size, offset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [2, 4, 16])
-def test_bfloat16(group):
-    qkv = grouped_qkv(3, group, 1, 203, 203, dtype=jnp.bfloat16)
-    check(qkv, random_selection(4, 1, 203, 1, 32, 4), 32)
+@pytest.mark.parametrize("group, key_heads, rows", [(2, 1, 256), (4, 3, 128), (16, 1, 256)])
+def test_bfloat16(group, key_heads, rows):
+    """Both heads of a pack, and tiles of one strip and of several."""
+    qkv = grouped_qkv(3, group * key_heads, key_heads, 203, 203, dtype=jnp.bfloat16)
+    tile = dataclasses.replace(SMALL, shared_rows=rows)
+    check(qkv, random_selection(4, 1, 203, key_heads, 32, 4), 32, tile=tile)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from tests.ops.attention_cases import random_selection
 CHUNK = 64
 
 
-def plan_of(queries, segment, slots, first=0, rows=128, chunks=None, joined=1, together=1):
+def plan_of(queries, segment, slots, first=0, rows=128, chunks=None, **others):
     return routing.make_plan(
         queries=queries,
         segment=segment,
@@ -25,8 +25,7 @@ def plan_of(queries, segment, slots, first=0, rows=128, chunks=None, joined=1, t
         slots=slots,
         chunk_size=CHUNK,
         first=first,
-        joined=joined,
-        together=together,
+        **others,
     )
 
 
@@ -40,6 +39,8 @@ def check(selection, plan):
     batch, length, heads, _ = selection.shape
     own = np.broadcast_to(np.arange(length, dtype=np.int32) // CHUNK, (batch, length))
     rows, chunk, count = map(np.asarray, compiled(plan)(jnp.asarray(selection), jnp.asarray(own)))
+    assert (rows % plan.stride == 0).all()
+    rows = rows // plan.stride
     segment = np.asarray(plan.segment_of_tile())
     selection = np.asarray(selection)
     for group, (b, h) in enumerate(np.ndindex(batch, heads)):
@@ -66,7 +67,7 @@ def check(selection, plan):
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["random", "one chunk", "nothing", "not past"])
 def test_every_pair_is_routed_once(kind):
-    plan = plan_of(768, 384, 3)
+    plan = plan_of(768, 384, 3, stride=2)
     chosen = np.array(random_selection(0, 2, 768, 1, CHUNK, 4))
     own = np.arange(768)[None, :, None] // CHUNK
     if kind == "one chunk":  # the most tiles of one chunk
@@ -97,7 +98,8 @@ def test_tiles_of_a_block_fill_whole_steps(joined, together, length):
 @pytest.mark.parametrize("rows, together", [(64, 2), (16, 4), (8, 1)])
 def test_small_tiles_share_rows_of_lanes(rows, together):
     """As the tiles of query heads that share a choice."""
-    plan = plan_of(768, 384, 3, rows=rows, joined=2 if together > 1 else 1, together=together)
+    joined = 2 if together > 1 else 1
+    plan = plan_of(768, 384, 3, rows=rows, stride=4, joined=joined, together=together)
     check(random_selection(3, 1, 768, 2, CHUNK, 4), plan)
     skewed = np.full((1, 768, 2, 3), -1, np.int32)
     skewed[:, CHUNK:, 0, 0] = 0
