@@ -31,7 +31,7 @@ class Linear:
     def features(self, tokens, segment_ids=None):  # sees no other token, whatever its document
         return self.table[tokens]
 
-    def observe(self, tokens, look, segment_ids=None):  # it has no attention to look at
+    def observe(self, tokens, look, segment_ids=None, choosing=False):  # it has no attention
         return self.features(tokens, segment_ids), None
 
     def head(self, x):
