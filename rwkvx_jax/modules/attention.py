@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from rwkvx_jax.cache import CachePolicy, Gate, Pages, Shared, compress, rows_to_keep
+from rwkvx_jax.cache import CachePolicy, Gate, Pages, Shared
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.modules import context
 from rwkvx_jax.modules.cached_attention import attend_cached
 from rwkvx_jax.modules.convolution import short_convolution
 from rwkvx_jax.modules.indexer import INDEXERS, Indexer, SeerGate
+from rwkvx_jax.modules.pages import compress, rows_to_keep
 from rwkvx_jax.modules.parameters import input_matrix, output_matrix, parameter, project
 from rwkvx_jax.modules.remat import keep
 from rwkvx_jax.modules.rotary import rotate

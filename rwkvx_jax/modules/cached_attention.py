@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rwkvx_jax.cache import Gate, Pages, Shared, check_spans, page_axes, write_rows
+from rwkvx_jax.cache import Gate, Pages, Shared, check_spans, page_axes
 from rwkvx_jax.config import ModelConfig
+from rwkvx_jax.modules.pages import write_rows
 from rwkvx_jax.ops.compressed import ChunkMeans, compressed_attention
 from rwkvx_jax.ops.nsa import gated
 from rwkvx_jax.ops.paged import (

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkvx_jax.cache import Pages, write_rows
+from rwkvx_jax.cache import Pages
+from rwkvx_jax.modules.pages import write_rows
 from rwkvx_jax.ops import paged, paged_selection
 from rwkvx_jax.ops.paged import attend_pages, attend_piece
 from rwkvx_jax.ops.paged_selection import select_pages
