@@ -913,7 +913,8 @@ def _past_backward_kernel(
         _scatter(rows_ref, place, [(dq, running[0])], shape.group, step.zero)
 
     rows = routes.rows * shape.group
-    if shape.chunk <= keys:  # else a strip has work for all units by itself
+    # Chunks of 32 would lose a seventh by strips, and large ones keep all units busy without.
+    if LANES <= shape.chunk <= keys:
         rows = rows // 2
 
     def attend(number, *chunk):
