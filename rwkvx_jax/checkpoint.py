@@ -35,7 +35,8 @@ from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import DTYPES, as_lazy, in_dtype
 from rwkvx_jax.digest import flat
 from rwkvx_jax.lora import merged, stage_params
-from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params, select, with_params
+from rwkvx_jax.model import RWKVX, abstract_model, get_params, with_params
+from rwkvx_jax.modules.trees import Params, select
 from rwkvx_jax.storage import bucket_errors, in_hub, work_path
 
 _log = logging.getLogger(__name__)

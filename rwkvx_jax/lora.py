@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from rwkvx_jax.config import ADAPTERS, LoRAConfig, Stage
-from rwkvx_jax.model import RWKVX, Params, get_params, joined, param_axes, select
+from rwkvx_jax.model import RWKVX, get_params, param_axes
 from rwkvx_jax.modules.parameters import Adapted, uniform
+from rwkvx_jax.modules.trees import Params, joined, select
 
 
 def thin(wide: tuple[Any, ...], rank: Any) -> dict[str, tuple[Any, ...]]:

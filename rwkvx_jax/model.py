@@ -32,11 +32,10 @@ from rwkvx_jax.modules.blocks import AttentionBlock, RWKVBlock, stack_blocks
 from rwkvx_jax.modules.parameters import first_embedding, first_head, norm, parameter
 from rwkvx_jax.modules.remat import block_input, rematerialize
 from rwkvx_jax.modules.token_shift import last_valid
+from rwkvx_jax.modules.trees import Params, is_list, scan_layers, where_or_zeros
 from rwkvx_jax.ops.documents import check_segment_ids
 from rwkvx_jax.ops.precision import precision_of
 from rwkvx_jax.sharding import constrain
-
-Params = dict[str, Any]
 
 
 class Head(nnx.Module):
@@ -146,7 +145,7 @@ class RWKVX(nnx.Module):
                 else:
                     out, own = attention.sharing(h, self.run, segment_ids, chooses, choice)
                 see = lambda: look(attention, h)
-                return out, (own, _where(chooses, see) if choosing else see())
+                return out, (own, where_or_zeros(chooses, see) if choosing else see())
 
             x, _, (choice, seen) = block(x, attend, segment_ids=segment_ids)
             return x, choice, seen
@@ -237,7 +236,7 @@ class RWKVX(nnx.Module):
             x, v_first, pages, (choice, kept) = carry
             blocks, states, (layer, block, state, (chooses, rows)) = scanned
             if config.num_blocks:
-                (x, v_first), states = _scan(rwkv, (x, v_first), (blocks, states))
+                (x, v_first), states = scan_layers(rwkv, (x, v_first), (blocks, states))
             block = block if shared is None else shared
             if block is not None:
                 attend = lambda attention, h: attention.cached(
@@ -261,18 +260,11 @@ class RWKVX(nnx.Module):
         layers = cache.layers
         if layers is None:
             layers = jnp.arange(max(1, config.num_attention_blocks))
-        rows = kept = None
-        chooses = self._choosing()
-        if chooses is not None:
-            rows = layers[jnp.arange(len(layers)) // config.share_selection_every]
-            if cache.policy is not None and config.shares_choices:
-                rows_kept = jnp.zeros((len(x), config.kv_heads, cache.policy.keep), jnp.int32)
-                kept = constrain(rows_kept, "batch", "heads", None)
-        handed = self._no_choice(*tokens.shape), kept
-        (x, _, pages, _), (states, attention) = _scan(
+        choosing, handed = self._handed_on(cache, layers, *tokens.shape)
+        (x, _, pages, _), (states, attention) = scan_layers(
             group,
             (x, jnp.zeros_like(x), cache.pages, handed),
-            (blocks, states, (layers, attention_blocks, cache.attention, (chooses, rows))),
+            (blocks, states, (layers, attention_blocks, cache.attention, choosing)),
         )
         flat = lambda p: p.reshape(config.num_blocks, *p.shape[2:])
         rows = start if cache.policy is None else cache.policy.rows_after(start)
@@ -330,7 +322,7 @@ class RWKVX(nnx.Module):
         if not self.config.shared_attention:
             return getattr(self, "attention_blocks", None), None
         blocks = self.attention_blocks
-        return None, blocks[0] if _is_list(blocks) else jax.tree.map(lambda p: p[0], blocks)
+        return None, blocks[0] if is_list(blocks) else jax.tree.map(lambda p: p[0], blocks)
 
     def _choosing(self) -> Bool[Array, " M"] | None:
         """Which attention blocks choose chunks; None: all of them, or there are none."""
@@ -346,6 +338,19 @@ class RWKVX(nnx.Module):
         shape = (batch, time, self.config.choices, self.config.top_k - 1)
         return constrain(jnp.full(shape, -1, jnp.int32), "batch", "time", "heads", None)
 
+    def _handed_on(self, cache: Cache, layers: Int[Array, " M"], batch: int, time: int) -> Any:
+        """Of each attention block whether it chooses and where the rows of its selector lie, both
+        [M]; and what the first one gets handed, choices and rows that a policy keeps. None where
+        each block chooses for itself."""
+        config, rows, kept = self.config, None, None
+        chooses = self._choosing()
+        if chooses is not None:
+            rows = layers[jnp.arange(len(layers)) // config.share_selection_every]
+            if cache.policy is not None and config.shares_choices:
+                rows_kept = jnp.zeros((batch, config.kv_heads, cache.policy.keep), jnp.int32)
+                kept = constrain(rows_kept, "batch", "heads", None)
+        return (chooses, rows), (self._no_choice(batch, time), kept)
+
     def grouped(self, stacked: Any) -> Any:
         """Trees by recurrent block [L, ...] as groups [M, L / M, ...]."""
         groups, size = max(1, self.config.num_attention_blocks), self.config.blocks_per_group
@@ -355,7 +360,7 @@ class RWKVX(nnx.Module):
                 return [p[i * size : (i + 1) * size] for i in range(groups)]
             return p.reshape(groups, size, *p.shape[1:])
 
-        return jax.tree.map(split, stacked, is_leaf=_is_list)
+        return jax.tree.map(split, stacked, is_leaf=is_list)
 
     def embed_tokens(self, tokens: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype, normalised with the backbone "rwkv"."""
@@ -382,58 +387,6 @@ def unstack(model: RWKVX) -> RWKVX:
             layer = lambda i, stack=stack: jax.tree.map(lambda p: p[i], stack)
             setattr(model, name, nnx.List([layer(i) for i in range(count)]))
     return model
-
-
-def select(params: Params, chosen: Callable[[str], bool], before: str = "") -> Params:
-    """The part of a tree of parameters (or of its axes, shardings, ...) with the chosen names.
-
-    Args:
-      params: nested dicts; whatever is no dict counts as one parameter.
-      chosen: told the dotted name of each.
-      before: prefix of all names.
-    """
-    kept: Params = {}
-    for key, value in params.items():
-        if not isinstance(value, dict):
-            if chosen(before + key):
-                kept[key] = value
-        elif part := select(value, chosen, f"{before}{key}."):
-            kept[key] = part
-    return kept
-
-
-def joined(first: Params, second: Params) -> Params:
-    """Both trees of parameters in one; where both have a parameter, the second's counts."""
-    both = dict(first)
-    for key, value in second.items():
-        nested = isinstance(value, dict) and key in first
-        both[key] = joined(first[key], value) if nested else value
-    return both
-
-
-def _where(condition: jax.Array | None, make: Callable[[], Any]) -> Any:
-    """What `make` returns, or zeros; None: always the former."""
-    if condition is None:
-        return make()
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
-    return jax.lax.cond(condition, make, zeros)
-
-
-def _is_list(x: Any) -> bool:
-    return isinstance(x, list | nnx.List)
-
-
-def _scan(body, carry, scanned):
-    """`jax.lax.scan`, written out where layers are given as a list (see `unstack`)."""
-    parts, tree = jax.tree.flatten(scanned, is_leaf=_is_list)
-    lists = [part for part in parts if _is_list(part)]
-    if not lists:
-        return jax.lax.scan(body, carry, scanned)
-    collected = []
-    for i in range(len(lists[0])):
-        carry, out = body(carry, jax.tree.unflatten(tree, [part[i] for part in parts]))
-        collected.append(out)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
 
 
 def create_model(config: ModelConfig, run: RunConfig | None = None) -> RWKVX:

@@ -17,7 +17,8 @@ from rwkvx_jax.checkpoint import Loaded, flat, load_checkpoint
 from rwkvx_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, to_dict
 from rwkvx_jax.generate.sampling import check_seed
 from rwkvx_jax.generate.terminal import one_line
-from rwkvx_jax.model import RWKVX, Params, abstract_model, get_params
+from rwkvx_jax.model import RWKVX, abstract_model, get_params
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.storage import WorkPath, in_bucket, make_folder
 from rwkvx_jax.tokenizer import Tokenizer, load_tokenizer
 from rwkvx_jax.training.step import placed_params

@@ -24,7 +24,8 @@ from rwkvx_jax.convert.safetensors_file import open_safetensors, write_safetenso
 from rwkvx_jax.convert.tensors import ConversionError
 from rwkvx_jax.digest import flat
 from rwkvx_jax.generate.programs import Held
-from rwkvx_jax.model import RWKVX, Params
+from rwkvx_jax.model import RWKVX
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.ops.selection import selector_of
 from rwkvx_jax.snapshots import snapshot
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from rwkvx_jax.cache import Cache, CachePolicy, spread
 from rwkvx_jax.generate.sampling import Sampling, count_token, sample
 from rwkvx_jax.generate.scoring import score_places
-from rwkvx_jax.model import RWKVX, Params, with_params
+from rwkvx_jax.model import RWKVX, with_params
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.sharding import constrain, whole
 from rwkvx_jax.snapshots import (
     Snapshot,

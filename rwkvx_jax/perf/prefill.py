@@ -34,7 +34,8 @@ from rwkvx_jax.evals.runner import open_console, until_interrupted
 from rwkvx_jax.evals.tables import Table
 from rwkvx_jax.generate.chunks import prefill_chunks
 from rwkvx_jax.generate.memory import memory_left
-from rwkvx_jax.model import Params, with_params
+from rwkvx_jax.model import with_params
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.perf.timed import (
     LABELS,
     TIMED,

@@ -35,7 +35,8 @@ from rwkvx_jax.evals.plots import drawn, legend_below, log_ticks, new_figure, sa
 from rwkvx_jax.evals.results import Results, Task
 from rwkvx_jax.evals.runner import open_console, until_interrupted
 from rwkvx_jax.evals.tables import Table
-from rwkvx_jax.model import Params, abstract_model, with_params
+from rwkvx_jax.model import abstract_model, with_params
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.ops.selection import selector_of
 from rwkvx_jax.perf.timed import (
     LABELS,

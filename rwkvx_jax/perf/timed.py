@@ -17,7 +17,8 @@ from rwkvx_jax.checkpoint import load_checkpoint
 from rwkvx_jax.config import ConfigError, ModelConfig, RunConfig
 from rwkvx_jax.evals.models import check_output, require_at_least_1
 from rwkvx_jax.generate.memory import memory_left
-from rwkvx_jax.model import Params, create_model, get_params, unstack
+from rwkvx_jax.model import create_model, get_params, unstack
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.records import Record
 from rwkvx_jax.storage import WorkPath
 

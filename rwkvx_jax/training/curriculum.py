@@ -10,7 +10,7 @@ from rwkvx_jax.config import ADAPTERS, Config, Stage
 from rwkvx_jax.digest import flat
 from rwkvx_jax.hosts import place
 from rwkvx_jax.lora import merged, new_adapters
-from rwkvx_jax.model import Params, select
+from rwkvx_jax.modules.trees import Params, select
 from rwkvx_jax.training.expand import expand, with_indexers, with_initial_states
 from rwkvx_jax.training.step import StageProgram, TrainState, fresh_shardings, stage_program
 

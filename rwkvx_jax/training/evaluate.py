@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from rwkvx_jax.config import Config, ConfigError, Stage
 from rwkvx_jax.data.pipeline import OpenData, batches
 from rwkvx_jax.hosts import global_batch, host_rows
-from rwkvx_jax.model import RWKVX, Params
+from rwkvx_jax.model import RWKVX
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.sharding import batch_sharding
 from rwkvx_jax.tokenizer import Tokenizer
 from rwkvx_jax.training.probe import make_probe

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkvx_jax.config import ConfigError, ModelConfig
-from rwkvx_jax.model import Params, create_model, get_params, joined
+from rwkvx_jax.model import create_model, get_params
+from rwkvx_jax.modules.trees import Params, joined
 
 _COPIED = (
     ("attention", "time_mix", ("receptance", "key", "value", "output")),

@@ -22,7 +22,8 @@ from rwkvx_jax.convert.load import open_checkpoint
 from rwkvx_jax.convert.places import on_disk
 from rwkvx_jax.convert.tensors import DTYPES, LazyTensor, tracked
 from rwkvx_jax.digest import flat
-from rwkvx_jax.model import Params, abstract_model, get_params, param_axes
+from rwkvx_jax.model import abstract_model, get_params, param_axes
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.training.step import shardings_of
 
 

@@ -19,7 +19,7 @@ from rwkvx_jax.config import Config, ConfigError, to_dict
 from rwkvx_jax.data.pipeline import OpenData, batches, open_data
 from rwkvx_jax.hosts import check_joined, first_does, host_rows, stop_signal
 from rwkvx_jax.lora import merged
-from rwkvx_jax.model import Params
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import batch_sharding, check_fits, make_mesh
 from rwkvx_jax.storage import exclusive, make_folder, write_whole

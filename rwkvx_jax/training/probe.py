@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkvx_jax.model import RWKVX, Params
+from rwkvx_jax.model import RWKVX
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.sharding import constrain
 from rwkvx_jax.tasks.passkey import answer_tokens, eval_key, exact_prompt
 from rwkvx_jax.tokenizer import Tokenizer

@@ -20,17 +20,8 @@ from jax.sharding import Mesh
 from rwkvx_jax.config import Config, ModelConfig, Stage
 from rwkvx_jax.hosts import place
 from rwkvx_jax.lora import attached, stage_params
-from rwkvx_jax.model import (
-    RWKVX,
-    Params,
-    abstract_model,
-    create_model,
-    get_params,
-    joined,
-    param_axes,
-    select,
-    with_params,
-)
+from rwkvx_jax.model import RWKVX, abstract_model, create_model, get_params, param_axes, with_params
+from rwkvx_jax.modules.trees import Params, joined, select
 from rwkvx_jax.sharding import batch_sharding, mesh_in_force, named_sharding, replicated
 from rwkvx_jax.training.losses import (
     longce_weights,

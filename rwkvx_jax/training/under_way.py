@@ -20,7 +20,7 @@ from rwkvx_jax.config import Config, Stage, UserError
 from rwkvx_jax.data.pipeline import OpenData
 from rwkvx_jax.hosts import first_tells, global_batch
 from rwkvx_jax.lora import merged
-from rwkvx_jax.model import Params
+from rwkvx_jax.modules.trees import Params
 from rwkvx_jax.progress import Progress
 from rwkvx_jax.sharding import batch_sharding
 from rwkvx_jax.training.bad_steps import explain_bad_step

@@ -11,15 +11,9 @@ import pytest
 from rwkvx_jax.cache import init_cache
 from rwkvx_jax.checkpoint import flat
 from rwkvx_jax.config import ModelConfig
-from rwkvx_jax.model import (
-    abstract_model,
-    create_model,
-    get_params,
-    param_axes,
-    select,
-    with_params,
-)
+from rwkvx_jax.model import abstract_model, create_model, get_params, param_axes, with_params
 from rwkvx_jax.modules.mixers import MIXERS
+from rwkvx_jax.modules.trees import select
 from tests.helpers import assert_close
 from tests.model_cases import FLOAT32, perturbed
 

@@ -21,8 +21,9 @@ from rwkvx_jax.config import (
 )
 from rwkvx_jax.convert.__main__ import main as convert
 from rwkvx_jax.lora import merged, stage_params
-from rwkvx_jax.model import abstract_model, get_params, joined, with_params
+from rwkvx_jax.model import abstract_model, get_params, with_params
 from rwkvx_jax.modules.parameters import Adapted
+from rwkvx_jax.modules.trees import joined
 from rwkvx_jax.sharding import batch_sharding, make_mesh
 from rwkvx_jax.tokenizer import load_tokenizer
 from rwkvx_jax.training.curriculum import next_stage
