@@ -9,6 +9,7 @@ import numpy as np
 
 from rwkvx_jax.config import ModelConfig, RunConfig
 from rwkvx_jax.model import abstract_model, get_params
+from tests.helpers import assert_close
 
 FLOAT32 = RunConfig(compute_dtype="float32")
 TINY = ModelConfig(
@@ -165,3 +166,20 @@ def perturbed(params, seed: int = 0):
         return leaf if path[-1].key == "slope" else leaf + noise
 
     return jax.tree_util.tree_map_with_path(move, params)
+
+
+def compare_in_pieces(model, tokens, expected, max_length):
+    """Two texts [2, T] read through a cache, in two pieces of different lengths and then token by
+    token, against the logits [2, T, W] of whole sequences."""
+    prefill, decode = jax.jit(model.prefill), jax.jit(model.decode)
+    cache, done, rows = model.init_cache(2, max_length), np.zeros(2, int), np.arange(2)
+    padded = np.pad(tokens, ((0, 0), (0, 30)))
+    for lengths in ([23, 30], [17, 5]):
+        piece = np.stack([row[at : at + 30] for row, at in zip(padded, done, strict=True)])
+        found, cache = prefill(piece, cache, np.array(lengths))
+        done += lengths
+        assert_close(found, expected[rows, done - 1], rel=1e-5)
+    while done.max() < tokens.shape[1]:
+        found, cache = decode(tokens[rows, done], cache)
+        done += 1
+        assert_close(found, expected[rows, done - 1], rel=1e-5)

@@ -19,7 +19,7 @@ from rwkvx_jax.sharding import check_fits, make_mesh
 from rwkvx_jax.snapshots import rewind, snapshot
 from rwkvx_jax.training.step import shardings_of
 from tests.helpers import assert_close
-from tests.model_cases import FLOAT32, random_params
+from tests.model_cases import FLOAT32, compare_in_pieces, random_params
 from tests.training.training_cases import CURRICULUM
 
 # A Transformer: nothing but attention blocks, so that nothing hides what these read.
@@ -78,19 +78,7 @@ def test_a_whole_sequence_is_what_the_oracle_reads():
 )
 def test_pieces_and_tokens_are_the_whole_sequence(name):
     """Rows of different lengths, read in two pieces, then token by token."""
-    model, expected = model_of(config_of(name)), logits_of(name)
-    prefill, decode = jax.jit(model.prefill), jax.jit(model.decode)
-    cache, done = model.init_cache(2, 80), np.zeros(2, int)
-    padded = np.pad(TOKENS, ((0, 0), (0, 30)))
-    for lengths in ([23, 30], [17, 5]):
-        piece = np.stack([row[at : at + 30] for row, at in zip(padded, done, strict=True)])
-        found, cache = prefill(piece, cache, np.array(lengths))
-        done += lengths
-        assert_close(found, expected[np.arange(2), done - 1], rel=1e-5)
-    while done.max() < 77:
-        found, cache = decode(TOKENS[np.arange(2), done], cache)
-        done += 1
-        assert_close(found, expected[np.arange(2), done - 1], rel=1e-5)
+    compare_in_pieces(model_of(config_of(name)), TOKENS, logits_of(name), max_length=80)
 
 
 def test_a_text_goes_on_from_where_it_was_left():
